@@ -1,0 +1,53 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUNS := runs
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo   train dense and two-phase side by side on real data and write a report"
+	@echo "make test   lint, types, layer rules, tests, doctests, README snippets"
+	@echo "make lint   the first three of these"
+	@echo "make bench  time the operators against dense, write benchmarks/results/"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+# two stamps, so that the demo does not wait for the tools of the tests
+$(VENV)/.experiments: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing kronblocks and its experiments (PyTorch is large: a few minutes the first time)"
+	$(INSTALL) torch setuptools
+	$(INSTALL) --editable '.[experiments]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.experiments
+	@echo "installing the tools of the tests"
+	$(INSTALL) --editable '.[experiments,dev]'
+	@touch $@
+
+demo: $(VENV)/.experiments
+	$(BIN)/kronblocks compare --out $(RUNS)/demo --data mnist5k --model mlp --widths 1024 1024 \
+		--methods dense two-phase --block-size 16 --sparsity 0.9 --epochs 20 --batch-size 128 --resume
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.experiments
+	$(BIN)/python benchmarks/ops.py
+
+clean:
+	rm -rf $(VENV) $(RUNS) build dist .pytest_cache .ruff_cache .hypothesis

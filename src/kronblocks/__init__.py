@@ -1,0 +1,66 @@
+"""Neural networks with block-sparse weights, trained that way from the first step.
+
+Three lines in a training script: `sparsify_` the model, make the optimiser from `parameter_groups`, `attach` the sparsifier.
+"""
+
+from kronblocks.blocks import BlockGrid, BlockSize
+from kronblocks.config import LayerOverride, PenaltyConfig, ScheduleConfig, SparsityConfig
+from kronblocks.errors import KronblocksError, KronblocksWarning, PerformanceWarning
+from kronblocks.groups import parameter_groups
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.ops.cost import Cost, PlanChoice, Problem, choose_plan, cost
+from kronblocks.ops.kron import block_norms, kron_linear, kron_weight
+from kronblocks.ops.nearest import canonical_form, nearest_kronecker_sum
+from kronblocks.ops.packed import BlockIndex, packed_linear
+from kronblocks.selection import SurgeryReport, select
+from kronblocks.sparsity.controller import PenaltyController
+from kronblocks.sparsity.report import SparsityReport
+from kronblocks.sparsity.rules.base import Rule, RuleContext
+from kronblocks.sparsity.schedule import SparsitySchedule
+from kronblocks.sparsity.sparsifier import Sparsifier
+from kronblocks.sparsity.targets import BlockTarget
+from kronblocks.surgery import apply_structure_, densify_, lift_, sparsify_, structure
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockGrid",
+    "BlockIndex",
+    "BlockSize",
+    "BlockSparseLinear",
+    "BlockTarget",
+    "Cost",
+    "KronblocksError",
+    "KronblocksWarning",
+    "KroneckerBlockLinear",
+    "LayerOverride",
+    "PenaltyConfig",
+    "PenaltyController",
+    "PerformanceWarning",
+    "PlanChoice",
+    "Problem",
+    "Rule",
+    "RuleContext",
+    "ScheduleConfig",
+    "Sparsifier",
+    "SparsityConfig",
+    "SparsityReport",
+    "SparsitySchedule",
+    "SurgeryReport",
+    "apply_structure_",
+    "block_norms",
+    "canonical_form",
+    "choose_plan",
+    "cost",
+    "densify_",
+    "kron_linear",
+    "kron_weight",
+    "lift_",
+    "nearest_kronecker_sum",
+    "packed_linear",
+    "parameter_groups",
+    "select",
+    "sparsify_",
+    "structure",
+]

@@ -1,0 +1,5 @@
+"""`python -m kronblocks`."""
+
+from kronblocks.cli import main
+
+main()

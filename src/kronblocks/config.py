@@ -1,0 +1,263 @@
+"""Everything a user sets, as frozen dataclasses that are written as JSON with a version."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from kronblocks.blocks import BlockSize
+from kronblocks.errors import KronblocksError
+from kronblocks.sparsity.budget import Scope
+from kronblocks.sparsity.rules.kron_l1 import Form
+from kronblocks.sparsity.schedule import Shape
+
+CONFIG_VERSION = 1
+
+Method = Literal["two-phase", "kron-l1", "group-lasso", "magnitude", "static", "dense"]
+Init = Literal["random", "spectral", "nearest"]
+Mismatch = Literal["dense", "nearest"]
+TileGroups = int | Literal["per-row"]
+BlockSizeLike = BlockSize | int | str | tuple[int, int]
+
+FACTORED: frozenset[str] = frozenset({"two-phase", "kron-l1"})
+"""Methods that replace nn.Linear by a Kronecker layer; the others work on the nn.Linear itself."""
+
+
+def _one_of(name: str, value: object, allowed: object) -> None:
+    names = get_args(allowed)
+    if value not in names:
+        raise KronblocksError(f"{name}={value!r} is unknown: write one of {', '.join(map(repr, names))}")
+
+
+def _number(name: str, value: object, low: float, high: float, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+        raise KronblocksError(f"{name} is {what}, not {value!r}")
+
+
+def _whole(name: str, value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise KronblocksError(f"{name} is {what}, a whole number from 1 on, not {value!r}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """When pruning happens, in shares of the whole training; `None` means the method's own default."""
+
+    start: float = 0.05
+    end: float | None = None  # 0.5; kron-l1 0.8
+    lift_at: float = 2 / 3  # share of the pruning span; two-phase only
+    shape: Shape = "cubic"
+    update_every: int = 50  # optimiser steps between mask updates
+    stages: int = 5  # of the staircase shape
+
+    def __post_init__(self) -> None:
+        _one_of("schedule.shape", self.shape, Shape)
+        _number("schedule.start", self.start, 0, 1, "the share of the training before pruning, from 0 to below 1")
+        if self.end is not None:
+            _number("schedule.end", self.end, 0, 1 + 1e-12, "the share of the training at which pruning ends, up to 1")
+            if self.end <= self.start:
+                raise KronblocksError(f"schedule.end={self.end} must be above schedule.start={self.start}")
+        _number("schedule.lift_at", self.lift_at, 0, 1 + 1e-12, "a share of the pruning span, from 0 to 1")
+        _whole("schedule.update_every", self.update_every, "the optimiser steps between mask updates")
+        _whole("schedule.stages", self.stages, "the number of stages of the staircase")
+
+
+@dataclass(frozen=True)
+class PenaltyConfig:
+    """Strength of a penalty; `None` means found by the rule itself."""
+
+    strength: float | None = None
+    growth: float = 3.0  # kron-l1, gradient form: how many times the strength at the end
+    form: Form = "gradient"  # kron-l1: in the loss, or as a proximal step
+
+    def __post_init__(self) -> None:
+        _one_of("penalty.form", self.form, Form)
+        if self.strength is not None:
+            _number("penalty.strength", self.strength, 0, float("inf"), "a number from 0 on, or None")
+        _number("penalty.growth", self.growth, 0, float("inf"), "a number from 0 on")
+
+
+@dataclass(frozen=True)
+class LayerOverride:
+    """Other settings for the layers that match a pattern; `None` leaves a setting as it is."""
+
+    block_size: BlockSizeLike | None = None
+    rank: int | None = None
+    tile_groups: TileGroups | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None:
+            object.__setattr__(self, "block_size", BlockSize.parse(self.block_size))
+        _check_factors(self.rank, self.tile_groups)
+
+
+def _check_factors(rank: int | None, tile_groups: TileGroups | None) -> None:
+    if rank is not None:
+        _whole("rank", rank, "the number of Kronecker terms")
+    if tile_groups is not None and tile_groups != "per-row":
+        _whole("tile_groups", tile_groups, '"per-row", or the number of tile banks')
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """What `sparsify_` does.
+
+    Args:
+        method: "two-phase" (the default method of this library), "kron-l1" (the paper's), "group-lasso", "magnitude" and "static"
+            (on the nn.Linear itself), or "dense" (nothing, so that experiments need no `if`).
+        block_size: 16, "16x4" or (16, 4), rows first.
+        rank: number of Kronecker terms, for the methods that have them.
+        target_sparsity: share of the blocks that end as exact zeros, in [0, 1).
+        layers: which nn.Linear layers: patterns on the name ("encoder.*"), regular expressions ("re:.*fc[12]"), or types
+            of the layer or of a module around it ("type:MLP"). Classes may be given and become "type:" patterns.
+        exclude: the same, for layers to leave dense.
+        overrides: pattern to `LayerOverride`; later ones win.
+        on_mismatch: a block size that does not divide a layer: leave it "dense", or take the "nearest" that does.
+        tile_groups: "per-row", or the number of tile banks of each layer.
+        init: "random" (orthonormal tiles, nn.Linear's variance), "spectral" (nearest to the layer's present weights, with the
+            variance put right), "nearest" (nearest to the present weights: for trained models); None: the method's own.
+        scope: one budget over all layers ("global"), or the same sparsity in each ("layer").
+        schedule: when pruning happens.
+        penalty: for the methods that have one.
+        rows: rows of x per step (batch, times tokens) that plans are chosen for.
+
+    Raises:
+        KronblocksError: a value that is not allowed; says which are.
+
+    >>> config = SparsityConfig(block_size="16x4", target_sparsity=0.9)
+    >>> SparsityConfig.from_json(config.to_json()) == config
+    True
+    """
+
+    method: Method = "two-phase"
+    block_size: BlockSizeLike = 16
+    rank: int = 4
+    target_sparsity: float = 0.9
+    layers: tuple[str | type, ...] = ("*",)
+    exclude: tuple[str | type, ...] = ()
+    overrides: Mapping[str, LayerOverride] = field(default_factory=dict)
+    on_mismatch: Mismatch = "dense"
+    tile_groups: TileGroups = "per-row"
+    init: Init | None = None
+    scope: Scope = "global"
+    schedule: ScheduleConfig = ScheduleConfig()
+    penalty: PenaltyConfig = PenaltyConfig()
+    rows: int = 1024
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, Method)
+        _one_of("on_mismatch", self.on_mismatch, Mismatch)
+        _one_of("scope", self.scope, Scope)
+        if self.init is not None:
+            _one_of("init", self.init, Init)
+        _check_factors(self.rank, self.tile_groups)
+        _whole("rows", self.rows, "the rows of x per step")
+        what = "the share of blocks that end as zeros, from 0 to below 1 (0.9 means 90%)"
+        _number("target_sparsity", self.target_sparsity, 0, 1, what)
+        object.__setattr__(self, "block_size", BlockSize.parse(self.block_size))
+        object.__setattr__(self, "layers", _patterns(self.layers))
+        object.__setattr__(self, "exclude", _patterns(self.exclude))
+        wrong = [key for key, value in self.overrides.items() if not isinstance(value, LayerOverride)]
+        if wrong:
+            raise KronblocksError(f"overrides[{wrong[0]!r}] must be a LayerOverride(block_size=..., rank=..., tile_groups=...)")
+        self._refuse_ignored()
+
+    def _refuse_ignored(self) -> None:
+        """An option that the method would ignore is an error."""
+        if self.method not in FACTORED and self.init is not None:
+            raise KronblocksError(f"method {self.method!r} works on the nn.Linear as it is and has no init: leave init=None")
+        penalised = self.method in ("kron-l1", "group-lasso")
+        if not penalised and self.penalty != PenaltyConfig():
+            raise KronblocksError(f"method {self.method!r} has no penalty: leave penalty=PenaltyConfig()")
+
+    @property
+    def block(self) -> BlockSize:
+        """The block size, parsed."""
+        return BlockSize.parse(self.block_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the format's version."""
+
+        def plain(value: object) -> object:
+            if isinstance(value, BlockSize):
+                return str(value)
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            if isinstance(value, Mapping):
+                return {key: plain(each) for key, each in value.items()}
+            return list(value) if isinstance(value, tuple) else value
+
+        fields = plain(self)
+        assert isinstance(fields, dict)
+        return {"version": CONFIG_VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SparsityConfig:
+        """Read plain values; an unknown name or another version is an error."""
+        if not isinstance(data, Mapping):
+            raise KronblocksError(f"a config is a table of names and values, not {type(data).__name__}")
+        values = dict(data)
+        version = values.pop("version", CONFIG_VERSION)
+        if version != CONFIG_VERSION:
+            raise KronblocksError(f"the config has version {version!r}, and this kronblocks reads version {CONFIG_VERSION}")
+        nested = {"schedule": ScheduleConfig, "penalty": PenaltyConfig}
+        for name, kind in nested.items():
+            if name in values:
+                values[name] = _build(kind, values[name], name)
+        if "overrides" in values:
+            values["overrides"] = {
+                key: _build(LayerOverride, each, f"overrides[{key!r}]")
+                for key, each in _table(values["overrides"], "overrides").items()
+            }
+        return _build(cls, values, "config")
+
+    def to_json(self) -> str:
+        """The config as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> SparsityConfig:
+        """Read what `to_json` wrote."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise KronblocksError(f"the config is not JSON: {error}") from error
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> SparsityConfig:
+        """Read a .json or .toml file."""
+        path = Path(path)
+        try:
+            text = path.read_text()
+            return cls.from_dict(tomllib.loads(text)) if path.suffix == ".toml" else cls.from_json(text)
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise KronblocksError(f"cannot read the config {path}: {error}") from error
+
+
+def _patterns(patterns: object) -> tuple[str, ...]:
+    """Patterns as text; a class becomes "type:" and its name."""
+    if isinstance(patterns, str | type):
+        patterns = (patterns,)
+    if not isinstance(patterns, tuple | list) or not all(isinstance(each, str | type) for each in patterns):
+        raise KronblocksError(f'layers and exclude are patterns such as ("encoder.*", "re:.*fc[12]"), not {patterns!r}')
+    return tuple(f"type:{each.__qualname__}" if isinstance(each, type) else each for each in patterns)
+
+
+def _table(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise KronblocksError(f"{where} must be a table of names and values, not {value!r}")
+    return value
+
+
+def _build(kind: type, values: object, where: str) -> Any:
+    names = {f.name for f in dataclasses.fields(kind)}
+    given = {key: tuple(each) if isinstance(each, list) else each for key, each in _table(values, where).items()}
+    unknown = sorted(given.keys() - names)
+    if unknown:
+        raise KronblocksError(f"{where} has no setting {unknown[0]!r}: there are {', '.join(sorted(names))}")
+    return kind(**given)

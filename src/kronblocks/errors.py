@@ -1,0 +1,13 @@
+"""The one error class and the warnings of the library."""
+
+
+class KronblocksError(ValueError):
+    """A mistake in the use of the library: says what was given, what is allowed and what to write instead."""
+
+
+class KronblocksWarning(UserWarning):
+    """Base of all warnings that the library gives."""
+
+
+class PerformanceWarning(KronblocksWarning):
+    """Something works but costs more time or memory than it needs to."""

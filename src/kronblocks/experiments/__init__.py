@@ -1,0 +1,1 @@
+"""The paper's tasks as recipes, on Lightning: data, models, training, comparison, reports. Needs `kronblocks[experiments]`."""

@@ -1,0 +1,38 @@
+"""The subcommands `train`, `compare` and `report`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from kronblocks.experiments.tasks import TrainConfig
+
+
+def _summary(config: TrainConfig, result: dict[str, Any]) -> Table:
+    table = Table(title=f"{config.method} on {config.data}: {config.out}", show_header=False, title_justify="left")
+    rows = {
+        "test accuracy": f"{100 * result['test_accuracy']:.2f} %",
+        "weights in zero blocks": f"{100 * result['block_sparsity']:.2f} %",
+        "live blocks": f"{result['live_blocks']:,} of {result['total_blocks']:,}",
+        "trained parameters": f"{result['trainable_parameters_max']:,} at most, {result['trainable_parameters_end']:,} at last",
+        "training": f"{result['train_seconds']:.1f} s, {result['training_macs'] / 1e9:,.1f} G multiply-adds",
+        "peak memory": f"{result['peak_memory_bytes'] / 2**20:.0f} MiB above the loaded data",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
+    """Train one model and show what came out."""
+    from kronblocks.experiments.train import train as run_training
+
+    Console().print(_summary(config, run_training(config)))
+
+
+def run(args: list[str] | None = None) -> None:
+    """Read the command line and do what it says."""
+    tyro.extras.subcommand_cli_from_dict({"train": train}, args=args, prog="kronblocks", description=__doc__)

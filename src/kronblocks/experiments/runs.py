@@ -1,0 +1,135 @@
+"""The folder of one training: who may write into it, what it holds, and how to go on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from kronblocks.errors import KronblocksError
+from kronblocks.experiments.tasks import TrainConfig
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old one or the new one, never half of one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write plain values as JSON, atomically."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        KronblocksError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise KronblocksError(f"cannot read {path}: {error}") from error
+
+
+class RunFolder:
+    """A training's folder, locked while this object is open.
+
+    Use `RunFolder.open(config)` as a context manager. `result` is the finished result, if there is one; `attempt` counts the
+    times that the training was started here.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path, self._lock = path, lock
+        self.checkpoints = path / "checkpoints"
+        self.result: dict[str, Any] | None = None
+        self.attempt = len(list((path / "csv").glob("version_*")))
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> Self:
+        """Lock the folder for this training.
+
+        Raises:
+            KronblocksError: another process works there, it holds something already and --resume was not given, or it holds a
+                training with other settings.
+        """
+        path = config.out.expanduser()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path / ".lock", os.O_CREAT | os.O_RDWR)
+        except OSError as error:
+            raise KronblocksError(f"cannot write into {path}: {error.strerror}; choose another --out") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise KronblocksError(f"another process is training in {path}: wait for it, or choose another --out") from error
+        folder = cls(path, lock)
+        try:
+            folder._prepare(config)
+        except BaseException:
+            os.close(lock)
+            raise
+        return folder
+
+    def _prepare(self, config: TrainConfig) -> None:
+        settings, known = config.settings(), self.path / "config.json"
+        others = [each.name for each in self.path.iterdir() if each.name != ".lock"]
+        if not config.resume and others:
+            raise KronblocksError(
+                f"{self.path} is not empty ({', '.join(sorted(others)[:3])}): add --resume to go on with what is there, or "
+                "choose another --out"
+            )
+        if not known.exists():
+            write_json(known, settings)
+            return
+        before = read_json(known)
+        changed = [name for name in settings if before.get(name) != json.loads(json.dumps(settings[name]))]
+        if changed:
+            raise KronblocksError(
+                f"{self.path} holds a training with other settings ({', '.join(changed)}): "
+                f"use the ones in {known}, or choose another --out"
+            )
+        if (self.path / "result.json").exists():
+            self.result = read_json(self.path / "result.json")
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint, checked to be readable; None where there is none yet.
+
+        Raises:
+            KronblocksError: it is damaged or no checkpoint of this program.
+        """
+        found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda each: each.stat().st_mtime)
+        if not found:
+            return None
+        try:
+            content = torch.load(found[-1], map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load has no common class for what damaged files make it raise
+            raise KronblocksError(
+                f"the checkpoint {found[-1]} cannot be read ({type(error).__name__}): delete it to go on from the one before, if "
+                "there is one, or start again in another folder"
+            ) from error
+        if not isinstance(content, dict) or not {"sparsifier", "meters", "state_dict"} <= content.keys():
+            raise KronblocksError(f"{found[-1]} is not a checkpoint of kronblocks train: start again in another folder")
+        return found[-1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)

@@ -1,0 +1,116 @@
+"""What a training is: the settings of `kronblocks train`, and each method's recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+from kronblocks.config import Method, Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig
+from kronblocks.errors import KronblocksError
+from kronblocks.experiments.models import ModelName
+
+DataName = Literal["mnist5k", "fashion-mnist", "digits", "mnist", "cifar10", "cifar100"]
+
+
+class Recipe(NamedTuple):
+    """Optimiser settings of a method: AdamW, 10% linear warm-up, then cosine to 0."""
+
+    lr: float  # of what is not sparse; factors and lifted values get 1.5 times that
+    weight_decay: float
+    factor_weight_decay: float
+
+
+RECIPES: dict[str, Recipe] = {
+    "two-phase": Recipe(4e-3, 0.0, 0.0),
+    "kron-l1": Recipe(4e-3, 0.0, 0.05),  # decay on A and B is what gives L1 on S its meaning (equation 15)
+    "group-lasso": Recipe(4e-3, 0.0, 0.0),
+    "magnitude": Recipe(4e-3, 0.0, 0.0),
+    "static": Recipe(4e-3, 0.0, 0.0),
+    "dense": Recipe(4e-3, 0.0, 0.0),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train one model on one data set with one method, and write result.json and a checkpoint every epoch."""
+
+    out: Path
+    """Folder for the results; must be new or empty, unless --resume."""
+    data: DataName = "mnist5k"
+    """Data set; mnist5k and digits need no download."""
+    model: ModelName = "mlp"
+    widths: tuple[int, ...] = (512, 256)
+    """Hidden sizes of the MLP."""
+    method: Method = "two-phase"
+    block_size: str = "16"
+    """Rows and columns of a block: 16, or 16x4."""
+    rank: int = 4
+    """Kronecker terms of a layer."""
+    sparsity: float = 0.9
+    """Share of the weights that ends in blocks of exact zeros."""
+    epochs: int = 8
+    seed: int = 0
+    batch_size: int = 256
+    lr: float | None = None
+    """Learning rate of the dense parts; unset: the method's own."""
+    weight_decay: float | None = None
+    """Of dense weights; unset: the method's own."""
+    tile_groups: str = "per-row"
+    """Tile banks of a layer: per-row, or a number."""
+    on_mismatch: Mismatch = "nearest"
+    """Layers that the block size does not divide: nearest size that does, or left dense."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    data_dir: Path | None = None
+    """Where the data set's original files are."""
+    threads: int | None = None
+    """Threads that torch uses; unset: its own choice."""
+    resume: bool = False
+    """Go on from the last checkpoint in the folder."""
+    progress: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise KronblocksError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise KronblocksError(f"--threads must be at least 1, not {self.threads}")
+        if self.tile_groups != "per-row" and not self.tile_groups.isdecimal():
+            raise KronblocksError(f"--tile-groups is per-row or a number, not {self.tile_groups!r}")
+        self.sparsity_config()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The method's recipe with what the user changed."""
+        own = RECIPES[self.method]
+        return Recipe(
+            own.lr if self.lr is None else self.lr,
+            own.weight_decay if self.weight_decay is None else self.weight_decay,
+            own.factor_weight_decay,
+        )
+
+    def sparsity_config(self) -> SparsityConfig:
+        """What `sparsify_` is given."""
+        return SparsityConfig(
+            method=self.method,
+            block_size=self.block_size,
+            rank=self.rank,
+            target_sparsity=self.sparsity,
+            on_mismatch=self.on_mismatch,
+            tile_groups="per-row" if self.tile_groups == "per-row" else int(self.tile_groups),
+            schedule=self.schedule,
+            penalty=self.penalty,
+            rows=self.batch_size,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, as plain values: everything but where it is written and how it is shown."""
+        data = dataclasses.asdict(self)
+        for name in ("out", "resume", "progress", "data_dir"):
+            del data[name]
+        return {**data, "widths": list(self.widths), "recipe": self.recipe._asdict()}

@@ -1,0 +1,154 @@
+"""What the two block-sparse layers share: a grid, a mask, a plan and the index that the packed plan needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kronblocks.blocks import BlockGrid
+from kronblocks.errors import KronblocksError
+from kronblocks.ops.cost import ASSUMED_ROWS, PlanChoice, Problem, check_plan, choose_plan
+from kronblocks.ops.packed import BlockIndex
+
+
+class IndexBuffers(nn.Module):
+    """A `BlockIndex` as buffers that move with the module and are never saved: the mask says it all."""
+
+    def __init__(self, grid: BlockGrid, capacity: int, device: torch.device | str | None) -> None:
+        super().__init__()
+        m1, n1 = grid.shape
+        sizes = {"crow": m1 + 1, "ccol": n1 + 1}
+        for name in BlockIndex._fields:
+            empty = torch.zeros(sizes.get(name, capacity), dtype=torch.int32, device=device)
+            self.register_buffer(name, empty, persistent=False)
+
+    @property
+    def index(self) -> BlockIndex:
+        """The buffers as the tuple that operators take."""
+        return BlockIndex(*(self.get_buffer(name) for name in BlockIndex._fields))
+
+    def set_(self, index: BlockIndex) -> None:
+        """Take over another index of the same grid."""
+        for name, value in index._asdict().items():
+            setattr(self, name, value)
+
+
+class BlockLayer(nn.Module):
+    """Base of `KroneckerBlockLinear` and `BlockSparseLinear`. Subclasses store the blocks and compute with them."""
+
+    block_mask: Tensor  # (m1, n1) bool, True = live
+
+    def __init__(self, grid: BlockGrid, rank: int | None, tile_groups: int, plan: str, capacity: int, device) -> None:
+        super().__init__()
+        check_plan(plan, rank)
+        self.grid = grid
+        self.in_features, self.out_features = grid.in_features, grid.out_features
+        self.rank, self.tile_groups = rank, tile_groups
+        self.plan = plan
+        self.rows = ASSUMED_ROWS
+        self._index = IndexBuffers(grid, capacity, device)
+        self.register_buffer("block_mask", torch.ones(grid.shape, dtype=torch.bool, device=device))
+        self.register_load_state_dict_post_hook(lambda module, _: module.mask_changed_())
+
+    def problem(self, *, rows: int | None = None, training: bool = True, input_grad: bool = True) -> Problem:
+        """This layer as the cost model sees it, at its present density."""
+        weight = next(self.parameters(recurse=False))
+        density = 1.0 if self.block_mask.is_meta else self.density
+        rows, device = rows or self.rows, weight.device.type
+        return Problem(self.grid, self.rank, self.tile_groups, rows, density, weight.dtype, device, training, input_grad)
+
+    def choose_plan_(self, rows: int | None = None) -> PlanChoice:
+        """Choose the plan anew where the user wrote "auto", for the present density and this many rows of x."""
+        self.rows = rows or self.rows
+        choice = choose_plan(self.problem())
+        self.use_plan_(choice.plan if self.plan == "auto" else self.plan)
+        return choice
+
+    def use_plan_(self, plan: str) -> None:
+        """Compute with this plan from now on. What is stored does not depend on it."""
+        check_plan(plan, self.rank)
+        self.active_plan = plan
+        self.refresh_index_()
+
+    def refresh_index_(self) -> None:
+        """Rebuild the packed index from the mask, where the active plan needs one."""
+        if self.active_plan == "packed" and not self.block_mask.is_meta:
+            self._index.set_(self._make_index())
+
+    def _make_index(self) -> BlockIndex:
+        return BlockIndex.from_mask(self.block_mask)
+
+    @torch.no_grad()
+    def mask_changed_(self) -> None:
+        """Make the stored blocks agree with `block_mask`: exact zeros where it is False, and a fresh index."""
+        self.enforce_zeros_()
+        self.refresh_index_()
+
+    @torch.no_grad()
+    def set_block_mask_(self, mask: Tensor) -> None:
+        """Kill the blocks where the mask is False; blocks that come alive start at zero.
+
+        Args:
+            mask: (m1, n1) bool, True = live.
+        """
+        if tuple(mask.shape) != self.grid.shape or mask.dtype != torch.bool:
+            raise KronblocksError(
+                f"the mask of {self.grid} is a bool tensor of {self.grid.shape}, not {mask.dtype} {tuple(mask.shape)}"
+            )
+        self.block_mask.copy_(mask)
+        self.mask_changed_()
+
+    @torch.no_grad()
+    def scale_blocks_(self, multipliers: Tensor) -> None:
+        """Multiply every block by its number, (m1, n1), in place; 0 kills the block."""
+        self._multiply_(multipliers)
+        died = self.block_mask & (multipliers == 0)
+        if died.any():
+            self.set_block_mask_(self.block_mask & ~died)
+
+    @property
+    def density(self) -> float:
+        """Share of the blocks that are live."""
+        return int(self.block_mask.sum()) / self.grid.blocks
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, (out_features, in_features), built at every access; read-only."""
+        return self.dense_weight()
+
+    def dense_weight(self) -> Tensor:
+        """Build the dense weight, (out_features, in_features); differentiable."""
+        raise NotImplementedError
+
+    def block_norms(self) -> Tensor:
+        """Frobenius norm of every block, (m1, n1)."""
+        raise NotImplementedError
+
+    def block_parameters(self) -> list[nn.Parameter]:
+        """The parameters that hold the blocks, the bias not among them."""
+        raise NotImplementedError
+
+    def enforce_zeros_(self) -> None:
+        """Set what belongs to dead blocks to exactly 0."""
+        raise NotImplementedError
+
+    def _multiply_(self, multipliers: Tensor) -> None:
+        raise NotImplementedError
+
+    def config(self) -> dict:
+        """The constructor's arguments as plain values: what a structure record needs."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        live = "?" if self.block_mask.is_meta else int(self.block_mask.sum())
+        factors = "" if self.rank is None else f", rank={self.rank}, tile_groups={self.tile_groups}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.grid.block}{factors}, "
+            f"live={live}/{self.grid.blocks}, plan={self.active_plan}"
+        )
+
+
+def reset_bias_(bias: Tensor | None, in_features: int) -> None:
+    """The default of nn.Linear: uniform within 1/sqrt(in_features)."""
+    if bias is not None:
+        nn.init.uniform_(bias, -(in_features**-0.5), in_features**-0.5)

@@ -1,0 +1,199 @@
+"""A linear layer that stores only the live blocks of its weight, as free values."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from kronblocks.blocks import BlockGrid, BlockSize
+from kronblocks.errors import KronblocksError
+from kronblocks.nn.base import BlockLayer, reset_bias_
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.ops.packed import BlockIndex, packed_linear
+
+
+class BlockSparseLinear(BlockLayer):
+    """y = x W^T + bias, where W has free values on its live blocks and is zero elsewhere (equation 7 in docs/math.md).
+
+    Parameters: `values` (capacity, bm, bn) and `bias`. Buffers: `block_mask` (m1, n1) and `block_position` (capacity,), the
+    row-major number of each slot's block. Blocks that die keep their slot, at exactly 0 and without gradient, until `compact_`.
+
+    Args:
+        in_features: n, columns of W.
+        out_features: m, rows of W.
+        block_size: 16, "16x4" or (16, 4), rows first; must divide (out_features, in_features).
+        mask: (m1, n1) bool, True = live; None: all blocks. Its live blocks get the slots.
+        capacity: number of slots instead, for a layer that `load_state_dict` will fill.
+        bias: add a trained bias.
+        plan: "auto", "packed" (live blocks only) or "dense" (build W, then one dense product).
+
+    Raises:
+        KronblocksError: sizes that do not divide, a mask of another shape, both mask and capacity.
+
+    >>> layer = BlockSparseLinear(8, 6, "3x2", mask=torch.eye(2, 4, dtype=torch.bool))
+    >>> layer(torch.ones(5, 8)).shape, layer.values.shape
+    (torch.Size([5, 6]), torch.Size([2, 3, 2]))
+    """
+
+    block_position: Tensor  # (capacity,) int64
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block_size: BlockSize | int | str | tuple[int, int],
+        *,
+        mask: Tensor | None = None,
+        capacity: int | None = None,
+        bias: bool = True,
+        plan: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        grid = BlockGrid(out_features, in_features, BlockSize.parse(block_size))
+        if mask is not None and capacity is not None:
+            raise KronblocksError("give mask or capacity, not both: the live blocks of a mask get the slots")
+        if mask is not None and (tuple(mask.shape) != grid.shape or mask.dtype != torch.bool):
+            raise KronblocksError(f"mask must be bool of shape {grid.shape}, not {mask.dtype} {tuple(mask.shape)}")
+        if capacity is not None and not 0 <= capacity <= grid.blocks:
+            raise KronblocksError(f"capacity must be from 0 to the {grid.blocks} blocks of {grid}, not {capacity}")
+        if mask is None:
+            mask = torch.zeros(grid.shape, dtype=torch.bool)
+            mask.view(-1)[: grid.blocks if capacity is None else capacity] = True
+        slots = mask.flatten().nonzero().squeeze(1).to(device)
+        super().__init__(grid, None, 1, plan, len(slots), device)
+        self.values = nn.Parameter(torch.empty(len(slots), *grid.block, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("block_position", slots)
+        self.block_mask.copy_(mask)
+        self.choose_plan_()
+        self.reset_parameters()
+
+    @classmethod
+    def _like(cls, layer: nn.Linear | KroneckerBlockLinear, grid: BlockGrid, mask: Tensor, plan: str) -> Self:
+        """A layer with the blocks of another's weight where the mask is True, and its bias."""
+        with torch.no_grad():
+            weight = layer.weight
+            new = cls(
+                grid.in_features,
+                grid.out_features,
+                grid.block,
+                mask=mask,
+                bias=layer.bias is not None,
+                plan=plan,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+            new.values.copy_(grid.to_blocks(weight)[mask])
+            if new.bias is not None and layer.bias is not None:
+                new.bias.copy_(layer.bias)
+        return new.train(layer.training)
+
+    @classmethod
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        *,
+        block_size: BlockSize | int | str | tuple[int, int],
+        mask: Tensor,
+        plan: str = "auto",
+    ) -> Self:
+        """The blocks of a dense layer where the mask, (m1, n1) bool, is True."""
+        grid = BlockGrid(linear.out_features, linear.in_features, BlockSize.parse(block_size))
+        return cls._like(linear, grid, mask, plan)
+
+    @classmethod
+    def from_kron(cls, layer: KroneckerBlockLinear, *, plan: str = "auto") -> Self:
+        """The lift: the live blocks of a Kronecker layer as free values. The bias keeps its parameter object."""
+        new = cls._like(layer, layer.grid, layer.block_mask, plan)
+        new.bias = layer.bias
+        new.choose_plan_(layer.rows)
+        return new
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform values of nn.Linear's default scale. The mask stays."""
+        bound = self.in_features**-0.5
+        nn.init.uniform_(self.values, -bound, bound)
+        reset_bias_(self.bias, self.in_features)
+        self.mask_changed_()
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots in `values`."""
+        return self.values.shape[0]
+
+    def _dead_slots(self) -> Tensor:
+        """(capacity, 1, 1) bool."""
+        return ~self.block_mask.view(-1)[self.block_position].view(-1, 1, 1)
+
+    def _make_index(self) -> BlockIndex:
+        return BlockIndex.from_mask(self.block_mask, self.block_position)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.active_plan == "packed":
+            return packed_linear(x, self.values, self._index.index, self.bias)
+        return nn.functional.linear(x, self.dense_weight(), self.bias)
+
+    def dense_weight(self) -> Tensor:
+        values = self.values.masked_fill(self._dead_slots(), 0)
+        blocks = values.new_zeros(self.grid.blocks, *self.grid.block).index_copy(0, self.block_position, values)
+        return self.grid.from_blocks(blocks.unflatten(0, self.grid.shape))
+
+    def to_torch_bsr(self) -> Tensor:
+        """The weight as a torch tensor in BSR layout, live blocks only, detached."""
+        index = self._make_index()
+        live = int(index.crow[-1])
+        values = self.values.detach()[index.slot[:live]]
+        size = (self.out_features, self.in_features)
+        return torch.sparse_bsr_tensor(index.crow, index.col[:live], values, size, check_invariants=True)
+
+    @torch.no_grad()
+    def block_norms(self) -> Tensor:
+        norms = torch.linalg.vector_norm(self.values, dim=(1, 2), dtype=torch.promote_types(self.values.dtype, torch.float32))
+        return norms.new_zeros(self.grid.blocks).index_copy(0, self.block_position, norms).view(self.grid.shape)
+
+    def block_parameters(self) -> list[nn.Parameter]:
+        return [self.values]
+
+    @torch.no_grad()
+    def enforce_zeros_(self) -> None:
+        self.values.masked_fill_(self._dead_slots(), 0)
+
+    def _multiply_(self, multipliers: Tensor) -> None:
+        self.values.mul_(multipliers.flatten()[self.block_position].view(-1, 1, 1).to(self.values.dtype))
+
+    @torch.no_grad()
+    def set_block_mask_(self, mask: Tensor) -> None:
+        homeless = mask.flatten().index_fill(0, self.block_position, False)
+        if homeless.any():
+            raise KronblocksError(
+                f"{int(homeless.sum())} live blocks of the mask have no slot in values: make a new layer with "
+                "BlockSparseLinear.from_dense(linear, block_size=..., mask=...)"
+            )
+        super().set_block_mask_(mask)
+
+    @torch.no_grad()
+    def compact_(self) -> Tensor:
+        """Give up the slots of dead blocks: `values` becomes a new, smaller parameter.
+
+        Returns:
+            (new capacity,) the slots that were kept, for whoever holds state per slot (an optimiser).
+        """
+        kept = (~self._dead_slots()).flatten().nonzero().squeeze(1)
+        self.values = nn.Parameter(self.values[kept], requires_grad=self.values.requires_grad)
+        self.block_position = self.block_position[kept]
+        self.refresh_index_()
+        return kept
+
+    def config(self) -> dict:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "block_size": str(self.grid.block),
+            "capacity": self.capacity,
+            "bias": self.bias is not None,
+            "plan": self.plan,
+        }

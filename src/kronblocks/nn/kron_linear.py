@@ -1,0 +1,174 @@
+"""A linear layer whose weight is a sum of Kronecker products: the blocks are mixtures of a few shared tiles."""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from kronblocks.blocks import BlockGrid, BlockSize
+from kronblocks.errors import KronblocksError
+from kronblocks.nn.base import BlockLayer, reset_bias_
+from kronblocks.ops import kron
+from kronblocks.ops.nearest import nearest_kronecker_sum
+
+
+class KroneckerBlockLinear(BlockLayer):
+    """y = x W^T + bias, where block (p, q) of W is gate[p,q] * sum_i coeff[p,q,i] * tiles[group(p), i].
+
+    Equations 2 and 3 in docs/math.md. Parameters: `coeff` (m1, n1, r), `tiles` (g, r, bm, bn), `gate` (m1, n1) if asked for, and
+    `bias`. The buffer `block_mask` (m1, n1) says which blocks are live; dead ones have coefficients of exactly 0 and get no
+    gradient. The state_dict does not depend on the plan.
+
+    Args:
+        in_features: n, columns of W.
+        out_features: m, rows of W.
+        block_size: 16, "16x4" or (16, 4), rows first; must divide (out_features, in_features).
+        rank: number of Kronecker terms r.
+        tile_groups: g, number of tile banks; divides m1. 1 is the paper's layer, m1 gives each block row its own tiles.
+        gate: add the paper's trained gate S, at 1.
+        bias: add a trained bias.
+        plan: "auto" or a plan of `kronblocks.ops`; fixed outside `forward`, see `use_plan_`.
+
+    Raises:
+        KronblocksError: sizes that do not divide, a rank below 1, a plan that cannot compute this layer.
+
+    Source:
+        Zhu, Zuo, Khalili, "An Efficient Training Algorithm for Models with Block-wise Sparsity", TMLR 2025, section 3.
+
+    >>> layer = KroneckerBlockLinear(8, 6, "3x2", rank=2)
+    >>> layer(torch.ones(5, 8)).shape
+    torch.Size([5, 6])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block_size: BlockSize | int | str | tuple[int, int],
+        rank: int,
+        *,
+        tile_groups: int = 1,
+        gate: bool = False,
+        bias: bool = True,
+        plan: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        grid = BlockGrid(out_features, in_features, BlockSize.parse(block_size))
+        (m1, n1), (bm, bn) = grid.shape, grid.block
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise KronblocksError(f"rank is the number of Kronecker terms, a whole number from 1 on, not {rank!r}")
+        if isinstance(tile_groups, bool) or not isinstance(tile_groups, int) or tile_groups < 1 or m1 % tile_groups:
+            raise KronblocksError(f"tile_groups must divide the {m1} block rows, and {tile_groups!r} does not")
+        super().__init__(grid, rank, tile_groups, plan, 0, device)
+        factory = {"device": device, "dtype": dtype}
+        self.coeff = nn.Parameter(torch.empty(m1, n1, rank, **factory))
+        self.tiles = nn.Parameter(torch.empty(tile_groups, rank, bm, bn, **factory))
+        self.gate = nn.Parameter(torch.empty(m1, n1, **factory)) if gate else None
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+        self.choose_plan_()
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        block_size: BlockSize | int | str | tuple[int, int],
+        rank: int,
+        tile_groups: int = 1,
+        gate: bool = False,
+        plan: str = "auto",
+    ) -> Self:
+        """The layer nearest to a dense one: the truncated SVD of the rearranged weight (equation 11 in docs/math.md)."""
+        weight = linear.weight.detach()
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            block_size,
+            rank,
+            tile_groups=tile_groups,
+            gate=gate,
+            bias=linear.bias is not None,
+            plan=plan,
+            device="meta",
+            dtype=weight.dtype,
+        ).to_empty(device=weight.device)
+        coeff, tiles, _ = nearest_kronecker_sum(weight, layer.grid, rank, tile_groups=tile_groups)
+        with torch.no_grad():
+            layer.block_mask.fill_(True)
+            layer.coeff.copy_(coeff)
+            layer.tiles.copy_(tiles)
+            if layer.gate is not None:
+                layer.gate.fill_(1)
+            if layer.bias is not None:
+                layer.bias.copy_(linear.bias)
+        layer.refresh_index_()
+        return layer
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Orthonormal tiles and normal coefficients that give W the variance of nn.Linear's default (equation 13)."""
+        self.block_mask.fill_(True)
+        reset_bias_(self.bias, self.in_features)
+        if self.gate is not None:
+            self.gate.fill_(1)
+        if self.tiles.is_meta:
+            return
+        groups, rank, bm, bn = self.tiles.shape
+        flat = torch.randn(groups, bm * bn, rank, device=self.tiles.device)
+        flat = torch.linalg.qr(flat).Q if rank <= bm * bn else nn.functional.normalize(flat, dim=1)
+        self.tiles.copy_(flat.transpose(1, 2).reshape(self.tiles.shape))
+        self.coeff.normal_(0, math.sqrt(bm * bn / rank / (3 * self.in_features)))
+        self.refresh_index_()
+
+    @torch.no_grad()
+    def match_variance_(self) -> None:
+        """Scale the coefficients so that the mean square of W is that of nn.Linear's default, 1/(3n) (equation 13)."""
+        mean_square = self.block_norms().square().sum() / self.grid.weights
+        self.coeff.mul_((mean_square * 3 * self.in_features).rsqrt().to(self.coeff.dtype))
+
+    def effective_coeff(self) -> Tensor:
+        """The coefficients times the gate, (m1, n1, r)."""
+        return self.coeff if self.gate is None else self.coeff * self.gate.unsqueeze(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        live = self._index.index if self.active_plan == "packed" else self.block_mask
+        return kron.kron_linear(x, self.effective_coeff(), self.tiles, self.bias, plan=self.active_plan, live=live)
+
+    def dense_weight(self) -> Tensor:
+        coeff = self.effective_coeff().masked_fill(~self.block_mask.unsqueeze(-1), 0)
+        return kron.kron_weight(coeff, self.tiles)
+
+    @torch.no_grad()
+    def block_norms(self) -> Tensor:
+        return kron.block_norms(self.effective_coeff(), self.tiles)
+
+    def block_parameters(self) -> list[nn.Parameter]:
+        return [p for p in (self.coeff, self.tiles, self.gate) if p is not None]
+
+    @torch.no_grad()
+    def enforce_zeros_(self) -> None:
+        dead = ~self.block_mask
+        self.coeff.masked_fill_(dead.unsqueeze(-1), 0)
+        if self.gate is not None:
+            self.gate.masked_fill_(dead, 0)
+
+    def _multiply_(self, multipliers: Tensor) -> None:
+        target = self.coeff if self.gate is None else self.gate
+        target.mul_((multipliers.unsqueeze(-1) if self.gate is None else multipliers).to(target.dtype))
+
+    def config(self) -> dict:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "block_size": str(self.grid.block),
+            "rank": self.rank,
+            "tile_groups": self.tile_groups,
+            "gate": self.gate is not None,
+            "bias": self.bias is not None,
+            "plan": self.plan,
+        }

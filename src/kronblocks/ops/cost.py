@@ -1,0 +1,187 @@
+"""What each plan costs for a layer, counted, and which one to take: `choose_plan`.
+
+The counts are exact for the code in `ops/plans` and `ops/packed.py` (equation 9 in docs/math.md). The choice turns them into time
+by a rough roofline: multiply-adds over a rate, plus bytes over a bandwidth.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+
+from kronblocks.blocks import BlockGrid
+from kronblocks.errors import KronblocksError
+from kronblocks.ops.kron import PLAN_NAMES
+
+ASSUMED_ROWS = 1024
+"""Rows of x that `plan="auto"` assumes where nobody has said how many there will be."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer's product y = x W^T, as far as its cost depends on it."""
+
+    grid: BlockGrid
+    rank: int | None  # None: free block values instead of factors
+    tile_groups: int = 1
+    rows: int = ASSUMED_ROWS  # rows of x
+    density: float = 1.0  # live blocks / blocks
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    training: bool = True
+    input_grad: bool = True  # False for the first layer of a net, whose input needs no gradient
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds and bytes of one forward (and, in training, one backward) of a layer."""
+
+    forward_macs: int
+    backward_macs: int  # 0 unless training
+    parameters: int  # values that are stored and trained, bias not counted
+    parameter_bytes: int
+    saved_bytes: int  # kept from forward to backward, x included, parameters not
+    moved_bytes: int  # read or written in all, a rough count
+
+    @property
+    def macs(self) -> int:
+        """Forward and backward multiply-adds."""
+        return self.forward_macs + self.backward_macs
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """The plan to use, the backend that runs it, the reason in words, and every plan's cost."""
+
+    plan: str
+    backend: str
+    why: str
+    costs: dict[str, Cost] = field(repr=False)
+
+
+def _parameters(problem: Problem) -> int:
+    grid, (m1, n1) = problem.grid, problem.grid.shape
+    if problem.rank is None:
+        return round(problem.density * grid.blocks) * grid.block.area
+    return problem.rank * (m1 * n1 + problem.tile_groups * grid.block.area)
+
+
+def _stages(problem: Problem, plan: str) -> tuple[float, float, int]:
+    """Multiply-adds of a plan's first and second stage, and the size of the intermediate between them (values)."""
+    grid, rows, rank = problem.grid, problem.rows, problem.rank or 0
+    (m1, n1), (bm, bn) = grid.shape, grid.block
+    dense = rows * grid.weights
+    live = round(problem.density * grid.blocks) * grid.block.area
+    match plan:
+        case "dense":
+            return rank * grid.weights, dense, grid.weights
+        case "packed":
+            return rank * live, rows * live, live if rank else 0
+        case "tile_first":
+            size = rows * n1 * problem.tile_groups * rank * bm
+            return size * bn, dense * rank / bn, size
+        case "coeff_first":
+            size = rows * m1 * rank * bn
+            return size * n1, rows * m1 * rank * bm * bn, size
+    raise KronblocksError(f"unknown plan {plan!r}: write one of {', '.join(PLAN_NAMES)}")
+
+
+def cost(problem: Problem, plan: str) -> Cost:
+    """Count one plan for one problem. The plans on the PyTorch backend do not skip dead blocks, except "packed".
+
+    Raises:
+        KronblocksError: the plan does not exist, or needs factors that a layer of free values has not got.
+
+    >>> from kronblocks.blocks import BlockSize
+    >>> cost(Problem(BlockGrid(64, 64, BlockSize(16, 16)), rank=None, rows=10, density=0.25), "packed").forward_macs
+    10240
+    """
+    if problem.rank is None and plan not in ("dense", "packed"):
+        raise KronblocksError(f'plan "{plan}" works on factors; a layer of free block values has "dense" and "packed"')
+    first, second, intermediate = _stages(problem, plan)
+    grid, rows = problem.grid, problem.rows
+    itemsize = problem.dtype.itemsize
+    ends = rows * (grid.in_features + grid.out_features)
+    if plan in ("dense", "packed"):
+        # dvalues (or dW) is one product of the second stage's size, dx another; then dcoeff and dtiles. dense builds W again
+        backward = second * (1 + problem.input_grad) + first * (3 if plan == "dense" else 2)
+        saved = rows * grid.in_features + (intermediate if plan == "packed" else 0)
+    else:
+        # the first stage again; two gradients of the second stage's size; dtiles or dcoeff, and dx, of the first's
+        backward = 2 * second + first * (2 + problem.input_grad)
+        saved = rows * grid.in_features
+    # an einsum copies its operands into the layout of a matrix product: each use of the intermediate is about three passes
+    passes = (3 * 4 if problem.training else 3) if plan.endswith("first") else (4 if problem.training else 2)
+    parameters = _parameters(problem)
+    moved = (ends * (3 if problem.training else 1) + intermediate * passes + parameters) * itemsize
+    return Cost(
+        forward_macs=round(first + second),
+        backward_macs=round(backward) if problem.training else 0,
+        parameters=parameters,
+        parameter_bytes=parameters * itemsize,
+        saved_bytes=saved * itemsize if problem.training else 0,
+        moved_bytes=moved,
+    )
+
+
+# multiply-adds per second, and bytes per second inside and outside the cache; only ratios matter: 2 CPU cores, one large GPU
+_RATES = {"cpu": (65e9, 20e9, 8e9), "cuda": (25e12, 4e12, 2e12)}
+_CACHE_BYTES = 16e6
+_PRODUCT_SECONDS = 2e-5  # to launch one of the small products of which the PyTorch backend's packed plan is made
+
+
+def _efficiency(problem: Problem, plan: str) -> float:
+    """Share of a dense product's rate that a plan's products reach on the PyTorch backend (measured on 2 CPU cores)."""
+    if plan == "packed":  # one thin product per block row: 0.03 at 4x4, 0.1 at 16x16
+        return min(0.8, 0.006 * min(problem.grid.block))
+    return 1.0 if plan == "dense" else 0.6
+
+
+def estimated_seconds(problem: Problem, plan: str) -> float:
+    """Rough time of one step of the layer: good for comparing plans, not for promises."""
+    rate, cached, uncached = _RATES.get(problem.device.split(":")[0], _RATES["cpu"])
+    counts = cost(problem, plan)
+    intermediate = _stages(problem, plan)[2] * problem.dtype.itemsize
+    bandwidth = cached if intermediate < _CACHE_BYTES else uncached
+    products = (2 if problem.training else 1) * sum(problem.grid.shape) if plan == "packed" else 0
+    return counts.macs / (rate * _efficiency(problem, plan)) + counts.moved_bytes / bandwidth + products * _PRODUCT_SECONDS
+
+
+def possible_plans(rank: int | None) -> tuple[str, ...]:
+    """The plans that can compute a layer: all four on factors, dense and packed on free block values (rank None)."""
+    return PLAN_NAMES if rank is not None else ("dense", "packed")
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_plan(problem: Problem) -> PlanChoice:
+    """The plan with the least estimated time, and why.
+
+    >>> from kronblocks.blocks import BlockSize
+    >>> choose_plan(Problem(BlockGrid(1024, 1024, BlockSize(16, 16)), rank=1)).plan
+    'tile_first'
+    """
+    names = possible_plans(problem.rank)
+    seconds = {plan: estimated_seconds(problem, plan) for plan in names}
+    best = min(names, key=seconds.__getitem__)
+    dense = problem.rows * problem.grid.weights * (2 + problem.input_grad if problem.training else 1)
+    costs = {plan: cost(problem, plan) for plan in names}
+    others = ", ".join(f"{plan} {seconds[plan] / seconds[best]:.2f}x" for plan in names if plan != best)
+    why = (
+        f"{best}: {costs[best].macs / dense:.2f} of dense's multiply-adds for {problem.grid} at density "
+        f"{problem.density:.2f} and {problem.rows} rows; estimated time of the others relative to it: {others}"
+    )
+    return PlanChoice(best, "torch", why, costs)
+
+
+def check_plan(plan: str, rank: int | None) -> None:
+    """Refuse a plan that cannot compute a layer.
+
+    Raises:
+        KronblocksError: the name is unknown, or the plan works on factors and the layer has free values.
+    """
+    allowed: tuple[str, ...] = ("auto", *possible_plans(rank))
+    if plan not in allowed:
+        reason = "works on factors, not on free block values" if plan in PLAN_NAMES else "is unknown"
+        raise KronblocksError(f"plan {plan!r} {reason}: write one of {', '.join(allowed)}")

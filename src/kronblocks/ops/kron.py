@@ -1,0 +1,158 @@
+"""`kron_linear`, `kron_weight`, `block_norms`: check the inputs once, look the plan up, call it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kronblocks.errors import KronblocksError
+from kronblocks.ops.packed import BlockIndex, autocast, packed_linear
+from kronblocks.ops.plans import PLANS, dense
+
+PLAN_NAMES = (*PLANS, "packed")
+
+
+class _KronLinear(torch.autograd.Function):
+    """One function for all factored plans; the intermediate is recomputed in backward unless asked to be kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, plan: str, save_intermediate: bool):
+        intermediate = PLANS[plan].first(x, coeff, tiles)
+        y = PLANS[plan].second(x, coeff, tiles, intermediate)
+        if bias is not None:
+            y = y + bias
+        ctx.plan = plan
+        ctx.save_for_backward(x, coeff, tiles, *([intermediate] if save_intermediate else []))
+        return y
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        dy = gradients[0].contiguous()
+        plan = PLANS[ctx.plan]
+        x, coeff, tiles, *kept = ctx.saved_tensors
+        # a kept intermediate is a constant to autograd, so a second derivative needs a recomputed one
+        recompute = not kept or torch.is_grad_enabled()
+        intermediate = plan.first(x, coeff, tiles) if recompute else kept[0]
+        dx, dcoeff, dtiles = plan.backward(dy, x, coeff, tiles, intermediate, ctx.needs_input_grad[0])
+        dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
+        return dx, dcoeff, dtiles, dbias, None, None
+
+
+def _check(coeff: Tensor, tiles: Tensor) -> None:
+    if coeff.dim() != 3 or tiles.dim() != 4:
+        raise KronblocksError(
+            f"coeff must be (m1, n1, r) and tiles (g, r, bm, bn), not {tuple(coeff.shape)} and {tuple(tiles.shape)}"
+        )
+    if coeff.shape[2] != tiles.shape[1]:
+        raise KronblocksError(f"coeff has rank {coeff.shape[2]}, but tiles have rank {tiles.shape[1]}")
+    if tiles.shape[0] < 1 or coeff.shape[0] % tiles.shape[0]:
+        raise KronblocksError(f"{tiles.shape[0]} groups of tiles do not divide {coeff.shape[0]} block rows: choose a divisor")
+
+
+def kron_weight(coeff: Tensor, tiles: Tensor) -> Tensor:
+    """The weight W = sum_i A_i kron B_i, (m1*bm, n1*bn); differentiable (equation 1 in docs/math.md).
+
+    Args:
+        coeff: (m1, n1, r), multiplied by the gate if there is one.
+        tiles: (g, r, bm, bn), g divides m1.
+
+    Raises:
+        KronblocksError: the shapes do not fit together.
+
+    Source:
+        Zhu, Zuo, Khalili, TMLR 2025, section 3.
+
+    >>> kron_weight(torch.ones(2, 3, 1), torch.ones(1, 1, 4, 5)).shape
+    torch.Size([8, 15])
+    """
+    _check(coeff, tiles)
+    return dense.first(None, coeff, tiles)
+
+
+def packed_values(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
+    """The live blocks of W, (capacity, bm, bn), in the order of an index without padding."""
+    _, rank, bm, bn = tiles.shape
+    live = coeff[index.row, index.col]  # (k, r)
+    if tiles.shape[0] == 1:
+        return (live @ tiles.view(rank, bm * bn)).view(-1, bm, bn)
+    group = index.row // (coeff.shape[0] // tiles.shape[0])
+    return torch.einsum("ki,kiab->kab", live, tiles[group])
+
+
+def kron_linear(
+    x: Tensor,
+    coeff: Tensor,
+    tiles: Tensor,
+    bias: Tensor | None = None,
+    *,
+    plan: str,
+    live: Tensor | BlockIndex | None = None,
+    save_intermediate: bool = False,
+) -> Tensor:
+    """y = x W^T + bias with W = sum_i A_i kron B_i (equation 3 in docs/math.md).
+
+    Args:
+        x: (..., n1*bn).
+        coeff: (m1, n1, r), multiplied by the gate if there is one.
+        tiles: (g, r, bm, bn), g divides m1.
+        bias: (m1*bm,) or None.
+        plan: how to compute it: "dense", "tile_first", "coeff_first" or "packed"; `choose_plan` names the cheapest.
+        live: (m1, n1) bool, or its `BlockIndex`. None: full gradients. Given: dead blocks count as zero and the gradients of
+            their coefficients are exactly 0. "packed" needs it.
+        save_intermediate: keep the first stage's result for backward: faster, more memory. "packed" always keeps its values.
+
+    Returns:
+        (..., m1*bm).
+
+    Raises:
+        KronblocksError: unknown plan, shapes or dtypes that do not fit together, or "packed" without `live`.
+
+    >>> x, coeff, tiles = torch.ones(7, 6), torch.ones(2, 3, 1), torch.ones(1, 1, 4, 2)
+    >>> kron_linear(x, coeff, tiles, plan="coeff_first").shape
+    torch.Size([7, 8])
+    """
+    _check(coeff, tiles)
+    if plan not in PLAN_NAMES:
+        raise KronblocksError(f"unknown plan {plan!r}: write one of {', '.join(PLAN_NAMES)}")
+    (m1, n1, _), (_, _, bm, bn) = coeff.shape, tiles.shape
+    if x.shape[-1] != n1 * bn:
+        raise KronblocksError(f"x has {x.shape[-1]} features, but {n1} block columns of {bn} need {n1 * bn}")
+    if bias is not None and bias.shape != (m1 * bm,):
+        raise KronblocksError(f"bias must be ({m1 * bm},), not {tuple(bias.shape)}")
+    x, coeff, tiles, bias = autocast(x, coeff, tiles, bias)
+    if not x.dtype == coeff.dtype == tiles.dtype:
+        raise KronblocksError(
+            f"x is {x.dtype}, coeff {coeff.dtype}, tiles {tiles.dtype}: convert the model or the input with .to(dtype), "
+            "or use torch.autocast"
+        )
+    if plan == "packed":
+        if live is None:
+            raise KronblocksError('plan "packed" multiplies live blocks only: give live=, or use another plan')
+        index = live if isinstance(live, BlockIndex) else BlockIndex.from_mask(live)
+        return packed_linear(x, packed_values(coeff, tiles, index), index, bias)
+    if isinstance(live, Tensor):
+        coeff = coeff.masked_fill(~live.unsqueeze(-1), 0)
+    elif live is not None:
+        raise KronblocksError(f'plan "{plan}" takes live as an (m1, n1) bool mask; a BlockIndex is for "packed"')
+    y = _KronLinear.apply(x.reshape(-1, x.shape[-1]), coeff, tiles, bias, plan, save_intermediate)
+    return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+
+
+def block_norms(coeff: Tensor, tiles: Tensor) -> Tensor:
+    """Frobenius norm of every block of W, (m1, n1), at least in fp32, without building W (equation 10 in docs/math.md).
+
+    A QR of each group's flattened tiles gives R with norm = |R u| for the block's coefficients u. The Gram matrix would square
+    the condition number and cancel where tiles are nearly parallel.
+
+    Args:
+        coeff: (m1, n1, r), multiplied by the gate if there is one.
+        tiles: (g, r, bm, bn), g divides m1.
+    """
+    _check(coeff, tiles)
+    dtype = torch.promote_types(coeff.dtype, torch.float32)
+    groups, rank = tiles.shape[:2]
+    factor = tiles.to(dtype).flatten(2).transpose(1, 2)  # (g, bm*bn, r)
+    if rank < factor.shape[1]:
+        factor = torch.linalg.qr(factor).R  # (g, r, r)
+    mixed = coeff.to(dtype).view(groups, -1, rank) @ factor.transpose(1, 2)
+    return torch.linalg.vector_norm(mixed, dim=-1).view(coeff.shape[:2])

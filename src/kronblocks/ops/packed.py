@@ -1,0 +1,176 @@
+"""Block-sparse products with the live blocks packed: `BlockIndex` says where they are, `packed_linear` multiplies.
+
+Three custom operators, each the gradient of the others (equation 7 in docs/math.md): y = x W^T, dx = dy W, and dvalues = the
+live blocks of dy^T x. They are opaque to torch.compile and know autograd, fake tensors and autocast.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kronblocks.errors import KronblocksError
+from kronblocks.ops.backends import torch as backend
+
+
+class BlockIndex(NamedTuple):
+    """Where the live blocks of an (m1, n1) grid are; all tensors int32.
+
+    Entries `0 .. crow[-1]-1` are the live blocks in row-major order; what stands behind them is padding, so that an index can
+    shrink while its shapes stay. `order` lists the entries column by column: the transpose, made once.
+    """
+
+    crow: Tensor  # (m1 + 1,)  first entry of each block row
+    col: Tensor  # (capacity,) block column of an entry
+    row: Tensor  # (capacity,) block row of an entry
+    slot: Tensor  # (capacity,) which of `values` an entry is
+    ccol: Tensor  # (n1 + 1,)  first place in `order` of each block column
+    order: Tensor  # (capacity,) entries sorted by block column
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, position: Tensor | None = None) -> BlockIndex:
+        """Index of the live blocks of a mask.
+
+        Args:
+            mask: (m1, n1) bool, True = live.
+            position: (capacity,) row-major block number of each slot of `values`; without it the slots are the live blocks in
+                row-major order and the capacity is their number.
+        """
+        m1, n1 = mask.shape
+        live = mask.flatten()
+        if position is None:
+            position = live.nonzero().squeeze(1)
+            slot = torch.arange(len(position), device=mask.device)
+        else:
+            slot = live[position].nonzero().squeeze(1)
+            slot = slot[position[slot].argsort()]
+        capacity, entry = len(position), position[slot].long()
+        row, col = entry // n1, entry % n1
+        order = (col * m1 + row).argsort()
+
+        def padded(index: Tensor) -> Tensor:
+            return torch.nn.functional.pad(index, (0, capacity - len(index))).to(torch.int32)
+
+        def starts(index: Tensor, size: int) -> Tensor:
+            return torch.nn.functional.pad(torch.bincount(index, minlength=size).cumsum(0), (1, 0)).to(torch.int32)
+
+        return cls(starts(row, m1), padded(col), padded(row), padded(slot), starts(col, n1), padded(order))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(m1, n1)."""
+        return len(self.crow) - 1, len(self.ccol) - 1
+
+
+@torch.library.custom_op("kronblocks::packed_linear", mutates_args=())
+def _packed_linear(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, row: Tensor, slot: Tensor, ccol: Tensor, order: Tensor
+) -> Tensor:
+    return backend.packed_linear(x, values, BlockIndex(crow, col, row, slot, ccol, order))
+
+
+@torch.library.custom_op("kronblocks::packed_grad_input", mutates_args=())
+def _packed_grad_input(
+    dy: Tensor, values: Tensor, crow: Tensor, col: Tensor, row: Tensor, slot: Tensor, ccol: Tensor, order: Tensor
+) -> Tensor:
+    return backend.packed_grad_input(dy, values, BlockIndex(crow, col, row, slot, ccol, order))
+
+
+@torch.library.custom_op("kronblocks::packed_grad_values", mutates_args=())
+def _packed_grad_values(
+    dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, row: Tensor, slot: Tensor, ccol: Tensor, order: Tensor
+) -> Tensor:
+    return backend.packed_grad_values(dy, x, BlockIndex(crow, col, row, slot, ccol, order))
+
+
+@_packed_linear.register_fake
+def _(x, values, crow, *index):
+    return x.new_empty(x.shape[0], (crow.shape[0] - 1) * values.shape[1])
+
+
+@_packed_grad_input.register_fake
+def _(dy, values, crow, col, row, slot, ccol, order):
+    return dy.new_empty(dy.shape[0], (ccol.shape[0] - 1) * values.shape[2])
+
+
+@_packed_grad_values.register_fake
+def _(dy, x, crow, col, row, slot, ccol, order):
+    rows, cols = dy.shape[1] // (crow.shape[0] - 1), x.shape[1] // (ccol.shape[0] - 1)
+    return dy.new_empty(col.shape[0], rows, cols)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+_NO_INDEX_GRADIENTS = (None,) * len(BlockIndex._fields)
+
+
+def _linear_backward(ctx, dy):
+    x, values, *index = ctx.saved_tensors
+    dx = _packed_grad_input(dy, values, *index) if ctx.needs_input_grad[0] else None
+    dvalues = _packed_grad_values(dy, x, *index) if ctx.needs_input_grad[1] else None
+    return dx, dvalues, *_NO_INDEX_GRADIENTS
+
+
+def _grad_input_backward(ctx, ddx):
+    dy, values, *index = ctx.saved_tensors
+    ddy = _packed_linear(ddx, values, *index) if ctx.needs_input_grad[0] else None
+    dvalues = _packed_grad_values(dy, ddx, *index) if ctx.needs_input_grad[1] else None
+    return ddy, dvalues, *_NO_INDEX_GRADIENTS
+
+
+def _grad_values_backward(ctx, ddvalues):
+    dy, x, *index = ctx.saved_tensors
+    ddy = _packed_linear(x, ddvalues, *index) if ctx.needs_input_grad[0] else None
+    dx = _packed_grad_input(dy, ddvalues, *index) if ctx.needs_input_grad[1] else None
+    return ddy, dx, *_NO_INDEX_GRADIENTS
+
+
+_packed_linear.register_autograd(_linear_backward, setup_context=_save)
+_packed_grad_input.register_autograd(_grad_input_backward, setup_context=_save)
+_packed_grad_values.register_autograd(_grad_values_backward, setup_context=_save)
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors in the dtype that autocast asks for on their device, unchanged where it is off."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias, where W has the blocks `values` at the places that `index` lists and is zero elsewhere (equation 7).
+
+    Args:
+        x: (..., n1*bn).
+        values: (capacity, bm, bn); slots that the index does not list do not count and get a gradient of exactly 0.
+        index: where the live blocks are.
+        bias: (m1*bm,) or None.
+
+    Returns:
+        (..., m1*bm).
+
+    Raises:
+        KronblocksError: shapes or dtypes do not fit together.
+    """
+    x, values, bias = autocast(x, values, bias)
+    n1 = index.grid[1]
+    if values.dim() != 3 or values.shape[0] != len(index.slot):
+        raise KronblocksError(
+            f"values must be (capacity, rows, cols) with the index's capacity, {len(index.slot)}, not {tuple(values.shape)}"
+        )
+    if x.shape[-1] != n1 * values.shape[2]:
+        raise KronblocksError(
+            f"x has {x.shape[-1]} features, but {n1} block columns of {values.shape[2]} need {n1 * values.shape[2]}"
+        )
+    if x.dtype != values.dtype:
+        raise KronblocksError(f"x is {x.dtype} and values are {values.dtype}: convert one of them, or use torch.autocast")
+    y = _packed_linear(x.reshape(-1, x.shape[-1]), values, *index)
+    if bias is not None:
+        y = y + bias
+    return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y

@@ -1,0 +1,32 @@
+"""The coefficients on the blocks of x, then the tiles (equation 6): multiply-adds r(1/bm + 1/n1) of dense.
+
+Tiles of its own for every block row (`tile_groups = m1`) cost nothing here: each block row meets only its own group's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def first(x: Tensor, coeff: Tensor, tiles: Tensor) -> Tensor:
+    """U = the mixtures of x's blocks, (rows, g, m1/g, r, bn)."""
+    u = torch.einsum("pqi,tqb->tpib", coeff, x.unflatten(1, (coeff.shape[1], -1)))
+    return u.unflatten(1, (tiles.shape[0], -1))
+
+
+def second(x: Tensor, coeff: Tensor, tiles: Tensor, u: Tensor) -> Tensor:
+    """y = the tiles on U, (rows, m)."""
+    return torch.einsum("giab,tgpib->tgpa", tiles, u).flatten(1)
+
+
+def backward(dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, u: Tensor, input_grad: bool):
+    """Two products of the second stage's size, and one of the first's, or two with dx."""
+    groups, _, bm, _ = tiles.shape
+    blocks = x.unflatten(1, (coeff.shape[1], -1))  # (t, q, b)
+    dy = dy.view(dy.shape[0], groups, coeff.shape[0] // groups, bm)  # (t, g, p, a)
+    dtiles = torch.einsum("tgpa,tgpib->giab", dy, u)
+    du = torch.einsum("tgpa,giab->tgpib", dy, tiles).flatten(1, 2)  # (t, p, i, b)
+    dcoeff = torch.einsum("tpib,tqb->pqi", du, blocks)
+    dx = torch.einsum("pqi,tpib->tqb", coeff, du).flatten(1) if input_grad else None
+    return dx, dcoeff, dtiles

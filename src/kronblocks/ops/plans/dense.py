@@ -1,0 +1,27 @@
+"""Build W, then one dense product (equation 4): multiply-adds 1 + r/T of dense. The intermediate is W, (m, n)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def first(x: Tensor | None, coeff: Tensor, tiles: Tensor) -> Tensor:
+    """W, (m, n)."""
+    (m1, n1, _), (groups, rank, bm, bn) = coeff.shape, tiles.shape
+    blocks = coeff.reshape(groups, -1, rank) @ tiles.reshape(groups, rank, bm * bn)
+    return blocks.view(m1, n1, bm, bn).transpose(1, 2).reshape(m1 * bm, n1 * bn)
+
+
+def second(x: Tensor, coeff: Tensor, tiles: Tensor, weight: Tensor) -> Tensor:
+    """y = x W^T."""
+    return x @ weight.t()
+
+
+def backward(dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, weight: Tensor, input_grad: bool):
+    """dW = dy^T x, and from its blocks the factors' gradients."""
+    (m1, n1, _), (groups, rank, bm, bn) = coeff.shape, tiles.shape
+    dx = dy @ weight if input_grad else None
+    dweight = (dy.t() @ x).view(m1, bm, n1, bn).transpose(1, 2).reshape(groups, -1, bm * bn)
+    dcoeff = dweight @ tiles.reshape(groups, rank, bm * bn).transpose(1, 2)
+    dtiles = coeff.reshape(groups, -1, rank).transpose(1, 2) @ dweight
+    return dx, dcoeff.view(coeff.shape), dtiles.view(tiles.shape)

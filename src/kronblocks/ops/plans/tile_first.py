@@ -1,0 +1,32 @@
+"""Every tile on every block of x, then the coefficients (equation 5): multiply-adds r(g/m1 + 1/bn) of dense."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _grouped(coeff: Tensor, tiles: Tensor) -> Tensor:
+    """(m1, n1, r) -> (g, m1/g, n1, r)."""
+    return coeff.unflatten(0, (tiles.shape[0], -1))
+
+
+def first(x: Tensor, coeff: Tensor, tiles: Tensor) -> Tensor:
+    """Z = tiles on the blocks of x, (rows, n1, g, r, bm)."""
+    return torch.einsum("tqb,giab->tqgia", x.unflatten(1, (coeff.shape[1], -1)), tiles)
+
+
+def second(x: Tensor, coeff: Tensor, tiles: Tensor, z: Tensor) -> Tensor:
+    """y = the mixture of Z that each block row wants, (rows, m)."""
+    return torch.einsum("gpqi,tqgia->tgpa", _grouped(coeff, tiles), z).flatten(1)
+
+
+def backward(dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, z: Tensor, input_grad: bool):
+    """Two products of the second stage's size, and one of the first's, or two with dx."""
+    grouped = _grouped(coeff, tiles)
+    dy = dy.view(dy.shape[0], *grouped.shape[:2], tiles.shape[2])  # (t, g, p, a)
+    dcoeff = torch.einsum("tgpa,tqgia->gpqi", dy, z)
+    dz = torch.einsum("gpqi,tgpa->tqgia", grouped, dy)
+    dtiles = torch.einsum("tqgia,tqb->giab", dz, x.unflatten(1, (coeff.shape[1], -1)))
+    dx = torch.einsum("tqgia,giab->tqb", dz, tiles).flatten(1) if input_grad else None
+    return dx, dcoeff.reshape(coeff.shape), dtiles

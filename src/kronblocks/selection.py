@@ -1,0 +1,169 @@
+"""Which layers become sparse, with which blocks, and why the others stay dense."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kronblocks.blocks import BlockGrid, BlockSize
+from kronblocks.config import SparsityConfig
+from kronblocks.errors import KronblocksError
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A layer that becomes sparse."""
+
+    name: str
+    grid: BlockGrid
+    rank: int
+    tile_groups: int
+    note: str = ""  # where the block size is not the one asked for
+
+
+@dataclass(frozen=True)
+class LeftDense:
+    """A layer that stays dense, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SurgeryReport:
+    """What `sparsify_` replaced or targeted, and what it left dense. Print it for a table."""
+
+    selected: tuple[Selected, ...]
+    left_dense: tuple[LeftDense, ...]
+
+    def __str__(self) -> str:
+        lines = [f"sparse: {each.name}: {each.grid}{f' ({each.note})' if each.note else ''}" for each in self.selected]
+        lines += [f"dense:  {each.name}: {each.reason}" for each in self.left_dense]
+        return "\n".join(lines)
+
+
+class _Names:
+    """Modules with the names and types of everything around them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+
+    def around(self, name: str) -> set[str]:
+        """Type names of a module and of all modules that contain it, the model itself not among the latter."""
+        parts = name.split(".")
+        paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return {kind.__qualname__ for path in paths for kind in type(self.modules[path]).__mro__[:-1]}
+
+    def matches(self, name: str, pattern: str) -> bool:
+        if pattern.startswith("re:"):
+            return re.fullmatch(pattern[3:], name) is not None
+        if pattern.startswith("type:"):
+            return pattern[5:] in self.around(name)
+        return fnmatch.fnmatchcase(name, pattern)
+
+
+def _check_patterns(patterns: tuple[str, ...], names: _Names, candidates: list[str], what: str) -> None:
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise KronblocksError(f"{what} pattern {pattern!r} is no regular expression: {error}") from error
+        if pattern != "*" and not any(names.matches(name, pattern) for name in candidates):
+            near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.4) or candidates[:5]
+            raise KronblocksError(f"{what} pattern {pattern!r} matches no nn.Linear layer; there are {', '.join(near)}, ...")
+
+
+def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Names under which each parameter object stands, where there are several owners."""
+    owners: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(f"{module_name}.{name}" if module_name else name)
+    return {key: names for key, names in owners.items() if len(names) > 1}
+
+
+def _fit(module: nn.Linear, wanted: BlockSize, on_mismatch: str) -> tuple[BlockGrid | None, str]:
+    out_features, in_features = module.out_features, module.in_features
+    if out_features % wanted.rows == 0 and in_features % wanted.cols == 0:
+        return BlockGrid(out_features, in_features, wanted), ""
+    fitted = BlockGrid.fit(out_features, in_features, wanted)
+    if fitted.block.area == 1:
+        return None, f"{wanted} does not divide {out_features}x{in_features}, and nothing above 1x1 divides both"
+    if on_mismatch == "nearest":
+        return fitted, f"{wanted} does not divide, {fitted.block} does"
+    return None, f"{wanted} does not divide {out_features}x{in_features} (on_mismatch='nearest' would take {fitted.block})"
+
+
+def _settings(name: str, names: _Names, config: SparsityConfig) -> dict:
+    settings = {"block_size": config.block, "rank": config.rank, "tile_groups": config.tile_groups}
+    for pattern, override in config.overrides.items():
+        if names.matches(name, pattern):
+            settings |= {key: value for key in settings if (value := getattr(override, key)) is not None}
+    return settings
+
+
+def _select_one(name: str, module: nn.Linear, names: _Names, config: SparsityConfig) -> Selected | LeftDense:
+    settings = _settings(name, names, config)
+    grid, note = _fit(module, settings["block_size"], config.on_mismatch)
+    if grid is None:
+        return LeftDense(name, note)
+    block_rows = grid.shape[0]
+    groups = block_rows if settings["tile_groups"] == "per-row" else settings["tile_groups"]
+    if block_rows % groups:
+        return LeftDense(name, f"tile_groups={groups} does not divide its {block_rows} block rows")
+    return Selected(name, grid, min(settings["rank"], grid.block.area), groups, note)
+
+
+def _why_not(name: str, module: nn.Module, shared: dict[int, list[str]], names: _Names, config: SparsityConfig) -> str | None:
+    """The reason for leaving an nn.Linear dense before its sizes are looked at, or None."""
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a subclass of nn.Linear, whose code may need its weight as it is"
+    if isinstance(module.weight, nn.UninitializedParameter):
+        return "its weight has no shape yet (a lazy layer): run one batch through the model first"
+    if id(module.weight) in shared:
+        others = [other for other in shared[id(module.weight)] if other != f"{name}.weight"]
+        return f"its weight is tied to {', '.join(others)}"
+    if not any(names.matches(name, pattern) for pattern in config.layers if isinstance(pattern, str)):
+        return "no pattern of layers matches it"
+    excluded = [pattern for pattern in config.exclude if isinstance(pattern, str) and names.matches(name, pattern)]
+    return f"excluded by {excluded[0]!r}" if excluded else None
+
+
+def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
+    """Decide what `sparsify_` would do, without doing it.
+
+    Raises:
+        KronblocksError: a pattern that matches nothing, nothing selected at all, weights that are not finite, or a model that
+            is a single layer itself.
+    """
+    if isinstance(model, nn.Linear):
+        raise KronblocksError(
+            "the model is itself an nn.Linear, which cannot be replaced in place: wrap it in nn.Sequential(...)"
+        )
+    names, shared = _Names(model), _shared_weights(model)
+    linears = {name: module for name, module in names.modules.items() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise KronblocksError("the model has no nn.Linear layer, so there is nothing to make block-sparse")
+    for what, patterns in (("layers", config.layers), ("exclude", config.exclude), ("overrides", tuple(config.overrides))):
+        _check_patterns(tuple(p for p in patterns if isinstance(p, str)), names, list(linears), what)
+    selected, left = [], []
+    for name, module in linears.items():
+        reason = _why_not(name, module, shared, names, config)
+        decision = LeftDense(name, reason) if reason else _select_one(name, module, names, config)
+        (selected if isinstance(decision, Selected) else left).append(decision)
+    report = SurgeryReport(tuple(selected), tuple(left))
+    if not selected:
+        raise KronblocksError(f"no layer was selected, so nothing would be sparse:\n{report}")
+    for each in selected:
+        weight = linears[each.name].weight
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise KronblocksError(
+                f"the weight of {each.name} has values that are not finite (NaN or infinity): mend or reload it"
+            )
+    return report

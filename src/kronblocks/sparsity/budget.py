@@ -1,0 +1,78 @@
+"""Which blocks die so that a target sparsity is hit exactly (equation 17 in docs/math.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kronblocks.errors import KronblocksError
+
+Scope = Literal["global", "layer"]
+
+
+def blocks_to_kill(blocks: int, sparsity: float) -> int:
+    """ceil(sparsity * blocks), forgiving rounding errors of the product.
+
+    >>> blocks_to_kill(10, 0.9), blocks_to_kill(10, 0.91), blocks_to_kill(30, 0.1)
+    (9, 10, 3)
+    """
+    return math.ceil(sparsity * blocks - 1e-9)
+
+
+def _choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float) -> list[Tensor]:
+    sizes = [score.numel() for score in scores]
+    flat = torch.cat([score.detach().flatten().to("cpu", torch.float64) for score in scores])
+    protected = torch.zeros(len(flat), dtype=torch.bool)
+    for layer, start in zip(flat.split(sizes), _starts(sizes), strict=True):
+        protected[start + int(layer.argmax())] = True
+    order = flat.masked_fill(protected, math.inf).argsort(stable=True)
+    if len(set(areas)) == 1:
+        count = blocks_to_kill(len(flat), sparsity)
+    else:
+        area = torch.cat([torch.full((size,), float(a), dtype=torch.float64) for size, a in zip(sizes, areas, strict=True)])
+        wanted = sparsity * float(area.sum())
+        reached = area[order].cumsum(0) >= wanted * (1 - 1e-12)
+        count = int(torch.nonzero(reached)[0]) + 1 if wanted > 0 else 0
+    free = len(flat) - int(protected.sum())
+    if count > free:
+        raise KronblocksError(
+            f"a sparsity of {sparsity} of {len(flat)} blocks in {len(sizes)} layers would leave a layer without a live block: "
+            f"at most {free / len(flat):.4f} is possible here (lower target_sparsity, or take smaller blocks)"
+        )
+    dead = torch.zeros(len(flat), dtype=torch.bool)
+    dead[order[:count]] = True
+    return [d.view(score.shape).to(score.device) for d, score in zip(dead.split(sizes), scores, strict=True)]
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float, scope: Scope = "global") -> list[Tensor]:
+    """The blocks of least score that must be dead for a sparsity; ties broken by layer order and block index.
+
+    With equal block sizes exactly ceil(sparsity * N - 1e-9) of the N blocks; with unequal ones the fewest, in order of score,
+    whose weights reach that share of all weights. Every layer keeps its best block.
+
+    Args:
+        scores: one (m1, n1) grid a layer; give dead blocks a score below all others, so that they are counted first.
+        areas: weights per block, a number a layer.
+        sparsity: share to be dead, in [0, 1).
+        scope: over all layers together ("global"), or in each ("layer").
+
+    Returns:
+        One (m1, n1) bool grid a layer, True = dead.
+
+    Raises:
+        KronblocksError: a layer would be left without a live block.
+
+    >>> [dead.tolist() for dead in choose_dead([torch.tensor([[3.0, 1.0, 2.0, 1.0]])], [4], 0.5)]
+    [[[False, True, False, True]]]
+    """
+    if scope == "global":
+        return _choose_dead(scores, areas, sparsity)
+    return [_choose_dead([score], [area], sparsity)[0] for score, area in zip(scores, areas, strict=True)]

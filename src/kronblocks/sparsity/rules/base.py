@@ -1,0 +1,82 @@
+"""What a rule sees and gives: grids in, grids out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kronblocks.sparsity.budget import Scope, choose_dead
+from kronblocks.sparsity.schedule import Phase
+from kronblocks.sparsity.targets import BlockTarget
+
+RuleState = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RuleContext:
+    """What a rule may know beside the scores."""
+
+    step: int
+    total_steps: int
+    phase: Phase
+    sparsity: float  # wanted after this step
+    target_sparsity: float
+    is_update: bool  # whether the mask is due
+    is_last_update: bool  # whether this is the update after which the mask is frozen
+    pruning_steps: int  # length of the pruning span
+    masks: tuple[Tensor, ...]  # (m1, n1) bool a layer, True = live
+    areas: tuple[int, ...]  # weights per block, a number a layer
+    learning_rates: tuple[float, ...]  # a number a layer
+    scope: Scope = "global"
+
+    @property
+    def dead_share(self) -> float:
+        """Share of all targeted weights that is in dead blocks."""
+        total = sum(mask.numel() * area for mask, area in zip(self.masks, self.areas, strict=True))
+        dead = sum(int((~mask).sum()) * area for mask, area in zip(self.masks, self.areas, strict=True))
+        return dead / total
+
+
+class Rule(Protocol):
+    """One algorithm: a pure function on grids, and a penalty for the forms that live in the loss."""
+
+    score: str  # "norm" or "gate"
+    every_step: bool  # propose is wanted after every step of the pruning span, not only at mask updates
+    needs_growth: bool  # growth scores are measured on the way to each mask update
+
+    def propose(
+        self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
+    ) -> tuple[list[Tensor], RuleState]:
+        """One multiplier per block, and the new state. Neither `scores` nor `state` is changed."""
+        ...
+
+    def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:
+        """A differentiable term for the loss, or None."""
+        ...
+
+
+def cut(scores: Sequence[Tensor], ctx: RuleContext, sparsity: float) -> list[Tensor]:
+    """Multipliers that kill the blocks of least score so that exactly `sparsity` are dead; the dead stay dead."""
+    ranked = [score.masked_fill(~mask, -1.0) for score, mask in zip(scores, ctx.masks, strict=True)]
+    return [(~dead).to(torch.float32) for dead in choose_dead(ranked, ctx.areas, sparsity, ctx.scope)]
+
+
+def shrink(scores: Sequence[Tensor], thresholds: Sequence[float], ctx: RuleContext, sparsity_cap: float) -> list[Tensor]:
+    """The proximal step max(0, 1 - threshold/score) (equation 14), which never kills more than `sparsity_cap` of all.
+
+    Blocks that would die beyond the cap, or the last one of a layer, are left alone, so that the target can be hit exactly.
+    """
+    multipliers = [
+        (1 - threshold / score.clamp_min(torch.finfo(score.dtype).tiny)).clamp_min(0)
+        for score, threshold in zip(scores, thresholds, strict=True)
+    ]
+    dead = sum(int((m == 0).sum()) * area for m, area in zip(multipliers, ctx.areas, strict=True))
+    total = sum(m.numel() * area for m, area in zip(multipliers, ctx.areas, strict=True))
+    if ctx.scope == "global" and dead <= sparsity_cap * total and all(bool(m.any()) for m in multipliers):
+        return multipliers
+    allowed = cut(scores, ctx, sparsity_cap)
+    return [torch.where((m == 0) & (keep == 1), 1.0, m) for m, keep in zip(multipliers, allowed, strict=True)]

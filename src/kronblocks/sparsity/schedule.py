@@ -1,0 +1,99 @@
+"""When what happens: a pure function of the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kronblocks.errors import KronblocksError
+
+Phase = Literal["discover", "refine", "heal"]
+Shape = Literal["cubic", "linear", "staircase"]
+
+LEAST_UPDATES = 10
+"""Mask updates that a pruning span has at least, however short the run."""
+
+
+@dataclass(frozen=True)
+class SparsitySchedule:
+    """Target sparsity and phase at every optimiser step (equation 16 in docs/math.md).
+
+    Steps count finished optimiser steps, from 1. Pruning goes on from `start` to `end` (shares of `total_steps`); the mask is
+    updated every `update_every` steps, or ten times over the span if that is more often, and always at the lift and at the end.
+
+    Phases: "discover" while pruning; "refine" from the lift on, if there is one; "heal", with the mask frozen, after the end.
+
+    Source:
+        The cubic shape: Zhu and Gupta, "To prune, or not to prune", 2017.
+
+    >>> schedule = SparsitySchedule(0.9, total_steps=1000, start=0.05, end=0.5, lift_at=2 / 3)
+    >>> schedule.start_step, schedule.lift_step, schedule.end_step
+    (50, 350, 500)
+    >>> round(schedule.sparsity_at(350), 3), schedule.sparsity_at(500), schedule.phase_at(400)
+    (0.867, 0.9, 'refine')
+    """
+
+    target_sparsity: float
+    total_steps: int
+    start: float = 0.05
+    end: float = 0.5
+    lift_at: float | None = None  # share of the pruning span; None: no lift
+    shape: Shape = "cubic"
+    update_every: int = 50
+    stages: int = 5  # of the staircase
+
+    def __post_init__(self) -> None:
+        if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int) or self.total_steps < 1:
+            raise KronblocksError(f"total_steps is the number of optimiser steps of the training, not {self.total_steps!r}")
+        if self.end_step <= self.start_step:
+            raise KronblocksError(
+                f"{self.total_steps} steps are too few to prune from {self.start} to {self.end} of the training: train longer"
+            )
+
+    @property
+    def start_step(self) -> int:
+        """The last step before pruning."""
+        return round(self.start * self.total_steps)
+
+    @property
+    def end_step(self) -> int:
+        """The step of the last mask update; from then on the mask is frozen."""
+        return round(self.end * self.total_steps)
+
+    @property
+    def lift_step(self) -> int | None:
+        """The step after which the layers are lifted, or None."""
+        if self.lift_at is None:
+            return None
+        return min(self.start_step + max(1, round(self.lift_at * (self.end_step - self.start_step))), self.end_step)
+
+    def fraction_at(self, step: int) -> float:
+        """How much of the pruning span has passed, in [0, 1]."""
+        return min(max((step - self.start_step) / (self.end_step - self.start_step), 0.0), 1.0)
+
+    def sparsity_at(self, step: int) -> float:
+        """The sparsity wanted after this step."""
+        fraction = self.fraction_at(step)
+        if fraction == 1.0:
+            return self.target_sparsity
+        match self.shape:
+            case "cubic":
+                return self.target_sparsity * (1 - (1 - fraction) ** 3)
+            case "linear":
+                return self.target_sparsity * fraction
+            case "staircase":
+                return self.target_sparsity * int(fraction * self.stages) / self.stages
+
+    def is_update(self, step: int) -> bool:
+        """Whether the mask is updated after this step."""
+        if not self.start_step < step <= self.end_step:
+            return False
+        every = max(1, min(self.update_every, (self.end_step - self.start_step) // LEAST_UPDATES))
+        return (step - self.start_step) % every == 0 or step in (self.lift_step, self.end_step)
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase that the model is in after this step."""
+        if step >= self.end_step:
+            return "heal"
+        lift = self.lift_step
+        return "refine" if lift is not None and step >= lift else "discover"

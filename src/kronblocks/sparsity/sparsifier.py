@@ -1,0 +1,303 @@
+"""Ties a rule and a schedule to an optimiser: after each of its steps, decides on the grids and keeps the zeros exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from kronblocks.errors import KronblocksError
+from kronblocks.sparsity.budget import Scope, choose_dead
+from kronblocks.sparsity.report import SparsityReport, count_blocks
+from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState
+from kronblocks.sparsity.schedule import Phase, SparsitySchedule
+from kronblocks.sparsity.targets import BlockTarget, LayerTarget
+
+STATE_VERSION = 1
+
+
+class Surgeon(Protocol):
+    """Replaces layers of the model, which this package does not know how to do."""
+
+    report: Any
+
+    def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
+        """Replace Kronecker layers by layers of free block values, in the optimisers too."""
+        ...
+
+    def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
+        """Give up the slots of dead blocks, in the optimisers' state too."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """The structure of the model's block layers, as plain values."""
+        ...
+
+    def restore(self, record: dict[str, Any], optimizers: Sequence[Optimizer]) -> None:
+        """Give the model that structure again."""
+        ...
+
+
+class Attachment:
+    """The tie between a `Sparsifier` and optimisers; `remove()` undoes it."""
+
+    def __init__(self, handles: Sequence[Any], release: Callable[[], None]) -> None:
+        self._handles, self._release = handles, release
+
+    def remove(self) -> None:
+        """Take all hooks off the optimisers and parameters. The masks stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = ()
+        self._release()
+
+
+class Sparsifier:
+    """Runs one algorithm over a training, from hooks on the user's own optimiser. Made by `kronblocks.sparsify_`.
+
+    Args:
+        model: the model whose layers are targeted.
+        targets: the layers, in the model's order.
+        rule: the algorithm.
+        make_schedule: gives the schedule for a number of steps.
+        surgeon: replaces layers at the lift and when healing begins.
+        target_sparsity: checked here to be possible.
+        scope: one budget over all layers ("global"), or one for each ("layer").
+
+    Raises:
+        KronblocksError: the target sparsity would leave a layer without a live block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[BlockTarget],
+        rule: Rule,
+        make_schedule: Callable[[int], SparsitySchedule],
+        surgeon: Surgeon,
+        *,
+        target_sparsity: float,
+        scope: Scope = "global",
+    ) -> None:
+        if targets:
+            choose_dead([t.mask.float() for t in targets], [t.area for t in targets], target_sparsity, scope)
+        self.model, self.targets, self.rule = model, list(targets), rule
+        self.scope: Scope = scope
+        self.step = 0
+        self.schedule: SparsitySchedule | None = None
+        self.surgery = surgeon.report
+        self._surgeon, self._make_schedule = surgeon, make_schedule
+        self._optimizers: list[Optimizer] = []
+        self._pending: set[int] = set()
+        self._rule_state: RuleState = {}
+        self._loaded_total_steps: int | None = None
+        self._has_dead = any(not bool(t.mask.all()) for t in self.targets if not t.mask.is_meta)
+
+    def attach(self, optimizers: Optimizer | Sequence[Optimizer], *, total_steps: int) -> Attachment:
+        """Follow these optimisers' steps from now on.
+
+        Args:
+            optimizers: one, or several that each step once per training step; together they hold every targeted parameter.
+            total_steps: optimiser steps of the whole training, what a learning-rate schedule would be given too.
+
+        Returns:
+            A handle whose `remove()` undoes it.
+
+        Raises:
+            KronblocksError: LBFGS, a targeted parameter in none of the optimisers, attached already, or another number of
+                steps than a loaded state had.
+        """
+        optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        self._check_optimizers(optimizers)
+        if self._loaded_total_steps not in (None, total_steps):
+            raise KronblocksError(
+                f"the loaded state is of a training of {self._loaded_total_steps} steps, so total_steps={total_steps} would move "
+                f"its schedule: write total_steps={self._loaded_total_steps}"
+            )
+        self.schedule = self._make_schedule(total_steps)
+        self._optimizers = optimizers
+        self._pending = {id(optimizer) for optimizer in optimizers}
+        handles: list[Any] = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        for target in self.targets:
+            handles += target.hook_gradients()
+        self._prepare_probes()
+        return Attachment(handles, self._detach)
+
+    def _detach(self) -> None:
+        self._optimizers, self.schedule = [], None
+
+    def _check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        if self._optimizers:
+            raise KronblocksError("this sparsifier is attached already: call remove() on the handle of the first attach")
+        if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
+            raise KronblocksError(
+                "attach wants a torch optimiser or a list of them: sparsifier.attach(optimizer, total_steps=...)"
+            )
+        if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+            raise KronblocksError(
+                "LBFGS calls its closure several times in one step and expects a fixed set of weights, so its line search and a "
+                "changing mask do not go together: use AdamW, SGD or another optimiser of one gradient per step"
+            )
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        missing = [
+            target.name for target in self.targets if any(p.requires_grad and id(p) not in held for p in target.parameters())
+        ]
+        if missing:
+            raise KronblocksError(
+                f"no optimiser holds the parameters of {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}: make the "
+                "optimiser after sparsify_, from kronblocks.parameter_groups(model, lr=...) or model.parameters()"
+            )
+
+    @property
+    def phase(self) -> Phase:
+        """ "discover", "refine" or "heal"; "discover" before `attach`."""
+        return "discover" if self.schedule is None else self.schedule.phase_at(self.step)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the targeted weights that lie in blocks of exact zeros, counted from the weights."""
+        return self.report().block_sparsity
+
+    def report(self) -> SparsityReport:
+        """Count the exact zeros of every targeted layer now."""
+        return count_blocks(self.targets)
+
+    def penalty(self) -> Tensor:
+        """What the rule adds to the loss: `loss + sparsifier.penalty()`. Zero for rules that live elsewhere.
+
+        Raises:
+            KronblocksError: before `attach`.
+        """
+        if self.schedule is None:
+            raise KronblocksError("penalty() needs the schedule: call sparsifier.attach(optimizer, total_steps=...) first")
+        term = self.rule.penalty(self.targets, self._context(self.step)) if self.targets else None
+        return torch.zeros((), device=next(self.model.parameters()).device) if term is None else term
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):  # a fused optimiser skipped its step under a GradScaler
+            return
+        if self._has_dead:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for target in self.targets:
+                if any(id(p) in held for p in target.parameters()):
+                    target.enforce_zeros_()
+        self._pending.discard(id(optimizer))
+        if not self._pending:
+            self._pending = {id(each) for each in self._optimizers}
+            self._advance()
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        self.step += 1
+        schedule = self.schedule
+        if not self.targets or schedule is None:
+            return
+        update = schedule.is_update(self.step)
+        if update or (self.rule.every_step and schedule.start_step < self.step < schedule.end_step):
+            self._apply_rule(update)
+        if self.step == schedule.lift_step:
+            self._surgeon.lift([target.name for target in self.targets], self._optimizers)
+            self._retarget()
+        if self.step == schedule.end_step:
+            self._surgeon.compact([target.name for target in self.targets], self._optimizers)
+        self._prepare_probes()
+
+    def _apply_rule(self, update: bool) -> None:
+        scores = [target.scores(self.rule.score) for target in self.targets]
+        growth = [target.read_probe() for target in self.targets] if update and self.rule.needs_growth else None
+        multipliers, self._rule_state = self.rule.propose(scores, growth, self._rule_state, self._context(self.step))
+        for target, multiplier in zip(self.targets, multipliers, strict=True):
+            self._has_dead |= target.apply_(multiplier.to(target.mask.device))
+
+    def _prepare_probes(self) -> None:
+        if self.rule.needs_growth and self.schedule is not None and self.schedule.is_update(self.step + 1):
+            for target in self.targets:
+                target.start_probe()
+
+    def _retarget(self) -> None:
+        """Look the layers up again after surgery; those of this library only, since a plain nn.Linear is never replaced."""
+        self.targets = [
+            LayerTarget(target.name, self.model.get_submodule(target.name)) if isinstance(target, LayerTarget) else target
+            for target in self.targets
+        ]
+
+    def _context(self, step: int) -> RuleContext:
+        schedule = self.schedule
+        assert schedule is not None
+        return RuleContext(
+            step=step,
+            total_steps=schedule.total_steps,
+            phase=schedule.phase_at(step),
+            sparsity=schedule.sparsity_at(step),
+            target_sparsity=schedule.target_sparsity,
+            is_update=schedule.is_update(step),
+            is_last_update=step == schedule.end_step,
+            pruning_steps=schedule.end_step - schedule.start_step,
+            masks=tuple(target.mask for target in self.targets),
+            areas=tuple(target.area for target in self.targets),
+            learning_rates=self._learning_rates(),
+            scope=self.scope,
+        )
+
+    def _learning_rates(self) -> tuple[float, ...]:
+        rate = {id(p): group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        return tuple(float(rate.get(id(target.parameters()[0]), 0.0)) for target in self.targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs beside the model's and the optimiser's state: plain values and tensors."""
+        return {
+            "version": STATE_VERSION,
+            "rule": type(self.rule).__name__,
+            "step": self.step,
+            "total_steps": self.schedule.total_steps if self.schedule else None,
+            "rule_state": dict(self._rule_state),
+            "structure": self._surgeon.record(),
+            "plans": {t.name: t.plan for t in self.targets if isinstance(t, LayerTarget)},
+            "masks": {t.name: t.mask.clone() for t in self.targets if not isinstance(t, LayerTarget)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state. Call it before the model's and the optimiser's own `load_state_dict`: it gives the model the
+        structure that it had (after the lift, other layers than `sparsify_` made).
+
+        Raises:
+            KronblocksError: the state is of another version, algorithm, model or number of steps.
+        """
+        self._check_state(state)
+        self._surgeon.restore(state["structure"], self._optimizers)
+        self._retarget()
+        for target in self.targets:
+            if target.name in state["masks"]:
+                target.set_mask_(state["masks"][target.name])
+            if isinstance(target, LayerTarget):
+                target.set_plan_(state["plans"][target.name])
+        self.step, self._rule_state = state["step"], dict(state["rule_state"])
+        self._loaded_total_steps = state["total_steps"]
+        self._has_dead = True
+        self._prepare_probes()
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        wanted = {"version", "rule", "step", "total_steps", "rule_state", "structure", "plans", "masks"}
+        if not isinstance(state, dict) or not wanted <= state.keys():
+            raise KronblocksError("this is no state of a Sparsifier: save sparsifier.state_dict() and load that")
+        if state["version"] != STATE_VERSION:
+            raise KronblocksError(f"the state has version {state['version']}, and this kronblocks reads version {STATE_VERSION}")
+        if state["rule"] != type(self.rule).__name__:
+            raise KronblocksError(
+                f"the state is of the rule {state['rule']}, but this sparsifier has {type(self.rule).__name__}: "
+                "use the same method"
+            )
+        names = {*state["plans"], *state["masks"]}
+        if names != {target.name for target in self.targets}:
+            raise KronblocksError(
+                f"the state targets {sorted(names)}, but this model's targets are {[t.name for t in self.targets]}: "
+                "use the same model and SparsityConfig"
+            )
+        if self.schedule is not None and state["total_steps"] not in (None, self.schedule.total_steps):
+            raise KronblocksError(
+                f"the state is of a training of {state['total_steps']} steps, but attach was told {self.schedule.total_steps}"
+            )

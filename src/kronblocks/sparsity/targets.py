@@ -1,0 +1,228 @@
+"""How a layer stores its blocks, as seen by an algorithm: one score per block out, one multiplier per block in.
+
+`LayerTarget` is for layers that know their own blocks (`kronblocks.nn`, or anything that satisfies `HasBlocks`),
+`WeightTarget` for a plain `nn.Linear`, whose mask it holds itself.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kronblocks.blocks import BlockGrid
+from kronblocks.errors import KronblocksError
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """What a layer must offer to be the target of an algorithm."""
+
+    grid: BlockGrid
+    block_mask: Tensor
+    active_plan: str
+
+    def use_plan_(self, plan: str) -> None: ...
+    def block_norms(self) -> Tensor: ...
+    def scale_blocks_(self, multipliers: Tensor) -> None: ...
+    def enforce_zeros_(self) -> None: ...
+    def set_block_mask_(self, mask: Tensor) -> None: ...
+    def block_parameters(self) -> list[nn.Parameter]: ...
+
+
+class GrowthProbe:
+    """Measures the gradient that the dense weight would have, block by block, dead ones too (equation 19 in docs/math.md).
+
+    It listens to one layer's input and output gradient, and sums over as many backward passes as there are before `read`.
+    """
+
+    def __init__(self, module: nn.Module, grid: BlockGrid) -> None:
+        self._grid, self._gradient = grid, None
+        self._handle: RemovableHandle | None = module.register_forward_hook(self._forward)
+
+    def _forward(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        x = args[0].detach()
+
+        def add(dy: Tensor) -> None:
+            gradient = dy.detach().flatten(0, -2).float().t() @ x.flatten(0, -2).float()
+            self._gradient = gradient if self._gradient is None else self._gradient + gradient
+
+        output.register_hook(add)
+
+    def read(self) -> Tensor:
+        """|dW block| / sqrt(area), (m1, n1), and stop listening."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if self._gradient is None:
+            raise KronblocksError("no backward pass went through the layer since the probe began, so it has no growth scores")
+        return self._grid.norms(self._gradient) / self._grid.block.area**0.5
+
+
+class BlockTarget:
+    """Base of the targets; see the two kinds below."""
+
+    def __init__(self, name: str, module: nn.Module, grid: BlockGrid) -> None:
+        self.name, self.module, self.grid = name, module, grid
+        self._probe: GrowthProbe | None = None
+
+    @property
+    def area(self) -> int:
+        """Weights per block."""
+        return self.grid.block.area
+
+    @property
+    def mask(self) -> Tensor:
+        """(m1, n1) bool, True = live."""
+        raise NotImplementedError
+
+    @property
+    def gate(self) -> Tensor | None:
+        """The trained gate S, (m1, n1), where the layer has one."""
+        return getattr(self.module, "gate", None)
+
+    def norms(self) -> Tensor:
+        """Frobenius norm of every block, (m1, n1)."""
+        raise NotImplementedError
+
+    def scores(self, kind: str = "norm") -> Tensor:
+        """What blocks are compared by, (m1, n1): block norm / sqrt(area), or the magnitude of the gate.
+
+        Raises:
+            KronblocksError: they are not finite, or the layer has no gate.
+        """
+        if kind == "gate":
+            if self.gate is None:
+                raise KronblocksError(
+                    f'layer {self.name!r} has no gate: use score="norm", or method="kron-l1", which makes gates'
+                )
+            scores = self.gate.detach().abs().float()
+        else:
+            scores = self.norms() / self.area**0.5
+        if not torch.isfinite(scores).all():
+            raise KronblocksError(
+                f"layer {self.name!r} has blocks that are not finite (NaN or infinity): the training has diverged; "
+                "lower the learning rate or clip gradients"
+            )
+        return scores
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that hold the blocks."""
+        raise NotImplementedError
+
+    def apply_(self, multipliers: Tensor) -> bool:
+        """Multiply every block by its number; 0 kills it. Returns whether a block died."""
+        raise NotImplementedError
+
+    def set_mask_(self, mask: Tensor) -> None:
+        """Make exactly these blocks live."""
+        raise NotImplementedError
+
+    def enforce_zeros_(self) -> None:
+        """Put dead blocks back to exactly 0, after an optimiser step may have moved them."""
+        raise NotImplementedError
+
+    def hook_gradients(self) -> list[RemovableHandle]:
+        """Make gradients of dead blocks exactly 0 in backward, so that clipping and closures see the truth."""
+        return []
+
+    def start_probe(self) -> None:
+        """Begin to measure growth scores; the next `read_probe` ends it."""
+        self._probe = self._probe or GrowthProbe(self.module, self.grid)
+
+    def read_probe(self) -> Tensor:
+        """Growth score of every block, (m1, n1)."""
+        assert self._probe is not None, "start_probe comes first"
+        probe, self._probe = self._probe, None
+        return probe.read()
+
+
+class LayerTarget(BlockTarget):
+    """A layer that stores its own blocks and mask, and gives dead blocks no gradient."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        assert isinstance(module, HasBlocks)
+        super().__init__(name, module, module.grid)
+        self._layer: HasBlocks = module
+
+    @property
+    def mask(self) -> Tensor:
+        return self._layer.block_mask
+
+    def norms(self) -> Tensor:
+        return self._layer.block_norms()
+
+    @property
+    def plan(self) -> str:
+        """How the layer computes now."""
+        return self._layer.active_plan
+
+    def set_plan_(self, plan: str) -> None:
+        """Let the layer compute another way."""
+        self._layer.use_plan_(plan)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self._layer.block_parameters()
+
+    def apply_(self, multipliers: Tensor) -> bool:
+        live = int(self.mask.sum())
+        self._layer.scale_blocks_(multipliers)
+        return int(self.mask.sum()) < live
+
+    def set_mask_(self, mask: Tensor) -> None:
+        self._layer.set_block_mask_(mask)
+
+    def enforce_zeros_(self) -> None:
+        self._layer.enforce_zeros_()
+
+
+class WeightTarget(BlockTarget):
+    """A plain `nn.Linear`, untouched; its mask lives here."""
+
+    def __init__(self, name: str, module: nn.Linear, grid: BlockGrid) -> None:
+        super().__init__(name, module, grid)
+        assert isinstance(module.weight, nn.Parameter)
+        self._weight = module.weight
+        self._mask = torch.ones(grid.shape, dtype=torch.bool, device=module.weight.device)
+
+    @property
+    def mask(self) -> Tensor:
+        return self._mask
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        return self.grid.norms(self._weight)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self._weight]
+
+    @torch.no_grad()
+    def apply_(self, multipliers: Tensor) -> bool:
+        blocks = self.grid.to_blocks(self._weight)
+        blocks.mul_(multipliers.to(blocks.dtype)[..., None, None])
+        died = self._mask & (multipliers == 0)
+        self._mask = self._mask & ~died
+        return bool(died.any())
+
+    def set_mask_(self, mask: Tensor) -> None:
+        self._mask = mask.to(self._weight.device, torch.bool).clone()
+        self.enforce_zeros_()
+
+    @torch.no_grad()
+    def enforce_zeros_(self) -> None:
+        self._zero_dead_blocks(self._weight)
+
+    def hook_gradients(self) -> list[RemovableHandle]:
+        @torch.no_grad()
+        def zero(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            self._zero_dead_blocks(parameter.grad)
+
+        return [self._weight.register_post_accumulate_grad_hook(zero)]
+
+    def _zero_dead_blocks(self, weight: Tensor) -> None:
+        self.grid.to_blocks(weight).masked_fill_(~self._mask.to(weight.device)[..., None, None], 0)

@@ -1,0 +1,305 @@
+"""Walk a model, replace layers, and put them back: `sparsify_`, `lift_`, `densify_`, and the structure record."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from kronblocks.config import FACTORED, SparsityConfig
+from kronblocks.errors import KronblocksError, PerformanceWarning
+from kronblocks.groups import keep_slots_, replace_parameters_
+from kronblocks.nn.base import BlockLayer
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.selection import Selected, SurgeryReport, select
+from kronblocks.sparsity.budget import choose_dead
+from kronblocks.sparsity.rules.base import Rule
+from kronblocks.sparsity.rules.fixed import Fixed
+from kronblocks.sparsity.rules.group_lasso import GroupLasso
+from kronblocks.sparsity.rules.kron_l1 import KronL1
+from kronblocks.sparsity.rules.magnitude import Magnitude
+from kronblocks.sparsity.schedule import SparsitySchedule
+from kronblocks.sparsity.sparsifier import Sparsifier
+from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
+
+STRUCTURE_VERSION = 1
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (KroneckerBlockLinear, BlockSparseLinear)}
+
+
+def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module at every place where the one of this name stands.
+
+    Raises:
+        KronblocksError: the model itself is the module.
+    """
+    old = model.get_submodule(name)
+    if old is model:
+        raise KronblocksError("the model is itself the layer, which cannot be replaced in place: wrap it in nn.Sequential(...)")
+    for parent in model.modules():
+        for child, module in parent.named_children():
+            if module is old:
+                setattr(parent, child, new)
+
+
+def _layers(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def _factor(linear: nn.Linear, selected: Selected, config: SparsityConfig) -> KroneckerBlockLinear:
+    """The Kronecker layer that takes a dense one's place, initialised as the config says."""
+    paper = config.method == "kron-l1"
+    init = config.init or ("spectral" if paper else "random")
+    weight = linear.weight
+    shape: dict[str, Any] = {"rank": selected.rank, "tile_groups": selected.tile_groups, "gate": paper}
+    if init == "random" or weight.is_meta:
+        layer = KroneckerBlockLinear(
+            linear.in_features,
+            linear.out_features,
+            selected.grid.block,
+            bias=linear.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+            **shape,
+        )
+    else:
+        layer = KroneckerBlockLinear.from_linear(linear, block_size=selected.grid.block, **shape)
+        if init == "spectral":
+            layer.match_variance_()
+    layer.bias = linear.bias
+    layer.choose_plan_(config.rows)
+    return layer.train(linear.training).requires_grad_(weight.requires_grad)
+
+
+def _warn_of_rank(report: SurgeryReport) -> None:
+    for each in report.selected:
+        if each.rank >= each.grid.block.area:
+            warnings.warn(
+                f"rank {each.rank} in blocks of {each.grid.block} ({each.name}) trains as many factors as there are weights: "
+                "take a lower rank or larger blocks",
+                PerformanceWarning,
+                stacklevel=4,
+            )
+            return
+
+
+def _rule(config: SparsityConfig) -> Rule:
+    penalty = config.penalty
+    rules: dict[str, Callable[[], Rule]] = {
+        "two-phase": Magnitude,
+        "magnitude": Magnitude,
+        "group-lasso": lambda: GroupLasso(penalty.strength),
+        "kron-l1": lambda: KronL1(penalty.form, penalty.strength, penalty.growth),
+        "static": Fixed,
+        "dense": Fixed,
+    }
+    return rules[config.method]()
+
+
+def _schedule(config: SparsityConfig) -> Callable[[int], SparsitySchedule]:
+    plan = config.schedule
+    end = plan.end if plan.end is not None else (0.8 if config.method == "kron-l1" else 0.5)
+    lift_at = plan.lift_at if config.method == "two-phase" else None
+
+    def make(total_steps: int) -> SparsitySchedule:
+        target = config.target_sparsity
+        return SparsitySchedule(target, total_steps, plan.start, end, lift_at, plan.shape, plan.update_every, plan.stages)
+
+    return make
+
+
+class ModelSurgeon:
+    """What a `Sparsifier` asks of surgery; see `kronblocks.sparsity.sparsifier.Surgeon`."""
+
+    def __init__(self, model: nn.Module, report: SurgeryReport, rows: int) -> None:
+        self.report = report
+        self._model, self._rows = model, rows
+
+    def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
+        _lift(self._model, names, optimizers, self._rows)
+
+    def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
+        for name in names:
+            layer = self._model.get_submodule(name)
+            if isinstance(layer, BlockSparseLinear):
+                old, kept = layer.values, layer.compact_()
+                keep_slots_(optimizers, old, layer.values, kept)
+                layer.choose_plan_(self._rows)
+
+    def record(self) -> dict[str, Any]:
+        return structure(self._model)
+
+    def restore(self, record: dict[str, Any], optimizers: Sequence[Optimizer]) -> None:
+        before = _layers(self._model, BlockLayer)
+        apply_structure_(self._model, record)
+        for name, old in before.items():
+            new = self._model.get_submodule(name)
+            if isinstance(new, BlockSparseLinear) and new is not old:
+                replace_parameters_(optimizers, old.block_parameters(), new.values)
+
+
+def sparsify_(model: nn.Module, config: SparsityConfig | None = None) -> Sparsifier:
+    """Make a model's linear layers block-sparse in training, in place.
+
+    Afterwards make the optimiser (from `parameter_groups` or `model.parameters()`) and call
+    `sparsifier.attach(optimizer, total_steps=...)`; the rest happens in the optimiser's steps. `sparsifier.surgery` says which
+    layers were taken, which not, and why.
+
+    Args:
+        model: any module with nn.Linear layers; new or trained.
+        config: what to do; the default is two-phase with 16x16 blocks to 90% zeros.
+
+    Raises:
+        KronblocksError: nothing selected, unknown patterns, weights that are not finite, a sparsity that is not possible. Nothing
+            has been changed then.
+
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+    >>> sparsifier = sparsify_(model, SparsityConfig(block_size=8, rank=2, target_sparsity=0.5))
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> handle = sparsifier.attach(optimizer, total_steps=20)
+    >>> for step in range(20):
+    ...     loss = model(torch.randn(4, 64)).square().mean() + sparsifier.penalty()
+    ...     optimizer.zero_grad()
+    ...     loss.backward()
+    ...     optimizer.step()
+    >>> sparsifier.sparsity
+    0.5
+    """
+    config = config or SparsityConfig()
+    if not isinstance(config, SparsityConfig):
+        raise KronblocksError(
+            f"sparsify_ wants a SparsityConfig, not {type(config).__name__}: SparsityConfig(block_size=16, ...)"
+        )
+    report = SurgeryReport((), ()) if config.method == "dense" else select(model, config)
+    grids = [torch.zeros(each.grid.shape) for each in report.selected]
+    areas = [each.grid.block.area for each in report.selected]
+    if grids:
+        choose_dead(grids, areas, config.target_sparsity, config.scope)
+    targets: list[BlockTarget] = []
+    if config.method in FACTORED:
+        _warn_of_rank(report)
+        for each in report.selected:
+            replace_(model, each.name, _factor(_linear(model, each.name), each, config))
+            targets.append(LayerTarget(each.name, model.get_submodule(each.name)))
+    else:
+        targets += [WeightTarget(each.name, _linear(model, each.name), each.grid) for each in report.selected]
+    if config.method == "static":
+        for target, dead in zip(
+            targets, choose_dead([torch.rand_like(g) for g in grids], areas, config.target_sparsity), strict=True
+        ):
+            target.set_mask_(~dead)
+    surgeon = ModelSurgeon(model, report, config.rows)
+    target_sparsity = config.target_sparsity if config.method != "dense" else 0.0
+    return Sparsifier(
+        model, targets, _rule(config), _schedule(config), surgeon, target_sparsity=target_sparsity, scope=config.scope
+    )
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _lift(model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimizer], rows: int | None) -> list[str]:
+    lifted = []
+    for name in names:
+        old = model.get_submodule(name)
+        if not isinstance(old, KroneckerBlockLinear):
+            continue
+        new = BlockSparseLinear.from_kron(old)
+        new.choose_plan_(rows or old.rows)
+        new.values.requires_grad_(old.coeff.requires_grad)
+        replace_(model, name, new)
+        replace_parameters_(optimizers, old.block_parameters(), new.values)
+        lifted.append(name)
+    return lifted
+
+
+def lift_(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] = ()) -> list[str]:
+    """Replace every Kronecker layer by a `BlockSparseLinear` with the same live blocks as free values, in place.
+
+    The two-phase method does this by itself, at the right step. The values join the optimiser's group "lifted" (or take the
+    factors' place) with fresh state; biases keep theirs.
+
+    Args:
+        model: any model.
+        optimizer: the optimiser, or all of them, that hold the factors.
+
+    Returns:
+        The names of the lifted layers.
+    """
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    return _lift(model, list(_layers(model, KroneckerBlockLinear)), optimizers, None)
+
+
+@torch.no_grad()
+def densify_(model: nn.Module) -> list[str]:
+    """Replace every block layer by an nn.Linear of the same weight, zeros included, in place; returns their names."""
+    layers = _layers(model, BlockLayer)
+    for name, old in layers.items():
+        weight = old.dense_weight()
+        new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta", dtype=weight.dtype)
+        new.weight = nn.Parameter(weight)
+        new.bias = old.bias
+        replace_(model, name, new.train(old.training))
+    return list(layers)
+
+
+def structure(model: nn.Module) -> dict[str, Any]:
+    """The kind and sizes of every block layer, as plain values: what `apply_structure_` needs before weights can be loaded."""
+    layers = _layers(model, BlockLayer)
+    return {
+        "version": STRUCTURE_VERSION,
+        "layers": {name: {"kind": type(layer).__name__, **layer.config()} for name, layer in layers.items()},
+    }
+
+
+def apply_structure_(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Give a model the block layers of a record, in place; load the state_dict afterwards.
+
+    Layers that have the recorded structure already are left alone. The masks come with the state_dict.
+
+    Raises:
+        KronblocksError: the record is of another version or does not fit the model. Nothing has been changed then.
+    """
+    if not isinstance(record, Mapping) or not isinstance(record.get("layers"), Mapping):
+        raise KronblocksError("this is no structure record: make one with kronblocks.structure(model)")
+    if record.get("version") != STRUCTURE_VERSION:
+        raise KronblocksError(
+            f"the structure record has version {record.get('version')!r}, and this kronblocks reads version {STRUCTURE_VERSION}"
+        )
+    new = {name: _rebuild(model, name, each) for name, each in record["layers"].items()}
+    for name, layer in new.items():
+        if layer is not None:
+            replace_(model, name, layer)
+
+
+def _rebuild(model: nn.Module, name: str, entry: Mapping[str, Any]) -> BlockLayer | None:
+    """The layer of a record's entry, None where the model has it already."""
+    modules = dict(model.named_modules())
+    old = modules.get(name)
+    if not isinstance(old, nn.Linear | BlockLayer):
+        raise KronblocksError(
+            f"the record has a layer {name!r}, but the model has {type(old).__name__} there: use the same model"
+        )
+    settings = dict(entry)
+    kind = KINDS.get(settings.pop("kind", ""))
+    if kind is None:
+        raise KronblocksError(f"the record's layer {name!r} is of an unknown kind: there are {', '.join(KINDS)}")
+    if isinstance(old, BlockLayer) and type(old) is kind and old.config() == settings:
+        return None
+    if (settings.get("in_features"), settings.get("out_features")) != (old.in_features, old.out_features):
+        raise KronblocksError(f"the record's layer {name!r} has other sizes than the model's: use the same model")
+    weight = next(old.parameters(recurse=False))
+    try:
+        layer: BlockLayer = kind(**settings, device=weight.device, dtype=weight.dtype)
+    except TypeError as error:
+        raise KronblocksError(f"the record's layer {name!r} has settings that {kind.__name__} does not know: {error}") from error
+    if old.bias is not None and layer.bias is not None:
+        layer.bias = old.bias
+    return layer.train(old.training)
