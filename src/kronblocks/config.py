@@ -28,6 +28,10 @@ FACTORED: frozenset[str] = frozenset({"two-phase", "kron-l1"})
 """Methods that replace nn.Linear by a Kronecker layer; the others work on the nn.Linear itself."""
 
 
+PENALISED: frozenset[str] = frozenset({"kron-l1", "group-lasso"})
+"""Methods that have a penalty."""
+
+
 def _one_of(name: str, value: object, allowed: object) -> None:
     names = get_args(allowed)
     if value not in names:
@@ -171,8 +175,7 @@ class SparsityConfig:
         """An option that the method would ignore is an error."""
         if self.method not in FACTORED and self.init is not None:
             raise KronblocksError(f"method {self.method!r} works on the nn.Linear as it is and has no init: leave init=None")
-        penalised = self.method in ("kron-l1", "group-lasso")
-        if not penalised and self.penalty != PenaltyConfig():
+        if self.method not in PENALISED and self.penalty != PenaltyConfig():
             raise KronblocksError(f"method {self.method!r} has no penalty: leave penalty=PenaltyConfig()")
 
     @property

@@ -193,10 +193,7 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None) -> Sparsif
         ):
             target.set_mask_(~dead)
     surgeon = ModelSurgeon(model, report, config.rows)
-    target_sparsity = config.target_sparsity if config.method != "dense" else 0.0
-    return Sparsifier(
-        model, targets, _rule(config), _schedule(config), surgeon, target_sparsity=target_sparsity, scope=config.scope
-    )
+    return Sparsifier(model, targets, _rule(config), _schedule(config), surgeon, scope=config.scope)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import math
 import re
 import resource
@@ -118,6 +120,9 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self.exact = False
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # give freed memory back first: only glibc can
+            ctypes.CDLL(None).malloc_trim(0)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
             self.exact = True

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from kronblocks.experiments.tasks import TrainConfig
+from kronblocks.errors import KronblocksError
+from kronblocks.experiments.tasks import CompareConfig, TrainConfig
 
 
 def _summary(config: TrainConfig, result: dict[str, Any]) -> Table:
@@ -33,6 +35,33 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
     Console().print(_summary(config, run_training(config)))
 
 
+def compare(config: Annotated[CompareConfig, tyro.conf.arg(name="")]) -> None:
+    """Run several methods and seeds of one task and make one report."""
+    from kronblocks.experiments.compare import compare as run_all
+
+    _say_where(run_all(config))
+
+
+def report(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
+    """Make the report of finished trainings again.
+
+    Args:
+        folders: folders of trainings, or folders that hold such folders.
+        out: where report.html and report.md go; unset: the first folder.
+    """
+    from kronblocks.experiments.report import find_runs, write_report
+
+    if not folders:
+        raise KronblocksError("name at least one folder: kronblocks report runs/demo")
+    _say_where(write_report(find_runs(folders), out or folders[0]))
+
+
+def _say_where(path: Path) -> None:
+    Console().print(f"report: {path.resolve()}", soft_wrap=True, highlight=False)
+
+
 def run(args: list[str] | None = None) -> None:
     """Read the command line and do what it says."""
-    tyro.extras.subcommand_cli_from_dict({"train": train}, args=args, prog="kronblocks", description=__doc__)
+    tyro.extras.subcommand_cli_from_dict(
+        {"train": train, "compare": compare, "report": report}, args=args, prog="kronblocks", description=__doc__
+    )

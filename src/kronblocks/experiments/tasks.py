@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from kronblocks.config import Method, Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig
+from kronblocks.blocks import BlockSize
+from kronblocks.config import PENALISED, Method, Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import ModelName
 
@@ -34,9 +35,9 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train one model on one data set with one method, and write result.json and a checkpoint every epoch."""
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What `train` and `compare` have in common."""
 
     out: Path
     """Folder for the results; must be new or empty, unless --resume."""
@@ -45,7 +46,6 @@ class TrainConfig:
     model: ModelName = "mlp"
     widths: tuple[int, ...] = (512, 256)
     """Hidden sizes of the MLP."""
-    method: Method = "two-phase"
     block_size: str = "16"
     """Rows and columns of a block: 16, or 16x4."""
     rank: int = 4
@@ -53,7 +53,6 @@ class TrainConfig:
     sparsity: float = 0.9
     """Share of the weights that ends in blocks of exact zeros."""
     epochs: int = 8
-    seed: int = 0
     batch_size: int = 256
     lr: float | None = None
     """Learning rate of the dense parts; unset: the method's own."""
@@ -82,6 +81,20 @@ class TrainConfig:
             raise KronblocksError(f"--threads must be at least 1, not {self.threads}")
         if self.tile_groups != "per-row" and not self.tile_groups.isdecimal():
             raise KronblocksError(f"--tile-groups is per-row or a number, not {self.tile_groups!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TaskConfig):
+    """Train one model on one data set with one method, and write result.json and a checkpoint every epoch."""
+
+    method: Method = "two-phase"
+    seed: int = 0
+    """Of the initial weights and the order of the images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed < 0:
+            raise KronblocksError(f"--seed must be at least 0, not {self.seed}")
         self.sparsity_config()
 
     @property
@@ -114,3 +127,30 @@ class TrainConfig:
         for name in ("out", "resume", "progress", "data_dir"):
             del data[name]
         return {**data, "widths": list(self.widths), "recipe": self.recipe._asdict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(TaskConfig):
+    """Run several methods and seeds of one task, each in a process of its own, and make one report."""
+
+    methods: tuple[Method, ...] = ("dense", "two-phase")
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.methods or not self.seeds:
+            raise KronblocksError("name at least one of --methods and one of --seeds")
+        self.runs()
+
+    def runs(self) -> list[TrainConfig]:
+        """The trainings, one for each seed and method; a penalty goes to the methods that have one."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TaskConfig)}
+        runs = []
+        for seed in dict.fromkeys(self.seeds):
+            for method in dict.fromkeys(self.methods):
+                block = "" if method == "dense" else f"-{BlockSize.parse(self.block_size)}"
+                own = {"out": self.out / f"{method}{block}-s{seed}", "method": method, "seed": seed, "resume": True}
+                if method not in PENALISED:
+                    own["penalty"] = PenaltyConfig()
+                runs.append(TrainConfig(**{**shared, **own}))
+        return runs

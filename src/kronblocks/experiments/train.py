@@ -28,6 +28,9 @@ from kronblocks.experiments.models import build_model
 from kronblocks.experiments.runs import RunFolder, write_json
 from kronblocks.experiments.tasks import TrainConfig
 from kronblocks.groups import parameter_groups
+from kronblocks.selection import select
+from kronblocks.sparsity.report import SparsityReport, count_blocks
+from kronblocks.sparsity.targets import WeightTarget
 from kronblocks.surgery import sparsify_, structure
 
 RESULT_VERSION = 1
@@ -267,8 +270,16 @@ def _save_model(module: Classification, folder: RunFolder) -> None:
     safetensors.torch.save_file(masks, folder.path / "masks.safetensors")
 
 
+def _count(config: TrainConfig, module: Classification) -> SparsityReport:
+    """Zero blocks of the targeted layers; of the dense method, of those that a sparse method would target."""
+    if module.sparsifier.targets:
+        return module.sparsifier.report()
+    layers = [(each, module.model.get_submodule(each.name)) for each in select(module.model, config.sparsity_config()).selected]
+    return count_blocks([WeightTarget(each.name, layer, each.grid) for each, layer in layers if isinstance(layer, nn.Linear)])
+
+
 def _result(config: TrainConfig, module: Classification, tested: Any, peak: int, exact: bool) -> dict[str, Any]:
-    report = module.sparsifier.report()
+    report = _count(config, module)
     last = module.history[-1]
     surgery = module.sparsifier.surgery
     return {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from kronblocks.errors import KronblocksError
-from kronblocks.sparsity.budget import Scope, choose_dead
+from kronblocks.sparsity.budget import Scope
 from kronblocks.sparsity.report import SparsityReport, count_blocks
 from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState
 from kronblocks.sparsity.schedule import Phase, SparsitySchedule
@@ -64,11 +64,7 @@ class Sparsifier:
         rule: the algorithm.
         make_schedule: gives the schedule for a number of steps.
         surgeon: replaces layers at the lift and when healing begins.
-        target_sparsity: checked here to be possible.
         scope: one budget over all layers ("global"), or one for each ("layer").
-
-    Raises:
-        KronblocksError: the target sparsity would leave a layer without a live block.
     """
 
     def __init__(
@@ -79,11 +75,8 @@ class Sparsifier:
         make_schedule: Callable[[int], SparsitySchedule],
         surgeon: Surgeon,
         *,
-        target_sparsity: float,
         scope: Scope = "global",
     ) -> None:
-        if targets:
-            choose_dead([t.mask.float() for t in targets], [t.area for t in targets], target_sparsity, scope)
         self.model, self.targets, self.rule = model, list(targets), rule
         self.scope: Scope = scope
         self.step = 0

@@ -1,0 +1,156 @@
+"""Rules are pure functions on grids: shrinking is the proximal operator, cutting is exact."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kronblocks.sparsity.controller import PenaltyController
+from kronblocks.sparsity.rules.base import RuleContext, cut, shrink
+from kronblocks.sparsity.rules.fixed import Fixed
+from kronblocks.sparsity.rules.group_lasso import GroupLasso
+from kronblocks.sparsity.rules.kron_l1 import KronL1
+from kronblocks.sparsity.rules.magnitude import Magnitude
+
+
+def context(masks, **changes) -> RuleContext:
+    settings = {
+        "step": 10,
+        "total_steps": 100,
+        "phase": "discover",
+        "sparsity": 0.5,
+        "target_sparsity": 0.75,
+        "is_update": True,
+        "is_last_update": False,
+        "pruning_steps": 50,
+        "masks": tuple(masks),
+        "areas": (4,) * len(masks),
+        "learning_rates": (0.1,) * len(masks),
+    }
+    return RuleContext(**{**settings, **changes})
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(0, 3), st.floats(0, 3), st.integers(0, 2**31))
+def test_shrink_is_the_argmin_of_the_group_lasso_objective(norm, threshold, seed):
+    """prox(w) minimises |v - w|^2 / 2 + t |v|, at zero too; checked against random competitors."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(6, dtype=torch.float64, generator=generator)
+    block = norm * direction / direction.norm()
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    scores = torch.tensor([[norm, 100.0, 200.0]], dtype=torch.float64)
+    multipliers = shrink([scores], [threshold], context([mask]), 0.7)[0]
+    assert torch.isfinite(multipliers).all()
+    best = block * multipliers[0, 0]
+
+    def objective(v):
+        return 0.5 * (v - block).square().sum() + threshold * v.norm()
+
+    competitors = [best + scale * torch.randn(6, dtype=torch.float64, generator=generator) for scale in (1e-3, 0.1, 1.0)]
+    # 1e-12: float64 rounding of sums of six squares of size about 10
+    assert all(objective(best) <= objective(v) + 1e-12 for v in [*competitors, torch.zeros_like(block), block])
+
+
+def test_shrink_uses_each_layers_own_threshold():
+    masks = [torch.ones(1, 2, dtype=torch.bool)] * 2
+    scores = [torch.tensor([[2.0, 4.0]]), torch.tensor([[2.0, 4.0]])]
+    first, second = shrink(scores, [0.5, 1.0], context(masks), 0.5)
+    assert first.tolist() == [[0.75, 0.875]] and second.tolist() == [[0.5, 0.75]]
+
+
+def test_shrink_never_kills_beyond_the_cap_nor_a_whole_layer():
+    masks = [torch.ones(2, 5, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)]
+    scores = [torch.arange(1.0, 11.0).view(2, 5), torch.tensor([[0.1, 0.2]])]
+    multipliers = shrink(scores, [100.0, 100.0], context(masks), 0.5)
+    assert sum(int((m == 0).sum()) for m in multipliers) == 6
+    assert all(bool(m.any()) for m in multipliers)
+    assert multipliers[1].tolist() == [[0.0, 1.0]]
+
+
+def test_cut_keeps_the_dead_dead():
+    mask = torch.tensor([[True, False, True, True]])
+    # the dead block's score is stale and large; it must still count as the first to die
+    multipliers = cut([torch.tensor([[1.0, 9.0, 2.0, 3.0]])], context([mask]), 0.5)
+    assert multipliers[0].tolist() == [[0.0, 0.0, 1.0, 1.0]]
+
+
+def test_magnitude_kills_the_least_blocks_to_the_scheduled_sparsity():
+    scores = [torch.tensor([[4.0, 1.0], [3.0, 2.0]])]
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    multipliers, state = Magnitude().propose(scores, None, {}, context([mask]))
+    assert multipliers[0].tolist() == [[1.0, 0.0], [1.0, 0.0]] and state == {}
+
+
+def test_fixed_changes_nothing():
+    mask = torch.tensor([[True, False]])
+    multipliers, _ = Fixed().propose([torch.tensor([[0.0, 5.0]])], None, {}, context([mask]))
+    assert multipliers[0].tolist() == [[1.0, 0.0]]
+
+
+def test_group_lasso_shrinks_by_penalty_times_rate_and_cuts_exactly_at_the_end():
+    rule = GroupLasso(strength=2.0)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    scores = [torch.tensor([[0.1, 1.0, 2.0, 4.0]])]
+    multipliers, state = rule.propose(scores, None, {}, context([mask], is_update=False))
+    # threshold = penalty 2 * rate 0.1
+    assert torch.allclose(multipliers[0], torch.tensor([[0.0, 0.8, 0.9, 0.95]]))
+    assert state["penalty"] == 2.0
+    last, _ = rule.propose(scores, None, state, context([mask], is_last_update=True, sparsity=0.75))
+    assert last[0].tolist() == [[0.0, 0.0, 0.0, 1.0]]
+
+
+def test_group_lasso_raises_the_penalty_while_too_few_are_dead():
+    rule, mask, scores = GroupLasso(strength=0.01), torch.ones(1, 4, dtype=torch.bool), [torch.tensor([[1.0, 2.0, 3.0, 4.0]])]
+    _, state = rule.propose(scores, None, {}, context([mask]))
+    _, later = rule.propose(scores, None, state, context([mask]))
+    assert 0.01 < state["penalty"] < later["penalty"]
+
+
+def test_controller_reaches_a_wanted_sparsity_on_a_toy_plant():
+    """Plant: with penalty p the share 1 - exp(-p) dies; 200 updates bring it to the wanted 0.9."""
+    controller = PenaltyController(1e-3)
+    for _ in range(200):
+        controller.update(wanted=0.9, observed=1 - math.exp(-controller.penalty))
+    assert 1 - math.exp(-controller.penalty) == pytest.approx(0.9, abs=1e-3)
+    twin = PenaltyController(5.0)
+    twin.load_state_dict(controller.state_dict())
+    assert twin.update(wanted=0.5, observed=0.9) == controller.update(wanted=0.5, observed=0.9)
+
+
+class FakeGate:
+    def __init__(self, gate):
+        self.gate = gate
+
+
+def test_kron_l1_penalty_is_the_mean_magnitude_and_grows_to_three_times():
+    gate = torch.tensor([[-3.0, 1.0], [0.5, -0.5]], requires_grad=True)
+    other = torch.tensor([[2.0]], requires_grad=True)
+    rule, masks = KronL1(strength=0.2), [torch.ones(2, 2, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool)]
+    targets = [FakeGate(gate), FakeGate(other)]
+    for step, growth in ((0, 1.0), (50, 2.0), (100, 3.0)):
+        penalty = rule.penalty(targets, context(masks, step=step))  # pyright: ignore[reportArgumentType]
+        assert penalty is not None
+        assert penalty.item() == pytest.approx(0.2 * growth * 7 / 5, rel=1e-6)
+    penalty.backward()
+    assert gate.grad is not None
+    # 0.2 * 3 / 5 per gate, with its sign
+    assert torch.allclose(gate.grad, 0.12 * gate.detach().sign())
+
+
+def test_kron_l1_gradient_form_cuts_only_at_the_end():
+    rule, mask = KronL1(), torch.ones(1, 4, dtype=torch.bool)
+    scores = [torch.tensor([[0.1, 0.9, 0.2, 0.8]])]
+    assert not rule.every_step
+    assert rule.propose(scores, None, {}, context([mask]))[0][0].tolist() == [[1.0] * 4]
+    assert rule.propose(scores, None, {}, context([mask], is_last_update=True))[0][0].tolist() == [[0.0, 1.0, 0.0, 1.0]]
+
+
+def test_kron_l1_proximal_form_shrinks_every_step_and_has_no_penalty_in_the_loss():
+    rule, mask = KronL1("proximal", 1.0), torch.ones(1, 2, dtype=torch.bool)
+    assert rule.every_step and rule.penalty([], context([mask])) is None
+    multipliers, _ = rule.propose([torch.tensor([[0.5, 1.0]])], None, {}, context([mask], is_update=False))
+    assert torch.allclose(multipliers[0], torch.tensor([[0.8, 0.9]]))

@@ -1,0 +1,381 @@
+"""The sparsifier on real optimisers: exact targets, phases, resuming to the same bits, refusals."""
+
+from __future__ import annotations
+
+import io
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kronblocks
+from kronblocks import KronblocksError, PenaltyConfig, ScheduleConfig, SparsityConfig, parameter_groups, sparsify_
+from kronblocks.sparsity.sparsifier import Sparsifier
+from kronblocks.surgery import ModelSurgeon
+
+STEPS = 40
+METHODS = ["two-phase", "kron-l1", "group-lasso", "magnitude", "static"]
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Training:
+    """A plain loop whose whole state can be saved and loaded."""
+
+    def __init__(self, config: SparsityConfig, optimizer=torch.optim.AdamW, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.model = mlp(32, 24, 16, 8)
+        self.sparsifier = sparsify_(self.model, config)
+        self.make_optimizer = optimizer
+
+    def start(self, state: dict[str, Any] | None = None) -> Training:
+        if state is not None:  # structure first, then weights, then an optimiser over the right parameters
+            self.sparsifier.load_state_dict(state["sparsifier"])
+            self.model.load_state_dict(state["model"])
+        self.optimizer = self.make_optimizer(parameter_groups(self.model, lr=1e-2))
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
+        self.sparsifier.attach(self.optimizer, total_steps=STEPS)
+        if state is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+        return self
+
+    def run(self, until: int) -> Training:
+        for step in range(self.sparsifier.step, until):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(16, 32, generator=generator)
+            loss = (self.model(x) - x[:, :8].sin()).square().mean() + self.sparsifier.penalty()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+        return self
+
+    def state(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "sparsifier": self.sparsifier}
+        file = io.BytesIO()
+        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the bit, all the way down."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stop", [5, 14, 15, 18, 20, 30])  # the lift comes after step 14, healing after 20 (kron-l1: 32)
+def test_interrupted_and_resumed_equals_uninterrupted(method, stop):
+    config = SparsityConfig(method=method, block_size=4, rank=2, target_sparsity=0.75)
+    whole = Training(config).start().run(STEPS)
+    first = Training(config).start().run(stop)
+    resumed = Training(config, seed=99).start(first.state()).run(STEPS)
+    assert same(whole.state(), resumed.state())
+    assert whole.sparsifier.report().live_blocks == whole.sparsifier.report().total_blocks // 4
+
+
+@pytest.mark.parametrize("form", ["gradient", "proximal"])
+def test_both_forms_of_kron_l1_end_with_exact_zeros(form):
+    config = SparsityConfig(method="kron-l1", block_size=4, rank=2, target_sparsity=0.75, penalty=PenaltyConfig(form=form))
+    training = Training(config).start()
+    assert training.model[0].gate is not None
+    assert training.run(STEPS).sparsifier.sparsity == 0.75
+
+
+def test_two_phase_lifts_compacts_and_never_trains_a_dense_matrix():
+    training = Training(SparsityConfig(block_size=4, rank=2, target_sparsity=0.75)).start()
+    dense = sum(p.numel() for p in mlp(32, 24, 16, 8).parameters())
+    counts, kinds = [], []
+    for step in range(1, STEPS + 1):
+        training.run(step)
+        counts.append(sum(p.numel() for p in training.model.parameters()))
+        kinds.append(type(training.model[0]).__name__)
+        held = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in training.model.parameters()}
+        assert held >= {id(p) for p in training.optimizer.state}
+    lift = training.sparsifier.schedule.lift_step  # pyright: ignore[reportOptionalMemberAccess]
+    assert lift == 14
+    assert kinds == ["KroneckerBlockLinear"] * (lift - 1) + ["BlockSparseLinear"] * (STEPS - lift + 1)
+    assert max(counts) < dense
+    live = training.sparsifier.report().live_blocks
+    assert counts[-1] == live * 16 + 24 + 16 + 8
+    assert [len(group["params"]) for group in training.optimizer.param_groups] == [0, 3, 0, 3]
+
+
+def random_model(seed: int) -> tuple[nn.Sequential, SparsityConfig]:
+    rng = random.Random(seed)
+    block = rng.choice([2, 4, (2, 4), (4, 2), 3])
+    unit = 12
+    sizes = [unit * rng.randint(1, 5) for _ in range(rng.randint(3, 5))]
+    method = rng.choice(METHODS)
+    scope = rng.choice(["global", "layer"])
+    rank = rng.randint(1, 3)
+    sparsity = rng.choice([0.0, 0.3, 0.5, 2 / 3, 0.77])
+    return mlp(*sizes), SparsityConfig(method=method, block_size=block, rank=rank, target_sparsity=sparsity, scope=scope)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_target_is_hit_exactly_on_random_models(seed):
+    torch.manual_seed(seed)
+    model, config = random_model(seed)
+    sparsifier = sparsify_(model, config)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    sparsifier.attach(optimizer, total_steps=30)
+    inputs = model[0].in_features
+    for _ in range(30):
+        loss = model(torch.randn(8, inputs)).square().mean() + sparsifier.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    report = sparsifier.report()
+    layers = report.layers if config.scope == "layer" else (report,)
+    for layer in layers:
+        total = layer.total_blocks
+        wanted = -(-round(config.target_sparsity * total * 1e9) // 10**9)  # ceil, without the product's last bits
+        assert total - layer.live_blocks == wanted, report
+    assert all(layer.live_blocks >= 1 for layer in report.layers)
+
+
+def test_unequal_block_sizes_reach_the_share_of_weights():
+    torch.manual_seed(0)
+    model = mlp(32, 24, 10)
+    sparsifier = sparsify_(model, SparsityConfig(block_size=8, rank=2, target_sparsity=0.8, on_mismatch="nearest"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparsifier.attach(optimizer, total_steps=20)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(8, 32)).square().mean().backward()
+        optimizer.step()
+    report = sparsifier.report()
+    assert [layer.block_size for layer in report.layers] == ["8x8", "2x8"]
+    # one more dead block of the larger size (64 of 1008 weights) would not have been needed
+    assert 0.8 <= report.block_sparsity < 0.8 + 64 / 1008
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.optim.AdamW,
+        lambda p: torch.optim.SGD(p, momentum=0.9, nesterov=True),
+        torch.optim.RMSprop,
+        lambda p: torch.optim.AdamW(p, fused=True),
+        lambda p: torch.optim.Adagrad(p),
+    ],
+)
+def test_ordinary_optimisers_work_through_all_phases(make):
+    training = Training(SparsityConfig(block_size=4, rank=2, target_sparsity=0.75), optimizer=make).start().run(STEPS)
+    assert training.sparsifier.sparsity == 0.75
+    for name in ("0", "2", "4"):
+        for parameter in training.model.get_submodule(name).parameters():
+            for value in training.optimizer.state[parameter].values():
+                assert value.dim() == 0 or value.shape == parameter.shape
+
+
+def test_zeros_hold_after_every_step_of_every_optimiser_in_a_list():
+    torch.manual_seed(0)
+    model = mlp(32, 24, 16)
+    sparsifier = sparsify_(model, SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.75))
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
+    second = torch.optim.AdamW(model[2].parameters(), lr=0.01)
+    sparsifier.attach([first, second], total_steps=20)
+    for step in range(1, 21):
+        model(torch.randn(8, 32)).square().mean().backward()
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+        assert sparsifier.step == step
+        for target in sparsifier.targets:
+            weight = target.module.weight
+            assert isinstance(weight, Tensor)
+            assert ((target.grid.to_blocks(weight) != 0).flatten(2).any(2) == target.mask).all()
+    assert sparsifier.sparsity == 0.75
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_amp_skipped_do_not_count(fused):
+    config = SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.5)
+    training = Training(config, optimizer=lambda groups: torch.optim.AdamW(groups, fused=fused)).start().run(3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def step(factor: float) -> None:
+        training.optimizer.zero_grad()
+        scaler.scale(training.model(torch.ones(4, 32)).sum() * factor).backward()
+        scaler.step(training.optimizer)
+        scaler.update()
+
+    step(float("inf"))
+    assert training.sparsifier.step == 3
+    step(1.0)
+    assert training.sparsifier.step == 4
+
+
+def test_gradient_clipping_sees_no_gradient_of_dead_blocks():
+    training = Training(SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.75)).start().run(30)
+    target = training.sparsifier.targets[0]
+    training.optimizer.zero_grad()
+    training.model(torch.randn(4, 32)).sum().backward()
+    gradient = target.module.weight.grad
+    assert isinstance(gradient, Tensor)
+    assert (target.grid.to_blocks(gradient)[~target.mask] == 0).all()
+
+
+class Recording:
+    """A rule that asks for growth scores and kills nothing."""
+
+    score, every_step, needs_growth = "norm", False, True
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, list[Tensor]]] = []
+
+    def propose(self, scores, growth_scores, state, ctx):
+        self.seen.append((ctx.step, growth_scores))
+        return [mask.float() for mask in ctx.masks], state
+
+    def penalty(self, targets, ctx):
+        return None
+
+
+def test_growth_scores_reach_a_rule_that_asks_for_them_at_updates():
+    training = Training(SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.5))
+    rule = Recording()
+    training.sparsifier.rule = rule
+    training.start().run(STEPS)
+    schedule = training.sparsifier.schedule
+    assert schedule is not None
+    assert [step for step, _ in rule.seen] == [step for step in range(STEPS + 1) if schedule.is_update(step)]
+    for _, growth in rule.seen:
+        assert [tuple(g.shape) for g in growth] == [(6, 8), (4, 6), (2, 4)]
+        assert all((g > 0).all() for g in growth)
+
+
+def test_dense_is_a_method_that_does_nothing():
+    torch.manual_seed(0)
+    model = mlp(32, 24, 16)
+    before = [p.clone() for p in model.parameters()]
+    sparsifier = sparsify_(model, SparsityConfig(method="dense"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier.attach(optimizer, total_steps=5)
+    for _ in range(5):
+        (model(torch.randn(4, 32)).sum() + sparsifier.penalty()).backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert sparsifier.sparsity == 0 and sparsifier.report().layers == ()
+
+
+def test_static_keeps_its_random_blocks():
+    training = Training(SparsityConfig(method="static", block_size=4, target_sparsity=0.5))
+    masks = [target.mask.clone() for target in training.sparsifier.targets]
+    assert training.sparsifier.sparsity == 0.5
+    training.start().run(STEPS)
+    assert all(torch.equal(a, t.mask) for a, t in zip(masks, training.sparsifier.targets, strict=True))
+
+
+def test_removing_the_attachment_stops_everything():
+    training = Training(SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.5))
+    optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    handle = training.sparsifier.attach(optimizer, total_steps=10)
+    handle.remove()
+    training.model(torch.randn(4, 32)).sum().backward()
+    optimizer.step()
+    assert training.sparsifier.step == 0
+    training.sparsifier.attach(optimizer, total_steps=10)
+
+
+def test_lbfgs_is_refused():
+    training = Training(SparsityConfig(block_size=4))
+    with pytest.raises(KronblocksError, match=r"LBFGS.*AdamW"):
+        training.sparsifier.attach(torch.optim.LBFGS(training.model.parameters()), total_steps=10)
+
+
+def test_an_optimiser_from_before_the_surgery_is_refused_by_layer_name():
+    model = mlp(32, 24, 16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sparsifier = sparsify_(model, SparsityConfig(block_size=4, rank=2))
+    with pytest.raises(KronblocksError, match=r"parameters of 0, 2.*after sparsify_"):
+        sparsifier.attach(optimizer, total_steps=10)
+
+
+def test_attaching_twice_and_penalty_before_attach_are_refused():
+    training = Training(SparsityConfig(block_size=4, rank=2))
+    with pytest.raises(KronblocksError, match="attach"):
+        training.sparsifier.penalty()
+    training.start()
+    with pytest.raises(KronblocksError, match="attached already"):
+        training.sparsifier.attach(training.optimizer, total_steps=10)
+    with pytest.raises(KronblocksError, match="optimiser or a list"):
+        Training(SparsityConfig(block_size=4, rank=2)).sparsifier.attach([], total_steps=10)
+
+
+def test_divergence_is_reported_where_it_is_noticed():
+    training = Training(SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.5)).start().run(3)
+    with torch.no_grad():
+        training.model[2].weight[0, 0] = float("inf")
+    with pytest.raises(KronblocksError, match=r"layer '\d'.*diverged"):
+        training.run(STEPS)
+
+
+def test_states_that_do_not_fit_are_refused():
+    state = Training(SparsityConfig(block_size=4, rank=2)).start().run(3).state()["sparsifier"]
+    other = Training(SparsityConfig(method="group-lasso", block_size=4))
+    with pytest.raises(KronblocksError, match="rule Magnitude"):
+        other.sparsifier.load_state_dict(state)
+    fresh = Training(SparsityConfig(block_size=4, rank=2))
+    with pytest.raises(KronblocksError, match="version 7"):
+        fresh.sparsifier.load_state_dict({**state, "version": 7})
+    with pytest.raises(KronblocksError, match="no state of a Sparsifier"):
+        fresh.sparsifier.load_state_dict({"hello": 1})
+    fresh.sparsifier.load_state_dict(state)
+    with pytest.raises(KronblocksError, match="total_steps=40"):
+        fresh.sparsifier.attach(torch.optim.AdamW(fresh.model.parameters()), total_steps=STEPS + 1)
+
+
+def test_impossible_targets_are_refused_before_anything_changes():
+    model = mlp(8, 8, 8)
+    with pytest.raises(KronblocksError, match="without a live block"):
+        sparsify_(model, SparsityConfig(block_size=4, rank=2, target_sparsity=0.9))
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_sparsifier_can_be_made_by_hand_with_an_own_rule():
+    """The parts are public enough to write an algorithm without touching the library."""
+    torch.manual_seed(0)
+    model = mlp(16, 8)
+    report = kronblocks.select(model, SparsityConfig(method="magnitude", block_size=4))
+    from kronblocks.sparsity.targets import WeightTarget
+
+    target = WeightTarget("0", model[0], report.selected[0].grid)
+    rule = Recording()
+    sparsifier = Sparsifier(
+        model,
+        [target],
+        rule,
+        lambda steps: kronblocks.SparsitySchedule(0.5, steps),
+        ModelSurgeon(model, report, 16),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer, total_steps=10)
+    for _ in range(10):
+        model(torch.randn(2, 16)).sum().backward()
+        optimizer.step()
+    assert rule.seen
+
+
+def test_schedule_settings_reach_the_schedule():
+    config = SparsityConfig(block_size=4, rank=2, schedule=ScheduleConfig(start=0.1, end=0.9, lift_at=0.5, shape="linear"))
+    schedule = Training(config).start().sparsifier.schedule
+    assert schedule is not None
+    assert (schedule.start_step, schedule.lift_step, schedule.end_step, schedule.shape) == (4, 20, 36, "linear")

@@ -1,0 +1,122 @@
+"""Targets: scores out, multipliers in, exact zeros, no gradient for dead blocks, growth scores for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from kronblocks import BlockGrid, BlockSize, BlockSparseLinear, KroneckerBlockLinear, KronblocksError
+from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
+
+
+def kron() -> BlockTarget:
+    return LayerTarget("layer", KroneckerBlockLinear(12, 8, (2, 3), 2, tile_groups=2, gate=True))
+
+
+def free() -> BlockTarget:
+    return LayerTarget("layer", BlockSparseLinear(12, 8, (2, 3)))
+
+
+def dense() -> BlockTarget:
+    return WeightTarget("layer", nn.Linear(12, 8), BlockGrid(8, 12, BlockSize(2, 3)))
+
+
+kinds = pytest.mark.parametrize("make", [kron, free, dense])
+
+
+def weight_of(target: BlockTarget) -> torch.Tensor:
+    weight = target.module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach()
+
+
+@kinds
+def test_scores_are_block_norms_over_the_root_of_the_area(make):
+    target = make()
+    blocks = target.grid.to_blocks(weight_of(target).double())
+    # 1e-5: fp32 norms of six values
+    assert torch.allclose(target.scores().double(), blocks.square().mean((2, 3)).sqrt(), rtol=1e-5)
+
+
+@kinds
+def test_multipliers_scale_blocks_and_zero_kills(make):
+    target = make()
+    before = target.grid.to_blocks(weight_of(target)).clone()
+    multipliers = torch.linspace(0.5, 2, 16).view(4, 4)
+    multipliers[1, 2] = 0
+    assert target.apply_(multipliers)
+    after = target.grid.to_blocks(weight_of(target))
+    assert torch.allclose(after, before * multipliers[..., None, None], atol=1e-6)  # fp32 rounding of products of order 1
+    assert (after[1, 2] == 0).all() and not target.mask[1, 2] and int(target.mask.sum()) == 15
+    assert not target.apply_(torch.ones(4, 4))
+
+
+@kinds
+def test_dead_blocks_get_no_gradient_and_come_back_to_zero(make):
+    target = make()
+    handles = target.hook_gradients()
+    mask = torch.rand(4, 4) < 0.5
+    mask[0, 0], mask[3, 1] = True, False
+    target.set_mask_(mask)
+    optimizer = torch.optim.AdamW(target.module.parameters(), lr=0.1)
+    for parameter in target.module.parameters():  # moments from before the death
+        optimizer.state[parameter].update(
+            step=torch.tensor(3.0), exp_avg=torch.randn_like(parameter), exp_avg_sq=torch.rand_like(parameter)
+        )
+    target.module(torch.randn(5, 12)).square().sum().backward()
+    if isinstance(target, WeightTarget):
+        gradient = target.parameters()[0].grad
+        assert gradient is not None
+        assert (target.grid.to_blocks(gradient)[~mask] == 0).all() and (gradient != 0).any()
+    elif isinstance(target.module, KroneckerBlockLinear):
+        assert target.module.coeff.grad is not None and target.module.gate is not None
+        assert (target.module.coeff.grad[~mask] == 0).all()
+        assert target.module.gate.grad is not None and (target.module.gate.grad[~mask] == 0).all()
+    optimizer.step()
+    target.enforce_zeros_()
+    assert ((target.grid.to_blocks(weight_of(target)) != 0).flatten(2).any(2) == mask).all()
+    for handle in handles:
+        handle.remove()
+
+
+@kinds
+def test_growth_scores_are_the_dense_gradient_of_every_block_summed_over_microbatches(make):
+    target = make()
+    target.set_mask_(torch.tensor([[True] * 4, [False] * 4, [True] * 4, [False] * 4]))
+    target.start_probe()
+    weight = weight_of(target).double().requires_grad_()
+    bias = target.module.bias.detach().double()  # pyright: ignore[reportOptionalMemberAccess]
+    for _ in range(2):
+        x = torch.randn(3, 5, 12)
+        target.module(x).pow(3).sum().backward()
+        nn.functional.linear(x.double(), weight, bias).pow(3).sum().backward()
+    assert weight.grad is not None
+    expected = target.grid.norms(weight.grad) / 6**0.5
+    # 1e-4: fp32 sums over 30 rows of cubes
+    assert torch.allclose(target.read_probe().double(), expected, rtol=1e-4)
+
+
+def test_a_probe_without_a_backward_pass_says_so():
+    target = free()
+    target.start_probe()
+    with pytest.raises(KronblocksError, match="no backward pass"):
+        target.read_probe()
+
+
+@kinds
+def test_weights_that_are_not_finite_are_reported_by_name(make):
+    target = make()
+    with torch.no_grad():
+        target.parameters()[0].view(-1)[0] = float("nan")
+    with pytest.raises(KronblocksError, match=r"'layer'.*diverged"):
+        target.scores()
+
+
+def test_gate_scores_are_magnitudes_and_need_a_gate():
+    target = kron()
+    with torch.no_grad():
+        target.gate.neg_()  # pyright: ignore[reportOptionalMemberAccess]
+    assert (target.scores("gate") == 1).all()
+    with pytest.raises(KronblocksError, match="has no gate"):
+        dense().scores("gate")
