@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py --methods dense two-phase --blocks 4 16 --seeds 0 1 2
 
-Each (method, block size, rate, seed) is a training in a process of its own under `--work`; what is done is not run again. The rate of each
-(method, block size) is the one with the best mean validation accuracy; test accuracy is read for that rate only.
+Each (method, block size, rate, seed) is a training in a process of its own under `--work`; what is done is not run again. The
+rate of each (method, block size) is the one with the best mean validation accuracy; test accuracy is read for that rate only.
 """
 
 from __future__ import annotations

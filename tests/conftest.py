@@ -32,9 +32,10 @@ class Rounding:
 
     A sum of N products, in any order, is within about N*u of the exact one, times the same sum over absolute values (Higham,
     "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1; u is the unit roundoff). All outputs and gradients here
-    are such sums, so the oracle run on absolute values gives each element's own bound. Where that is 0 (dead blocks), only an exact
-    0 passes. bf16 products accumulate in fp32, so N counts fp32 roundings; what is stored between stages, and the result, is
-    rounded to bf16: at most 4 of those on the way to any result (packed from factors: values, dvalues, the sum, autograd's sum).
+    are such sums, so the oracle run on absolute values gives each element's own bound. Where that is 0 (dead blocks), only an
+    exact 0 passes. bf16 products accumulate in fp32, so N counts fp32 roundings; what is stored between stages, and the
+    result, is rounded to bf16: at most 4 of those on the way to any result (packed from factors: values, dvalues, the sum,
+    autograd's sum).
 
     Args:
         oracle: the formula, as a function of the tensors.

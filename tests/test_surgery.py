@@ -12,8 +12,8 @@ from torch import nn
 
 from kronblocks import (
     BlockSparseLinear,
-    KroneckerBlockLinear,
     KronblocksError,
+    KroneckerBlockLinear,
     PerformanceWarning,
     SparsityConfig,
     apply_structure_,
@@ -108,7 +108,7 @@ def test_a_module_in_two_places_is_replaced_in_both():
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
     sparsify_(model, config())
-    assert isinstance(model["a"], KroneckerBlockLinear) and model["a"] is model["b"][0]  # pyright: ignore[reportIndexIssue]
+    assert isinstance(model["a"], KroneckerBlockLinear) and model["a"] is model["b"][0]
 
 
 def test_frozen_layers_stay_frozen():
@@ -211,7 +211,7 @@ def test_parameter_groups_cover_every_parameter_once_with_the_right_rates():
 
 def test_sparsify_wants_a_config():
     with pytest.raises(KronblocksError, match="SparsityConfig"):
-        sparsify_(mlp(), {"block_size": 4})  # pyright: ignore[reportArgumentType]
+        sparsify_(mlp(), {"block_size": 4})
 
 
 def test_meta_models_can_be_sparsified_and_filled_later():

@@ -73,7 +73,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PenaltyConfig:
-    """Strength of a penalty; `None` means found by the rule itself."""
+    """Strength of a penalty; `None` means 1 for a penalty in the loss, and a controller for a proximal one."""
 
     strength: float | None = None
     growth: float = 3.0  # kron-l1, gradient form: how many times the strength at the end

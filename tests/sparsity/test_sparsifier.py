@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 from typing import Any
 
@@ -21,7 +22,7 @@ METHODS = ["two-phase", "kron-l1", "group-lasso", "magnitude", "static"]
 
 def mlp(*sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -107,7 +108,7 @@ def test_two_phase_lifts_compacts_and_never_trains_a_dense_matrix():
         held = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
         assert held == {id(p) for p in training.model.parameters()}
         assert held >= {id(p) for p in training.optimizer.state}
-    lift = training.sparsifier.schedule.lift_step  # pyright: ignore[reportOptionalMemberAccess]
+    lift = training.sparsifier.schedule.lift_step
     assert lift == 14
     assert kinds == ["KroneckerBlockLinear"] * (lift - 1) + ["BlockSparseLinear"] * (STEPS - lift + 1)
     assert max(counts) < dense

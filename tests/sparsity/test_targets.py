@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import BlockGrid, BlockSize, BlockSparseLinear, KroneckerBlockLinear, KronblocksError
+from kronblocks import BlockGrid, BlockSize, BlockSparseLinear, KronblocksError, KroneckerBlockLinear
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
 
 
@@ -86,7 +86,7 @@ def test_growth_scores_are_the_dense_gradient_of_every_block_summed_over_microba
     target.set_mask_(torch.tensor([[True] * 4, [False] * 4, [True] * 4, [False] * 4]))
     target.start_probe()
     weight = weight_of(target).double().requires_grad_()
-    bias = target.module.bias.detach().double()  # pyright: ignore[reportOptionalMemberAccess]
+    bias = target.module.bias.detach().double()
     for _ in range(2):
         x = torch.randn(3, 5, 12)
         target.module(x).pow(3).sum().backward()
@@ -116,7 +116,7 @@ def test_weights_that_are_not_finite_are_reported_by_name(make):
 def test_gate_scores_are_magnitudes_and_need_a_gate():
     target = kron()
     with torch.no_grad():
-        target.gate.neg_()  # pyright: ignore[reportOptionalMemberAccess]
+        target.gate.neg_()
     assert (target.scores("gate") == 1).all()
     with pytest.raises(KronblocksError, match="has no gate"):
         dense().scores("gate")

@@ -8,37 +8,34 @@ from dataclasses import dataclass
 
 @dataclass
 class PenaltyController:
-    """A proportional controller in the logarithm of the penalty (equation 18 in docs/math.md).
+    """A forecast of the penalty, corrected by what came of the last ones (equation 18 in docs/math.md).
 
-    A shrink threshold is penalty times learning rate, so no fixed penalty fits two schedules of the rate; this one is
-    raised while too few blocks are dead and lowered while too many are, within a factor of `span` of where it began.
+    A shrink threshold is penalty times learning rate, so no fixed penalty fits two schedules of the rate. The forecast shrinks
+    the last block that has to die to zero by the end of the pruning span, if the loss did not push back; the correction, within a
+    factor of `span` of 1, rises while fewer blocks are dead than wanted and falls while more are.
     """
 
-    penalty: float
-    gain: float = 4.0
-    span: float = 1e4
-    initial: float | None = None
+    correction: float = 1.0
+    gain: float = 0.3
+    span: float = 10.0
 
-    def __post_init__(self) -> None:
-        self.initial = self.penalty if self.initial is None else self.initial
+    def penalty(self, *, score: float, rate: float, steps: int) -> float:
+        """The penalty until the next update.
+
+        Args:
+            score: of the last block that has to die.
+            rate: learning rate now.
+            steps: how many steps of pruning are left.
+        """
+        return self.correction * score / max(rate * steps, 1e-30)
 
     def update(self, *, wanted: float, observed: float) -> float:
-        """Move the penalty for a wanted and an observed sparsity, both in [0, 1]; returns it.
+        """Move the correction for a wanted and an observed sparsity, both in [0, 1]; returns it.
 
-        >>> controller = PenaltyController(0.1)
-        >>> controller.update(wanted=0.5, observed=0.4) > 0.1 > controller.update(wanted=0.4, observed=0.6)
+        >>> controller = PenaltyController()
+        >>> controller.update(wanted=0.5, observed=0.4) > 1 > controller.update(wanted=0.4, observed=0.6)
         True
         """
-        assert self.initial is not None
-        moved = self.penalty * math.exp(self.gain * (wanted - observed))
-        self.penalty = min(max(moved, self.initial / self.span), self.initial * self.span)
-        return self.penalty
-
-    def state_dict(self) -> dict[str, float]:
-        """Plain numbers."""
-        assert self.initial is not None
-        return {"penalty": self.penalty, "initial": self.initial}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a saved state."""
-        self.penalty, self.initial = state["penalty"], state["initial"]
+        moved = self.correction * math.exp(self.gain * (wanted - observed))
+        self.correction = min(max(moved, 1 / self.span), self.span)
+        return self.correction

@@ -229,7 +229,7 @@ class Sparsifier:
             target_sparsity=schedule.target_sparsity,
             is_update=schedule.is_update(step),
             is_last_update=step == schedule.end_step,
-            pruning_steps=schedule.end_step - schedule.start_step,
+            steps_left=max(1, schedule.end_step - step),
             masks=tuple(target.mask for target in self.targets),
             areas=tuple(target.area for target in self.targets),
             learning_rates=self._learning_rates(),

@@ -27,7 +27,7 @@ class RuleContext:
     target_sparsity: float
     is_update: bool  # whether the mask is due
     is_last_update: bool  # whether this is the update after which the mask is frozen
-    pruning_steps: int  # length of the pruning span
+    steps_left: int  # of the pruning span, at least 1
     masks: tuple[Tensor, ...]  # (m1, n1) bool a layer, True = live
     areas: tuple[int, ...]  # weights per block, a number a layer
     learning_rates: tuple[float, ...]  # a number a layer

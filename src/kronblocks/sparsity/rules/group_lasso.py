@@ -16,11 +16,10 @@ from kronblocks.sparsity.targets import BlockTarget
 class GroupLasso:
     """After every step each block is multiplied by max(0, 1 - penalty * rate / score) (equation 14 in docs/math.md).
 
-    The penalty follows the schedule through a controller, and the last update cuts to the target exactly; after it nothing
-    shrinks any more.
+    The last update cuts to the target exactly; after it nothing shrinks any more.
 
     Args:
-        strength: the penalty to start from; None: found from the scores at the first step.
+        strength: a fixed penalty; None: a controller makes the sparsity follow the schedule.
 
     Source:
         Yuan and Lin, "Model selection and estimation in regression with grouped variables", 2006; proximal form: Parikh and

@@ -22,7 +22,7 @@ class KronL1:
     `form="gradient"`, the published one: `strength * mean|S|` in the loss, growing linearly to `growth` times that over the
     training. A gradient step makes no exact zeros, so the last update cuts the gates of least magnitude to hit the target: until
     then the reported sparsity is 0, which is the truth. `form="proximal"`: gates shrink by penalty * rate after every step, to
-    exact zeros, under a controller.
+    exact zeros, under a controller unless `strength` fixes the penalty.
 
     Source:
         Zhu, Zuo, Khalili, TMLR 2025, sections 3 and 5.

@@ -1,0 +1,183 @@
+"""The main job, on the digits that come with scikit-learn: results, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from kronblocks import KronblocksError
+from kronblocks.experiments import train as training
+from kronblocks.experiments.models import build_model
+from kronblocks.experiments.tasks import CompareConfig, TrainConfig
+from kronblocks.surgery import apply_structure_
+
+TIMES = {"train_seconds", "peak_memory_bytes", "peak_memory_exact", "history"}
+
+
+def config(out: Path, **settings) -> TrainConfig:
+    defaults = {"data": "digits", "widths": (64, 32), "block_size": "8", "rank": 2, "epochs": 4, "progress": False, "threads": 1}
+    return TrainConfig(**{"out": out, "batch_size": 64, **defaults, **settings})
+
+
+def lasting(result: dict) -> dict:
+    """What must not depend on the clock; the history without its seconds."""
+    kept = {name: value for name, value in result.items() if name not in TIMES}
+    return {**kept, "history": [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in result["history"]]}
+
+
+@pytest.mark.parametrize("method", ["two-phase", "kron-l1", "group-lasso", "magnitude", "static", "dense"])
+def test_every_method_trains_and_tells_the_truth(tmp_path, method):
+    result = training.train(config(tmp_path / "run", method=method))
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(json.dumps(result))
+    model = build_model("mlp", (1, 8, 8), 10, (64, 32))
+    apply_structure_(model, result["structure"])
+    model.load_state_dict(safetensors.torch.load_file(tmp_path / "run" / "model.safetensors"))
+    live = total = zero = 0
+    for layer, (rows, cols) in zip((model[1], model[3], model[5]), ((8, 8), (8, 8), (2, 8)), strict=True):
+        weight = layer.weight.detach()
+        blocks = weight.view(weight.shape[0] // rows, rows, -1, cols).transpose(1, 2).abs().amax((2, 3))
+        live, total = live + int((blocks > 0).sum()), total + blocks.numel()
+        zero += int((blocks == 0).sum()) * rows * cols
+    assert (result["live_blocks"], result["total_blocks"]) == (live, total)
+    weights = 64 * 64 + 64 * 32 + 32 * 10
+    assert result["block_sparsity"] == pytest.approx(zero / weights, abs=1e-12)
+    if method == "dense":
+        assert zero == 0
+    else:
+        assert 0.9 <= zero / weights < 0.9 + 64 / weights  # no block more than needed
+    if method != "group-lasso":  # which would need more than these 84 steps to shrink and to recover
+        assert result["test_accuracy"] > 0.15  # chance is 0.1
+    assert result["trainable_parameters_max"] >= max(result["trainable_parameters_start"], result["trainable_parameters_end"])
+    assert result["bytes"].keys() == {"parameters", "gradients", "optimizer_state", "saved_tensors"}
+    assert all(value > 0 for value in result["bytes"].values())
+    assert len(result["history"]) == 4 and result["train_seconds"] > 0
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) and list((tmp_path / "run").glob("csv/*/metrics.csv"))
+    assert list((tmp_path / "run").glob("tensorboard/*/events*"))
+
+
+def test_dense_training_macs_are_three_products_less_the_first_input_gradient(tmp_path):
+    result = training.train(config(tmp_path / "run", method="dense", epochs=1))
+    samples = 1294
+    assert result["training_macs"] == samples * (2 * 64 * 64 + 3 * 64 * 32 + 3 * 32 * 10)
+    assert result["inference_macs_per_sample"] == 64 * 64 + 64 * 32 + 32 * 10
+
+
+class Interrupt(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["two-phase", "kron-l1", "magnitude"])
+@pytest.mark.parametrize("after", [1, 2, 3])  # of 4 epochs: two-phase lifts in the second and heals from the third
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, method, after):
+    whole = training.train(config(tmp_path / "whole", method=method))
+
+    class Dies(training.Classification):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.current_epoch == after and batch_idx == 5:
+                raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Classification", Dies)
+        with pytest.raises(Interrupt):
+            training.train(config(tmp_path / "parts", method=method))
+    assert not (tmp_path / "parts" / "result.json").exists()
+    torch.manual_seed(12345)
+    resumed = training.train(config(tmp_path / "parts", method=method, resume=True))
+    assert lasting(resumed) == lasting(whole)
+    for name in ("model.safetensors", "masks.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    """SIGKILL at an arbitrary moment after the first checkpoint, in a process of its own."""
+    whole = training.train(config(tmp_path / "whole", epochs=12))
+    settings = "--data digits --epochs 12 --widths 64 32 --block-size 8 --rank 2 --batch-size 64 --progress False --threads 1"
+    command = [sys.executable, "-m", "kronblocks", "train", "--out", str(tmp_path / "parts"), *settings.split()]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "parts").glob("checkpoints/*.ckpt")) and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "parts" / "result.json").exists(), "the training ended before it could be killed"
+    resumed = training.train(config(tmp_path / "parts", epochs=12, resume=True))
+    assert lasting(resumed) == lasting(whole)
+
+
+def test_a_finished_training_is_not_run_again(tmp_path):
+    first = training.train(config(tmp_path / "run", epochs=1))
+    before = (tmp_path / "run" / "result.json").stat().st_mtime_ns
+    assert training.train(config(tmp_path / "run", epochs=1, resume=True)) == json.loads(json.dumps(first))
+    assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == before
+
+
+def test_folders_in_use_are_refused(tmp_path):
+    out = tmp_path / "run"
+    training.train(config(out, epochs=1))
+    with pytest.raises(KronblocksError, match="not empty.*--resume"):
+        training.train(config(out, epochs=1))
+    with pytest.raises(KronblocksError, match="other settings.*epochs"):
+        training.train(config(out, epochs=2, resume=True))
+    with training.RunFolder.open(config(tmp_path / "busy")), pytest.raises(KronblocksError, match="another process"):
+        training.train(config(tmp_path / "busy", resume=True))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KronblocksError, match="cannot write"):
+        training.train(config(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle"])
+def test_damaged_checkpoints_are_refused_and_left_alone(tmp_path, damage):
+    out = tmp_path / "run"
+    training.train(config(out, epochs=1))
+    (out / "result.json").unlink()
+    checkpoint = next((out / "checkpoints").iterdir())
+    if damage == "truncated":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    elif damage == "foreign":
+        torch.save({"state_dict": {}}, checkpoint)
+    else:
+        torch.save(Path("/tmp"), checkpoint)  # an object that only unpickling would make
+    before = checkpoint.read_bytes()
+    with pytest.raises(KronblocksError, match=r"cannot be read|is not a checkpoint"):
+        training.train(config(out, epochs=1, resume=True))
+    assert checkpoint.read_bytes() == before and not (out / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"block_size": "7y"}, "block size"),
+        ({"rank": 0}, "rank"),
+        ({"sparsity": 1.0}, "0.9 means 90%"),
+        ({"epochs": 0}, "--epochs"),
+        ({"seed": -1}, "--seed"),
+        ({"tile_groups": "x"}, "--tile-groups"),
+        ({"threads": 0}, "--threads"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, settings, says):
+    with pytest.raises(KronblocksError, match=says):
+        config(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_do_not_fit_the_model_leave_no_folder(tmp_path):
+    with pytest.raises(KronblocksError, match="lenet5 wants"):
+        training.train(config(tmp_path / "run", model="lenet5"))
+    with pytest.raises(KronblocksError, match="without a live block"):
+        training.train(config(tmp_path / "run", model="linear", block_size="10x64"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_compare_runs_every_method_and_seed_once(tmp_path):
+    runs = CompareConfig(out=tmp_path, methods=("dense", "kron-l1", "dense"), seeds=(1, 2), block_size="8").runs()
+    assert [run.out.name for run in runs] == ["dense-s1", "kron-l1-8x8-s1", "dense-s2", "kron-l1-8x8-s2"]
+    assert [(run.method, run.seed) for run in runs] == [("dense", 1), ("kron-l1", 1), ("dense", 2), ("kron-l1", 2)]

@@ -1,0 +1,41 @@
+"""The README's code runs, its commands exist, and its generated parts are up to date."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import kronblocks
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippets_run(snippet, capsys):
+    scope: dict = {}
+    exec(snippet, scope)
+    assert "of the weights in zero blocks" in capsys.readouterr().out
+    # the last block that was needed may be of 256 of the weights
+    assert 0.9 <= scope["sparsifier"].sparsity < 0.9 + 256 / (784 * 512)
+
+
+def test_there_is_a_snippet_and_links_lead_somewhere():
+    assert SNIPPETS
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    assert len(links) >= 5
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_commands_are_targets_of_the_makefile():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert {"demo", "test"} <= set(commands) <= set(targets)
+
+
+def test_everything_public_is_exported_and_documented():
+    for name in kronblocks.__all__:
+        assert getattr(kronblocks, name).__doc__, name
