@@ -186,7 +186,7 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None) -> Sparsif
             replace_(model, each.name, _factor(_linear(model, each.name), each, config))
             targets.append(LayerTarget(each.name, model.get_submodule(each.name)))
     else:
-        targets += [WeightTarget(each.name, _linear(model, each.name), each.grid) for each in report.selected]
+        targets += weight_targets(model, report)
     if config.method == "static":
         for target, dead in zip(
             targets, choose_dead([torch.rand_like(g) for g in grids], areas, config.target_sparsity), strict=True
@@ -194,6 +194,11 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None) -> Sparsif
             target.set_mask_(~dead)
     surgeon = ModelSurgeon(model, report, config.rows)
     return Sparsifier(model, targets, _rule(config), _schedule(config), surgeon, scope=config.scope)
+
+
+def weight_targets(model: nn.Module, report: SurgeryReport) -> list[WeightTarget]:
+    """The selected layers as they are, plain nn.Linear with a mask beside them."""
+    return [WeightTarget(each.name, _linear(model, each.name), each.grid) for each in report.selected]
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

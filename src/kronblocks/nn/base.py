@@ -48,7 +48,7 @@ class BlockLayer(nn.Module):
         self.rows = ASSUMED_ROWS
         self._index = IndexBuffers(grid, capacity, device)
         self.register_buffer("block_mask", torch.ones(grid.shape, dtype=torch.bool, device=device))
-        self.register_load_state_dict_post_hook(lambda module, _: module.mask_changed_())
+        self.register_load_state_dict_post_hook(_after_load)
 
     def problem(self, *, rows: int | None = None, training: bool = True, input_grad: bool = True) -> Problem:
         """This layer as the cost model sees it, at its present density."""
@@ -146,6 +146,11 @@ class BlockLayer(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.grid.block}{factors}, "
             f"live={live}/{self.grid.blocks}, plan={self.active_plan}"
         )
+
+
+def _after_load(layer: BlockLayer, _: object) -> None:
+    """A loaded mask wants its zeros and its index. A function, not a lambda, so that layers can be pickled."""
+    layer.mask_changed_()
 
 
 def reset_bias_(bias: Tensor | None, in_features: int) -> None:
