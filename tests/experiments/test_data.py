@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from kronblocks.errors import KronblocksError, KronblocksWarning
-from kronblocks.experiments import data as data_module
-from kronblocks.experiments.data import BatchSampler, Split, load_data, loader, stratified_split
+from kronblocks.experiments import downloads
+from kronblocks.experiments.data import BatchSampler, Dataset, Split, load_data, loader, stratified_split
 from kronblocks.experiments.formats import SOURCES, find_files, read_idx, read_members
 
 COUNTS = (40, 20)  # images of the tiny sets below, for training and for testing
@@ -94,11 +94,11 @@ def rows(split: Split) -> set[bytes]:
 
 
 @pytest.fixture(scope="module")
-def mnist5k() -> data_module.Dataset:
+def mnist5k() -> Dataset:
     return load_data("mnist5k")
 
 
-def test_mnist5k_is_split_evenly_and_nothing_is_in_two_parts(mnist5k: data_module.Dataset) -> None:
+def test_mnist5k_is_split_evenly_and_nothing_is_in_two_parts(mnist5k: Dataset) -> None:
     assert (mnist5k.name, mnist5k.classes, mnist5k.image_shape) == ("mnist5k", 10, (1, 28, 28))
     parts = (mnist5k.train, mnist5k.validation, mnist5k.test)
     for part, count in zip(parts, (3600, 400, 1000), strict=True):
@@ -109,7 +109,7 @@ def test_mnist5k_is_split_evenly_and_nothing_is_in_two_parts(mnist5k: data_modul
     assert not train & validation and not train & test and not validation & test
 
 
-def test_splits_never_change(mnist5k: data_module.Dataset) -> None:
+def test_splits_never_change(mnist5k: Dataset) -> None:
     digest = hashlib.sha256()
     for part in (mnist5k.train, mnist5k.validation, mnist5k.test):
         pixels = part.images * mnist5k.std[0] + mnist5k.mean[0]
@@ -470,7 +470,7 @@ def test_wrong_downloads_leave_nothing(rich: bool, published: dict[str, bytes], 
 
 
 def test_endless_download_is_stopped(published: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_module, "_LARGEST_DOWNLOAD", 100)
+    monkeypatch.setattr(downloads, "_LARGEST_DOWNLOAD", 100)
     serve(monkeypatch, published)
     with pytest.raises(KronblocksError, match="sends more than 100 bytes"):
         load_data("mnist")
@@ -493,13 +493,13 @@ def test_download_false(tmp_path: Path) -> None:
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert data_module.cache_folder() == tmp_path / "cache"
+    assert downloads.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("KRONBLOCKS_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert data_module.cache_folder() == tmp_path / "kronblocks" / "data"
+    assert downloads.cache_folder() == tmp_path / "kronblocks" / "data"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data_module.cache_folder() == tmp_path / ".cache" / "kronblocks" / "data"
+    assert downloads.cache_folder() == tmp_path / ".cache" / "kronblocks" / "data"
 
 
 def test_find_files_prefers_the_usual_subfolder(tmp_path: Path) -> None:
