@@ -122,7 +122,8 @@ class SparsityConfig:
         exclude: the same, for layers to leave dense.
         overrides: pattern to `LayerOverride`; later ones win.
         on_mismatch: a block size that does not divide a layer: leave it "dense", or take the "nearest" that does.
-        tile_groups: "per-row", or the number of tile banks of each layer.
+        tile_groups: "per-row", or the number of tile banks of each layer; None: the method's own, "per-row" for two-phase and
+            1 for kron-l1, as in the paper.
         init: "random" (orthonormal tiles, nn.Linear's variance), "spectral" (nearest to the layer's present weights, with the
             variance put right), "nearest" (nearest to the present weights: for trained models); None: the method's own.
         scope: one budget over all layers ("global"), or the same sparsity in each ("layer").
@@ -146,7 +147,7 @@ class SparsityConfig:
     exclude: tuple[str | type, ...] = ()
     overrides: Mapping[str, LayerOverride] = field(default_factory=dict)
     on_mismatch: Mismatch = "dense"
-    tile_groups: TileGroups = "per-row"
+    tile_groups: TileGroups | None = None
     init: Init | None = None
     scope: Scope = "global"
     schedule: ScheduleConfig = ScheduleConfig()
@@ -173,10 +174,20 @@ class SparsityConfig:
 
     def _refuse_ignored(self) -> None:
         """An option that the method would ignore is an error."""
-        if self.method not in FACTORED and self.init is not None:
-            raise KronblocksError(f"method {self.method!r} works on the nn.Linear as it is and has no init: leave init=None")
+        for name in ("init", "tile_groups"):
+            if self.method not in FACTORED and getattr(self, name) is not None:
+                raise KronblocksError(
+                    f"method {self.method!r} works on nn.Linear itself and has no {name}: leave {name}=None"
+                )
         if self.method not in PENALISED and self.penalty != PenaltyConfig():
             raise KronblocksError(f"method {self.method!r} has no penalty: leave penalty=PenaltyConfig()")
+
+    @property
+    def tiles(self) -> TileGroups:
+        """The tile groups, the method's own where none are set."""
+        if self.tile_groups is not None:
+            return self.tile_groups
+        return 1 if self.method == "kron-l1" else "per-row"
 
     @property
     def block(self) -> BlockSize:

@@ -101,7 +101,7 @@ def _fit(module: nn.Linear, wanted: BlockSize, on_mismatch: str) -> tuple[BlockG
 
 
 def _settings(name: str, names: _Names, config: SparsityConfig) -> dict:
-    settings = {"block_size": config.block, "rank": config.rank, "tile_groups": config.tile_groups}
+    settings = {"block_size": config.block, "rank": config.rank, "tile_groups": config.tiles}
     for pattern, override in config.overrides.items():
         if names.matches(name, pattern):
             settings |= {key: value for key in settings if (value := getattr(override, key)) is not None}

@@ -1,5 +1,6 @@
 """Every plan x backend x dtype x shape x mask against the reference in float64: output and every gradient."""
 
+import functools
 from typing import NamedTuple
 
 import pytest
@@ -92,14 +93,13 @@ def longest_sum(case: Case) -> int:
     return max(n1 * bn * case.rank + 1, m1 * bm * case.rank, rows * bm * bn, rows * m1 * n1)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+# packed without a mask is an error: tests/ops/test_kron.py
+PLANS_AND_MASKS = [(plan, mask) for plan in PLAN_NAMES for mask in MASKS if (plan, mask) != ("packed", "none")]
+
+
+@pytest.mark.parametrize(("plan", "mask"), PLANS_AND_MASKS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("plan", PLAN_NAMES)
-def test_kron_linear(backend, dtype, plan, case, mask, rounding, with_gradients, request):
-    if plan == "packed" and mask == "none":
-        pytest.skip("packed needs live: test_kron_errors.py")
-    if plan == "packed" and case.groups > 1 and dtype == torch.bfloat16:
-        request.applymarker(BF16_GROUPS)
+def test_kron_linear(backend, dtype, plan, case, mask, rounding, with_gradients):
     *tensors, dy = products(case, dtype, backend.device)
     live = None if mask == "none" else mask_of(mask, case.grid).to(backend.device)
 
@@ -119,23 +119,15 @@ def test_kron_linear(backend, dtype, plan, case, mask, rounding, with_gradients,
             assert (actual[2][~live] == 0).all(), "gradients of dead blocks' coefficients are exactly 0"
 
 
-# reported: the gradient of tiles[group] is accumulated block by block in bf16; strict in test_packed_groups_in_bf16
-BF16_GROUPS = pytest.mark.xfail(strict=False, reason="packed with tile groups sums dtiles in bf16")
-
-
-@pytest.mark.xfail(strict=True, reason="packed with tile groups sums dtiles block by block in bf16: 256 + 1 = 256")
 def test_packed_groups_in_bf16(backend, with_gradients):
     """2048 blocks that each add 1 to the gradient: 2048 in every plan that accumulates in fp32."""
     if torch.bfloat16 not in backend.dtypes:
         pytest.skip("no bf16")
     live = torch.ones(64, 64, dtype=torch.bool, device=backend.device)
-    x, coeff, tiles = (
-        torch.ones(s, dtype=torch.bfloat16, device=backend.device) for s in ((1, 64), (64, 64, 1), (2, 1, 1, 1))
-    )
+    x, coeff, tiles = (torch.ones(s, dtype=torch.bfloat16, device=backend.device) for s in ((1, 64), (64, 64, 1), (2, 1, 1, 1)))
     dy = torch.ones(1, 64, dtype=torch.bfloat16, device=backend.device)
-    dtiles = [
-        with_gradients(lambda *t, plan=plan: kron_linear(*t, plan=plan, live=live), (x, coeff, tiles), dy)[3] for plan in PLAN_NAMES
-    ]
+    functions = [functools.partial(kron_linear, plan=plan, live=live) for plan in PLAN_NAMES]
+    dtiles = [with_gradients(function, (x, coeff, tiles), dy)[3] for function in functions]
     assert [d.flatten().tolist() for d in dtiles] == [[2048.0, 2048.0]] * 4
 
 

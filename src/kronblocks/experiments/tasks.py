@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from kronblocks.blocks import BlockSize
-from kronblocks.config import PENALISED, Method, Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig
+from kronblocks.config import FACTORED, PENALISED, Method, Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig, TileGroups
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import ModelName
 
@@ -58,8 +58,8 @@ class TaskConfig:
     """Learning rate of the dense parts; unset: the method's own."""
     weight_decay: float | None = None
     """Of dense weights; unset: the method's own."""
-    tile_groups: str = "per-row"
-    """Tile banks of a layer: per-row, or a number."""
+    tile_groups: str | None = None
+    """Tile banks of a layer: per-row, or a number; unset: the method's own (two-phase per-row, kron-l1 1)."""
     on_mismatch: Mismatch = "nearest"
     """Layers that the block size does not divide: nearest size that does, or left dense."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -79,7 +79,7 @@ class TaskConfig:
                 raise KronblocksError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise KronblocksError(f"--threads must be at least 1, not {self.threads}")
-        if self.tile_groups != "per-row" and not self.tile_groups.isdecimal():
+        if self.tile_groups not in (None, "per-row") and not self.tile_groups.isdecimal():
             raise KronblocksError(f"--tile-groups is per-row or a number, not {self.tile_groups!r}")
 
 
@@ -115,11 +115,16 @@ class TrainConfig(TaskConfig):
             rank=self.rank,
             target_sparsity=self.sparsity,
             on_mismatch=self.on_mismatch,
-            tile_groups="per-row" if self.tile_groups == "per-row" else int(self.tile_groups),
+            tile_groups=self._tiles(),
             schedule=self.schedule,
             penalty=self.penalty,
             rows=self.batch_size,
         )
+
+    def _tiles(self) -> TileGroups | None:
+        if self.tile_groups is None:
+            return None
+        return "per-row" if self.tile_groups == "per-row" else int(self.tile_groups)
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, as plain values: everything but where it is written and how it is shown."""
@@ -143,7 +148,7 @@ class CompareConfig(TaskConfig):
         self.runs()
 
     def runs(self) -> list[TrainConfig]:
-        """The trainings, one for each seed and method; a penalty goes to the methods that have one."""
+        """The trainings, one for each seed and method; a penalty or tile groups go to the methods that have them."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TaskConfig)}
         runs = []
         for seed in dict.fromkeys(self.seeds):
@@ -152,5 +157,7 @@ class CompareConfig(TaskConfig):
                 own = {"out": self.out / f"{method}{block}-s{seed}", "method": method, "seed": seed, "resume": True}
                 if method not in PENALISED:
                     own["penalty"] = PenaltyConfig()
+                if method not in FACTORED:
+                    own["tile_groups"] = None
                 runs.append(TrainConfig(**{**shared, **own}))
         return runs

@@ -55,7 +55,8 @@ class BlockLayer(nn.Module):
         weight = next(self.parameters(recurse=False))
         density = 1.0 if self.block_mask.is_meta else self.density
         rows, device = rows or self.rows, weight.device.type
-        return Problem(self.grid, self.rank, self.tile_groups, rows, density, weight.dtype, device, training, input_grad)
+        gate = getattr(self, "gate", None) is not None
+        return Problem(self.grid, self.rank, self.tile_groups, rows, density, weight.dtype, device, training, input_grad, gate)
 
     def choose_plan_(self, rows: int | None = None) -> PlanChoice:
         """Choose the plan anew where the user wrote "auto", for the present density and this many rows of x."""
@@ -72,8 +73,11 @@ class BlockLayer(nn.Module):
 
     def refresh_index_(self) -> None:
         """Rebuild the packed index from the mask, where the active plan needs one."""
-        if self.active_plan == "packed" and not self.block_mask.is_meta:
+        device = self.block_mask.device
+        if self.active_plan == "packed" and device.type != "meta":
             self._index.set_(self._make_index())
+        elif self._index.index.crow.device != device:  # load_state_dict(assign=True) moves only what is saved
+            self._index.set_(BlockIndex(*(torch.zeros_like(t, device=device) for t in self._index.index)))
 
     def _make_index(self) -> BlockIndex:
         return BlockIndex.from_mask(self.block_mask)
@@ -91,16 +95,21 @@ class BlockLayer(nn.Module):
         Args:
             mask: (m1, n1) bool, True = live.
         """
+        self._check_mask(mask)
+        self.block_mask.copy_(mask)
+        self.mask_changed_()
+
+    def _check_mask(self, mask: Tensor) -> None:
         if tuple(mask.shape) != self.grid.shape or mask.dtype != torch.bool:
             raise KronblocksError(
                 f"the mask of {self.grid} is a bool tensor of {self.grid.shape}, not {mask.dtype} {tuple(mask.shape)}"
             )
-        self.block_mask.copy_(mask)
-        self.mask_changed_()
 
     @torch.no_grad()
     def scale_blocks_(self, multipliers: Tensor) -> None:
         """Multiply every block by its number, (m1, n1), in place; 0 kills the block."""
+        if tuple(multipliers.shape) != self.grid.shape:
+            raise KronblocksError(f"{self.grid} takes multipliers of {self.grid.shape}, not {tuple(multipliers.shape)}")
         self._multiply_(multipliers)
         died = self.block_mask & (multipliers == 0)
         if died.any():

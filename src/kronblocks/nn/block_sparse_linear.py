@@ -11,7 +11,7 @@ from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer, reset_bias_
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
-from kronblocks.ops.packed import BlockIndex, packed_linear
+from kronblocks.ops.packed import BlockIndex, autocast, check_product, packed_linear
 
 
 class BlockSparseLinear(BlockLayer):
@@ -60,7 +60,7 @@ class BlockSparseLinear(BlockLayer):
         if capacity is not None and not 0 <= capacity <= grid.blocks:
             raise KronblocksError(f"capacity must be from 0 to the {grid.blocks} blocks of {grid}, not {capacity}")
         if mask is None:
-            mask = torch.zeros(grid.shape, dtype=torch.bool)
+            mask = torch.zeros(grid.shape, dtype=torch.bool, device="cpu")  # also under torch.device("meta")
             mask.view(-1)[: grid.blocks if capacity is None else capacity] = True
         slots = mask.flatten().nonzero().squeeze(1).to(device)
         super().__init__(grid, None, 1, plan, len(slots), device)
@@ -135,7 +135,9 @@ class BlockSparseLinear(BlockLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.active_plan == "packed":
             return packed_linear(x, self.values, self._index.index, self.bias)
-        return nn.functional.linear(x, self.dense_weight(), self.bias)
+        x, weight, bias = autocast(x, self.dense_weight(), self.bias)
+        check_product(x, self.grid.shape[1], self.grid.block.cols, bias, self.out_features, {"values": weight})
+        return nn.functional.linear(x, weight, bias)
 
     def dense_weight(self) -> Tensor:
         values = self.values.masked_fill(self._dead_slots(), 0)
@@ -167,6 +169,7 @@ class BlockSparseLinear(BlockLayer):
 
     @torch.no_grad()
     def set_block_mask_(self, mask: Tensor) -> None:
+        self._check_mask(mask)
         homeless = mask.flatten().index_fill(0, self.block_position, False)
         if homeless.any():
             raise KronblocksError(

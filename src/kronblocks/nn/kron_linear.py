@@ -107,7 +107,7 @@ class KroneckerBlockLinear(BlockLayer):
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
         layer.refresh_index_()
-        return layer
+        return layer.train(linear.training)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -119,7 +119,8 @@ class KroneckerBlockLinear(BlockLayer):
         if self.tiles.is_meta:
             return
         groups, rank, bm, bn = self.tiles.shape
-        flat = torch.randn(groups, bm * bn, rank, device=self.tiles.device)
+        dtype = torch.promote_types(self.tiles.dtype, torch.float32)
+        flat = torch.randn(groups, bm * bn, rank, device=self.tiles.device, dtype=dtype)
         flat = torch.linalg.qr(flat).Q if rank <= bm * bn else nn.functional.normalize(flat, dim=1)
         self.tiles.copy_(flat.transpose(1, 2).reshape(self.tiles.shape))
         self.coeff.normal_(0, math.sqrt(bm * bn / rank / (3 * self.in_features)))
@@ -129,6 +130,8 @@ class KroneckerBlockLinear(BlockLayer):
     def match_variance_(self) -> None:
         """Scale the coefficients so that the mean square of W is that of nn.Linear's default, 1/(3n) (equation 13)."""
         mean_square = self.block_norms().square().sum() / self.grid.weights
+        if mean_square == 0:
+            return
         self.coeff.mul_((mean_square * 3 * self.in_features).rsqrt().to(self.coeff.dtype))
 
     def effective_coeff(self) -> Tensor:
@@ -146,6 +149,13 @@ class KroneckerBlockLinear(BlockLayer):
     @torch.no_grad()
     def block_norms(self) -> Tensor:
         return kron.block_norms(self.effective_coeff(), self.tiles)
+
+    @torch.no_grad()
+    def set_block_mask_(self, mask: Tensor) -> None:
+        self._check_mask(mask)
+        if self.gate is not None:  # a block whose gate and coefficients are both 0 would get no gradient and could not grow
+            self.gate.masked_fill_(mask & ~self.block_mask, 1)
+        super().set_block_mask_(mask)
 
     def block_parameters(self) -> list[nn.Parameter]:
         return [p for p in (self.coeff, self.tiles, self.gate) if p is not None]

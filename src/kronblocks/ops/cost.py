@@ -7,7 +7,9 @@ by a rough roofline: multiply-adds over a rate, plus bytes over a bandwidth.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
@@ -32,6 +34,7 @@ class Problem:
     device: str = "cpu"
     training: bool = True
     input_grad: bool = True  # False for the first layer of a net, whose input needs no gradient
+    gate: bool = False  # a trained gate beside the factors
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,14 @@ class PlanChoice:
     plan: str
     backend: str
     why: str
-    costs: dict[str, Cost] = field(repr=False)
+    costs: Mapping[str, Cost] = field(repr=False)
 
 
 def _parameters(problem: Problem) -> int:
     grid, (m1, n1) = problem.grid, problem.grid.shape
     if problem.rank is None:
         return round(problem.density * grid.blocks) * grid.block.area
-    return problem.rank * (m1 * n1 + problem.tile_groups * grid.block.area)
+    return problem.rank * (m1 * n1 + problem.tile_groups * grid.block.area) + problem.gate * m1 * n1
 
 
 def _stages(problem: Problem, plan: str) -> tuple[float, float, int]:
@@ -77,8 +80,8 @@ def _stages(problem: Problem, plan: str) -> tuple[float, float, int]:
     match plan:
         case "dense":
             return rank * grid.weights, dense, grid.weights
-        case "packed":
-            return rank * live, rows * live, live if rank else 0
+        case "packed":  # on factors every block is built, and the live ones are kept
+            return rank * grid.weights, rows * live, live if rank else 0
         case "tile_first":
             size = rows * n1 * problem.tile_groups * rank * bm
             return size * bn, dense * rank / bn, size
@@ -107,7 +110,8 @@ def cost(problem: Problem, plan: str) -> Cost:
     if plan in ("dense", "packed"):
         # dvalues (or dW) is one product of the second stage's size, dx another; then dcoeff and dtiles. dense builds W again
         backward = second * (1 + problem.input_grad) + first * (3 if plan == "dense" else 2)
-        saved = rows * grid.in_features + (intermediate if plan == "packed" else 0)
+        built = intermediate if plan == "packed" or problem.rank is None else 0  # W of factors is built again instead
+        saved = rows * grid.in_features + built
     else:
         # the first stage again; two gradients of the second stage's size; dtiles or dcoeff, and dx, of the first's
         backward = 2 * second + first * (2 + problem.input_grad)
@@ -165,14 +169,14 @@ def choose_plan(problem: Problem) -> PlanChoice:
     names = possible_plans(problem.rank)
     seconds = {plan: estimated_seconds(problem, plan) for plan in names}
     best = min(names, key=seconds.__getitem__)
-    dense = problem.rows * problem.grid.weights * (2 + problem.input_grad if problem.training else 1)
+    dense = max(1, problem.rows) * problem.grid.weights * (2 + problem.input_grad if problem.training else 1)
     costs = {plan: cost(problem, plan) for plan in names}
     others = ", ".join(f"{plan} {seconds[plan] / seconds[best]:.2f}x" for plan in names if plan != best)
     why = (
         f"{best}: {costs[best].macs / dense:.2f} of dense's multiply-adds for {problem.grid} at density "
         f"{problem.density:.2f} and {problem.rows} rows; estimated time of the others relative to it: {others}"
     )
-    return PlanChoice(best, "torch", why, costs)
+    return PlanChoice(best, "torch", why, MappingProxyType(costs))
 
 
 def check_plan(plan: str, rank: int | None) -> None:

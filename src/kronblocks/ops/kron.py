@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kronblocks.errors import KronblocksError
-from kronblocks.ops.packed import BlockIndex, autocast, packed_linear
+from kronblocks.ops.packed import BlockIndex, autocast, check_product, packed_linear
 from kronblocks.ops.plans import PLANS, dense
 
 PLAN_NAMES = (*PLANS, "packed")
@@ -38,7 +38,8 @@ class _KronLinear(torch.autograd.Function):
         return dx, dcoeff, dtiles, dbias, None, None
 
 
-def _check(coeff: Tensor, tiles: Tensor) -> None:
+def check_factors(coeff: Tensor, tiles: Tensor) -> None:
+    """Refuse coefficients and tiles whose shapes do not fit together."""
     if coeff.dim() != 3 or tiles.dim() != 4:
         raise KronblocksError(
             f"coeff must be (m1, n1, r) and tiles (g, r, bm, bn), not {tuple(coeff.shape)} and {tuple(tiles.shape)}"
@@ -65,18 +66,20 @@ def kron_weight(coeff: Tensor, tiles: Tensor) -> Tensor:
     >>> kron_weight(torch.ones(2, 3, 1), torch.ones(1, 1, 4, 5)).shape
     torch.Size([8, 15])
     """
-    _check(coeff, tiles)
+    check_factors(coeff, tiles)
     return dense.first(None, coeff, tiles)
 
 
-def packed_values(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
-    """The live blocks of W, (capacity, bm, bn), in the order of an index without padding."""
-    _, rank, bm, bn = tiles.shape
-    live = coeff[index.row, index.col]  # (k, r)
-    if tiles.shape[0] == 1:
-        return (live @ tiles.view(rank, bm * bn)).view(-1, bm, bn)
-    group = index.row // (coeff.shape[0] // tiles.shape[0])
-    return torch.einsum("ki,kiab->kab", live, tiles[group])
+def _packed(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | BlockIndex | None) -> Tensor:
+    """The packed plan: build the blocks, keep the live ones, multiply with those."""
+    if live is None:
+        raise KronblocksError('plan "packed" multiplies live blocks only: give live=, or use another plan')
+    index = live if isinstance(live, BlockIndex) else BlockIndex.from_mask(live)
+    if index.grid != coeff.shape[:2]:
+        raise KronblocksError(f"live is for a grid of {index.grid}, but coeff is for {tuple(coeff.shape[:2])}")
+    values = dense.build_blocks(coeff, tiles)[index.row, index.col]  # in the order of the entries, so these are their slots
+    entries = torch.arange(len(index.slot), dtype=torch.int32, device=values.device)
+    return packed_linear(x, values, index._replace(slot=entries), bias)
 
 
 def kron_linear(
@@ -111,31 +114,22 @@ def kron_linear(
     >>> kron_linear(x, coeff, tiles, plan="coeff_first").shape
     torch.Size([7, 8])
     """
-    _check(coeff, tiles)
+    check_factors(coeff, tiles)
     if plan not in PLAN_NAMES:
         raise KronblocksError(f"unknown plan {plan!r}: write one of {', '.join(PLAN_NAMES)}")
     (m1, n1, _), (_, _, bm, bn) = coeff.shape, tiles.shape
-    if x.shape[-1] != n1 * bn:
-        raise KronblocksError(f"x has {x.shape[-1]} features, but {n1} block columns of {bn} need {n1 * bn}")
-    if bias is not None and bias.shape != (m1 * bm,):
-        raise KronblocksError(f"bias must be ({m1 * bm},), not {tuple(bias.shape)}")
+    if isinstance(live, Tensor) and (live.dtype != torch.bool or live.shape != coeff.shape[:2]):
+        raise KronblocksError(f"live must be bool of shape ({m1}, {n1}), not {live.dtype} {tuple(live.shape)}")
     x, coeff, tiles, bias = autocast(x, coeff, tiles, bias)
-    if not x.dtype == coeff.dtype == tiles.dtype:
-        raise KronblocksError(
-            f"x is {x.dtype}, coeff {coeff.dtype}, tiles {tiles.dtype}: convert the model or the input with .to(dtype), "
-            "or use torch.autocast"
-        )
+    check_product(x, n1, bn, bias, m1 * bm, {"coeff": coeff, "tiles": tiles})
     if plan == "packed":
-        if live is None:
-            raise KronblocksError('plan "packed" multiplies live blocks only: give live=, or use another plan')
-        index = live if isinstance(live, BlockIndex) else BlockIndex.from_mask(live)
-        return packed_linear(x, packed_values(coeff, tiles, index), index, bias)
+        return _packed(x, coeff, tiles, bias, live)
     if isinstance(live, Tensor):
         coeff = coeff.masked_fill(~live.unsqueeze(-1), 0)
     elif live is not None:
         raise KronblocksError(f'plan "{plan}" takes live as an (m1, n1) bool mask; a BlockIndex is for "packed"')
     y = _KronLinear.apply(x.reshape(-1, x.shape[-1]), coeff, tiles, bias, plan, save_intermediate)
-    return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], m1 * bm)
 
 
 def block_norms(coeff: Tensor, tiles: Tensor) -> Tensor:
@@ -148,11 +142,11 @@ def block_norms(coeff: Tensor, tiles: Tensor) -> Tensor:
         coeff: (m1, n1, r), multiplied by the gate if there is one.
         tiles: (g, r, bm, bn), g divides m1.
     """
-    _check(coeff, tiles)
+    check_factors(coeff, tiles)
     dtype = torch.promote_types(coeff.dtype, torch.float32)
     groups, rank = tiles.shape[:2]
     factor = tiles.to(dtype).flatten(2).transpose(1, 2)  # (g, bm*bn, r)
     if rank < factor.shape[1]:
         factor = torch.linalg.qr(factor).R  # (g, r, r)
-    mixed = coeff.to(dtype).view(groups, -1, rank) @ factor.transpose(1, 2)
+    mixed = coeff.to(dtype).reshape(groups, -1, rank) @ factor.transpose(1, 2)
     return torch.linalg.vector_norm(mixed, dim=-1).view(coeff.shape[:2])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
+from kronblocks.ops.kron import check_factors
 
 
 def _signs(tiles: Tensor) -> Tensor:
@@ -65,14 +66,15 @@ def canonical_form(coeff: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
     Not for the middle of a training: the optimiser's moments would no longer fit.
 
     Raises:
-        KronblocksError: the rank is above bm*bn, where no orthonormal tiles exist.
+        KronblocksError: the rank is above bm*bn, where no orthonormal tiles exist, or the shapes do not fit together.
     """
+    check_factors(coeff, tiles)
     groups, rank, bm, bn = tiles.shape
     if rank > bm * bn:
         raise KronblocksError(f"no {rank} orthonormal tiles exist in blocks of {bm}x{bn}: the rank must be at most {bm * bn}")
     dtype = torch.promote_types(tiles.dtype, torch.float32)
     q, r = torch.linalg.qr(tiles.to(dtype).flatten(2).transpose(1, 2))  # (g, area, r), (g, r, r)
-    mixed = coeff.to(dtype).view(groups, -1, rank) @ r.transpose(1, 2)
+    mixed = coeff.to(dtype).reshape(groups, -1, rank) @ r.transpose(1, 2)
     if mixed.shape[1] < rank:  # fewer blocks than terms: pad, so that the SVD gives all r terms
         mixed = torch.nn.functional.pad(mixed, (0, 0, 0, rank - mixed.shape[1]))
     u, s, vh = torch.linalg.svd(mixed, full_matrices=False)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kronblocks.errors import KronblocksError
 from kronblocks.ops.backends import torch as backend
@@ -45,6 +46,8 @@ class BlockIndex(NamedTuple):
             slot = torch.arange(len(position), device=mask.device)
         else:
             slot = live[position].nonzero().squeeze(1)
+            if len(slot) < int(live.sum()):
+                raise KronblocksError("a live block of the mask has no slot: position must name every live block")
             slot = slot[position[slot].argsort()]
         capacity, entry = len(position), position[slot].long()
         row, col = entry // n1, entry % n1
@@ -129,6 +132,18 @@ def _grad_values_backward(ctx, ddvalues):
     return ddy, dx, *_NO_INDEX_GRADIENTS
 
 
+def _product_flops(x: Any, values: Any, *index: Any, **_: Any) -> int:
+    return 2 * x[0] * values[0] * values[1] * values[2]
+
+
+def _grad_values_flops(dy: Any, x: Any, *index: Any, out_shape: Any = None, **_: Any) -> int:
+    return 2 * dy[0] * out_shape[0] * out_shape[1] * out_shape[2]
+
+
+# so that torch's own counter does not report these products as nothing; exact where the index has no padding
+register_flop_formula([torch.ops.kronblocks.packed_linear, torch.ops.kronblocks.packed_grad_input])(_product_flops)
+register_flop_formula(torch.ops.kronblocks.packed_grad_values)(_grad_values_flops)
+
 _packed_linear.register_autograd(_linear_backward, setup_context=_save)
 _packed_grad_input.register_autograd(_grad_input_backward, setup_context=_save)
 _packed_grad_values.register_autograd(_grad_values_backward, setup_context=_save)
@@ -137,10 +152,27 @@ _packed_grad_values.register_autograd(_grad_values_backward, setup_context=_save
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in the dtype that autocast asks for on their device, unchanged where it is off."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def check_product(
+    x: Tensor, columns: int, width: int, bias: Tensor | None, out_features: int, weights: dict[str, Tensor]
+) -> None:
+    """Refuse an x or a bias that does not fit the weights, in shape or dtype."""
+    features = x.shape[-1] if x.dim() else 0
+    if features != columns * width:
+        raise KronblocksError(f"x has {features} features, but {columns} block columns of {width} need {columns * width}")
+    if bias is not None and bias.shape != (out_features,):
+        raise KronblocksError(f"bias must be ({out_features},), not {tuple(bias.shape)}")
+    others = weights if bias is None else {**weights, "bias": bias}
+    if any(tensor.dtype != x.dtype for tensor in others.values()):
+        found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in others.items())
+        raise KronblocksError(
+            f"x is {x.dtype}, but {found}: convert the model or the input with .to(dtype), or use torch.autocast"
+        )
 
 
 def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None = None) -> Tensor:
@@ -159,18 +191,13 @@ def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | N
         KronblocksError: shapes or dtypes do not fit together.
     """
     x, values, bias = autocast(x, values, bias)
-    n1 = index.grid[1]
+    m1, n1 = index.grid
     if values.dim() != 3 or values.shape[0] != len(index.slot):
         raise KronblocksError(
             f"values must be (capacity, rows, cols) with the index's capacity, {len(index.slot)}, not {tuple(values.shape)}"
         )
-    if x.shape[-1] != n1 * values.shape[2]:
-        raise KronblocksError(
-            f"x has {x.shape[-1]} features, but {n1} block columns of {values.shape[2]} need {n1 * values.shape[2]}"
-        )
-    if x.dtype != values.dtype:
-        raise KronblocksError(f"x is {x.dtype} and values are {values.dtype}: convert one of them, or use torch.autocast")
+    check_product(x, n1, values.shape[2], bias, m1 * values.shape[1], {"values": values})
     y = _packed_linear(x.reshape(-1, x.shape[-1]), values, *index)
     if bias is not None:
         y = y + bias
-    return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], m1 * values.shape[1])

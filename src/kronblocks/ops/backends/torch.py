@@ -66,5 +66,5 @@ def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
             continue
         inputs = x_bands.index_select(0, index.col[start:end]).view((end - start) * width, x.shape[0])
         band = (dy_bands[p] @ inputs.t()).view(height, end - start, width).transpose(0, 1)
-        dvalues.index_copy_(0, index.slot[start:end].long(), band)
+        dvalues.index_copy_(0, index.slot[start:end].long(), band.to(dvalues.dtype))  # autocast may be on in backward
     return dvalues

@@ -5,11 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def build_blocks(coeff: Tensor, tiles: Tensor) -> Tensor:
+    """Every block of W, (m1, n1, bm, bn)."""
+    groups, rank, bm, bn = tiles.shape
+    blocks = coeff.reshape(groups, -1, rank) @ tiles.reshape(groups, rank, bm * bn)
+    return blocks.view(*coeff.shape[:2], bm, bn)
+
+
 def first(x: Tensor | None, coeff: Tensor, tiles: Tensor) -> Tensor:
     """W, (m, n)."""
-    (m1, n1, _), (groups, rank, bm, bn) = coeff.shape, tiles.shape
-    blocks = coeff.reshape(groups, -1, rank) @ tiles.reshape(groups, rank, bm * bn)
-    return blocks.view(m1, n1, bm, bn).transpose(1, 2).reshape(m1 * bm, n1 * bn)
+    blocks = build_blocks(coeff, tiles)
+    return blocks.transpose(1, 2).reshape(blocks.shape[0] * blocks.shape[2], -1)
 
 
 def second(x: Tensor, coeff: Tensor, tiles: Tensor, weight: Tensor) -> Tensor:

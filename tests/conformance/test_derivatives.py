@@ -1,0 +1,126 @@
+"""Derivatives by finite differences, the custom operators' contract with PyTorch, and outputs that are written in full."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from kronblocks.ops.kron import PLAN_NAMES, kron_linear
+from kronblocks.ops.packed import BlockIndex, packed_linear
+
+GROUPS = (1, 2, 4)  # one bank of tiles, some, and one for each of the 4 block rows
+
+
+def factors(groups: int, device: str, rows: int = 3) -> list[torch.Tensor]:
+    """x, coeff, tiles, bias in float64, which finite differences need; a 4x2 grid of 2x3 blocks."""
+    shapes = ((rows, 6), (4, 2, 2), (groups, 2, 2, 3), (8,))
+    return [torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in shapes]
+
+
+def mask(kind: str, device: str) -> torch.Tensor:
+    live = torch.tensor([[1, 0], [0, 0], [1, 1], [0, 1]], dtype=torch.bool, device=device)
+    return torch.zeros_like(live) if kind == "all-dead" else live
+
+
+@pytest.mark.parametrize("save_intermediate", (False, True))
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("plan", PLAN_NAMES)
+def test_first_and_second_derivatives(backend, plan, masked, groups, save_intermediate):
+    """gradcheck and gradgradcheck with their default tolerances, made for float64."""
+    live = mask("some", backend.device) if masked or plan == "packed" else None
+
+    def function(x, coeff, tiles, bias):
+        return kron_linear(x, coeff, tiles, bias, plan=plan, live=live, save_intermediate=save_intermediate)
+
+    inputs = factors(groups, backend.device)
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("kind", ("some", "all-dead"))
+@pytest.mark.parametrize("padded", (False, True))
+def test_packed_linear_derivatives(backend, padded, kind):
+    live = mask(kind, backend.device)
+    index = BlockIndex.from_mask(live, torch.randperm(8).to(backend.device) if padded else None)
+    x, _, _, bias = factors(1, backend.device)
+    values = torch.randn(len(index.slot), 2, 3, dtype=torch.float64, device=backend.device, requires_grad=True)
+
+    def function(x, values, bias):
+        return packed_linear(x, values, index, bias)
+
+    assert gradcheck(function, (x, values, bias))
+    assert gradgradcheck(function, (x, values, bias))
+
+
+@pytest.mark.parametrize("wanted", ("x", "values", "bias"))
+def test_packed_linear_with_one_gradient_wanted(backend, wanted):
+    """Each gradient is the same whether or not the others are asked for."""
+    index = BlockIndex.from_mask(mask("some", backend.device))
+    x, _, _, bias = factors(1, backend.device)
+    values = torch.randn(4, 2, 3, dtype=torch.float64, device=backend.device, requires_grad=True)
+    tensors = {"x": x, "values": values, "bias": bias}
+    alone = {name: t.detach().requires_grad_(name == wanted) for name, t in tensors.items()}
+    results = []
+    for given in (tensors, alone):
+        y = packed_linear(given["x"], given["values"], index, given["bias"])
+        results.append(torch.autograd.grad(y.pow(2).sum(), given[wanted])[0])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("rows", (3, 1, 0))
+@pytest.mark.parametrize("kind", ("some", "padded", "all-dead"))
+def test_custom_operators(backend, kind, rows):
+    """Schema, autograd registration, fake tensors and AOT dispatch with dynamic shapes of all three."""
+    live = mask(kind, backend.device)
+    index = BlockIndex.from_mask(live, torch.arange(8, device=backend.device) if kind == "padded" else None)
+    factory = {"dtype": torch.float64, "device": backend.device, "requires_grad": True}
+    x, dy = torch.randn(rows, 6, **factory), torch.randn(rows, 8, **factory)
+    values = torch.randn(len(index.slot), 2, 3, **factory)
+    operators = torch.ops.kronblocks
+    torch.library.opcheck(operators.packed_linear, (x, values, *index))
+    torch.library.opcheck(operators.packed_grad_input, (dy, values, *index))
+    torch.library.opcheck(operators.packed_grad_values, (dy, x, *index))
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """New memory is NaN (or the largest whole number), so that whatever is not written shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(100).isnan().all(), "the poison works"
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("kind", ("some", "all-dead"))
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("plan", PLAN_NAMES)
+def test_every_output_is_written(backend, poisoned, plan, groups, kind, with_gradients):
+    *inputs, dy = *factors(groups, backend.device), torch.randn(3, 8, dtype=torch.float64, device=backend.device)
+    live = mask(kind, backend.device)
+    for tensor in with_gradients(lambda *t: kron_linear(*t, plan=plan, live=live), inputs, dy):
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("kind", ("some", "all-dead"))
+def test_every_packed_output_is_written(backend, poisoned, kind, with_gradients):
+    """Dead block rows of y, dead block columns of dx, unlisted slots of dvalues."""
+    index = BlockIndex.from_mask(mask(kind, backend.device), torch.arange(8, device=backend.device))
+    x, _, _, bias = factors(1, backend.device)
+    values, dy = (torch.randn(s, dtype=torch.float64, device=backend.device) for s in ((8, 2, 3), (3, 8)))
+    for tensor in with_gradients(lambda x, values, bias: packed_linear(x, values, index, bias), (x, values, bias), dy):
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("kind", ("values", "x"))
+def test_dead_blocks_stop_nothing_but_themselves(backend, kind):
+    """NaN in a dead slot, or in an x that only dead blocks read, does not reach the output."""
+    live = torch.tensor([[1, 0], [1, 0], [1, 0], [0, 0]], dtype=torch.bool, device=backend.device)
+    index = BlockIndex.from_mask(live, torch.arange(8, device=backend.device))
+    x, values = torch.randn(3, 6, device=backend.device), torch.randn(8, 2, 3, device=backend.device)
+    if kind == "values":
+        values[~live.flatten()] = torch.nan
+    else:
+        x[:, 3:] = torch.nan
+    assert torch.isfinite(packed_linear(x, values, index)).all()

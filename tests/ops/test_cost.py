@@ -1,0 +1,210 @@
+"""Counts against independent counts of the code that runs, and the choice of a plan."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kronblocks import BlockGrid, BlockIndex, BlockSize, BlockSparseLinear, KronblocksError, KroneckerBlockLinear
+from kronblocks.ops.cost import Problem, check_plan, choose_plan, cost, estimated_seconds, possible_plans
+from kronblocks.ops.kron import PLAN_NAMES, kron_linear
+from kronblocks.ops.plans.dense import build_blocks
+
+FACTORED = ("dense", "tile_first", "coeff_first")
+
+
+def problem(grid=(4, 3), block=(3, 5), rank: int | None = 2, **rest) -> Problem:
+    return Problem(BlockGrid(grid[0] * block[0], grid[1] * block[1], BlockSize(*block)), rank, **rest)
+
+
+PROBLEMS = {
+    "rectangular": problem(rows=7),
+    "rank-above-rows": problem((2, 3), (5, 2), rank=3, rows=2),
+    "groups": problem((6, 5), (2, 3), tile_groups=3, rows=11),
+    "own-tiles": problem((5, 2), (3, 2), tile_groups=5, rows=6),
+    "larger": problem((8, 6), (4, 7), rank=4, tile_groups=2, rows=33),
+}
+
+
+def tensors(p: Problem) -> list[torch.Tensor]:
+    assert p.rank is not None
+    (m1, n1), (bm, bn) = p.grid.shape, p.grid.block
+    shapes = ((p.rows, n1 * bn), (m1, n1, p.rank), (p.tile_groups, p.rank, bm, bn))
+    return [torch.randn(shape, requires_grad=k > 0 or p.input_grad) for k, shape in enumerate(shapes)]
+
+
+def counted(function) -> int:
+    """Multiply-adds of all matrix products in a call: PyTorch counts two operations for each."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    assert counter.get_total_flops() % 2 == 0
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("input_grad", [True, False])
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("plan", FACTORED)
+def test_multiply_adds_of_factored_plans(plan, name, input_grad):
+    p = dataclasses.replace(PROBLEMS[name], input_grad=input_grad)
+    x, coeff, tiles = tensors(p)
+    outputs = []
+    forward = counted(lambda: outputs.append(kron_linear(x, coeff, tiles, plan=plan)))
+    backward = counted(lambda: outputs[0].sum().backward())
+    if plan == "tile_first" and p.tile_groups == p.grid.shape[0]:
+        # with one block row a group, dZ sums over nothing: an elementwise product, which PyTorch's counter does not see
+        (m1, n1), bm = p.grid.shape, p.grid.block.rows
+        backward += p.rows * m1 * n1 * coeff.shape[2] * bm
+    found = cost(p, plan)
+    assert (found.forward_macs, found.backward_macs) == (forward, backward)
+    assert found.macs == forward + backward
+    inference = cost(dataclasses.replace(p, training=False), plan)
+    assert (inference.forward_macs, inference.backward_macs, inference.saved_bytes) == (forward, 0, 0)
+
+
+@pytest.mark.parametrize("input_grad", [True, False])
+@pytest.mark.parametrize("live", [0, 1, 7, 12])
+def test_multiply_adds_of_packed(live, input_grad):
+    """By hand: 15 weights a block, each times rank 2 to be built (dead ones too), times 7 rows in each product (live ones)."""
+    p = problem(rows=7, density=live / 12, input_grad=input_grad)
+    built, product = 12 * 15 * 2, live * 15 * 7
+    assert cost(p, "packed").forward_macs == built + product
+    # dvalues, and dx if wanted; dcoeff and dtiles
+    assert cost(p, "packed").backward_macs == product * (1 + input_grad) + 2 * built
+    free = dataclasses.replace(p, rank=None)
+    assert cost(free, "packed").forward_macs == product
+    assert cost(free, "packed").backward_macs == product * (1 + input_grad)
+
+
+@pytest.mark.parametrize("input_grad", [True, False])
+def test_multiply_adds_of_packed_by_counter(input_grad):
+    """What builds the values is counted in the code; the products themselves are opaque, and their inner products are counted."""
+    p = problem(rows=7, density=7 / 12, input_grad=input_grad)
+    mask = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
+    index = BlockIndex.from_mask(mask)
+    x, coeff, tiles = tensors(p)
+    values = build_blocks(coeff, tiles)[index.row, index.col]
+    forward = counted(lambda: build_blocks(coeff, tiles)) + counted(lambda: inner("packed_linear", x, values, index))
+    dy = torch.randn(7, 12)
+    backward = counted(lambda: values.sum().backward()) + counted(lambda: inner("packed_grad_values", dy, x, index))
+    if input_grad:
+        backward += counted(lambda: inner("packed_grad_input", dy, values, index))
+    assert (cost(p, "packed").forward_macs, cost(p, "packed").backward_macs) == (forward, backward)
+
+
+def inner(name: str, first: torch.Tensor, second: torch.Tensor, index: BlockIndex) -> None:
+    """One of the backend's products without the custom operator around it; its one `out=` product wants no gradients."""
+    from kronblocks.ops.backends import torch as backend
+
+    getattr(backend, name)(first.detach(), second.detach(), index)
+
+
+def test_flop_counter_sees_packed_products():
+    layer = BlockSparseLinear(15, 12, "3x5", plan="packed")
+    assert counted(lambda: layer(torch.randn(7, 15))) == 7 * 12 * 15
+
+
+@pytest.mark.parametrize("input_grad", [True, False])
+def test_free_values_in_the_dense_plan(input_grad):
+    p = problem(rank=None, rows=7, density=0.5, input_grad=input_grad)
+    layer = BlockSparseLinear(15, 12, "3x5", plan="dense", bias=False)
+    x = torch.randn(7, 15, requires_grad=input_grad)
+    outputs = []
+    assert cost(p, "dense").forward_macs == counted(lambda: outputs.append(layer(x)))
+    assert cost(p, "dense").backward_macs == counted(lambda: outputs[0].sum().backward())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_parameters_of_kronecker_layers(groups, gate, dtype):
+    layer = KroneckerBlockLinear(15, 12, "3x5", rank=3, tile_groups=groups, gate=gate, dtype=dtype)
+    stored = [p for p in layer.parameters() if p is not layer.bias]
+    for plan in PLAN_NAMES:
+        found = cost(layer.problem(), plan)
+        assert found.parameters == sum(p.numel() for p in stored)
+        assert found.parameter_bytes == sum(p.numel() * p.element_size() for p in stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_of_free_values(dtype):
+    mask = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
+    layer = BlockSparseLinear(15, 12, "3x5", mask=mask, dtype=dtype)
+    found = cost(layer.problem(), "packed")
+    assert found.parameters == layer.values.numel() == 7 * 15
+    assert found.parameter_bytes == layer.values.numel() * layer.values.element_size()
+
+
+@pytest.mark.parametrize("density", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("rank", [None, 1, 4, 40])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1", "mps"])
+def test_choice(device, training, rank, density):
+    """A possible plan, the quickest by the estimate, the same each time, with a reason that names all of them."""
+    p = problem((32, 24), (8, 4), rank=rank, rows=256, density=density, training=training, device=device)
+    choice = choose_plan(p)
+    choose_plan.cache_clear()
+    assert choose_plan(p) == choice
+    allowed = possible_plans(rank)
+    assert set(allowed) == set(PLAN_NAMES if rank else ("dense", "packed"))
+    assert choice.plan == min(allowed, key=lambda plan: estimated_seconds(p, plan))
+    assert choice.backend == "torch"
+    assert choice.why.startswith(f"{choice.plan}: ")
+    assert all(plan in choice.why for plan in allowed)
+    assert f"{density:.2f}" in choice.why
+    assert "256 rows" in choice.why
+    assert choice.costs == {plan: cost(p, plan) for plan in allowed}
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "settings", "plan"),
+    [
+        # one tile, large blocks: 1/m1 + 1/bn of dense
+        ((64, 64), (16, 16), {"rank": 1}, "tile_first"),
+        # more terms than the factored plans can bear: r/bm > 1
+        ((256, 256), (4, 4), {"rank": 16}, "dense"),
+        # nearly everything dead, and large blocks
+        ((32, 32), (64, 64), {"rank": None, "density": 0.02, "rows": 8192}, "packed"),
+        # nothing dead: packed would do dense's work in small pieces
+        ((64, 64), (16, 16), {"rank": None, "density": 1.0}, "dense"),
+    ],
+)
+def test_choices_that_are_clear(grid, block, settings, plan):
+    assert choose_plan(problem(grid, block, **settings)).plan == plan
+
+
+def test_choice_without_rows():
+    assert choose_plan(problem(rows=0)).plan in PLAN_NAMES
+
+
+def test_the_cached_choice_cannot_be_spoilt():
+    choice = choose_plan(problem(rows=12345))
+    try:
+        choice.costs.clear()
+    except (TypeError, AttributeError):
+        return
+    assert choose_plan(problem(rows=12345)).costs
+
+
+@pytest.mark.parametrize("plan", ["tile_first", "coeff_first"])
+def test_free_values_have_no_factored_plans(plan):
+    with pytest.raises(KronblocksError, match=f'plan "{plan}" works on factors; .*"dense" and "packed"'):
+        cost(problem(rank=None), plan)
+    with pytest.raises(KronblocksError, match=f"plan '{plan}' works on factors.*write one of auto, dense, packed"):
+        check_plan(plan, None)
+
+
+@pytest.mark.parametrize("plan", ["sparse", "", "auto"])
+def test_unknown_plans(plan):
+    with pytest.raises(KronblocksError, match=r"unknown plan.*dense, tile_first, coeff_first, packed"):
+        cost(problem(), plan)
+    if plan != "auto":
+        with pytest.raises(KronblocksError, match="is unknown: write one of auto, dense, tile_first, coeff_first, packed"):
+            check_plan(plan, 2)
+
+
+def test_plans_that_pass():
+    for plan in ("auto", *PLAN_NAMES):
+        check_plan(plan, 3)
+    for plan in ("auto", "dense", "packed"):
+        check_plan(plan, None)
