@@ -31,7 +31,7 @@ $(VENV)/.dev: $(VENV)/.experiments
 
 demo: $(VENV)/.experiments
 	$(BIN)/kronblocks compare --out $(RUNS)/demo --data mnist5k --model mlp --widths 1024 1024 \
-		--methods dense two-phase --block-size 16 --sparsity 0.9 --epochs 20 --batch-size 128 --resume
+		--methods dense two-phase --seeds 0 1 --block-size 16 --sparsity 0.9 --epochs 20 --batch-size 128 --resume
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -40,7 +40,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

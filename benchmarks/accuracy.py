@@ -104,14 +104,16 @@ def _entry(campaign: Campaign, method: Method, block: str) -> dict[str, Any]:
 
 
 def main(campaign: Campaign) -> None:
-    """Run what is missing and write the file after every finished (method, block size)."""
-    entries = []
+    """Run what is missing and write the file after every finished (method, block size); other entries of the file stay."""
+    known = read_json(campaign.out)["entries"] if campaign.out.exists() else []
+    entries = {(entry["method"], entry["block_size"]): entry for entry in known}
     for method in campaign.methods:
         for block in campaign.blocks[:1] if method == "dense" else campaign.blocks:
-            entries.append(_entry(campaign, method, block))
-            accuracies = [100 * r["test_accuracy"] for r in entries[-1]["runs"]]
-            print(f"{method} {block}: {statistics.mean(accuracies):.2f} at rate {entries[-1]['rate']:g}", flush=True)
-            write_json(campaign.out, {"version": 1, "sparsity": campaign.sparsity, "entries": entries})
+            entry = _entry(campaign, method, block)
+            entries[method, entry["block_size"]] = entry
+            accuracies = [100 * r["test_accuracy"] for r in entry["runs"]]
+            print(f"{method} {block}: {statistics.mean(accuracies):.2f} at rate {entry['rate']:g}", flush=True)
+            write_json(campaign.out, {"version": 1, "sparsity": campaign.sparsity, "entries": list(entries.values())})
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def accuracy_table(results: dict[str, Any]) -> str:
     widths = "-".join(map(str, config["widths"]))
     lines = [
         "| method | test accuracy % | weights in zero blocks % | trained parameters, most | at the end | training multiply-adds |"
-        " rate |",
+        " rate, of |",
         "|---|---|---|---|---|---|---|",
     ]
     for entry in entries:
@@ -52,7 +52,7 @@ def accuracy_table(results: dict[str, Any]) -> str:
             _ratio(entry, dense, "trainable_parameters_max"),
             _ratio(entry, dense, "trainable_parameters_end"),
             _ratio(entry, dense, "training_macs"),
-            f"{entry['rate']:g}",
+            f"{entry['rate']:g}, of {' '.join(entry['validation_accuracy_by_rate'])}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     seeds = len(dense["runs"])
@@ -60,8 +60,8 @@ def accuracy_table(results: dict[str, Any]) -> str:
         "",
         f"{config['data']}, MLP with hidden layers {widths}, {config['epochs']} epochs, batch {config['batch_size']}, mean ± "
         f"standard deviation of {seeds} seeds;",
-        "parameters and multiply-adds relative to dense; every method's learning rate chosen on validation from "
-        f"{', '.join(dense['validation_accuracy_by_rate'])}; torch {versions['torch']}.",
+        "parameters and multiply-adds relative to dense; every method's learning rate chosen on validation, of those in the last "
+        f"column; torch {versions['torch']}.",
     ]
     return "\n".join(lines)
 

@@ -176,9 +176,7 @@ class SparsityConfig:
         """An option that the method would ignore is an error."""
         for name in ("init", "tile_groups"):
             if self.method not in FACTORED and getattr(self, name) is not None:
-                raise KronblocksError(
-                    f"method {self.method!r} works on nn.Linear itself and has no {name}: leave {name}=None"
-                )
+                raise KronblocksError(f"method {self.method!r} works on nn.Linear itself and has no {name}: leave {name}=None")
         if self.method not in PENALISED and self.penalty != PenaltyConfig():
             raise KronblocksError(f"method {self.method!r} has no penalty: leave penalty=PenaltyConfig()")
 

@@ -52,18 +52,24 @@ def test_packed_linear_derivatives(backend, padded, kind):
     assert gradgradcheck(function, (x, values, bias))
 
 
-@pytest.mark.parametrize("wanted", ("x", "values", "bias"))
-def test_packed_linear_with_one_gradient_wanted(backend, wanted):
-    """Each gradient is the same whether or not the others are asked for."""
+@pytest.mark.parametrize("wanted", (0, 1))
+@pytest.mark.parametrize("name", ("packed_linear", "packed_grad_input", "packed_grad_values"))
+def test_one_gradient_is_the_same_without_the_other(backend, name, wanted):
+    """Each operator's two gradients, which are the others' products, asked for together and alone."""
     index = BlockIndex.from_mask(mask("some", backend.device))
-    x, _, _, bias = factors(1, backend.device)
-    values = torch.randn(4, 2, 3, dtype=torch.float64, device=backend.device, requires_grad=True)
-    tensors = {"x": x, "values": values, "bias": bias}
-    alone = {name: t.detach().requires_grad_(name == wanted) for name, t in tensors.items()}
+    shapes = {
+        "packed_linear": ((3, 6), (4, 2, 3)),
+        "packed_grad_input": ((3, 8), (4, 2, 3)),
+        "packed_grad_values": ((3, 8), (3, 6)),
+    }
+    tensors = [torch.randn(shape, dtype=torch.float64, device=backend.device) for shape in shapes[name]]
     results = []
-    for given in (tensors, alone):
-        y = packed_linear(given["x"], given["values"], index, given["bias"])
-        results.append(torch.autograd.grad(y.pow(2).sum(), given[wanted])[0])
+    for required in ((True, True), (wanted == 0, wanted == 1)):
+        leaves = [t.clone().requires_grad_(needed) for t, needed in zip(tensors, required, strict=True)]
+        y = getattr(torch.ops.kronblocks, name)(*leaves, *index)
+        y.square().sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == list(required)
+        results.append(leaves[wanted].grad)
     assert torch.equal(*results)
 
 
