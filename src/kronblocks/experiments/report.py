@@ -189,7 +189,7 @@ class Row:
                     remark = "; with one seed the spread is not known"
                 else:
                     remark = "; within the spread" * (dense.accuracy - self.accuracy <= self.spread + dense.spread)
-                found.append(f"Lower test accuracy than dense: {self.percent} % against {dense.percent} % ({points}{remark}).")
+                found.append(f"Lower test accuracy than dense: {self.percent} against {dense.percent} % ({points}{remark}).")
             for cost in COSTS:
                 found += cost.complaint(self.values(cost), dense.values(cost))
         for run in self.runs * (self.method != "dense"):
@@ -229,7 +229,7 @@ class Task:
         text = f"{row.percent} % test accuracy" + " (1 seed)" * (row.spread is None)
         if not self.sparse:
             return f"dense: {text}; there is no sparse training to compare with it."
-        choice = f"the most accurate of {len(self.sparse)} sparse settings on the test images is " * (len(self.sparse) > 1)
+        choice = f"The most accurate of {len(self.sparse)} sparse settings on the test images is " * (len(self.sparse) > 1)
         text = f"{choice}{row.name}, {100 * row.sparsity:.1f} % of the weights in zero blocks: {text}"
         if not self.dense:
             return f"{text}; there is no dense training to compare it with."
@@ -316,4 +316,4 @@ def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse t
 
 def _plain(value: object) -> str:
     """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(value).split()))
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", re.sub(r"\s", " ", str(value)))
