@@ -138,9 +138,6 @@ def test_compiled_by_inductor(kind, fresh_compiler):
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_deaths_do_not_recompile(make, fresh_compiler, request):
     """A mask that changes every few steps must not reach the limit of 8 recompilations, where fullgraph fails."""
-    if request.node.callspec.id in ("kron-packed", "kron-gate"):
-        reason = "the buffers of a Kronecker layer's index have the length of its live blocks: each death recompiles"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     layer, x = make(8, 12), torch.randn(5, 8)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)

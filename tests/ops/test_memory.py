@@ -80,11 +80,13 @@ def test_free_values_packed_keep_x_only():
     assert kept == cost(layer.problem(rows=ROWS), "packed").saved_bytes == ROWS * 15 * 4
 
 
-def test_free_values_dense():
+@pytest.mark.parametrize("input_grad", [True, False])
+def test_free_values_dense(input_grad):
+    """F.linear keeps the built W for dx only."""
     layer = BlockSparseLinear(15, 12, "3x5", mask=LIVE, plan="dense")
-    x = torch.randn(ROWS, 15, requires_grad=True)
+    x = torch.randn(ROWS, 15, requires_grad=input_grad)
     kept = kept_bytes(lambda: layer(x), *layer.parameters())
-    expected = cost(layer.problem(rows=ROWS), "dense").saved_bytes
+    expected = cost(layer.problem(rows=ROWS, input_grad=input_grad), "dense").saved_bytes
     assert expected <= kept <= expected + layer.values.numel() * 4  # and the values with dead slots masked
 
 

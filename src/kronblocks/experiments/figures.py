@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator
 
 from kronblocks.blocks import BlockSize
 
@@ -36,25 +36,27 @@ COLOURS = {
     "static": "#e69f00",
 }
 OTHER_COLOUR = "#56b4e9"
-MARKERS = {"o": "M7 3.5a3.5 3.5 0 1 0 .01 0z", "s": "M4 4h6v6H4z", "^": "M7 2.6 11 10H3z", "D": "M7 2.6 11.4 7 7 11.4 2.6 7z"}
+MARKERS = {  # as SVG paths in a box of 14 by 14
+    "o": "M7 3.5a3.5 3.5 0 1 0 .01 0z",
+    "s": "M4 4h6v6H4z",
+    "^": "M7 2.6 11 10H3z",
+    "D": "M7 2.6 11.4 7 7 11.4 2.6 7z",
+}
 DASHES = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 BYTES = {"parameters": "#1f3a5f", "gradients": "#4f7cac", "optimizer_state": "#9dbbd8", "saved_tensors": "#d5dbe3"}
 PHASES = {"discover": "#eaf1f7", "refine": "#d3e3f0", "heal": "#f7f5ef"}
 INK, SOFT, FAINT, GROUND = "#22252b", "#626975", "#c9cdd4", "#fdfdfc"
 
 _FONTS = "system-ui, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
-_NO_NAME: dict[str, Any] = {"Software": None}  # no version of matplotlib in the images
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kronblocks",
     "text.parse_math": False,  # names of layers and methods are text, whatever they contain
-    "font.family": ["DejaVu Sans"],
+    "font.family": ["DejaVu Sans"],  # what every installation has; the page's own fonts take its place
     "font.size": 9,
     "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
@@ -113,6 +115,7 @@ INFERENCE = Cost("inference multiply-adds", "M", 1e6, lambda r: r["inference_mac
 SECONDS = Cost("training seconds", "s", 1, lambda r: r["train_seconds"], "Slower", True)
 MEMORY = Cost("peak memory", "MiB", 2**20, lambda r: r["peak_memory_bytes"], "More peak memory", True)
 COUNTED_BYTES = Cost("counted bytes", "MiB", 2**20, lambda r: sum(r["bytes"][part] for part in BYTES))
+HEADLINE = (PARAMETERS, MACS, SECONDS, MEMORY)
 COSTS = (PARAMETERS, AT_END, MACS, INFERENCE, SECONDS, MEMORY, COUNTED_BYTES)
 
 
@@ -122,11 +125,6 @@ class Style(NamedTuple):
     colour: str
     marker: str
     dash: tuple[float, ...]
-
-    @property
-    def marker_path(self) -> str:
-        """The marker as an SVG path in a box of 14 by 14."""
-        return MARKERS[self.marker]
 
 
 class Picture(NamedTuple):
@@ -140,11 +138,10 @@ class Picture(NamedTuple):
 
 def styles(rows: Sequence[Row]) -> list[Style]:
     """One style for each row."""
-    found, seen = [], [row.method for row in rows]
-    for place, method in enumerate(seen):
-        number = seen[:place].count(method)
-        found.append(Style(COLOURS.get(method, OTHER_COLOUR), list(MARKERS)[number % len(MARKERS)], DASHES[number % len(DASHES)]))
-    return found
+    methods = [row.method for row in rows]
+    looks = list(zip(MARKERS, DASHES, strict=True))
+    numbers = [methods[:place].count(method) % len(looks) for place, method in enumerate(methods)]
+    return [Style(COLOURS.get(each, OTHER_COLOUR), *looks[number]) for each, number in zip(methods, numbers, strict=True)]
 
 
 def _data_uri(kind: str, content: bytes) -> str:
@@ -168,13 +165,15 @@ class _ShareAxis:
         finite = [value for value in values if math.isfinite(value)] or [0.0]
         most, least = 100 * (1 - min(finite)), 100 * (1 - max(finite))  # errors
         self.by_error = may_bend and least > 0 and most - least > 15 and most / least > 4
-        axes.set_title(f"{name}, %{', on a scale of log error' * self.by_error}")
+        axes.set_title(f"{name}, %{' (log scale of the error)' * self.by_error}")
+        if not may_bend:
+            axes.set_ylim(-3, 103)
         if self.by_error:
             axes.set_yscale("log")
             axes.set_ylim(min(100.0, 1.3 * most), 0.8 * least)
             ticks = [digit * 10.0**power for power in range(-3, 2) for digit in (1, 2, 5)]
             axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if 0.8 * least <= tick <= 1.3 * most]))
-            axes.yaxis.set_minor_locator(NullLocator())
+            axes.minorticks_off()
             axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 - error:g}"))
 
     def __call__(self, shares: Any) -> np.ndarray:
@@ -190,20 +189,17 @@ def accuracy_against_cost(task: Task, cost: Cost) -> Picture:
     def draw(axes: Axes) -> None:
         y = _ShareAxis(axes, [run.result["test_accuracy"] for row in task.rows for run in row.runs], "test accuracy")
         if task.dense:
-            axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+            axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         for row, look in zip(task.rows, task.looks, strict=True):
             x = np.array(row.values(cost)) / unit
-            axes.plot(
-                x,
+            y_runs, mark = (
                 y([run.result["test_accuracy"] for run in row.runs]),
-                look.marker,
-                color=look.colour,
-                markersize=4,
-                alpha=0.45,
-                zorder=2,
+                dict[str, Any](color=look.colour, marker=look.marker),
             )
-            axes.plot(x.mean(), y(row.accuracy), look.marker, color=look.colour, markersize=9, markeredgecolor="white", zorder=3)
-        axes.margins(x=0.08)
+            axes.plot(x, y_runs, linestyle="", markersize=4, alpha=0.45, zorder=2, **mark)
+            axes.plot(np.median(x), y(row.accuracy), markersize=9, markeredgecolor="white", zorder=3, **mark)
+        if task.dense:
+            axes.set_xlim(min(axes.get_xlim()[0], 0.88), max(axes.get_xlim()[1], 1.12))
         axes.set_xlabel(label)
 
     return _panel(draw, f"test accuracy against {label}, one point per run; the table holds the numbers")
@@ -221,15 +217,17 @@ def phases(task: Task) -> list[tuple[str, int, int]]:
 
 def _over_epochs(axes: Axes, task: Task) -> None:
     """What the panels over epochs share: the x axis and the phases, shaded."""
+    axes.set_xlim(*axes.get_xlim())
     spans = phases(task)
     for phase, first, last in spans:
-        low, high = first - 0.5, last + 0.5
+        low = first - 0.5 if first > 1 else axes.get_xlim()[0]
+        high = min(last + 0.5, axes.get_xlim()[1])
         axes.axvspan(low, high, color=PHASES.get(phase, "#f2f2f2"), linewidth=0, zorder=0)
-        where = {"ha": "center", "va": "bottom", "rotation": 90 if (high - low) / spans[-1][2] < 0.2 else 0}
-        axes.text((low + high) / 2, 0.02, phase, transform=axes.get_xaxis_transform(), fontsize=7.5, color=SOFT, **where)
+        above = axes.get_xaxis_transform()
+        axes.text((low + high) / 2, 1.01, phase, transform=above, ha="center", va="bottom", fontsize=7.5, color=SOFT)
+    axes.set_title(axes.get_title("left"), pad=17 if spans else None)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
-    axes.margins(x=0.01)
 
 
 def history(task: Task, what: str, name: str) -> Picture:
@@ -260,7 +258,7 @@ def parameters_over_epochs(task: Task) -> Picture:
             dash = (0, tuple(step * 1.6 / thick for step in look.dash)) if look.dash else "-"
             axes.plot(range(len(counts)), counts, color=look.colour, linewidth=thick, linestyle=dash, solid_capstyle="butt")
         axes.set_title("trained parameters")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         axes.yaxis.set_major_formatter(EngFormatter())
         _over_epochs(axes, task)
 
@@ -271,14 +269,13 @@ def training_bytes(task: Task) -> Picture:
     """Counted bytes of a training, stacked by what they are for."""
 
     def draw(axes: Axes) -> None:
-        rows = task.rows[::-1]
-        left = np.zeros(len(rows))
+        rows, left = task.rows[::-1], np.zeros(len(task.rows))
         for part, colour in BYTES.items():
             sizes = np.array([np.median([run.result["bytes"][part] for run in row.runs]) for row in rows]) / 2**20
             axes.barh(range(len(rows)), sizes, left=left, height=0.62, color=colour, label=part.replace("_", " "))
             left += sizes
-        names = [row.name if len(row.name) <= 28 else f"{row.name[:27]}…" for row in rows]
-        axes.set_yticks(range(len(rows)), names)
+        axes.set_yticks(range(len(rows)), [row.name if len(row.name) <= 28 else f"{row.name[:27]}…" for row in rows])
+        axes.set_ylim(len(rows) - 0.5 - max(len(rows), 5), len(rows) - 0.5)
         axes.grid(axis="y", visible=False)
         axes.set_title("counted bytes while training, MiB")
         axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=4, frameon=False, fontsize=7.5, handlelength=1)
@@ -297,5 +294,5 @@ def block_map(name: str, mask: np.ndarray, block: str) -> Picture:
         pixels[height - 1 :: height] = pixels[:, width - 1 :: width] = 0
     file = io.BytesIO()
     colours = ListedColormap([GROUND, "#dfe3e8", INK])
-    matplotlib.image.imsave(file, pixels, cmap=colours, vmin=0, vmax=2, format="png", metadata=_NO_NAME)
+    matplotlib.image.imsave(file, pixels, cmap=colours, vmin=0, vmax=2, format="png", metadata=dict[str, Any](Software=None))
     return Picture(_data_uri("png", file.getvalue()), f"live blocks of layer {name}", pixels.shape[1], pixels.shape[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -20,13 +19,11 @@ from kronblocks.blocks import BlockSize
 from kronblocks.config import FACTORED, PENALISED, Method
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments import figures
-from kronblocks.experiments.figures import COSTS, MACS, MEMORY, PARAMETERS, SECONDS, Cost, number, short
+from kronblocks.experiments.figures import COSTS, Cost, number, short
 from kronblocks.experiments.runs import read_json, write_text
 
 RESULT_VERSION = 1
-MINUS = "\N{MINUS SIGN}"
 ADVICE = "train again, or leave this folder out"
-
 _NUMBERS = """test_accuracy block_sparsity live_blocks total_blocks train_seconds peak_memory_bytes trainable_parameters_start
 trainable_parameters_max trainable_parameters_end training_macs inference_macs_per_sample threads"""
 _PARTS = {
@@ -108,12 +105,12 @@ class Run:
     @property
     def settings(self) -> dict[str, str]:
         """Flat settings that mean something for the method; without the seed and what `recipe` repeats."""
-        unused = ["seed", "threads", "lr", "weight_decay"] + ["widths"] * (self.config["model"] != "mlp")
+        unused = ["method", "seed", "threads", "lr", "weight_decay"] + ["widths"] * (self.config["model"] != "mlp")
         unused += ["block_size", "sparsity", "on_mismatch", "schedule."] * (self.method == "dense")
         unused += ["rank", "tile_groups", "recipe.factor_weight_decay"] * (self.method not in FACTORED)
         unused += ["penalty."] * (self.method not in PENALISED)
-        flat = dict(_flat({**self.config, "block_size": str(self.block)}))
-        return {name: value for name, value in flat.items() if not {name, f"{name.split('.')[0]}."} & set(unused)}
+        flat = _flat({**self.config, "block_size": str(self.block)})
+        return {name: value for name, value in flat if name not in unused and f"{name.split('.')[0]}." not in unused}
 
     def history(self, what: str) -> list[float]:
         """A number after every epoch, NaN where there is none."""
@@ -122,10 +119,10 @@ class Run:
     @property
     def bad_losses(self) -> str:
         """Where losses are not finite."""
-        sums = zip(self.history("train_loss"), self.history("validation_loss"), strict=True)
-        bad = [str(epoch) for epoch, losses in enumerate(sums, 1) if not math.isfinite(sum(losses))]
-        where = [f"after epoch {', '.join(bad)}"] * bool(bad)
-        return " and ".join(where + ["in the test"] * (not math.isfinite(number(self.result.get("test_loss")))))
+        losses = zip(self.history("train_loss"), self.history("validation_loss"), strict=True)
+        where = {f"epoch {epoch}": sum(pair) for epoch, pair in enumerate(losses, 1)}
+        where["the test"] = number(self.result.get("test_loss"))
+        return ", ".join(name for name, loss in where.items() if not math.isfinite(loss))
 
 
 def _flat(data: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
@@ -133,7 +130,8 @@ def _flat(data: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{before}{name}.")
         else:
-            yield before + name, "the method's own" if value is None else value if isinstance(value, str) else json.dumps(value)
+            text = f"{value:.6g}" if isinstance(value, float) else str(value).strip("[]")
+            yield before + name, "the method's own" if value is None else text
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -162,12 +160,11 @@ class Row:
         self.spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None  # of a sample
         self.sparsity = statistics.fmean(run.result["block_sparsity"] for run in runs)
         self.live = statistics.median_low(run.result["live_blocks"] for run in runs)
-        config = runs[0].config
-        parts = [f"rank {config['rank']}"] * (self.method in FACTORED) + [f"target {100 * config['sparsity']:g} %"]
-        self.about = ", ".join(parts) if self.method != "dense" else ""
+        rank = f"rank {runs[0].config['rank']}, " * (self.method in FACTORED)
+        self.about = f"{rank}target {100 * runs[0].config['sparsity']:g} %" * (self.method != "dense")
         surgery = runs[0].result["surgery"]
-        odd = [f"layer {each['name']} is left dense: {each['reason']}" for each in surgery["left_dense"]]
-        odd += [f"layer {each['name']}: {each['note']}" for each in surgery["selected"] if each["note"]]
+        odd = [f"layer {e['name']} is left dense: {e['reason']}" for e in surgery["left_dense"]]
+        odd += [f"layer {e['name']}: {e['note']}" for e in surgery["selected"] if e["note"]]
         self.odd_layers = "; ".join(odd) or "every layer is as it was asked for"
         self.percent = f"{100 * self.accuracy:.2f}" + ("" if self.spread is None else f" ± {100 * self.spread:.2f}")
 
@@ -179,15 +176,17 @@ class Row:
         """The middle of the costs."""
         return statistics.median(self.values(cost))
 
+    def points(self, dense: Row) -> str:
+        """Accuracy above or below dense, in points."""
+        return f"{100 * (self.accuracy - dense.accuracy):+.2f}".replace("-", "\N{MINUS SIGN}")
+
     def complaints(self, dense: Row | None) -> list[str]:
         """What a reader must not miss: worse than dense, target missed, losses that are not finite."""
         found = []
         if dense and self.method != "dense":
             if self.accuracy < dense.accuracy:
-                points = f"{MINUS}{100 * (dense.accuracy - self.accuracy):.2f} points"
-                if self.spread is None or dense.spread is None:
-                    remark = "; with one seed the spread is not known"
-                else:
+                points, remark = f"{self.points(dense)} points", "; with one seed the spread is not known"
+                if self.spread is not None and dense.spread is not None:
                     remark = "; within the spread" * (dense.accuracy - self.accuracy <= self.spread + dense.spread)
                 found.append(f"Lower test accuracy than dense: {self.percent} against {dense.percent} % ({points}{remark}).")
             for cost in COSTS:
@@ -205,22 +204,16 @@ class Task:
     """Rows that may be compared: the same data, model, epochs and batch size."""
 
     def __init__(self, name: str, rows: Sequence[Row]) -> None:
-        self.name, self.rows = name, tuple(rows)
+        self.name, self.rows, self.looks = name, tuple(rows), figures.styles(rows)
         ranked = sorted(rows, key=lambda row: -row.accuracy)
         self.dense = next((row for row in ranked if row.method == "dense"), None)
         self.sparse = [row for row in ranked if row.method != "dense"]  # most accurate first
         self.best = ranked[0].percent.split()[0]
-        self.looks = figures.styles(rows)
-        self.size = sum(len(row.runs) for row in rows)
 
     def ratio(self, row: Row, cost: Cost) -> float | None:
         """A row's cost relative to dense; None where there is nothing to compare."""
         base = self.dense.median(cost) if self.dense and row is not self.dense else 0
         return row.median(cost) / base if base else None
-
-    def points(self, row: Row) -> str:
-        """Accuracy above or below dense, in points."""
-        return f"{100 * (row.accuracy - self.dense.accuracy):+.2f}".replace("-", MINUS) if self.dense else ""
 
     @property
     def summary(self) -> str:
@@ -233,54 +226,42 @@ class Task:
         text = f"{choice}{row.name}, {100 * row.sparsity:.1f} % of the weights in zero blocks: {text}"
         if not self.dense:
             return f"{text}; there is no dense training to compare it with."
-        ratios = {cost.name: self.ratio(row, cost) for cost in (PARAMETERS, MACS, SECONDS, MEMORY)}
-        costs = [f"{short(r)} {'of' if r < 0.995 else 'times'} the {name}" for name, r in ratios.items() if r is not None]
-        return f"{text} against {self.dense.percent} % dense ({self.points(row)} points), {', '.join(costs)}."
+        ratios = [(cost.name, r) for cost in figures.HEADLINE if (r := self.ratio(row, cost)) is not None]
+        costs = [f"{short(r)} {'of' if r < 0.995 else 'times'} the {name}" for name, r in ratios]
+        return f"{text} against {self.dense.percent} % dense ({row.points(self.dense)} points), {', '.join(costs)}."
 
     @property
     def notices(self) -> list[tuple[str, list[str]]]:
         """Warnings: whom or what they are about, and what they say."""
-        found = []
-        if not self.dense:
-            found.append(("No dense training", ["Nothing here can be compared with dense: add one with --method dense."]))
-        results = [run.result for row in self.rows for run in row.runs]
-        if uneven := ", ".join(name for name, values in conditions(results).items() if len(values) > 1):
+        found = [("No dense training", ["Nothing can be compared with dense: add one with --method dense."])] * (not self.dense)
+        measured = conditions([run.result for row in self.rows for run in row.runs])
+        if uneven := ", ".join(name for name, values in measured.items() if len(values) > 1):
             found.append(("Unequal conditions", [f"Seconds and memory may not be comparable: {uneven} differ, see the setup."]))
         return found + [(row.name, lines) for row in self.rows if (lines := row.complaints(self.dense))]
 
 
 def conditions(results: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """What measurements depend on, and every value that it had."""
-    since = {True: "from the start of the training", False: "from the start of the process"}
-    found: dict[str, set[str]] = {}
-    for r in results:
-        for name, value in {
-            "threads": r["threads"],
-            "peak memory": since[bool(r.get("peak_memory_exact"))],
-            **r["versions"],
-        }.items():
-            found.setdefault(name, set()).add(str(value))
-    return {name: sorted(values) for name, values in found.items()}
+    since = {True: "the start of the training", False: "the start of the process"}
+    all_of = [{"threads": r["threads"], "memory from": since[bool(r.get("peak_memory_exact"))], **r["versions"]} for r in results]
+    return {name: sorted({str(each.get(name)) for each in all_of}) for one in all_of for name in one}
 
 
 def _tasks(runs: Sequence[Run]) -> list[Task]:
     methods = ("dense", *get_args(Method))
     tasks: dict[str, dict[tuple[Any, ...], list[Run]]] = {}
     for run in runs:
-        place = methods.index(run.method) if run.method in methods else len(methods)
-        key = (place, run.method, run.block.area, run.label, tuple(sorted(run.settings.items())))
+        key = ([*methods, run.method].index(run.method), run.block.area, run.label, tuple(sorted(run.settings.items())))
         tasks.setdefault(run.task, {}).setdefault(key, []).append(run)
-    return [Task(name, _rows([groups[key] for key in sorted(groups)])) for name, groups in sorted(tasks.items())]
+    return [Task(name, list(_rows([groups[key] for key in sorted(groups)]))) for name, groups in sorted(tasks.items())]
 
 
-def _rows(groups: Sequence[Sequence[Run]]) -> list[Row]:
+def _rows(groups: Sequence[Sequence[Run]]) -> Iterator[Row]:
     """Rows with names that tell them apart: what differs between rows of one label is added."""
-    rows = []
     for group in groups:
         others = [other[0].settings for other in groups if other[0].label == group[0].label]
         differ = [f"{name} {v}" for name, v in group[0].settings.items() if any(other.get(name) != v for other in others)]
-        rows.append(Row(", ".join([group[0].label, *differ]), sorted(group, key=lambda run: (run.seed, run.folder))))
-    return rows
+        yield Row(", ".join([group[0].label, *differ]), sorted(group, key=lambda run: (run.seed, run.folder)))
 
 
 def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse training, compared") -> Path:
@@ -293,13 +274,8 @@ def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse t
         raise KronblocksError("there is nothing to report: name at least one finished training")
     tasks, pages = _tasks(runs), {}
     settings = [row.runs[0].settings for task in tasks for row in task.rows]
-    content = {
-        "title": title,
-        "tasks": tasks,
-        "figures": figures,
-        "conditions": conditions([run.result for run in runs]),
-        "settings": {name: [each.get(name, "") for each in settings] for each in settings for name in each},
-    }
+    content = {"title": title, "tasks": tasks, "figures": figures, "conditions": conditions([run.result for run in runs])}
+    content["settings"] = {name: [each.get(name, "") for each in settings] for each in settings for name in each}
     options: dict[str, dict[str, Any]] = {"report.md": {"finalize": _plain}, "report.html": {"autoescape": True}}
     for name, own in options.items():
         own |= {"loader": jinja2.FileSystemLoader(Path(__file__).parent), "undefined": jinja2.StrictUndefined}

@@ -35,7 +35,8 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        Console(stderr=True).print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}", highlight=False)
+        line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}"
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
 def versions() -> dict[str, str]:

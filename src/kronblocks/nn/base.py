@@ -11,26 +11,21 @@ from kronblocks.ops.cost import ASSUMED_ROWS, PlanChoice, Problem, check_plan, c
 from kronblocks.ops.packed import BlockIndex
 
 
-class IndexBuffers(nn.Module):
-    """A `BlockIndex` as buffers that move with the module and are never saved: the mask says it all."""
+class IndexHolder(nn.Module):
+    """A `BlockIndex` that moves with the module and is never saved, since the mask says it all.
+
+    A plain attribute and no buffers: compiled code takes sizes of buffers for fixed, and would be compiled anew at each death.
+    """
 
     def __init__(self, grid: BlockGrid, capacity: int, device: torch.device | str | None) -> None:
         super().__init__()
-        m1, n1 = grid.shape
-        sizes = {"crow": m1 + 1, "ccol": n1 + 1}
-        for name in BlockIndex._fields:
-            empty = torch.zeros(sizes.get(name, capacity), dtype=torch.int32, device=device)
-            self.register_buffer(name, empty, persistent=False)
+        sizes = {"crow": grid.shape[0] + 1, "ccol": grid.shape[1] + 1}
+        names = BlockIndex._fields
+        self.index = BlockIndex(*(torch.zeros(sizes.get(n, capacity), dtype=torch.int32, device=device) for n in names))
 
-    @property
-    def index(self) -> BlockIndex:
-        """The buffers as the tuple that operators take."""
-        return BlockIndex(*(self.get_buffer(name) for name in BlockIndex._fields))
-
-    def set_(self, index: BlockIndex) -> None:
-        """Take over another index of the same grid."""
-        for name, value in index._asdict().items():
-            setattr(self, name, value)
+    def _apply(self, fn, recurse=True):
+        self.index = BlockIndex(*(fn(tensor) for tensor in self.index))
+        return super()._apply(fn, recurse)
 
 
 class BlockLayer(nn.Module):
@@ -46,7 +41,7 @@ class BlockLayer(nn.Module):
         self.rank, self.tile_groups = rank, tile_groups
         self.plan = plan
         self.rows = ASSUMED_ROWS
-        self._index = IndexBuffers(grid, capacity, device)
+        self._index = IndexHolder(grid, capacity, device)
         self.register_buffer("block_mask", torch.ones(grid.shape, dtype=torch.bool, device=device))
         self.register_load_state_dict_post_hook(_after_load)
 
@@ -75,9 +70,9 @@ class BlockLayer(nn.Module):
         """Rebuild the packed index from the mask, where the active plan needs one."""
         device = self.block_mask.device
         if self.active_plan == "packed" and device.type != "meta":
-            self._index.set_(self._make_index())
+            self._index.index = self._make_index()
         elif self._index.index.crow.device != device:  # load_state_dict(assign=True) moves only what is saved
-            self._index.set_(BlockIndex(*(torch.zeros_like(t, device=device) for t in self._index.index)))
+            self._index.index = BlockIndex(*(torch.zeros_like(t, device=device) for t in self._index.index))
 
     def _make_index(self) -> BlockIndex:
         return BlockIndex.from_mask(self.block_mask)

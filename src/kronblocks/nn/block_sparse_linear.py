@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Self
 
 import torch
@@ -150,7 +151,9 @@ class BlockSparseLinear(BlockLayer):
         live = int(index.crow[-1])
         values = self.values.detach()[index.slot[:live]]
         size = (self.out_features, self.in_features)
-        return torch.sparse_bsr_tensor(index.crow, index.col[:live], values, size, check_invariants=True)
+        with warnings.catch_warnings():  # torch says once a process that BSR is in beta: the caller has asked for it
+            warnings.filterwarnings("ignore", message="Sparse BSR tensor support")
+            return torch.sparse_bsr_tensor(index.crow, index.col[:live], values, size, check_invariants=True)
 
     @torch.no_grad()
     def block_norms(self) -> Tensor:

@@ -101,7 +101,7 @@ def cost(problem: Problem, plan: str) -> Cost:
     >>> cost(Problem(BlockGrid(64, 64, BlockSize(16, 16)), rank=None, rows=10, density=0.25), "packed").forward_macs
     10240
     """
-    if problem.rank is None and plan not in ("dense", "packed"):
+    if problem.rank is None and plan in ("tile_first", "coeff_first"):
         raise KronblocksError(f'plan "{plan}" works on factors; a layer of free block values has "dense" and "packed"')
     first, second, intermediate = _stages(problem, plan)
     grid, rows = problem.grid, problem.rows
@@ -110,7 +110,8 @@ def cost(problem: Problem, plan: str) -> Cost:
     if plan in ("dense", "packed"):
         # dvalues (or dW) is one product of the second stage's size, dx another; then dcoeff and dtiles. dense builds W again
         backward = second * (1 + problem.input_grad) + first * (3 if plan == "dense" else 2)
-        built = intermediate if plan == "packed" or problem.rank is None else 0  # W of factors is built again instead
+        # values are kept; W only for the dx of free values, since that of factors is built again
+        built = intermediate if plan == "packed" or (problem.rank is None and problem.input_grad) else 0
         saved = rows * grid.in_features + built
     else:
         # the first stage again; two gradients of the second stage's size; dtiles or dcoeff, and dx, of the first's
