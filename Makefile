@@ -31,7 +31,7 @@ $(VENV)/.dev: $(VENV)/.experiments
 
 demo: $(VENV)/.experiments
 	$(BIN)/kronblocks compare --out $(RUNS)/demo --data mnist5k --model mlp --widths 1024 1024 \
-		--methods dense two-phase --seeds 0 1 --block-size 16 --sparsity 0.9 --epochs 20 --batch-size 128 --resume
+		--methods dense two-phase --seeds 0 1 --block-size 16 --sparsity 0.9 --epochs 15 --batch-size 128 --resume
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -79,7 +79,7 @@ def accuracy_figure(results: dict[str, Any], path: Path) -> None:
         spread = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
         marker = {None: "s", "4": "o", "16": "D"}.get(entry["block_size"], "^")
         axes.errorbar(most, statistics.mean(accuracy), yerr=spread, fmt=marker, color=colour, capsize=3)
-        axes.annotate(_label(entry), (most, statistics.mean(accuracy)), xytext=(8, -3), textcoords="offset points", color=colour)
+        axes.annotate(_label(entry), (most, statistics.mean(accuracy)), xytext=(8, -12), textcoords="offset points", color=colour)
     axes.set_xscale("log")
     axes.set_xlim(right=axes.get_xlim()[1] * 1.6)
     axes.set_xlabel("most parameters trained at any time")
