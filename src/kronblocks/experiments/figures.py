@@ -171,7 +171,8 @@ class _ShareAxis:
         if self.by_error:
             axes.set_yscale("log")
             axes.set_ylim(min(100.0, 1.3 * most), 0.8 * least)
-            ticks = [digit * 10.0**power for power in range(-3, 2) for digit in (1, 2, 5)]
+            digits = (1, 1.5, 2, 3, 5, 7) if most / least < 30 else (1, 2, 5)
+            ticks = [digit * 10.0**power for power in range(-3, 2) for digit in digits]
             axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if 0.8 * least <= tick <= 1.3 * most]))
             axes.minorticks_off()
             axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 - error:g}"))
@@ -287,7 +288,7 @@ def block_map(name: str, mask: np.ndarray, block: str) -> Picture:
     """A layer's blocks, live ones dark; every block is a whole number of pixels in each direction, none is smoothed."""
     size = BlockSize.parse(block)
     shape = (min(4, -(-size.rows // size.cols)), min(4, -(-size.cols // size.rows)))  # a block's proportions, up to 4 to 1
-    scale = max(1, min(400 // (mask.shape[1] * shape[1]), 16 // max(shape)))
+    scale = max(1, min(350 // (mask.shape[1] * shape[1]), 16 // max(shape)))
     height, width = (side * scale for side in shape)
     pixels = np.kron(mask.astype(np.uint8) + 1, np.ones((height, width), np.uint8))
     if min(height, width) >= 4:  # room for lines between the blocks

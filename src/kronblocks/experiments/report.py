@@ -243,15 +243,16 @@ class Task:
 def conditions(results: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """What measurements depend on, and every value that it had."""
     since = {True: "the start of the training", False: "the start of the process"}
-    all_of = [{"threads": r["threads"], "memory from": since[bool(r.get("peak_memory_exact"))], **r["versions"]} for r in results]
-    return {name: sorted({str(each.get(name)) for each in all_of}) for one in all_of for name in one}
+    each = [{"threads": r["threads"], "memory since": since[bool(r.get("peak_memory_exact"))], **r["versions"]} for r in results]
+    return {name: sorted({str(other.get(name)) for other in each}) for one in each for name in one}
 
 
 def _tasks(runs: Sequence[Run]) -> list[Task]:
     methods = ("dense", *get_args(Method))
     tasks: dict[str, dict[tuple[Any, ...], list[Run]]] = {}
     for run in runs:
-        key = ([*methods, run.method].index(run.method), run.block.area, run.label, tuple(sorted(run.settings.items())))
+        area = run.block.area if run.method != "dense" else 0
+        key = ([*methods, run.method].index(run.method), area, run.label, tuple(sorted(run.settings.items())))
         tasks.setdefault(run.task, {}).setdefault(key, []).append(run)
     return [Task(name, list(_rows([groups[key] for key in sorted(groups)]))) for name, groups in sorted(tasks.items())]
 
