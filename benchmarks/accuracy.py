@@ -9,9 +9,7 @@ rate of each (method, block size) is the one with the best mean validation accur
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import tyro
 
 from kronblocks.config import Method
-from kronblocks.experiments.compare import train_in_process
+from kronblocks.experiments.compare import train_apart
 from kronblocks.experiments.runs import read_json, write_json
 from kronblocks.experiments.tasks import DataName, TrainConfig
 
@@ -78,11 +76,7 @@ class Campaign:
 def _result(run: TrainConfig) -> dict[str, Any]:
     path = run.out / "result.json"
     if not path.exists():
-        process = multiprocessing.get_context("spawn").Process(target=train_in_process, args=(run,))
-        process.start()
-        process.join()
-        if process.exitcode:
-            sys.exit(f"{run.out} failed")
+        train_apart(run)
     return read_json(path)
 
 

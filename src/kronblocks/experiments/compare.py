@@ -13,7 +13,29 @@ from kronblocks.experiments.report import find_runs, write_report
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
 
 
-def train_in_process(config: TrainConfig) -> None:
+def train_apart(config: TrainConfig) -> None:
+    """Train in a process of its own, so that neither memory nor threads of one training reach the next.
+
+    Raises:
+        KronblocksError: the training failed; it has said why on stderr.
+        KeyboardInterrupt: it was interrupted.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=_train, args=(config,), name=config.out.name)
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.join()
+        raise
+    if process.exitcode == 130:
+        raise KeyboardInterrupt
+    if process.exitcode:
+        raise KronblocksError(
+            f"the training in {config.out} failed (see above); the same command with --resume goes on from there"
+        )
+
+
+def _train(config: TrainConfig) -> None:
     """What the new process does; its exit code tells how it went."""
     from kronblocks.experiments.train import train
 
@@ -41,17 +63,5 @@ def compare(config: CompareConfig) -> Path:
     for number, run in enumerate(runs, 1):
         done = (run.out.expanduser() / "result.json").exists()
         console.print(f"[{number}/{len(runs)}] {run.out.name}{': done before' if done else ''}", markup=False, highlight=False)
-        process = multiprocessing.get_context("spawn").Process(target=train_in_process, args=(run,), name=run.out.name)
-        process.start()
-        try:
-            process.join()
-        except KeyboardInterrupt:
-            process.join()
-            raise
-        if process.exitcode == 130:
-            raise KeyboardInterrupt
-        if process.exitcode:
-            raise KronblocksError(
-                f"the training in {run.out} failed (see above); the same command with --resume goes on from there"
-            )
+        train_apart(run)
     return write_report(find_runs([run.out.expanduser() for run in runs]), out)

@@ -15,8 +15,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kronblocks.ops.packed import BlockIndex
 
-NAME = "torch"
-
 
 def _columns_of(x: Tensor, count: int) -> Tensor:
     """(rows, count*width) -> (count, width, rows), contiguous, so that a block column is one slice."""
