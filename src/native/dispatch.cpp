@@ -1,0 +1,2 @@
+// Placeholder; see kernels.cpp.
+extern "C" __attribute__((visibility("default"))) int kb_abi() { return 1; }
