@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUNS := runs
+NATIVE := $(wildcard src/native/*.cpp src/native/*.h src/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench clean
@@ -18,15 +19,17 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # two stamps, so that the demo does not wait for the tools of the tests
-$(VENV)/.experiments: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.experiments: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	@echo "installing kronblocks and its experiments (PyTorch is large: a few minutes the first time)"
-	$(INSTALL) torch setuptools
-	$(INSTALL) --editable '.[experiments]'
+	$(INSTALL) torch setuptools scikit-build-core cmake ninja
+	$(INSTALL) --no-build-isolation --editable '.[experiments]'
 	@touch $@
 
+# where a compiler with OpenMP is at work, kernels that do not compile are an error, not a reason to skip their tests
 $(VENV)/.dev: $(VENV)/.experiments
 	@echo "installing the tools of the tests"
-	$(INSTALL) --editable '.[experiments,dev]'
+	@if echo 'int main() {}' | $(CXX) -fopenmp -x c++ - -o /dev/null 2>/dev/null; then export KRONBLOCKS_REQUIRE_NATIVE=1; fi; \
+		$(INSTALL) --no-build-isolation --editable '.[experiments,dev]'
 	@touch $@
 
 demo: $(VENV)/.experiments
