@@ -5,7 +5,7 @@ Three lines in a training script: `sparsify_` the model, make the optimiser from
 
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import LayerOverride, PenaltyConfig, ScheduleConfig, SparsityConfig
-from kronblocks.errors import KronblocksError, KronblocksWarning, PerformanceWarning
+from kronblocks.errors import KronblocksError, KronblocksWarning, NativeFallbackWarning, OpenMPConflictWarning, PerformanceWarning
 from kronblocks.groups import parameter_groups
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
@@ -35,6 +35,8 @@ __all__ = [
     "KronblocksWarning",
     "KroneckerBlockLinear",
     "LayerOverride",
+    "NativeFallbackWarning",
+    "OpenMPConflictWarning",
     "PenaltyConfig",
     "PenaltyController",
     "PerformanceWarning",
