@@ -1,0 +1,25 @@
+"""Who computes: each module has the same functions of contiguous tensors, and `pick` says which one serves a tensor.
+
+`packed_linear`, `packed_grad_input`, `packed_grad_values` multiply with packed blocks; `kron_linear` and `kron_backward` with
+factors; `live_blocks` and `live_blocks_backward` build the packed blocks from factors.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+
+def pick(tensor: Tensor) -> ModuleType:
+    """The fastest backend for tensors of this device and dtype."""
+    from kronblocks.ops.backends import native, torch
+
+    return native if native.serves(tensor.device.type, tensor.dtype) else torch
+
+
+def name(device: str, dtype) -> str:
+    """The name of the backend that `pick` gives for a device type and dtype."""
+    from kronblocks.ops.backends import native
+
+    return "native" if native.serves(device, dtype) else "torch"
