@@ -1,6 +1,8 @@
 // The library's C functions: they take the kernels of the best instruction set that this machine has.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #include "api.h"
 
@@ -22,35 +24,34 @@ extern const KernelTable table;
 
 namespace {
 
-// KRONBLOCKS_ISA=baseline|avx2|avx512 in the environment sets an upper limit
-bool allowed(const char* name) {
-  static const char* const order[] = {"baseline", "avx2", "avx512"};
-  const char* limit = std::getenv("KRONBLOCKS_ISA");
-  int wanted = 2, rank = 0;
-  for (int i = 0; i < 3; ++i) {
-    if (limit && !std::strcmp(limit, order[i])) wanted = i;
-    if (!std::strcmp(name, order[i])) rank = i;
-  }
-  return rank <= wanted;
-}
-
-const KernelTable& choose() {
+// the kernels of an instruction set, or null where they were not compiled or this machine cannot run them
+const KernelTable* find(const char* name) {
 #ifdef KRONBLOCKS_HAS_avx512
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+  if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-    return avx512::table;
+    return &avx512::table;
 #endif
 #ifdef KRONBLOCKS_HAS_avx2
-  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
+  if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::table;
 #endif
-  (void)allowed;
-  return baseline::table;
+  return std::strcmp(name, "baseline") ? nullptr : &baseline::table;
 }
 
-const KernelTable& table() {
-  static const KernelTable& chosen = choose();
-  return chosen;
+// the one that KRONBLOCKS_ISA names in the environment, or the best that there is
+const KernelTable* choose() {
+  const char* wanted = std::getenv("KRONBLOCKS_ISA");
+  if (const KernelTable* named = find(wanted ? wanted : "")) return named;
+  for (const char* name : {"avx512", "avx2"})
+    if (const KernelTable* found = find(name)) return found;
+  return &baseline::table;
 }
+
+std::atomic<const KernelTable*>& chosen() {
+  static std::atomic<const KernelTable*> current{choose()};
+  return current;
+}
+
+const KernelTable& table() { return *chosen().load(std::memory_order_relaxed); }
 
 template <class T>
 const Kernels<T>& kernels();
@@ -67,6 +68,13 @@ const Kernels<double>& kernels<double>() {
 
 EXPORT int kb_abi() { return 1; }
 EXPORT const char* kb_isa() { return table().name; }
+
+// Take the kernels of a named instruction set from now on; 0 if this machine or this build has not got them.
+EXPORT int kb_use_isa(const char* name) {
+  const KernelTable* found = find(name);
+  if (found) chosen().store(found);
+  return found != nullptr;
+}
 
 #define FOR_TYPE(suffix, T)                                                                                                     \
   EXPORT void kb_packed_linear_##suffix(const PackedIndex* index, const T* x, std::int64_t rows, const T* values,               \

@@ -104,8 +104,16 @@ def test_custom_operators_on_factors(backend, plan, masked, rows):
     operators = torch.ops.kronblocks
     torch.library.opcheck(operators.kron_linear, (x, coeff, tiles, bias, live, plan))
     torch.library.opcheck(operators.kron_linear, (x, coeff, tiles, None, live, plan))
+    quick = ("test_schema", "test_autograd_registration", "test_faketensor")  # AOT dispatch of second derivatives: once, below
     for input_grad in (True, False):
-        torch.library.opcheck(operators.kron_backward, (dy, x, coeff, tiles, live, plan, input_grad))
+        torch.library.opcheck(operators.kron_backward, (dy, x, coeff, tiles, live, plan, input_grad), test_utils=quick)
+
+
+def test_second_derivatives_through_aot_dispatch(backend):
+    x, coeff, tiles, _ = factors(2, backend.device)
+    dy = torch.randn(3, 8, dtype=torch.float64, device=backend.device, requires_grad=True)
+    live = mask("some", backend.device)
+    torch.library.opcheck(torch.ops.kronblocks.kron_backward, (dy, x, coeff, tiles, live, "coeff_first", True))
 
 
 @pytest.fixture

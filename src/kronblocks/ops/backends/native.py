@@ -45,6 +45,11 @@ def instruction_set() -> str:
     return kernels.kb_isa().decode()
 
 
+def use_instruction_set(name: str) -> bool:
+    """Take the kernels compiled for "baseline", "avx2" or "avx512"; False if this machine or this build has not got them."""
+    return bool(_kernels().kb_use_isa(name.encode()))
+
+
 def _kernels() -> ctypes.CDLL:
     kernels = library.load()
     assert kernels is not None, "asked for without serves()"
