@@ -148,11 +148,11 @@ def time_group(
     return rows
 
 
-def _is_done(group: Group, results: Results) -> bool:
-    """A group's rows are written all at once."""
-    own = group.key.items()
-    rows = (row for row in results.rows if all(row[name] == value for name, value in own))
-    return any((row["case"] == FASTKRON) == group.second_pass for row in rows)
+def _unfinished(settings: GridSettings, results: Results) -> list[Group]:
+    """Groups without rows: those of a group are written all at once."""
+    done = {(*(row[name] for name in KEY[:4]), row["case"] == FASTKRON) for row in results.rows}
+    groups = [group for group in settings.groups() if not group.second_pass or peers.has_fastkron()]
+    return [group for group in groups if (*group.key.values(), group.second_pass) not in done]
 
 
 def _work(group: Group) -> float:
@@ -181,8 +181,7 @@ def run_grid(
     """
     use(settings.device, settings.threads)
     results = Results.open(settings.path, settings.kind, COLUMNS, KEY, shared, fresh=settings.fresh)
-    groups = [group for group in settings.groups() if not group.second_pass or peers.has_fastkron()]
-    todo = [group for group in groups if not _is_done(group, results)]
+    todo = _unfinished(settings, results)
     if "machine" not in results.head:
         results.head.update(machine=roofline(settings.device, quick=settings.quick), skipped={})
     console, operands = Console(stderr=True), None

@@ -62,6 +62,14 @@ def find(rows: Iterable[Row], /, **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
+def group(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the values that they have under these names."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found
+
+
 def is_ours(row: Row) -> bool:
     """A layer of this library in a fixed plan."""
     return row["case"].startswith(("values ", "factors ")) and not row["case"].endswith(" auto")
@@ -106,13 +114,11 @@ def blocks_of(rows: Sequence[Row]) -> list[str]:
 def values_table(rows: Sequence[Row]) -> list[str]:
     """Free values on the live blocks, one shape: the packed plan against dense and other libraries."""
     wanted = [row for row in rows if row["case"] == "values packed" or row["case"] in OTHERS[: len(PEERS)]]
-    columns, lines = _columns(wanted), []
+    columns, lines, places = _columns(wanted), [], group(wanted, "block", "density", "direction", "rows")
     for block in blocks_of(wanted):
         for density in sorted({row["density"] for row in find(wanted, block=block)}):
-            cells = []
-            for direction, number in columns:
-                here = find(wanted, block=block, density=density, direction=direction, rows=number)
-                cells.append(versus([row for row in here if is_ours(row)], [row for row in here if not is_ours(row)]))
+            here = [places.get((block, density, *column), []) for column in columns]
+            cells = [versus([row for row in rows if is_ours(row)], [row for row in rows if not is_ours(row)]) for rows in here]
             lines.append([block, f"{density:g}", *cells])
     return table(["block", "density", *_headings(columns)], lines, left=2)
 
@@ -122,14 +128,15 @@ def factors_table(rows: Sequence[Row]) -> list[str]:
     ours = [row for row in rows if is_ours(row) and row["rank"] is not None]
     others = [row for row in rows if row["case"].startswith("authors ") or row["case"] == FASTKRON]
     columns, lines = _columns(ours), []
+    names = ("block", "rank", "density", "direction", "rows")
+    own, rivals = group(ours, *names, "tile_groups"), group(others, *names)
     for block in blocks_of(ours):
-        for rank, groups, density in sorted({(r["rank"], r["tile_groups"], r["density"]) for r in find(ours, block=block)}):
-            cells = []
-            for direction, number in columns:
-                key = {"block": block, "density": density, "direction": direction, "rows": number, "rank": rank}
-                rivals = find(others, **key) if groups == "1" else []
-                cells.append(versus(find(ours, tile_groups=groups, **key), rivals, say_plan=True))
-            lines.append([block, str(rank), groups, f"{density:g}", *cells])
+        for rank, banks, density in sorted({(r["rank"], r["tile_groups"], r["density"]) for r in find(ours, block=block)}):
+            keys = [(block, rank, density, *column) for column in columns]
+            against = [rivals.get(key, []) if banks == "1" else [] for key in keys]
+            mine = [own.get((*key, banks), []) for key in keys]
+            cells = [versus(*pair, say_plan=True) for pair in zip(mine, against, strict=True)]
+            lines.append([block, str(rank), banks, f"{density:g}", *cells])
     return table(["block", "rank", "tile banks", "density", *_headings(columns)], lines, left=4)
 
 
@@ -154,13 +161,14 @@ def auto_table(rows: Sequence[Row], direction: str, least_rows: int) -> list[str
 
     In inference (where there is no forward + backward) a layer may also become dense, and dense counts as a plan.
     """
-    lines = []
+    lines, place = [], ("shape", "block", "density", "rows", "direction")
+    places = group((row for row in rows if is_ours(row)), *place)
     autos = [row for row in rows if row["case"].endswith(" auto") and row["rows"] >= least_rows and row["direction"] == direction]
     for name in dict.fromkeys(row["case"] for row in autos):
         family, pairs = name.removesuffix("auto"), []
         for auto in find(autos, case=name):
-            place = {key: auto[key] for key in ("shape", "block", "density", "rows", "direction")}
-            fixed = [row for row in find(rows, **place) if is_ours(row) and row["case"] == f"{family}{row['plan']}"]
+            here = places[tuple(auto[key] for key in place)]
+            fixed = [row for row in here if row["case"] == f"{family}{row['plan']}"]
             pairs.append((auto, max(row["speed"] for row in [*fixed, auto])))
         near = sum(auto["speed"] >= best / 1.1 for auto, best in pairs)
         slow = sum(auto["speed"] < 0.97 <= best for auto, best in pairs)
