@@ -11,6 +11,7 @@ from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.cases import BOTH, FORWARD
 from kronblocks.experiments.bench.figures import packed_figure, step_figure
+from kronblocks.experiments.bench.ops import FACTOR_DENSITIES, PEER_DENSITY, PEER_MACS, TRAINING_ROWS
 from kronblocks.experiments.bench.results import read
 from kronblocks.experiments.bench.tables import (
     Row,
@@ -218,17 +219,24 @@ def _roofline(data: dict[str, Any]) -> list[str]:
             ]
             lines.append([f"{row['block']}, {row['rows']:,} rows, {row['direction']}", f"{row['gflops']:.0f}", *bounds])
     copies = ", ".join(f"{rate:g} ({size} MiB)" for size, rate in zip(machine["copy_mib"], machine["copy_gb_per_s"], strict=True))
+    bytes_note = "Bytes that must move are those of x, y and the weight once, and of their gradients with backward."
     columns = ["packed, 1024x1024, 90% zeros", "GFLOP/s of live work", "ratio", "bound by multiply-adds", "by bytes", "reached"]
     measured = (
         f"The same machine, in the same run: a dense product ({machine['product']}) at {machine['product_gflops']:g} GFLOP/s; "
         f"copies, read plus written, at {copies} GB/s."
     )
-    return ["### Against the roofline", "", measured, "", *(table(columns, lines) if lines else []), ""]
+    return ["### Against the roofline", "", f"{measured} {bytes_note}", "", *(table(columns, lines) if lines else []), ""]
 
 
 def _ops_part(data: dict[str, Any], figures: Path) -> list[str]:
     rows = data["rows"]
-    text = ["## One layer, forward and backward", "", _where(data), ""]
+    densities = ", ".join(f"{density:g}" for density in FACTOR_DENSITIES)
+    scope = (
+        f"Forward without gradients, and forward + backward (dx and all parameters' gradients) from {TRAINING_ROWS} rows on. Of the "
+        f"grid's densities factors are timed at {densities}; other libraries, which have no backward, up to density "
+        f"{PEER_DENSITY:g} and {PEER_MACS:.0e} multiply-adds; the authors' forms, which cannot skip dead blocks, at density 1."
+    )
+    text = ["## One layer, forward and backward", "", scope, "", _where(data), ""]
     for number in (256, 2048):
         name = f"bench-packed-{number}.png"
         if packed_figure(rows, "1024x1024", number, figures / name):
