@@ -232,8 +232,8 @@ def _ops_part(data: dict[str, Any], figures: Path) -> list[str]:
     rows = data["rows"]
     densities = ", ".join(f"{density:g}" for density in FACTOR_DENSITIES)
     scope = (
-        f"Forward without gradients, and forward + backward (dx and all parameters' gradients) from {TRAINING_ROWS} rows on. Of the "
-        f"grid's densities factors are timed at {densities}; other libraries, which have no backward, up to density "
+        f"Forward without gradients, and forward + backward (dx and all parameters' gradients) from {TRAINING_ROWS} rows on. Of "
+        f"the grid's densities factors are timed at {densities}; other libraries, which have no backward, up to density "
         f"{PEER_DENSITY:g} and {PEER_MACS:.0e} multiply-adds; the authors' forms, which cannot skip dead blocks, at density 1."
     )
     text = ["## One layer, forward and backward", "", scope, "", _where(data), ""]
