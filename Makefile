@@ -12,7 +12,7 @@ help:
 	@echo "make demo   train dense and two-phase side by side on real data and write a report"
 	@echo "make test   lint, types, layer rules, tests, doctests, README snippets"
 	@echo "make lint   the first three of these"
-	@echo "make bench  time the operators against dense, write benchmarks/results/"
+	@echo "make bench  measure speed and memory against dense (hours), write benchmarks/results/ and docs/benchmarks.md"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
@@ -50,7 +50,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.experiments
-	$(BIN)/python benchmarks/ops.py
+	$(BIN)/kronblocks bench ops
+	$(BIN)/kronblocks bench step
+	$(BIN)/kronblocks bench infer
+	$(BIN)/kronblocks bench train
+	$(BIN)/kronblocks bench tables
 
 clean:
 	rm -rf $(VENV) $(RUNS) build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The subcommands `train`, `compare` and `report`."""
+"""The subcommands `train`, `compare` and `report`; those of `bench` have a file of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kronblocks.errors import KronblocksError
+from kronblocks.experiments.bench.commands import bench
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
 
 
@@ -63,5 +64,5 @@ def _say_where(path: Path) -> None:
 def run(args: list[str] | None = None) -> None:
     """Read the command line and do what it says."""
     tyro.extras.subcommand_cli_from_dict(
-        {"train": train, "compare": compare, "report": report}, args=args, prog="kronblocks", description=__doc__
+        {"train": train, "compare": compare, "report": report, "bench": bench}, args=args, prog="kronblocks", description=__doc__
     )
