@@ -11,6 +11,7 @@
 // panel[piece][s][number]. Mixing treats all these numbers alike, so it runs at full width for every block size.
 #pragma once
 
+#include <numeric>
 #include <vector>
 
 #include "api.h"
@@ -80,20 +81,23 @@ MixLists<T> mix_lists(const Sides<T>& f, bool transposed, double density) {
   lists.source.reserve(expected);
   lists.coefs.reserve(expected * lists.width);
   lists.starts.push_back(0);
+  const std::int64_t out_step = (transposed ? f.source_step : f.outer_step), in_step = (transposed ? f.outer_step : f.source_step);
+  const int spread_k = transposed ? 1 : f.rank, spread_i = transposed ? lists.per_group : 1;
   for (std::int64_t first = 0; first < outputs; first += lists.per_group) {
     const int here = int(std::min<std::int64_t>(lists.per_group, outputs - first));
+    const std::int64_t base = f.first_source * f.source_step + first * out_step;
     for (std::int64_t in = 0; in < inputs; ++in) {
-      bool any = false;
-      for (int k = 0; k < here; ++k) any |= transposed ? f.alive(in, first + k) : f.alive(first + k, in);
+      const std::int64_t at = base + in * in_step;
+      bool any = !f.live;
+      for (int k = 0; k < here && !any; ++k) any = f.live[at + k * out_step];
       if (!any) continue;
       lists.source.push_back(std::int32_t(in));
-      const std::size_t base = lists.coefs.size();
-      lists.coefs.resize(base + lists.width);
+      lists.coefs.resize(lists.coefs.size() + lists.width);
+      T* to = lists.coefs.data() + lists.coefs.size() - lists.width;
       for (int k = 0; k < here; ++k) {
-        const bool alive = transposed ? f.alive(in, first + k) : f.alive(first + k, in);
-        const T* from = f.coeff + (transposed ? f.at(in, first + k) : f.at(first + k, in)) * f.rank;
-        for (int i = 0; i < f.rank; ++i)
-          lists.coefs[base + (transposed ? i * lists.per_group + k : k * f.rank + i)] = alive ? from[i] : T(0);
+        if (f.live && !f.live[at + k * out_step]) continue;
+        const T* from = f.coeff + (at + k * out_step) * f.rank;
+        for (int i = 0; i < f.rank; ++i) to[i * spread_i + k * spread_k] = from[i];
       }
     }
     lists.starts.push_back(std::int32_t(lists.source.size()));
@@ -340,18 +344,13 @@ Sides<T> sides(const KronShape& k, bool tile_first, std::int64_t group, const T*
   return {k.m1, k.n1, 0, bm, bn, rank, coeff, live, k.n1, 1, tiles, per_group};
 }
 
-// Rows of a tile: as many as the cache takes, given the bytes that each needs, but enough tiles for the threads.
+// Rows of a tile: as many as the cache takes, given the bytes that each needs, but equally many tiles for every thread. Rows fill
+// whole pieces where they can: their number is a multiple of size / gcd(size, m_width) then.
 inline int tile_rows(std::int64_t count, std::size_t bytes_per_row, int threads, int m_width, int size) {
-  std::int64_t rows = std::max<std::int64_t>(1, std::int64_t(kTileBytes / bytes_per_row));
-  rows = std::min({rows, std::int64_t(128), (count + threads - 1) / threads});
-  int step = size;  // rows that fill whole pieces: size / gcd(size, m_width)
-  for (int a = m_width, b = size; b;) {
-    const int rest = a % b;
-    a = b;
-    b = rest;
-    if (!b) step = size / a;
-  }
-  return int(rows > step ? rows / step * step : rows);
+  const std::int64_t most = std::max<std::int64_t>(1, std::min<std::int64_t>(128, std::int64_t(kTileBytes / bytes_per_row)));
+  const std::int64_t rounds = (count + most * threads - 1) / (most * threads);
+  const std::int64_t rows = (count + rounds * threads - 1) / (rounds * threads), step = size / std::gcd(size, m_width);
+  return int(rows < step ? rows : (rows + step - 1) / step * step);
 }
 
 // Work memory of one thread for tiles of the given rows
