@@ -9,7 +9,8 @@ from kronblocks.errors import KronblocksError, KronblocksWarning, PerformanceWar
 from kronblocks.groups import parameter_groups
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
-from kronblocks.ops.cost import Cost, PlanChoice, Problem, choose_plan, cost
+from kronblocks.ops.choice import PlanChoice, choose_plan
+from kronblocks.ops.cost import Cost, Problem, cost
 from kronblocks.ops.kron import block_norms, kron_linear, kron_weight
 from kronblocks.ops.nearest import canonical_form, nearest_kronecker_sum
 from kronblocks.ops.packed import BlockIndex, packed_linear
