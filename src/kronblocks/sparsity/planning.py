@@ -33,11 +33,12 @@ class _Watch:
 
     def __init__(self) -> None:
         self.seen: tuple[int, bool, torch.dtype] | None = None
+        self.compiled = False
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         if module.training and torch.is_grad_enabled():
-            self.seen = (x.shape[:-1].numel(), x.requires_grad, _product_dtype(x))
+            self.seen, self.compiled = (x.shape[:-1].numel(), x.requires_grad, _product_dtype(x)), torch.compiler.is_compiling()
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -103,7 +104,8 @@ class Planner:
             if watch.seen is not None:
                 rows, input_grad, dtype = watch.seen
                 self._traffic.setdefault(name, Traffic(int(rows), bool(input_grad), str(dtype).removeprefix("torch.")))
-                handle.remove()
+                if not watch.compiled:  # a hook less would be another model, compiled anew
+                    handle.remove()
                 del self._watches[name]
 
     def _best(self, layer: LayerTarget) -> str:
