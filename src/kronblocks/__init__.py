@@ -3,6 +3,7 @@
 Three lines in a training script: `sparsify_` the model, make the optimiser from `parameter_groups`, `attach` the sparsifier.
 """
 
+from kronblocks.advise import Advice, advise
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import LayerOverride, PenaltyConfig, ScheduleConfig, SparsityConfig
 from kronblocks.errors import KronblocksError, KronblocksWarning, PerformanceWarning
@@ -26,6 +27,7 @@ from kronblocks.surgery import apply_structure_, densify_, lift_, sparsify_, str
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
     "BlockGrid",
     "BlockIndex",
     "BlockSize",
@@ -49,6 +51,7 @@ __all__ = [
     "SparsityReport",
     "SparsitySchedule",
     "SurgeryReport",
+    "advise",
     "apply_structure_",
     "block_norms",
     "canonical_form",

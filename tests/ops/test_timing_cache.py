@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ SECONDS = {REFERENCE: 4.0, "dense": 5.0, "packed": 1.0}
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setenv("KRONBLOCKS_CACHE", str(tmp_path / "cache"))
     forget_timings()
     yield tmp_path / "cache" / "timings"

@@ -45,6 +45,17 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def tile_groups(text: str) -> TileGroups:
+    """Read "per-row" or a number.
+
+    Raises:
+        KronblocksError: it is neither.
+    """
+    if text != "per-row" and not text.isdecimal():
+        raise KronblocksError(f"--tile-groups is per-row or a number, not {text!r}")
+    return "per-row" if text == "per-row" else int(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     """What `train` and `compare` have in common."""
@@ -91,8 +102,8 @@ class TaskConfig:
                 raise KronblocksError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise KronblocksError(f"--threads must be at least 1, not {self.threads}")
-        if self.tile_groups not in (None, "per-row") and not self.tile_groups.isdecimal():
-            raise KronblocksError(f"--tile-groups is per-row or a number, not {self.tile_groups!r}")
+        if self.tile_groups is not None:
+            tile_groups(self.tile_groups)
         if self.model != "mlp" and self.widths != TaskConfig.widths:
             raise KronblocksError(f"--widths are the hidden layers of --model mlp, and {self.model} has none to choose")
 
@@ -129,17 +140,12 @@ class TrainConfig(TaskConfig):
             rank=self.rank,
             target_sparsity=self.sparsity,
             on_mismatch=self.on_mismatch,
-            tile_groups=self._tiles(),
+            tile_groups=None if self.tile_groups is None else tile_groups(self.tile_groups),
             schedule=self.schedule,
             penalty=self.penalty,
             rows=self.batch_size,
             measure_plans=self.measure_plans,
         )
-
-    def _tiles(self) -> TileGroups | None:
-        if self.tile_groups is None:
-            return None
-        return "per-row" if self.tile_groups == "per-row" else int(self.tile_groups)
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, as plain values: everything but where it is written and how it is shown."""
