@@ -3,7 +3,8 @@
 Three lines in a training script: `sparsify_` the model, make the optimiser from `parameter_groups`, `attach` the sparsifier.
 """
 
-from kronblocks.advise import Advice, advise
+from kronblocks.advice import Advice
+from kronblocks.advise import advise
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import LayerOverride, PenaltyConfig, ScheduleConfig, SparsityConfig
 from kronblocks.errors import KronblocksError, KronblocksWarning, PerformanceWarning

@@ -58,7 +58,7 @@ def _put(model: nn.Module, name: str, layer: nn.Linear) -> None:
         if part not in model._modules:
             model.add_module(part, nn.Module())
         model = model.get_submodule(part)
-    for child, module in model._modules[last].named_children() if last in model._modules else ():
+    for child, module in model.get_submodule(last).named_children() if last in model._modules else ():
         layer.add_module(child, module)
     model.add_module(last, layer)
 

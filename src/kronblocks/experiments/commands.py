@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kronblocks.errors import KronblocksError
-from kronblocks.experiments.advice import AdviseConfig
-from kronblocks.experiments.advice import run as run_advise
+from kronblocks.experiments.advise import AdviseConfig
+from kronblocks.experiments.advise import run as run_advise
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
 
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kronblocks.advise import Advice, LayerAdvice, Way, advise, label, milliseconds, percent, remarks, summary, title
+from kronblocks.advice import Advice, LayerAdvice, Way, label, milliseconds, percent, remarks, summary, title
+from kronblocks.advise import advise
 from kronblocks.config import Mismatch
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.runs import write_json
@@ -97,26 +98,28 @@ def show(advice: Advice) -> None:
         for line in remarks(layer):
             console.print(line, markup=False, highlight=False)
         console.print()
-    total = Table(title="whole model, each layer in its best way", title_justify="left", show_header=False)
+    total = Table(
+        title="whole model, each layer in its best way", title_justify="left", show_header=False, box=None, pad_edge=False
+    )
     for gain in advice.gains:
         total.add_row(f"{percent(gain.sparsity)} zeros", summary(gain))
     console.print(total)
     console.print(
         f"{advice.rows} rows, rank {advice.rank}, {advice.dtype}, {advice.device}, {advice.threads} threads; "
-        "x: times as quick as dense; only nn.Linear layers are counted",
+        "x: times as quick as dense; MiB: of weights; only nn.Linear layers are counted",
         style="dim",
         highlight=False,
     )
 
 
 def _table(layer: LayerAdvice) -> Table:
-    table = Table(title=title(layer), title_justify="left")
-    for name in ("", "training", "x", "inference", "x", "weights"):
+    table = Table(title=title(layer), title_justify="left", box=None, pad_edge=False)
+    for name in ("", "training", "x", "inference", "x", "MiB"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     ways: list[Way | None] = [layer.dense, layer.factored, *layer.packed]
     for way in filter(None, ways):
         cells = [label(way)]
         for speed in (way.training, way.inference):
             cells += [f"{speed.plan} {milliseconds(speed.seconds):>9s}", f"{speed.relative:.2f}"]
-        table.add_row(*cells, f"{way.weight_bytes / 2**20:.2f} MiB")
+        table.add_row(*cells, f"{way.weight_bytes / 2**20:.2f}")
     return table
