@@ -285,6 +285,14 @@ def test_dense_is_a_method_that_does_nothing():
     assert sparsifier.sparsity == 0 and sparsifier.report().layers == ()
 
 
+@pytest.mark.parametrize(("method", "wanted"), [("two-phase", False), ("group-lasso", False), ("kron-l1", True)])
+def test_rules_without_a_penalty_cost_nothing_in_the_loss(method, wanted, monkeypatch):
+    training = Training(SparsityConfig(method=method, block_size=4)).start()
+    made, context = [], training.sparsifier._context
+    monkeypatch.setattr(training.sparsifier, "_context", lambda step: made.append(step) or context(step))
+    assert (training.sparsifier.penalty() > 0) == wanted and len(made) == wanted
+
+
 def test_static_keeps_its_random_blocks():
     training = Training(SparsityConfig(method="static", block_size=4, target_sparsity=0.5))
     masks = [target.mask.clone() for target in training.sparsifier.targets]
