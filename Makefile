@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUNS := runs
+NATIVE := $(wildcard src/native/*.cpp src/native/*.h src/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench clean
@@ -11,22 +12,24 @@ help:
 	@echo "make demo   train dense and two-phase side by side on real data and write a report"
 	@echo "make test   lint, types, layer rules, tests, doctests, README snippets"
 	@echo "make lint   the first three of these"
-	@echo "make bench  time the operators against dense, write benchmarks/results/"
+	@echo "make bench  measure speed and memory against dense (hours), write benchmarks/results/ and docs/benchmarks.md"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 
 # two stamps, so that the demo does not wait for the tools of the tests
-$(VENV)/.experiments: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.experiments: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	@echo "installing kronblocks and its experiments (PyTorch is large: a few minutes the first time)"
-	$(INSTALL) torch setuptools
-	$(INSTALL) --editable '.[experiments]'
+	$(INSTALL) torch setuptools scikit-build-core cmake ninja
+	$(INSTALL) --no-build-isolation --editable '.[experiments]'
 	@touch $@
 
+# where a compiler with OpenMP is at work, kernels that do not compile are an error, not a reason to skip their tests
 $(VENV)/.dev: $(VENV)/.experiments
 	@echo "installing the tools of the tests"
-	$(INSTALL) --editable '.[experiments,dev]'
+	@if echo 'int main() {}' | $(CXX) -fopenmp -x c++ - -o /dev/null 2>/dev/null; then export KRONBLOCKS_REQUIRE_NATIVE=1; fi; \
+		$(INSTALL) --no-build-isolation --editable '.[experiments,dev]'
 	@touch $@
 
 demo: $(VENV)/.experiments
@@ -47,7 +50,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.experiments
-	$(BIN)/python benchmarks/ops.py
+	$(BIN)/kronblocks bench ops
+	$(BIN)/kronblocks bench step
+	$(BIN)/kronblocks bench infer
+	$(BIN)/kronblocks bench train
+	$(BIN)/kronblocks bench tables
 
 clean:
 	rm -rf $(VENV) $(RUNS) build dist .pytest_cache .ruff_cache .hypothesis

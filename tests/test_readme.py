@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import kronblocks
+from kronblocks.experiments.bench.page import write
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,6 +35,11 @@ def test_commands_are_targets_of_the_makefile():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     commands = re.findall(r"^make (\w+)", README, re.MULTILINE)
     assert {"demo", "test"} <= set(commands) <= set(targets)
+
+
+def test_the_benchmark_page_is_what_the_results_say(tmp_path):
+    page = write(ROOT / "benchmarks/results", tmp_path / "benchmarks.md")
+    assert page.read_text() == (ROOT / "docs/benchmarks.md").read_text(), "run kronblocks bench tables"
 
 
 def test_everything_public_is_exported_and_documented():

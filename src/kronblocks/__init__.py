@@ -7,7 +7,7 @@ from kronblocks.advice import Advice
 from kronblocks.advise import advise
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import LayerOverride, PenaltyConfig, ScheduleConfig, SparsityConfig
-from kronblocks.errors import KronblocksError, KronblocksWarning, PerformanceWarning
+from kronblocks.errors import KronblocksError, KronblocksWarning, NativeFallbackWarning, OpenMPConflictWarning, PerformanceWarning
 from kronblocks.groups import parameter_groups
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
@@ -39,6 +39,8 @@ __all__ = [
     "KronblocksWarning",
     "KroneckerBlockLinear",
     "LayerOverride",
+    "NativeFallbackWarning",
+    "OpenMPConflictWarning",
     "PenaltyConfig",
     "PenaltyController",
     "PerformanceWarning",

@@ -11,3 +11,11 @@ class KronblocksWarning(UserWarning):
 
 class PerformanceWarning(KronblocksWarning):
     """Something works but costs more time or memory than it needs to."""
+
+
+class NativeFallbackWarning(PerformanceWarning):
+    """The native kernels were asked for and are not available: PyTorch's do the work."""
+
+
+class OpenMPConflictWarning(PerformanceWarning):
+    """The native kernels and torch use two OpenMP runtimes, whose threads compete."""

@@ -5,28 +5,30 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from kronblocks.ops import packed
+from kronblocks.ops import backends
+from kronblocks.ops.backends import library, native
 from kronblocks.ops.backends import torch as torch_backend
-from kronblocks.ops.plans import PLANS
 
 
 class Backend(NamedTuple):
     name: str
-    packed: Any  # has packed_linear, packed_grad_input, packed_grad_values
-    plans: dict[str, Any]  # has the factored plans: first, second, backward
+    module: Any  # has the functions that `kronblocks.ops.backends` lists
     device: str
     dtypes: tuple[torch.dtype, ...]
 
 
-BACKENDS = (Backend("torch", torch_backend, dict(PLANS), "cpu", (torch.float64, torch.float32, torch.bfloat16)),)
+BACKENDS = (
+    Backend("torch", torch_backend, "cpu", (torch.float64, torch.float32, torch.bfloat16)),
+    Backend("native", native, "cpu", (torch.float64, torch.float32)),
+)
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
 def backend(request, monkeypatch) -> Backend:
     """The operators compute with this backend for the length of a test."""
-    monkeypatch.setattr(packed, "backend", request.param.packed)
-    for name, plan in request.param.plans.items():
-        monkeypatch.setitem(PLANS, name, plan)
+    if request.param.module is native and library.unavailable_reason():
+        pytest.skip(f"no native kernels: {library.unavailable_reason()}")
+    monkeypatch.setattr(backends, "pick", lambda tensor: request.param.module)
     return request.param
 
 

@@ -66,7 +66,8 @@ def test_one_gradient_is_the_same_without_the_other(backend, name, wanted):
     results = []
     for required in ((True, True), (wanted == 0, wanted == 1)):
         leaves = [t.clone().requires_grad_(needed) for t, needed in zip(tensors, required, strict=True)]
-        y = getattr(torch.ops.kronblocks, name)(*leaves, *index)
+        bias = (None,) if name == "packed_linear" else ()
+        y = getattr(torch.ops.kronblocks, name)(*leaves, *bias, *index)
         y.square().sum().backward()
         assert [leaf.grad is not None for leaf in leaves] == list(required)
         results.append(leaves[wanted].grad)
@@ -83,9 +84,36 @@ def test_custom_operators(backend, kind, rows):
     x, dy = torch.randn(rows, 6, **factory), torch.randn(rows, 8, **factory)
     values = torch.randn(len(index.slot), 2, 3, **factory)
     operators = torch.ops.kronblocks
-    torch.library.opcheck(operators.packed_linear, (x, values, *index))
+    bias = torch.randn(8, **factory)
+    torch.library.opcheck(operators.packed_linear, (x, values, None, *index))
+    torch.library.opcheck(operators.packed_linear, (x, values, bias, *index))
     torch.library.opcheck(operators.packed_grad_input, (dy, values, *index))
     torch.library.opcheck(operators.packed_grad_values, (dy, x, *index))
+    _, coeff, tiles, _ = factors(2, backend.device)
+    torch.library.opcheck(operators.live_blocks, (coeff, tiles, *index))
+    torch.library.opcheck(operators.live_blocks_backward, (values, coeff, tiles, *index))
+
+
+@pytest.mark.parametrize("rows", (3, 1, 0))
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("plan", ("dense", "tile_first", "coeff_first"))
+def test_custom_operators_on_factors(backend, plan, masked, rows):
+    x, coeff, tiles, bias = factors(2, backend.device, rows)
+    live = mask("some", backend.device) if masked else None
+    dy = torch.randn(rows, 8, dtype=torch.float64, device=backend.device, requires_grad=True)
+    operators = torch.ops.kronblocks
+    torch.library.opcheck(operators.kron_linear, (x, coeff, tiles, bias, live, plan))
+    torch.library.opcheck(operators.kron_linear, (x, coeff, tiles, None, live, plan))
+    quick = ("test_schema", "test_autograd_registration", "test_faketensor")  # AOT dispatch of second derivatives: once, below
+    for input_grad in (True, False):
+        torch.library.opcheck(operators.kron_backward, (dy, x, coeff, tiles, live, plan, input_grad), test_utils=quick)
+
+
+def test_second_derivatives_through_aot_dispatch(backend):
+    x, coeff, tiles, _ = factors(2, backend.device)
+    dy = torch.randn(3, 8, dtype=torch.float64, device=backend.device, requires_grad=True)
+    live = mask("some", backend.device)
+    torch.library.opcheck(torch.ops.kronblocks.kron_backward, (dy, x, coeff, tiles, live, "coeff_first", True))
 
 
 @pytest.fixture

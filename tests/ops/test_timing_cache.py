@@ -81,7 +81,7 @@ def test_threads_and_backend_are_part_of_the_question(measured, monkeypatch):
     timings(PROBLEM)
     monkeypatch.setattr(timing_cache.torch, "get_num_threads", lambda: 99)
     timings(PROBLEM)
-    monkeypatch.setattr(timing_cache, "backend_key", lambda device: "native 2 avx512")
+    monkeypatch.setattr(timing_cache, "backend_key", lambda device, dtype: "native avx512")
     timings(PROBLEM)
     assert len(measured) == 3
 

@@ -1,4 +1,4 @@
-"""The subcommands `train`, `compare`, `report` and `advise`."""
+"""The subcommands `train`, `compare`, `report` and `advise`; those of `bench` have a file of their own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.advise import AdviseConfig
 from kronblocks.experiments.advise import run as run_advise
+from kronblocks.experiments.bench.commands import bench
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
 
 
@@ -69,5 +70,5 @@ def _say_where(path: Path) -> None:
 
 def run(args: list[str] | None = None) -> None:
     """Read the command line and do what it says."""
-    commands = {"train": train, "compare": compare, "report": report, "advise": advise}
+    commands = {"train": train, "compare": compare, "report": report, "advise": advise, "bench": bench}
     tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="kronblocks", description=__doc__)

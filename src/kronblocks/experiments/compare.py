@@ -30,9 +30,7 @@ def train_apart(config: TrainConfig) -> None:
     if process.exitcode == 130:
         raise KeyboardInterrupt
     if process.exitcode:
-        raise KronblocksError(
-            f"the training in {config.out} failed (see above); the same command with --resume goes on from there"
-        )
+        raise KronblocksError(f"the training in {config.out} failed (see above); what it finished is kept, to go on from")
 
 
 def _train(config: TrainConfig) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import platform
 import warnings
-from pathlib import Path
 from typing import Any
 
-import lightning
 import safetensors.torch
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,12 +13,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
-import kronblocks
 from kronblocks.experiments import accounting
 from kronblocks.experiments.classifier import Classification
 from kronblocks.experiments.data import BatchSampler, load_data, loader
 from kronblocks.experiments.runs import RunFolder, write_json
 from kronblocks.experiments.tasks import TrainConfig
+from kronblocks.experiments.versions import versions
 from kronblocks.selection import select
 from kronblocks.sparsity.report import SparsityReport, count_blocks
 from kronblocks.surgery import structure, weight_targets
@@ -37,26 +34,6 @@ class EpochLines(Callback):
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}"
         Console(stderr=True).print(line, highlight=False, soft_wrap=True)
-
-
-def versions() -> dict[str, str]:
-    """What the numbers depend on."""
-    return {
-        "kronblocks": kronblocks.__version__,
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _quiet() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from kronblocks.ops import backends
 from kronblocks.ops.cost import Cost, Problem, cost, estimated_seconds, possible_plans
 from kronblocks.ops.timing import REFERENCE, affordable
 from kronblocks.ops.timing_cache import Tables, timings
@@ -61,7 +62,7 @@ def choose_plan(problem: Problem, *, measure: bool = False) -> PlanChoice:
         f"{best}: measured {_milliseconds(plans[best])}{dense}, for {_about(problem)}; "
         f"{f'the others relative to it: {others}' if others else 'no other plan came near it by its counts'}"
     )
-    return PlanChoice(best, "torch", why, _costs(problem), MappingProxyType(seconds))
+    return PlanChoice(best, backends.name(problem.device, problem.dtype), why, _costs(problem), MappingProxyType(seconds))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -75,7 +76,7 @@ def _estimated(problem: Problem) -> PlanChoice:
         f"{best}: {costs[best].macs / dense:.2f} of dense's multiply-adds for {_about(problem)}; "
         f"estimated time of the others relative to it: {others}"
     )
-    return PlanChoice(best, "torch", why, costs)
+    return PlanChoice(best, backends.name(problem.device, problem.dtype), why, costs)
 
 
 def _costs(problem: Problem) -> Mapping[str, Cost]:

@@ -1,6 +1,6 @@
 """What each plan costs for a layer: counted exactly, and estimated in seconds.
 
-The counts are exact for the code in `ops/plans` and `ops/packed.py` (equation 9 in docs/math.md). The estimate turns them into
+The counts are exact for what the backends compute (equation 9 in docs/math.md). The estimate turns them into
 time by a rough roofline: multiply-adds over a rate, plus bytes over a bandwidth. `ops/choice.py` chooses by it, or by timings.
 """
 
@@ -67,19 +67,19 @@ def _stages(problem: Problem, plan: str) -> tuple[float, float, int]:
     match plan:
         case "dense":
             return rank * grid.weights, dense, grid.weights
-        case "packed":  # on factors every block is built, and the live ones are kept
-            return rank * grid.weights, rows * live, live if rank else 0
+        case "packed":  # on factors the live blocks are built, and kept
+            return rank * live, rows * live, live if rank else 0
         case "tile_first":
             size = rows * n1 * problem.tile_groups * rank * bm
-            return size * bn, dense * rank / bn, size
+            return size * bn, rows * live / bn * rank, size
         case "coeff_first":
             size = rows * m1 * rank * bn
-            return size * n1, rows * m1 * rank * bm * bn, size
+            return rows * live / bm * rank, rows * m1 * rank * bm * bn, size
     raise KronblocksError(f"unknown plan {plan!r}: write one of {', '.join(PLAN_NAMES)}")
 
 
 def cost(problem: Problem, plan: str) -> Cost:
-    """Count one plan for one problem. The plans on the PyTorch backend do not skip dead blocks, except "packed".
+    """Count one plan for one problem, dead blocks skipped (the PyTorch backend skips them in "packed" only).
 
     Raises:
         KronblocksError: the plan does not exist, or needs factors that a layer of free values has not got.

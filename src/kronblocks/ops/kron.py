@@ -6,36 +6,32 @@ import torch
 from torch import Tensor
 
 from kronblocks.errors import KronblocksError
+from kronblocks.ops import factored
 from kronblocks.ops.packed import BlockIndex, autocast, check_product, packed_linear
 from kronblocks.ops.plans import PLANS, dense
 
 PLAN_NAMES = (*PLANS, "packed")
 
 
-class _KronLinear(torch.autograd.Function):
-    """One function for all factored plans; the intermediate is recomputed in backward unless asked to be kept."""
+class _KeptKronLinear(torch.autograd.Function):
+    """A factored plan in plain PyTorch that keeps its intermediate for backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, plan: str, save_intermediate: bool):
+    def forward(ctx, x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, plan: str):
         intermediate = PLANS[plan].first(x, coeff, tiles)
         y = PLANS[plan].second(x, coeff, tiles, intermediate)
-        if bias is not None:
-            y = y + bias
         ctx.plan = plan
-        ctx.save_for_backward(x, coeff, tiles, *([intermediate] if save_intermediate else []))
-        return y
+        ctx.save_for_backward(x, coeff, tiles, intermediate)
+        return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        dy = gradients[0].contiguous()
-        plan = PLANS[ctx.plan]
-        x, coeff, tiles, *kept = ctx.saved_tensors
-        # a kept intermediate is a constant to autograd, so a second derivative needs a recomputed one
-        recompute = not kept or torch.is_grad_enabled()
-        intermediate = plan.first(x, coeff, tiles) if recompute else kept[0]
+        dy, plan = gradients[0].contiguous(), PLANS[ctx.plan]
+        x, coeff, tiles, intermediate = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a kept intermediate is a constant to autograd, so a second derivative needs a new one
+            intermediate = plan.first(x, coeff, tiles)
         dx, dcoeff, dtiles = plan.backward(dy, x, coeff, tiles, intermediate, ctx.needs_input_grad[0])
-        dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
-        return dx, dcoeff, dtiles, dbias, None, None
+        return dx, dcoeff, dtiles, dy.sum(0) if ctx.needs_input_grad[3] else None, None
 
 
 def check_factors(coeff: Tensor, tiles: Tensor) -> None:
@@ -77,7 +73,7 @@ def _packed(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: 
     index = live if isinstance(live, BlockIndex) else BlockIndex.from_mask(live)
     if index.grid != coeff.shape[:2]:
         raise KronblocksError(f"live is for a grid of {index.grid}, but coeff is for {tuple(coeff.shape[:2])}")
-    values = dense.build_blocks(coeff, tiles)[index.row, index.col]  # in the order of the entries, so these are their slots
+    values = factored.live_blocks(coeff, tiles, index)  # in the order of the entries, so these are their slots
     entries = torch.arange(len(index.slot), dtype=torch.int32, device=values.device)
     return packed_linear(x, values, index._replace(slot=entries), bias)
 
@@ -102,7 +98,8 @@ def kron_linear(
         plan: how to compute it: "dense", "tile_first", "coeff_first" or "packed"; `choose_plan` names the cheapest.
         live: (m1, n1) bool, or its `BlockIndex`. None: full gradients. Given: dead blocks count as zero and the gradients of
             their coefficients are exactly 0. "packed" needs it.
-        save_intermediate: keep the first stage's result for backward: faster, more memory. "packed" always keeps its values.
+        save_intermediate: keep the first stage's result for backward, in plain PyTorch: more memory. "packed" always
+            keeps its values.
 
     Returns:
         (..., m1*bm).
@@ -124,11 +121,14 @@ def kron_linear(
     check_product(x, n1, bn, bias, m1 * bm, {"coeff": coeff, "tiles": tiles})
     if plan == "packed":
         return _packed(x, coeff, tiles, bias, live)
-    if isinstance(live, Tensor):
-        coeff = coeff.masked_fill(~live.unsqueeze(-1), 0)
-    elif live is not None:
+    if live is not None and not isinstance(live, Tensor):
         raise KronblocksError(f'plan "{plan}" takes live as an (m1, n1) bool mask; a BlockIndex is for "packed"')
-    y = _KronLinear.apply(x.reshape(-1, x.shape[-1]), coeff, tiles, bias, plan, save_intermediate)
+    rows = x.reshape(-1, x.shape[-1])
+    if save_intermediate:
+        alive = coeff if live is None else coeff.masked_fill(~live.unsqueeze(-1), 0)
+        y = _KeptKronLinear.apply(rows, alive, tiles, bias, plan)
+    else:
+        y = factored.kron_linear(rows, coeff, tiles, bias, live, plan)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], m1 * bm)
 
 

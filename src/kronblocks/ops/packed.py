@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kronblocks.errors import KronblocksError
-from kronblocks.ops.backends import torch as backend
+from kronblocks.ops import backends
 
 
 class BlockIndex(NamedTuple):
@@ -69,27 +69,35 @@ class BlockIndex(NamedTuple):
 
 @torch.library.custom_op("kronblocks::packed_linear", mutates_args=())
 def _packed_linear(
-    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, row: Tensor, slot: Tensor, ccol: Tensor, order: Tensor
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    crow: Tensor,
+    col: Tensor,
+    row: Tensor,
+    slot: Tensor,
+    ccol: Tensor,
+    order: Tensor,
 ) -> Tensor:
-    return backend.packed_linear(x, values, BlockIndex(crow, col, row, slot, ccol, order))
+    return backends.pick(x).packed_linear(x, values, BlockIndex(crow, col, row, slot, ccol, order), bias)
 
 
 @torch.library.custom_op("kronblocks::packed_grad_input", mutates_args=())
 def _packed_grad_input(
     dy: Tensor, values: Tensor, crow: Tensor, col: Tensor, row: Tensor, slot: Tensor, ccol: Tensor, order: Tensor
 ) -> Tensor:
-    return backend.packed_grad_input(dy, values, BlockIndex(crow, col, row, slot, ccol, order))
+    return backends.pick(dy).packed_grad_input(dy, values, BlockIndex(crow, col, row, slot, ccol, order))
 
 
 @torch.library.custom_op("kronblocks::packed_grad_values", mutates_args=())
 def _packed_grad_values(
     dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, row: Tensor, slot: Tensor, ccol: Tensor, order: Tensor
 ) -> Tensor:
-    return backend.packed_grad_values(dy, x, BlockIndex(crow, col, row, slot, ccol, order))
+    return backends.pick(dy).packed_grad_values(dy, x, BlockIndex(crow, col, row, slot, ccol, order))
 
 
 @_packed_linear.register_fake
-def _(x, values, crow, *index):
+def _(x, values, bias, crow, *index):
     return x.new_empty(x.shape[0], (crow.shape[0] - 1) * values.shape[1])
 
 
@@ -108,28 +116,34 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-_NO_INDEX_GRADIENTS = (None,) * len(BlockIndex._fields)
+NO_INDEX_GRADIENTS = (None,) * len(BlockIndex._fields)
+
+
+def _save_linear(ctx, inputs, output):
+    x, values, _, *index = inputs
+    ctx.save_for_backward(x, values, *index)
 
 
 def _linear_backward(ctx, dy):
     x, values, *index = ctx.saved_tensors
     dx = _packed_grad_input(dy, values, *index) if ctx.needs_input_grad[0] else None
     dvalues = _packed_grad_values(dy, x, *index) if ctx.needs_input_grad[1] else None
-    return dx, dvalues, *_NO_INDEX_GRADIENTS
+    dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
+    return dx, dvalues, dbias, *NO_INDEX_GRADIENTS
 
 
 def _grad_input_backward(ctx, ddx):
     dy, values, *index = ctx.saved_tensors
-    ddy = _packed_linear(ddx, values, *index) if ctx.needs_input_grad[0] else None
+    ddy = _packed_linear(ddx, values, None, *index) if ctx.needs_input_grad[0] else None
     dvalues = _packed_grad_values(dy, ddx, *index) if ctx.needs_input_grad[1] else None
-    return ddy, dvalues, *_NO_INDEX_GRADIENTS
+    return ddy, dvalues, *NO_INDEX_GRADIENTS
 
 
 def _grad_values_backward(ctx, ddvalues):
     dy, x, *index = ctx.saved_tensors
-    ddy = _packed_linear(x, ddvalues, *index) if ctx.needs_input_grad[0] else None
+    ddy = _packed_linear(x, ddvalues, None, *index) if ctx.needs_input_grad[0] else None
     dx = _packed_grad_input(dy, ddvalues, *index) if ctx.needs_input_grad[1] else None
-    return ddy, dx, *_NO_INDEX_GRADIENTS
+    return ddy, dx, *NO_INDEX_GRADIENTS
 
 
 def _product_flops(x: Any, values: Any, *index: Any, **_: Any) -> int:
@@ -144,7 +158,7 @@ def _grad_values_flops(dy: Any, x: Any, *index: Any, out_shape: Any = None, **_:
 register_flop_formula([torch.ops.kronblocks.packed_linear, torch.ops.kronblocks.packed_grad_input])(_product_flops)
 register_flop_formula(torch.ops.kronblocks.packed_grad_values)(_grad_values_flops)
 
-_packed_linear.register_autograd(_linear_backward, setup_context=_save)
+_packed_linear.register_autograd(_linear_backward, setup_context=_save_linear)
 _packed_grad_input.register_autograd(_grad_input_backward, setup_context=_save)
 _packed_grad_values.register_autograd(_grad_values_backward, setup_context=_save)
 
@@ -197,7 +211,5 @@ def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | N
             f"values must be (capacity, rows, cols) with the index's capacity, {len(index.slot)}, not {tuple(values.shape)}"
         )
     check_product(x, n1, values.shape[2], bias, m1 * values.shape[1], {"values": values})
-    y = _packed_linear(x.reshape(-1, x.shape[-1]), values, *index)
-    if bias is not None:
-        y = y + bias
+    y = _packed_linear(x.reshape(-1, x.shape[-1]), values, bias, *index)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], m1 * values.shape[1])

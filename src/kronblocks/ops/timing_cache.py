@@ -103,7 +103,7 @@ def _key(problem: Problem) -> str:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads() if device == "cpu" else None,
             "torch": torch.__version__,
-            "backend": backend_key(device),
+            "backend": backend_key(device, problem.dtype),
             "shape": [problem.grid.out_features, problem.grid.in_features],
             "block": list(problem.grid.block),
             "rank": problem.rank,

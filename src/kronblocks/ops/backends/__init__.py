@@ -1,8 +1,32 @@
-"""What the products run on."""
+"""Who computes: each module has the same functions of contiguous tensors, and `pick` says which one serves a tensor.
+
+`packed_linear`, `packed_grad_input`, `packed_grad_values` multiply with packed blocks; `kron_linear` and `kron_backward` with
+factors; `live_blocks` and `live_blocks_backward` build the packed blocks from factors.
+"""
 
 from __future__ import annotations
 
+from types import ModuleType
 
-def backend_key(device: str) -> str:
-    """Name and version of what runs the products on a device: timings of another backend do not count."""
-    return "torch"
+from torch import Tensor
+
+
+def pick(tensor: Tensor) -> ModuleType:
+    """The fastest backend for tensors of this device and dtype."""
+    from kronblocks.ops.backends import native, torch
+
+    return native if native.serves(tensor.device.type, tensor.dtype) else torch
+
+
+def name(device: str, dtype) -> str:
+    """The name of the backend that `pick` gives for a device type and dtype. Asking is no use: it warns of no fallback."""
+    from kronblocks.ops.backends import library, native
+
+    return "native" if native.knows(device, dtype) and library.unavailable_reason() is None else "torch"
+
+
+def backend_key(device: str, dtype) -> str:
+    """Name and build of the backend that `pick` gives: timings of another one do not count."""
+    from kronblocks.ops.backends import native
+
+    return f"native {native.build()}" if name(device, dtype) == "native" else "torch"

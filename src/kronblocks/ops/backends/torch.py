@@ -7,10 +7,13 @@ block rows, one matrix product each, and do exactly the multiply-adds of the liv
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from kronblocks.ops.plans import PLANS
 
 if TYPE_CHECKING:
     from kronblocks.ops.packed import BlockIndex
@@ -40,10 +43,11 @@ def _rows_first(y: Tensor) -> Tensor:
     return y.reshape(y.shape[0] * y.shape[1], y.shape[2]).t().contiguous()
 
 
-def packed_linear(x: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
-    """y = x W^T; x (rows, n) -> (rows, m)."""
+def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias; x (rows, n) -> (rows, m)."""
     sorted_values = values.index_select(0, index.slot)
-    return _rows_first(_product(_columns_of(x, index.grid[1]), sorted_values, index.crow, index.col))
+    y = _rows_first(_product(_columns_of(x, index.grid[1]), sorted_values, index.crow, index.col))
+    return y if bias is None else y + bias
 
 
 def packed_grad_input(dy: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
@@ -66,3 +70,49 @@ def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
         band = (dy_bands[p] @ inputs.t()).view(height, end - start, width).transpose(0, 1)
         dvalues.index_copy_(0, index.slot[start:end].long(), band.to(dvalues.dtype))  # autocast may be on in backward
     return dvalues
+
+
+def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
+    """y = x W^T + bias by a factored plan; x (rows, n) -> (rows, m)."""
+    coeff = _live_only(coeff, live)
+    y = PLANS[plan].second(x, coeff, tiles, PLANS[plan].first(x, coeff, tiles))
+    return y if bias is None else y + bias
+
+
+def kron_backward(
+    dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: str, input_grad: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx (rows, n) or None, dcoeff, exactly 0 for dead blocks, and dtiles; the intermediate is computed again."""
+    coeff = _live_only(coeff, live)
+    intermediate = PLANS[plan].first(x, coeff, tiles)
+    dx, dcoeff, dtiles = PLANS[plan].backward(dy.contiguous(), x, coeff, tiles, intermediate, input_grad)
+    return dx, _live_only(dcoeff, live), dtiles
+
+
+def _live_only(coeff: Tensor, live: Tensor | None) -> Tensor:
+    return coeff if live is None else coeff.masked_fill(~live.unsqueeze(-1), 0)
+
+
+def _groups(index: BlockIndex, groups: int) -> Iterator[tuple[int, slice]]:
+    """The entries whose blocks are made of each group's tiles: they stand together, since entries go row by row."""
+    ends = index.crow[:: index.grid[0] // groups].tolist()
+    return enumerate(slice(*pair) for pair in itertools.pairwise(ends))
+
+
+def live_blocks(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
+    """The live blocks of W in the order of the entries, (capacity, bm, bn); 0 behind them."""
+    own = coeff[index.row, index.col]
+    values = tiles.new_zeros(len(own), *tiles.shape[2:])
+    for g, entries in _groups(index, len(tiles)):
+        torch.mm(own[entries], tiles[g].flatten(1), out=values[entries].flatten(1))
+    return values
+
+
+def live_blocks_backward(dvalues: Tensor, coeff: Tensor, tiles: Tensor, index: BlockIndex) -> tuple[Tensor, Tensor]:
+    """dcoeff, exactly 0 for dead blocks, and dtiles."""
+    own, flat = coeff[index.row, index.col], dvalues.flatten(1)
+    dcoeff, dtiles = torch.zeros_like(coeff), torch.empty_like(tiles)
+    for g, entries in _groups(index, len(tiles)):
+        dtiles[g] = (own[entries].t() @ flat[entries]).view(tiles.shape[1:])
+        dcoeff[index.row[entries], index.col[entries]] = (flat[entries] @ tiles[g].flatten(1).t()).to(coeff.dtype)
+    return dcoeff, dtiles

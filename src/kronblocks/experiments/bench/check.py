@@ -1,0 +1,115 @@
+"""Nothing is timed that is wrong: outputs and gradients of the very operands, against float64.
+
+Outputs are checked whole, by Freivalds' method ("Probabilistic machines can use less running time", 1977): y = x W^T is compared
+as y V = x (W^T V) with a few random signs V, which no wrong y survives except by a chance beyond hope. Gradients of parameters
+are compared number by number.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from kronblocks.errors import KronblocksError
+
+_PROBES = 4
+# relative to the root mean square of what is compared. fp32 sums of these lengths err by some 1e-6 of it (gradients, longer sums,
+# by some 1e-5); one wrong element among n of an output changes a probe by 1/sqrt(n) of it, 1e-2
+_OUTPUT, _GRADIENT = 1e-4, 1e-3
+
+
+@runtime_checkable
+class HasDenseWeight(Protocol):
+    """A layer that can build its weight, (out_features, in_features), differentiably."""
+
+    def dense_weight(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What float64 says of a layer."""
+
+    weight: Tensor
+    bias: Tensor
+    gradients: Mapping[str, Tensor]  # of the parameters, by name
+
+
+class Truth:
+    """Float64 results for one input and one gradient of the output.
+
+    Args:
+        x: (rows, n).
+        dy: (rows, m).
+    """
+
+    def __init__(self, x: Tensor, dy: Tensor) -> None:
+        self._x, self._dy = x.detach().double(), dy.double()
+        generator = torch.Generator().manual_seed(0)
+        self._probes = {
+            n: (torch.randint(0, 2, (n, _PROBES), generator=generator).double() * 2 - 1).to(x.device)
+            for n in {x.shape[1], dy.shape[1]}
+        }
+
+    @functools.cached_property
+    def _dweight(self) -> Tensor:
+        """The gradient of a dense weight, (m, n): every parameter's gradient follows from it."""
+        return self._dy.t() @ self._x
+
+    def expect(self, layer: nn.Module, *, gradients: bool) -> Expected:
+        """What a layer with `dense_weight()` and a bias should give."""
+        exact = copy.deepcopy(layer).double()
+        weight, found = dense_weight(exact), {}
+        if gradients:
+            names = [name for name, _ in exact.named_parameters() if name != "bias"]
+            parameters = [exact.get_parameter(name) for name in names]
+            found = dict(zip(names, torch.autograd.grad(weight, parameters, self._dweight), strict=True))
+            found["bias"] = self._dy.sum(0)
+        return Expected(weight.detach(), exact.get_parameter("bias").detach(), found)
+
+    def check_output(self, name: str, y: Tensor, expected: Expected) -> None:
+        """Refuse y if it is not x W^T + bias.
+
+        Raises:
+            KronblocksError: it is not.
+        """
+        probes = self._probes[self._dy.shape[1]]
+        _compare(name, "output", y, self._dy.shape, probes, self._x @ (expected.weight.t() @ probes) + expected.bias @ probes)
+
+    def check_gradients(self, name: str, dx: Tensor, gradients: Mapping[str, Tensor], expected: Expected) -> None:
+        """Refuse gradients that are not those of <dy, y>.
+
+        Raises:
+            KronblocksError: they are not.
+        """
+        probes = self._probes[self._x.shape[1]]
+        _compare(name, "gradient of the input", dx, self._x.shape, probes, self._dy @ (expected.weight @ probes))
+        for parameter, gradient in gradients.items():
+            _close(name, f"gradient of {parameter}", gradient.double(), expected.gradients[parameter], _GRADIENT)
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight of a layer, built by the plain formulas."""
+    if isinstance(layer, nn.Linear):
+        return layer.weight
+    assert isinstance(layer, HasDenseWeight)
+    weight = layer.dense_weight()
+    return weight
+
+
+def _compare(name: str, what: str, got: Tensor, shape: torch.Size, probes: Tensor, wanted: Tensor) -> None:
+    if got.shape != shape:
+        raise KronblocksError(f"{name}: the {what} is {tuple(got.shape)}, not {tuple(shape)}: nothing was timed")
+    _close(name, what, got.detach().double() @ probes, wanted, _OUTPUT)
+
+
+def _close(name: str, what: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    size = wanted.square().mean().sqrt()
+    error = (got - wanted).abs().max() / size if size > 0 else got.abs().max()
+    if not error <= tolerance:
+        raise KronblocksError(f"{name}: the {what} is wrong by {float(error):.1e} of its size: nothing was timed")

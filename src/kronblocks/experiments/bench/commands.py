@@ -1,0 +1,61 @@
+"""The subcommands of `kronblocks bench`: they measure, write JSON, and show what was found."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from kronblocks.experiments.bench.grids import InferSettings, OpsSettings
+from kronblocks.experiments.bench.settings import StepSettings, TablesSettings, TrainSettings
+
+Bench = (
+    Annotated[OpsSettings, tyro.conf.subcommand("ops")]
+    | Annotated[StepSettings, tyro.conf.subcommand("step")]
+    | Annotated[InferSettings, tyro.conf.subcommand("infer")]
+    | Annotated[TrainSettings, tyro.conf.subcommand("train")]
+    | Annotated[TablesSettings, tyro.conf.subcommand("tables")]
+)
+
+
+def bench(settings: tyro.conf.OmitSubcommandPrefixes[Annotated[Bench, tyro.conf.arg(name="")]]) -> None:
+    """Measure speed and memory against dense, and write the page of the results."""
+    try:
+        _run(settings)
+    except KeyboardInterrupt:
+        sys.stderr.write("kronblocks: interrupted; what is finished is kept, and the same command goes on from there\n")
+        raise SystemExit(130) from None
+
+
+def _run(settings: Bench) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # tables into a file or a log
+    match settings:
+        case OpsSettings():
+            from kronblocks.experiments.bench import ops
+
+            results = ops.run(settings)
+        case InferSettings():
+            from kronblocks.experiments.bench import infer
+
+            results = infer.run(settings)
+        case StepSettings():
+            from kronblocks.experiments.bench import step
+
+            results = step.run(settings)
+            console.print(step.summary(results))
+        case TrainSettings():
+            from kronblocks.experiments.bench import train
+
+            results = train.run(settings)
+            console.print(train.summary(results))
+        case TablesSettings():
+            from kronblocks.experiments.bench import page
+
+            written = page.write(settings.results, settings.page)
+            console.print(f"page: {written}", soft_wrap=True, highlight=False)
+            return
+    console.print(f"results: {results.path}, {len(results.rows):,} rows", soft_wrap=True, highlight=False)

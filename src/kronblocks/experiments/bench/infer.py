@@ -1,0 +1,52 @@
+"""`kronblocks bench infer`: one layer in inference, as a finished model would run it."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+
+from kronblocks.experiments.bench.cases import (
+    DENSE,
+    FORWARD,
+    auto_plan_,
+    dense_case,
+    factors_layer,
+    factors_name,
+    layer_case,
+    peer_cases,
+    plans_of,
+    random_mask,
+    values_layer,
+)
+from kronblocks.experiments.bench.grid import Auto, Ways, run_grid
+from kronblocks.experiments.bench.grids import Group, InferSettings
+from kronblocks.experiments.bench.ops import PEER_MACS
+from kronblocks.experiments.bench.results import Results, Row
+
+
+def ways(group: Group, settings: InferSettings) -> Ways:
+    """Everything that is timed in a group. Where "auto" says dense, the layer is made an `nn.Linear`."""
+    grid, rows, device = group.grid, group.rows, settings.device
+    mask = random_mask(grid, group.density, torch.Generator().manual_seed(0))
+    found = Ways([dense_case(grid, rows, device)])
+    values, factors = values_layer(grid, mask, device), factors_layer(grid, mask, settings.rank, True, device)
+    for name, layer in (("values", values), (factors_name(settings.rank, True), factors)):
+        layer.eval()
+        found.cases += [layer_case(name, layer, plan, rows) for plan in plans_of(layer) if plan != "dense"]
+        plan = auto_plan_(layer, rows, training=False)
+        found.autos.append(Auto(f"{name} auto", FORWARD, DENSE if plan == "dense" else f"{name} {plan}"))
+    if rows * grid.weights * group.density <= PEER_MACS:
+        found.add_peers(peer_cases(values, rows))
+    return found
+
+
+def show(console: Console, group: Group, rows: list[Row]) -> None:
+    """One line: every case's speed."""
+    speeds = ", ".join(f"{row['case']} {row['speed']:.2f}x" for row in rows if row["case"] != DENSE)
+    console.print(f"{group}: {speeds}", highlight=False, soft_wrap=True)
+
+
+def run(settings: InferSettings) -> Results:
+    """Measure what is missing, and write it."""
+    shared = {**settings.shared(), "rank": settings.rank}
+    return run_grid(settings, shared, lambda group: ways(group, settings), inference=True, show=show)

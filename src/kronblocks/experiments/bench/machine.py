@@ -1,0 +1,52 @@
+"""What the machine can do at best, measured in the same run: a large dense product and plain copies. A roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kronblocks.errors import KronblocksError
+from kronblocks.experiments.bench.timing import Budget, measure
+
+_ROWS, _FEATURES = 4096, 2048
+_COPIES = (1, 8, 64, 256)  # MiB read, and as many written
+
+
+def use(device: str, threads: int) -> None:
+    """Set the threads and see that the device is there.
+
+    Raises:
+        KronblocksError: there is no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise KronblocksError("--device cuda: torch sees no GPU here; write --device cpu")
+    torch.set_num_threads(threads)
+
+
+def roofline(device: str, *, quick: bool = False) -> dict[str, Any]:
+    """GFLOP/s of a dense product and GB/s of copies by their size, everything in fp32."""
+    rows, features = (512, 1024) if quick else (_ROWS, _FEATURES)
+    x, weight = (torch.randn(n, features, device=device) for n in (rows, features))
+    sources = {size: torch.zeros(size * 2**18, device=device) for size in (_COPIES[:2] if quick else _COPIES)}
+    cases: dict[str, Any] = {"product": lambda: torch.nn.functional.linear(x, weight)}
+    for size, source in sources.items():
+        target = torch.empty_like(source)
+        cases[str(size)] = lambda source=source, target=target: target.copy_(source)
+    times = measure(cases, Budget(0.05 if quick else 0.5), device=device)
+    product = times.pop("product")
+    return {
+        "product": f"{rows} rows, {features}x{features}",
+        "product_gflops": round(2 * rows * features**2 / product.ms / 1e6, 1),
+        "copy_mib": list(sources),
+        "copy_gb_per_s": [round(2 * size * 2**20 / times[str(size)].ms / 1e6, 1) for size in sources],
+        "kind": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def copy_rate(machine: Mapping[str, Any], moved: float) -> float:
+    """Bytes per second of the measured copy that is nearest to this many bytes, from above where there is one."""
+    sizes = [2 * 2**20 * size for size in machine["copy_mib"]]
+    rates = machine["copy_gb_per_s"]
+    return 1e9 * next((rate for size, rate in zip(sizes, rates, strict=True) if size >= moved), rates[-1])

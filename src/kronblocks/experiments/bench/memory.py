@@ -1,0 +1,47 @@
+"""Something done in a process of its own, and the peak memory of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+
+from kronblocks.errors import KronblocksError
+from kronblocks.experiments.accounting import PeakMemory
+
+
+class PeakBytes:
+    """Peak memory since this object was made, above what was held then: of the process on a CPU, of the device on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._base = torch.cuda.memory_allocated()
+        else:
+            self._process = PeakMemory()
+
+    def bytes(self) -> int:
+        """The peak so far."""
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - self._base
+        return self._process.bytes()
+
+
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of a module in a fresh process, where nothing else has left memory or threads behind.
+
+    Raises:
+        KronblocksError: the process died, which on Linux mostly means that memory ran out.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool as error:
+            raise KronblocksError(f"the process of {args} died: is there enough memory?") from error

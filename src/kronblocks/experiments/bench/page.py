@@ -1,0 +1,292 @@
+"""`kronblocks bench tables`: the page of all results, wholly from the JSON files; a part without a file is left out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kronblocks.blocks import BlockSize
+from kronblocks.errors import KronblocksError
+from kronblocks.experiments.bench.cases import BOTH, FORWARD
+from kronblocks.experiments.bench.figures import packed_figure, step_figure
+from kronblocks.experiments.bench.ops import FACTOR_DENSITIES, PEER_DENSITY, PEER_MACS, TRAINING_ROWS
+from kronblocks.experiments.bench.results import read
+from kronblocks.experiments.bench.tables import (
+    Row,
+    against_dense,
+    auto_table,
+    count,
+    factors_table,
+    find,
+    inference_table,
+    limit_of,
+    ratio,
+    spread,
+    table,
+    values_table,
+)
+from kronblocks.experiments.bench.tables import ms as milliseconds
+from kronblocks.experiments.runs import write_text
+
+KINDS = ("ops", "step", "infer", "train")
+_INTRO = """# Benchmarks
+
+<!-- written by `kronblocks bench tables` from benchmarks/results: do not edit -->
+
+Everything here is measured against dense `nn.Linear` in the same process and run: all cases take turns, in shuffled order, after
+warm-up and after a check of the very same operands against float64. A time is the median of three repeats, each itself a median;
+**a ratio is dense's time divided by the case's, so above 1 is faster than dense**, and in brackets stand its least and greatest
+value in a repeat. The fastest of a comparison is bold, whoever it is. fp32 everywhere, with bias.
+"""
+_REPRODUCE = """## How to reproduce
+
+```sh
+pip install 'kronblocks[experiments]'
+kronblocks bench ops    # one layer, forward and forward + backward: the longest, an hour and more
+kronblocks bench step   # whole training steps of an MLP, and their peak memory
+kronblocks bench infer  # one layer in inference
+kronblocks bench train  # whole trainings on the clock
+kronblocks bench tables # this page
+```
+
+On an idle machine; `--threads` sets the threads (2 by default), `--quick` takes under two minutes. What is measured is kept in
+`benchmarks/results`, so an interrupted command goes on where it was; `--fresh` measures again. `pyfastkron` is optional
+(`pip install --no-deps pyfastkron`); it brings an OpenMP runtime of its own, so it is timed after everything else."""
+
+
+def _load(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {kind: folder / f"bench-{kind}.json" for kind in KINDS}
+    return {kind: read(path) for kind, path in found.items() if path.exists()}
+
+
+def _where(data: dict[str, Any]) -> str:
+    """The machine and the settings of a file, in a sentence."""
+    versions, settings = data["versions"], data["settings"]
+    machine = data.get("machine", {})
+    kind = f" ({machine['kind']})" if machine.get("kind") else ""
+    device = "" if settings.get("device", "cpu") == "cpu" else f", device {settings['device']}"
+    quick = " **A quick run: too short for conclusions.**" if settings["quick"] else ""
+    threads = count(settings["threads"], "thread")
+    used = f"torch {versions['torch']}, kronblocks {versions['kronblocks']}"
+    return f"{versions['processor']}{kind}, {threads}{device}, {used}.{quick}"
+
+
+def _ops_summary(rows: Sequence[Row]) -> list[list[str]]:
+    lines = []
+    for direction in (FORWARD, BOTH):
+        for number in (256, 2048):
+            for block in ("4x4", "16x16", "64x64"):
+                place = {"shape": "1024x1024", "density": 0.1, "block": block, "rows": number, "direction": direction}
+                for row in find(rows, case="values packed", **place):
+                    name = f"packed, 90% zeros, {block}, 1024x1024, {number:,} rows, {direction}"
+                    lines.append(against_dense(row, name, limit_of(row)))
+    return lines
+
+
+def _infer_summary(rows: Sequence[Row]) -> list[list[str]]:
+    place = {"shape": "4096x4096", "density": 0.1, "block": "16x16", "rows": 1, "case": "values packed"}
+    name = "packed, 90% zeros, 16x16, 4096x4096, one row, inference"
+    return [against_dense(row, name, limit_of(row)) for row in find(rows, **place)]
+
+
+def _step_summary(rows: Sequence[Row]) -> list[list[str]]:
+    lines = []
+    for number in sorted({row["rows"] for row in rows}, reverse=True):
+        here = find(rows, rows=number)
+        for name in ("factors r=1 8x8", "factors r=4 16x16", "packed 90% 16x16"):
+            fixed = [r for r in here if r["case"] == name or (r["plan"] and r["case"] == f"{name} {r['plan']}")]
+            if fixed:
+                best = max(fixed, key=lambda row: row["speed"])
+                lines.append(against_dense(best, f"training step, {best['case']}, {count(number, 'row')}"))
+    return lines
+
+
+def _train_medians(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Medians over the seeds, by method."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    measured = [name for name in rows[0] if name not in ("method", "seed")]
+    return {m: {name: statistics.median(row[name] for row in find(rows, method=m)) for name in measured} for m in methods}
+
+
+def _train_summary(rows: Sequence[Row]) -> list[list[str]]:
+    seeds = [seed for seed in dict.fromkeys(r["seed"] for r in rows) if len(find(rows, seed=seed)) == 2]
+    if not seeds:
+        return []
+    dense, own = ({seed: find(rows, seed=seed, method=m)[0]["train_seconds"] for seed in seeds} for m in ("dense", "two-phase"))
+    each = [dense[seed] / own[seed] for seed in seeds]
+    middle = [1e3 * statistics.median(times.values()) for times in (own, dense)]
+    row = {
+        "ms": middle[0],
+        "dense_ms": middle[1],
+        "speed": middle[1] / middle[0],
+        "speed_low": min(each),
+        "speed_high": max(each),
+    }
+    return [against_dense(row, "whole training, two-phase")]
+
+
+def _summary(parts: dict[str, dict[str, Any]]) -> list[str]:
+    makers = {"step": _step_summary, "ops": _ops_summary, "infer": _infer_summary, "train": _train_summary}
+    lines = [line for kind, make in makers.items() if kind in parts for line in make(parts[kind]["rows"])]
+    if not lines:
+        return []
+    columns = ["what", "ms", "dense, ms", "ratio (of the repeats)", "limit"]
+    note = "The limit is what multiply-adds, or bytes at the speed of a plain copy, allow: given where one product is timed."
+    return ["## Summary", "", *table(columns, lines), "", note, ""]
+
+
+def _step_part(data: dict[str, Any], figures: Path) -> list[str]:
+    rows, width = data["rows"], data["settings"]["width"]
+    step_figure(rows, figures / "bench-step.png")
+    text = [
+        "## A training step",
+        "",
+        f"MLP {width}-{width}-{width}-10: forward, cross-entropy, backward, Adam, `zero_grad`. The two large layers are of the "
+        "kind named; the last is dense. Peak memory is that of a process of its own, above the loaded data; losses are the first "
+        f"and the last of {data['settings']['loss_steps']} steps on one batch. *authors*: the layer as the paper's authors write "
+        "it, in plain PyTorch.",
+        "",
+        _where(data),
+        "",
+        "![Time of one training step](figures/bench-step.png)",
+        "",
+    ]
+    for number in sorted({row["rows"] for row in rows}):
+        here = find(rows, rows=number)
+        dense, lines = find(here, case="dense")[0], []
+        fastest = max(row["speed"] for row in here)
+        for row in here:
+            time = milliseconds(row["ms"])
+            memory = losses = ""
+            if row["peak_bytes"] is not None:
+                memory = f"{row['peak_bytes'] / 2**20:.0f} MiB, {ratio(row['peak_bytes'] / dense['peak_bytes'])}"
+                losses = f"{row['first_loss']:.3f} to {row['last_loss']:.3f}"
+            name = f"{row['case']} ({row['plan']})" if "auto" in row["case"] else row["case"]
+            share = ratio(row["parameters"] / dense["parameters"])
+            lines.append([name, f"**{time}**" if row["speed"] == fastest else time, spread(row), share, memory, losses])
+        columns = ["model", "ms", "ratio to dense", "parameters to dense", "peak memory, to dense", "loss"]
+        text += [f"### A training step, {count(number, 'row')}", "", *table(columns, lines), ""]
+    return text
+
+
+def _train_part(data: dict[str, Any]) -> list[str]:
+    settings, medians = data["settings"], _train_medians(data["rows"])
+    widths = "-".join(map(str, settings["widths"]))
+    lines = []
+    for method, middle in medians.items():
+        own = find(data["rows"], method=method)
+        times = [row["train_seconds"] for row in own]
+        cells = [f"{middle['train_seconds']:.1f} ({min(times):.1f} to {max(times):.1f})", f"{100 * middle['test_accuracy']:.2f}"]
+        cells += [f"{100 * middle['block_sparsity']:.2f}", f"{middle['peak_memory_bytes'] / 2**20:.0f}"]
+        if (dense := medians.get("dense")) is not None:
+            names = ("train_seconds", "peak_memory_bytes", "training_macs", "trainable_parameters_max")
+            cells += [ratio(middle[name] / dense[name]) for name in names]
+        lines.append([method, *cells])
+    relative = ["time", "memory", "multiply-adds", "parameters"] if "dense" in medians else []
+    columns = ["method", "seconds", "test accuracy %", "zero blocks %", "peak MiB", *(f"{name}, to dense" for name in relative)]
+    seeds = len({row["seed"] for row in data["rows"]})
+    return [
+        "## Whole trainings",
+        "",
+        f"{settings['data']}, MLP with hidden layers {widths}, {BlockSize.parse(settings['block_size'])} blocks, "
+        f"{100 * settings['sparsity']:g}% zeros, {settings['epochs']} epochs, batch {settings['batch_size']}; medians of "
+        f"{count(seeds, 'seed')}, the methods in turns, each training in a process of its own. Relative columns below 1 are less "
+        "than dense.",
+        "",
+        _where(data),
+        "",
+        *table(columns, lines),
+        "",
+    ]
+
+
+def _shapes(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["shape"] for row in rows))
+
+
+def _roofline(data: dict[str, Any]) -> list[str]:
+    machine, lines = data["machine"], []
+    for row in data["rows"]:
+        if row["case"] == "values packed" and row["shape"] == "1024x1024" and row["density"] == 0.1 and row["rows"] >= 256:
+            bound = min(row["macs_bound"], row["bytes_bound"])
+            bounds = [
+                ratio(row["speed"]),
+                ratio(row["macs_bound"]),
+                ratio(row["bytes_bound"]),
+                f"{100 * row['speed'] / bound:.0f}%",
+            ]
+            lines.append([f"{row['block']}, {row['rows']:,} rows, {row['direction']}", f"{row['gflops']:.0f}", *bounds])
+    copies = ", ".join(f"{rate:g} ({size} MiB)" for size, rate in zip(machine["copy_mib"], machine["copy_gb_per_s"], strict=True))
+    bytes_note = "Bytes that must move are those of x, y and the weight once, and of their gradients with backward."
+    columns = ["packed, 1024x1024, 90% zeros", "GFLOP/s of live work", "ratio", "bound by multiply-adds", "by bytes", "reached"]
+    measured = (
+        f"The same machine, in the same run: a dense product ({machine['product']}) at {machine['product_gflops']:g} GFLOP/s; "
+        f"copies, read plus written, at {copies} GB/s."
+    )
+    return ["### Against the roofline", "", f"{measured} {bytes_note}", "", *(table(columns, lines) if lines else []), ""]
+
+
+def _ops_part(data: dict[str, Any], figures: Path) -> list[str]:
+    rows = data["rows"]
+    densities = ", ".join(f"{density:g}" for density in FACTOR_DENSITIES)
+    scope = (
+        f"Forward without gradients, and forward + backward (dx and all parameters' gradients) from {TRAINING_ROWS} rows on. Of "
+        f"the grid's densities factors are timed at {densities}; other libraries, which have no backward, up to density "
+        f"{PEER_DENSITY:g} and {PEER_MACS:.0e} multiply-adds; the authors' forms, which cannot skip dead blocks, at density 1."
+    )
+    text = ["## One layer, forward and backward", "", scope, "", _where(data), ""]
+    for number in (256, 2048):
+        name = f"bench-packed-{number}.png"
+        if packed_figure(rows, "1024x1024", number, figures / name):
+            text += [f"![Speed to dense against density, {number} rows](figures/{name})", ""]
+    text += ['### What "auto" chooses', "", "Forward + backward, 256 rows and more.", "", *auto_table(rows, BOTH, 256), ""]
+    text += _roofline(data)
+    for peer, reason in data.get("skipped", {}).items():
+        text += [f"Not everywhere: {peer} ({reason}).", ""]
+    for shape in _shapes(rows):
+        here = find(rows, shape=shape)
+        text += [f"### {shape}: free values, packed", "", *values_table(here), ""]
+        if any(row["rank"] is not None for row in here):
+            text += [f"### {shape}: factors, best plan", "", *factors_table(here), ""]
+    return text
+
+
+def _infer_part(data: dict[str, Any]) -> list[str]:
+    rows = data["rows"]
+    text = ["## Inference", "", "One layer, `torch.inference_mode`.", "", _where(data), ""]
+    text += [
+        '### What "auto" chooses in inference',
+        "",
+        "All rows; where it chooses dense, the layer becomes an `nn.Linear`.",
+        "",
+    ]
+    text += [*auto_table(rows, FORWARD, 1), ""]
+    for shape in _shapes(rows):
+        text += [f"### {shape}, in inference", "", *inference_table(find(rows, shape=shape)), ""]
+    return text
+
+
+def write(folder: Path, page: Path) -> Path:
+    """Write the page, and its figures beside it; returns the page.
+
+    Raises:
+        KronblocksError: a file is damaged, or the page cannot be written.
+    """
+    parts, figures = _load(folder), page.parent / "figures"
+    try:
+        figures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KronblocksError(f"cannot write into {page.parent}: {error.strerror}; choose another --page") from error
+    text = [_INTRO, *_summary(parts)]
+    if "step" in parts:
+        text += _step_part(parts["step"], figures)
+    if "train" in parts:
+        text += _train_part(parts["train"])
+    if "ops" in parts:
+        text += _ops_part(parts["ops"], figures)
+    if "infer" in parts:
+        text += _infer_part(parts["infer"])
+    write_text(page, "\n".join([*text, _REPRODUCE]) + "\n")
+    return page

@@ -1,0 +1,195 @@
+"""Options of `kronblocks bench step`, `train` and `tables`, and what all benchmarks share; the grids have `grids.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kronblocks.config import Method
+from kronblocks.errors import KronblocksError
+from kronblocks.experiments.bench.timing import Budget
+from kronblocks.experiments.tasks import DataName, TrainConfig
+
+RESULTS, QUICK_RESULTS = Path("benchmarks/results"), Path("runs/bench-quick")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What all benchmarks have in common."""
+
+    out: Path | None = None
+    """Folder of the results; unset: benchmarks/results, or runs/bench-quick with --quick."""
+    quick: bool = False
+    """A short form, under two minutes."""
+    threads: int = 2
+    """Threads that torch uses."""
+    fresh: bool = False
+    """Measure everything again, instead of what the file does not hold yet."""
+
+    kind = ""
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise KronblocksError(f"--threads must be at least 1, not {self.threads}")
+
+    @property
+    def path(self) -> Path:
+        """The file of the results."""
+        return (self.out or (QUICK_RESULTS if self.quick else RESULTS)) / f"bench-{self.kind}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedSettings(BenchSettings):
+    """What the benchmarks that measure single calls have in common."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    seconds: float | None = None
+    """Of measuring per case and repeat; unset: 0.04, and 0.02 with --quick."""
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
+            raise KronblocksError(f"--seconds is the time to measure each case in each repeat, above 0, not {self.seconds}")
+        if self.repeats < 1:
+            raise KronblocksError(f"--repeats must be at least 1, not {self.repeats}")
+
+    @property
+    def budget(self) -> Budget:
+        """How long to measure each case."""
+        return Budget(self.seconds or (0.02 if self.quick else 0.04), self.repeats)
+
+    def shared(self) -> dict[str, Any]:
+        """What all rows of a file have in common."""
+        budget = self.budget
+        return {
+            "device": self.device,
+            "threads": self.threads,
+            "dtype": "float32",
+            "seconds": budget.seconds,
+            "repeats": budget.repeats,
+            "quick": self.quick,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings(TimedSettings):
+    """Time whole training steps of an MLP: forward, cross-entropy, backward, Adam; and their peak memory."""
+
+    rows: tuple[int, ...] | None = None
+    """Batch sizes; unset: 256 4096, and 256 with --quick."""
+    width: int = 1024
+    """Inputs, and size of both hidden layers."""
+    cases: tuple[str, ...] | None = None
+    """Names of the cases to run, or parts of names; unset: all, and a few with --quick."""
+    fused: bool = False
+    """Adam's fused form for every model."""
+    memory: bool = True
+    """Also train each model for some steps in a process of its own, for its peak memory and its loss."""
+    loss_steps: int | None = None
+    """Steps in that process; unset: 20, and 3 with --quick."""
+
+    kind = "step"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.batches, default=0) < 1:
+            raise KronblocksError(f"--rows are batch sizes from 1 on, at least one of them, not {self.rows}")
+        if self.width < 64 or self.width % 64:
+            raise KronblocksError(f"--width is a multiple of 64, the largest block size, not {self.width}")
+        if self.steps < 1:
+            raise KronblocksError(f"--loss-steps must be at least 1, not {self.loss_steps}")
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes."""
+        return self.rows if self.rows is not None else ((256,) if self.quick else (256, 4096))
+
+    @property
+    def steps(self) -> int:
+        """Steps in the process of its own."""
+        return self.loss_steps if self.loss_steps is not None else (3 if self.quick else 20)
+
+    def shared(self) -> dict[str, Any]:
+        """What all rows of a file have in common."""
+        return {**super().shared(), "width": self.width, "fused": self.fused, "loss_steps": self.steps}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(BenchSettings):
+    """Whole trainings on the clock: dense and two-phase, the same epochs, in turns, each in a process of its own."""
+
+    data: DataName | None = None
+    """Data set; unset: Fashion-MNIST where it is installed, else 5,000 digits of MNIST, which are also what --quick takes."""
+    widths: tuple[int, ...] = (1024, 1024)
+    """Hidden sizes of the MLP."""
+    block_size: str = "16"
+    sparsity: float = 0.9
+    epochs: int | None = None
+    """Unset: 8, and 3 with --quick."""
+    batch_size: int = 256
+    seeds: tuple[int, ...] | None = None
+    """Unset: 0 1 2, and 0 with --quick."""
+    work: Path | None = None
+    """Folder of the trainings, where finished ones are taken from unless --fresh; unset: runs/bench-train, and
+    runs/bench-quick/train with --quick."""
+
+    kind = "train"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.all_seeds:
+            raise KronblocksError("--seeds without a value leaves nothing to train: give at least one")
+        self.trainings("mnist5k")
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """Each gives one training of each method."""
+        return self.seeds if self.seeds is not None else ((0,) if self.quick else (0, 1, 2))
+
+    def trainings(self, data: DataName) -> list[TrainConfig]:
+        """What to train, in order: the methods take turns, and the one that begins alternates.
+
+        Raises:
+            KronblocksError: a setting that a training cannot have.
+        """
+        work = self.work or (QUICK_RESULTS / "train" if self.quick else Path("runs/bench-train"))
+        epochs = self.epochs if self.epochs is not None else (3 if self.quick else 8)
+        trainings = []
+        for number, seed in enumerate(dict.fromkeys(self.all_seeds)):
+            methods: list[Method] = ["dense", "two-phase"]
+            for method in methods if number % 2 == 0 else reversed(methods):
+                trainings.append(
+                    TrainConfig(
+                        out=work / f"{data}-{method}-s{seed}",
+                        data=data,
+                        widths=self.widths,
+                        method=method,
+                        block_size=self.block_size,
+                        sparsity=self.sparsity,
+                        epochs=epochs,
+                        batch_size=self.batch_size,
+                        seed=seed,
+                        threads=self.threads,
+                        resume=True,
+                        progress=False,
+                    )
+                )
+        return trainings
+
+    def shared(self, data: DataName) -> dict[str, Any]:
+        """What all rows of a file have in common."""
+        config = self.trainings(data)[0].settings()
+        names = ("data", "widths", "block_size", "sparsity", "epochs", "batch_size", "threads")
+        return {**{name: config[name] for name in names}, "quick": self.quick}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablesSettings:
+    """Write the page of all results, and its figures, from the JSON files."""
+
+    results: Path = RESULTS
+    """Folder of the results."""
+    page: Path = Path("docs/benchmarks.md")
+    """The page; its figures go to the folder figures beside it."""

@@ -1,0 +1,172 @@
+"""The C++ kernels for CPUs (src/native), called through ctypes: float32 and float64, whatever torch's number of threads is.
+
+Every function takes contiguous tensors or makes them so. Dead blocks are skipped; intermediates stay in cache; results are the
+same from run to run for the same number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, byref, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kronblocks.ops.backends import library
+from kronblocks.ops.plans import dense
+
+if TYPE_CHECKING:
+    from kronblocks.ops.packed import BlockIndex
+
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+
+class _PackedIndex(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("crow", "col", "row", "slot", "ccol", "order")),
+        *((name, c_int64) for name in ("m1", "n1", "bm", "bn")),
+    ]
+
+
+class _KronShape(Structure):
+    _fields_ = [(name, c_int64) for name in ("m1", "n1", "bm", "bn", "rank", "groups")]
+
+
+def serves(device: str, dtype: torch.dtype) -> bool:
+    """Whether these kernels compute for a device type and dtype."""
+    return knows(device, dtype) and library.load() is not None
+
+
+def knows(device: str, dtype: torch.dtype) -> bool:
+    """Whether these kernels are for a device type and dtype, loaded or not."""
+    return device == "cpu" and dtype in _SUFFIX
+
+
+def instruction_set() -> str:
+    """ "baseline", "avx2" or "avx512": what the loaded kernels are compiled for."""
+    kernels = _kernels()
+    kernels.kb_isa.restype = ctypes.c_char_p
+    return kernels.kb_isa().decode()
+
+
+def build() -> str:
+    """Which kernels are loaded: the instruction set, and size and time of the library's file."""
+    file = Path(_kernels()._name).stat()
+    return f"{instruction_set()} {file.st_size} {file.st_mtime_ns}"
+
+
+def use_instruction_set(name: str) -> bool:
+    """Take the kernels compiled for "baseline", "avx2" or "avx512"; False if this machine or this build has not got them."""
+    return bool(_kernels().kb_use_isa(name.encode()))
+
+
+def _kernels() -> ctypes.CDLL:
+    kernels = library.load()
+    assert kernels is not None, "asked for without serves()"
+    return kernels
+
+
+def _call(name: str, dtype: torch.dtype, *arguments) -> None:
+    """Tensors become pointers, None a null pointer, whole numbers 64 bits; the number of threads comes last."""
+
+    def converted(argument):
+        if argument is None or isinstance(argument, Tensor):
+            return c_void_p(None if argument is None else argument.data_ptr())
+        return c_int64(argument) if isinstance(argument, int) else argument
+
+    function = getattr(_kernels(), f"kb_{name}_{_SUFFIX[dtype]}")
+    function.restype = None
+    function(*map(converted, arguments), c_int(torch.get_num_threads()))
+
+
+def _index(index: BlockIndex, block: torch.Size) -> tuple[object, tuple[Tensor, ...]]:
+    """The index as the kernels read it, and the tensors that must live as long."""
+    tensors = tuple(t.contiguous() for t in index)
+    pointers = {name: t.data_ptr() for name, t in zip(index._fields, tensors, strict=True)}
+    m1, n1 = index.grid
+    return byref(_PackedIndex(**pointers, m1=m1, n1=n1, bm=block[0], bn=block[1])), tensors
+
+
+def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias; x (rows, n) -> (rows, m)."""
+    x, values, bias = x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous()
+    where, _alive = _index(index, values.shape[1:])
+    y = x.new_empty(x.shape[0], index.grid[0] * values.shape[1])
+    _call("packed_linear", x.dtype, where, x, x.shape[0], values, bias, y)
+    return y
+
+
+def packed_grad_input(dy: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
+    """dx = dy W; dy (rows, m) -> (rows, n)."""
+    dy, values = dy.contiguous(), values.contiguous()
+    where, _alive = _index(index, values.shape[1:])
+    dx = dy.new_empty(dy.shape[0], index.grid[1] * values.shape[2])
+    _call("packed_grad_input", dy.dtype, where, dy, dy.shape[0], values, dx)
+    return dx
+
+
+def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
+    """The live blocks of dy^T x, (capacity, bm, bn); 0 in slots that the index does not list."""
+    dy, x = dy.contiguous(), x.contiguous()
+    block = torch.Size((dy.shape[1] // index.grid[0], x.shape[1] // index.grid[1]))
+    where, _alive = _index(index, block)
+    dvalues = dy.new_empty(len(index.slot), *block)
+    _call("packed_grad_values", dy.dtype, where, dy, x, x.shape[0], dvalues, len(index.slot))
+    return dvalues
+
+
+def _shape(coeff: Tensor, tiles: Tensor) -> object:
+    (m1, n1, rank), (groups, _, bm, bn) = coeff.shape, tiles.shape
+    return byref(_KronShape(m1, n1, bm, bn, rank, groups))
+
+
+def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
+    """y = x W^T + bias by a factored plan; x (rows, n) -> (rows, m)."""
+    if plan == "dense":
+        weight = dense.first(None, coeff if live is None else coeff * live.unsqueeze(-1), tiles)
+        return torch.nn.functional.linear(x, weight, bias)
+    x, coeff, tiles = x.contiguous(), coeff.contiguous(), tiles.contiguous()
+    live, bias = None if live is None else live.contiguous(), None if bias is None else bias.contiguous()
+    y = x.new_empty(x.shape[0], coeff.shape[0] * tiles.shape[2])
+    first = c_int(plan == "tile_first")
+    _call("kron_linear", x.dtype, _shape(coeff, tiles), first, x, x.shape[0], coeff, tiles, live, bias, y)
+    return y
+
+
+def kron_backward(
+    dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: str, input_grad: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx (rows, n) or None, dcoeff, exactly 0 for dead blocks, and dtiles."""
+    if plan == "dense":
+        from kronblocks.ops.backends import torch as plain
+
+        return plain.kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
+    dy, x, coeff, tiles = dy.contiguous(), x.contiguous(), coeff.contiguous(), tiles.contiguous()
+    live = None if live is None else live.contiguous()
+    dx = x.new_empty(x.shape) if input_grad else None
+    dcoeff, dtiles = torch.empty_like(coeff), torch.empty_like(tiles)
+    first = c_int(plan == "tile_first")
+    _call(
+        "kron_backward", x.dtype, _shape(coeff, tiles), first, dy, x, x.shape[0], coeff, tiles, live, dx, dcoeff, dtiles
+    )  # fmt: skip
+    return dx, dcoeff, dtiles
+
+
+def live_blocks(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
+    """The live blocks of W in the order of the entries, (capacity, bm, bn); 0 behind them."""
+    coeff, tiles = coeff.contiguous(), tiles.contiguous()
+    where, _alive = _index(index, tiles.shape[2:])
+    values = tiles.new_empty(len(index.slot), *tiles.shape[2:])
+    _call("live_blocks", tiles.dtype, where, _shape(coeff, tiles), coeff, tiles, values, len(index.slot))
+    return values
+
+
+def live_blocks_backward(dvalues: Tensor, coeff: Tensor, tiles: Tensor, index: BlockIndex) -> tuple[Tensor, Tensor]:
+    """dcoeff, exactly 0 for dead blocks, and dtiles."""
+    dvalues, coeff, tiles = dvalues.contiguous(), coeff.contiguous(), tiles.contiguous()
+    where, _alive = _index(index, tiles.shape[2:])
+    dcoeff, dtiles = torch.empty_like(coeff), torch.empty_like(tiles)
+    _call("live_blocks_backward", tiles.dtype, where, _shape(coeff, tiles), dvalues, coeff, tiles, dcoeff, dtiles)
+    return dcoeff, dtiles

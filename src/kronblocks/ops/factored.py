@@ -1,0 +1,177 @@
+"""The products with factors as custom operators: `kron_linear` and its gradient, and the live blocks built from factors.
+
+They are opaque to torch.compile, so that the intermediate is never kept from forward to backward; they know autograd, fake
+tensors and PyTorch's operation counter. What callers use is `kronblocks.ops.kron`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kronblocks.ops import backends
+from kronblocks.ops.packed import NO_INDEX_GRADIENTS, BlockIndex
+from kronblocks.ops.plans import dense
+
+
+@torch.library.custom_op("kronblocks::kron_linear", mutates_args=())
+def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
+    """y = x W^T + bias by a factored plan; x (rows, n) -> (rows, m)."""
+    return backends.pick(x).kron_linear(x, coeff, tiles, bias, live, plan).contiguous()
+
+
+@torch.library.custom_op("kronblocks::kron_backward", mutates_args=())
+def kron_backward(
+    dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: str, input_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dcoeff, dtiles; dx is empty, (0,), unless wanted."""
+    dx, dcoeff, dtiles = backends.pick(x).kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
+    dcoeff, dtiles = (t.to(x.dtype).contiguous() for t in (dcoeff, dtiles))  # autocast may be on in backward
+    return x.new_empty(0) if dx is None else dx.contiguous(), dcoeff, dtiles
+
+
+@kron_linear.register_fake
+def _(x, coeff, tiles, bias, live, plan):
+    return x.new_empty(x.shape[0], coeff.shape[0] * tiles.shape[2])
+
+
+@kron_backward.register_fake
+def _(dy, x, coeff, tiles, live, plan, input_grad):
+    return x.new_empty(x.shape if input_grad else 0), coeff.new_empty(coeff.shape), tiles.new_empty(tiles.shape)
+
+
+def _setup_forward(ctx, inputs, output):
+    x, coeff, tiles, _, live, ctx.plan = inputs
+    ctx.save_for_backward(x, coeff, tiles, live)
+
+
+def _forward_backward(ctx, dy):
+    x, coeff, tiles, live = ctx.saved_tensors
+    input_grad = ctx.needs_input_grad[0]
+    dx, dcoeff, dtiles = kron_backward(dy, x, coeff, tiles, live, ctx.plan, input_grad)
+    dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
+    return dx if input_grad else None, dcoeff, dtiles, dbias, None, None
+
+
+def _setup_backward(ctx, inputs, output):
+    *tensors, ctx.plan, ctx.input_grad = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_backward(ctx, *gradients):
+    """Second derivatives, by autograd through the plain formula; rarely wanted, never fast."""
+    *tensors, live = ctx.saved_tensors
+    with torch.enable_grad():
+        dy, x, coeff, tiles = leaves = [t.detach().requires_grad_() for t in tensors]
+        alive = coeff if live is None else coeff.masked_fill(~live.unsqueeze(-1), 0)
+        y = x @ dense.first(None, alive, tiles).t()
+        first = torch.autograd.grad(y, leaves[1:], dy, create_graph=True)
+        used = [(d, g) for d, g in zip(first, gradients, strict=True) if g is not None and (g.shape == d.shape)]
+        second = torch.autograd.grad(
+            [d for d, _ in used], leaves, [g for _, g in used], allow_unused=True, materialize_grads=True
+        )
+    return *second, None, None, None
+
+
+kron_linear.register_autograd(_forward_backward, setup_context=_setup_forward)
+kron_backward.register_autograd(_backward_backward, setup_context=_setup_backward)
+
+
+@torch.library.custom_op("kronblocks::live_blocks", mutates_args=())
+def _live_blocks(
+    coeff: Tensor, tiles: Tensor, crow: Tensor, col: Tensor, row: Tensor, slot: Tensor, ccol: Tensor, order: Tensor
+) -> Tensor:
+    return backends.pick(coeff).live_blocks(coeff, tiles, BlockIndex(crow, col, row, slot, ccol, order))
+
+
+@torch.library.custom_op("kronblocks::live_blocks_backward", mutates_args=())
+def _live_blocks_backward(
+    dvalues: Tensor,
+    coeff: Tensor,
+    tiles: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    row: Tensor,
+    slot: Tensor,
+    ccol: Tensor,
+    order: Tensor,
+) -> tuple[Tensor, Tensor]:
+    index = BlockIndex(crow, col, row, slot, ccol, order)
+    dcoeff, dtiles = backends.pick(coeff).live_blocks_backward(dvalues, coeff, tiles, index)
+    return dcoeff.to(coeff.dtype).contiguous(), dtiles.to(tiles.dtype).contiguous()
+
+
+@_live_blocks.register_fake
+def _(coeff, tiles, crow, col, *index):
+    return tiles.new_empty(col.shape[0], *tiles.shape[2:])
+
+
+@_live_blocks_backward.register_fake
+def _(dvalues, coeff, tiles, *index):
+    return coeff.new_empty(coeff.shape), tiles.new_empty(tiles.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _blocks_backward(ctx, dvalues):
+    coeff, tiles, *index = ctx.saved_tensors
+    return *_live_blocks_backward(dvalues, coeff, tiles, *index), *NO_INDEX_GRADIENTS
+
+
+def _blocks_backward_backward(ctx, ddcoeff, ddtiles):
+    """The products are bilinear: values = C T, so both gradients of dcoeff = dV T' and dtiles = C' dV are such products again."""
+    dvalues, coeff, tiles, *index = ctx.saved_tensors
+    ddvalues = _live_blocks(ddcoeff, tiles, *index) + _live_blocks(coeff, ddtiles, *index)
+    dcoeff = _live_blocks_backward(dvalues, coeff, ddtiles, *index)[0]
+    dtiles = _live_blocks_backward(dvalues, ddcoeff, tiles, *index)[1]
+    return ddvalues, dcoeff, dtiles, *NO_INDEX_GRADIENTS
+
+
+_live_blocks.register_autograd(_blocks_backward, setup_context=_save)
+_live_blocks_backward.register_autograd(_blocks_backward_backward, setup_context=_save)
+
+
+def live_blocks(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
+    """The live blocks of W = sum_i A_i kron B_i in the order of the index's entries, (capacity, bm, bn)."""
+    return _live_blocks(coeff, tiles, *index)
+
+
+def _stages(plan: str, x: Any, coeff: Any, tiles: Any) -> tuple[int, int]:
+    """Multiply-adds of a plan's two stages, from the shapes, all blocks live."""
+    (m1, n1, rank), (groups, _, bm, bn), rows = coeff, tiles, x[0]
+    match plan:
+        case "dense":
+            return rank * m1 * n1 * bm * bn, rows * m1 * n1 * bm * bn
+        case "tile_first":
+            return rows * n1 * groups * rank * bm * bn, rows * m1 * n1 * rank * bm
+    return rows * m1 * n1 * rank * bn, rows * m1 * rank * bm * bn
+
+
+@register_flop_formula(torch.ops.kronblocks.kron_linear)
+def _forward_flops(x: Any, coeff: Any, tiles: Any, bias: Any, live: Any, plan: str, **_: Any) -> int:
+    return 2 * sum(_stages(plan, x, coeff, tiles))
+
+
+@register_flop_formula(torch.ops.kronblocks.kron_backward)
+def _backward_flops(
+    dy: Any, x: Any, coeff: Any, tiles: Any, live: Any, plan: str, input_grad: bool, **_: Any
+) -> int:  # fmt: skip
+    first, second = _stages(plan, x, coeff, tiles)
+    if plan == "dense":
+        return 2 * (second * (1 + input_grad) + 3 * first)
+    return 2 * (2 * second + first * (2 + input_grad))
+
+
+@register_flop_formula(torch.ops.kronblocks.live_blocks)
+def _live_blocks_flops(coeff: Any, tiles: Any, crow: Any, col: Any, *index: Any, **_: Any) -> int:
+    return 2 * col[0] * coeff[2] * tiles[2] * tiles[3]
+
+
+@register_flop_formula(torch.ops.kronblocks.live_blocks_backward)
+def _live_blocks_backward_flops(dvalues: Any, coeff: Any, *index: Any, **_: Any) -> int:
+    return 4 * dvalues[0] * dvalues[1] * dvalues[2] * coeff[2]

@@ -1,0 +1,37 @@
+// What the kernels of every instruction set offer, as one table of functions.
+#pragma once
+
+#include <cstdint>
+
+// Where the live blocks of an (m1, n1) grid of (bm, bn) blocks are; the arrays are those of BlockIndex in ops/packed.py.
+struct PackedIndex {
+  const std::int32_t *crow, *col, *row, *slot, *ccol, *order;
+  std::int64_t m1, n1, bm, bn;
+};
+
+// W = sum_i A_i kron B_i: coefficients (m1, n1, rank), tiles (groups, rank, bm, bn).
+struct KronShape {
+  std::int64_t m1, n1, bm, bn, rank, groups;
+};
+
+template <class T>
+struct Kernels {
+  void (*packed_linear)(const PackedIndex&, const T* x, std::int64_t rows, const T* values, const T* bias, T* y, int threads);
+  void (*packed_grad_input)(const PackedIndex&, const T* dy, std::int64_t rows, const T* values, T* dx, int threads);
+  void (*packed_grad_values)(const PackedIndex&, const T* dy, const T* x, std::int64_t rows, T* dvalues, std::int64_t capacity,
+                             int threads);
+  void (*kron_linear)(const KronShape&, bool tile_first, const T* x, std::int64_t rows, const T* coeff, const T* tiles,
+                      const std::uint8_t* live, const T* bias, T* y, int threads);
+  void (*kron_backward)(const KronShape&, bool tile_first, const T* dy, const T* x, std::int64_t rows, const T* coeff, const T* tiles,
+                        const std::uint8_t* live, T* dx, T* dcoeff, T* dtiles, int threads);
+  void (*live_blocks)(const PackedIndex&, const KronShape&, const T* coeff, const T* tiles, T* values, std::int64_t capacity,
+                      int threads);
+  void (*live_blocks_backward)(const PackedIndex&, const KronShape&, const T* dvalues, const T* coeff, const T* tiles, T* dcoeff,
+                               T* dtiles, int threads);
+};
+
+struct KernelTable {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};

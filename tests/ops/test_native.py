@@ -1,0 +1,186 @@
+"""The native kernels on every instruction set this machine has: many shapes, threads and densities against float64."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kronblocks import BlockIndex
+from kronblocks.ops import reference
+from kronblocks.ops.backends import library, native
+
+pytestmark = pytest.mark.skipif(library.unavailable_reason() is not None, reason=f"{library.unavailable_reason()}")
+
+BLOCKS = ((1, 1), (2, 2), (3, 5), (4, 4), (8, 8), (16, 16), (16, 4), (8, 32), (7, 9), (1, 16), (16, 1), (32, 32), (5, 40), (128, 128))
+ROWS = (0, 1, 2, 3, 4, 5, 15, 17, 40, 130, 300)
+
+
+@pytest.fixture(params=("baseline", "avx2", "avx512"))
+def instruction_set(request):
+    before = native.instruction_set()
+    if not native.use_instruction_set(request.param):
+        pytest.skip(f"this machine or this build has no {request.param}")
+    yield request.param
+    native.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    """Set torch's number of threads for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def cases(seed: int, count: int):
+    """Random combinations, the same in every run; every block size and every number of rows comes up."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(choices):
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    for number, block in zip(range(count), itertools.cycle(BLOCKS), strict=False):
+        rows, grid = ROWS[number % len(ROWS)], pick(((3, 5), (1, 1), (6, 2), (9, 11)))
+        dtype, density = pick((torch.float32, torch.float64)), pick((0.1, 0.4, 0.6, 1.0))
+        mask = torch.rand(grid, generator=generator) < density
+        yield block, rows, grid, dtype, mask, pick((1, 2, 3)), pick
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, size: torch.Tensor, terms: int) -> None:
+    """Within the rounding of a sum of so many products whose absolute values add up to `size` (see tests/conftest.py)."""
+    bound = (terms + 8) * torch.finfo(actual.dtype).eps / 2 * size
+    assert ((actual.double() - expected).abs() <= bound).all(), (actual.double() - expected).abs().max()
+
+
+def both(function, *tensors):
+    """A bilinear formula in float64, and on absolute values."""
+    return function(*(t.double() for t in tensors)), function(*(t.double().abs() for t in tensors))
+
+
+def test_packed(instruction_set, threads):
+    for block, rows, grid, dtype, mask, count, _ in cases(0, 150):
+        (m1, n1), (bm, bn) = grid, block
+        threads(count)
+        position = torch.randperm(mask.numel()) if rows % 2 else None
+        index = BlockIndex.from_mask(mask, position)
+        live, capacity = int(index.crow[-1]), len(index.slot)
+        values = torch.randn(capacity, bm, bn, dtype=dtype)
+        x, dy, bias = (torch.randn(s, dtype=dtype) for s in ((rows, n1 * bn), (rows, m1 * bm), (m1 * bm,)))
+        slots, places = index.slot[:live].long(), list(zip(index.row[:live].tolist(), index.col[:live].tolist(), strict=True))
+
+        def weight(values, slots=slots, places=places, grid=grid):
+            return reference.packed_weight(values[slots], places, grid)
+
+        y = both(lambda x, v, b, weight=weight: x @ weight(v).T + b, x, values, bias)
+        assert_close(native.packed_linear(x, values, index, bias), *y, terms=n1 * bn + 1)
+        dx = both(lambda dy, v, weight=weight: dy @ weight(v), dy, values)
+        assert_close(native.packed_grad_input(dy, values, index), *dx, terms=m1 * bm)
+
+        def blocks(dy, x, grid=grid, block=block, mask=mask):
+            return (dy.T @ x).view(grid[0], block[0], grid[1], block[1]).transpose(1, 2)[mask]
+
+        dvalues = native.packed_grad_values(dy, x, index)
+        assert_close(dvalues[slots], *both(blocks, dy, x), terms=rows)
+        dvalues[slots] = 0
+        assert (dvalues == 0).all(), "slots that are not listed"
+
+
+@pytest.mark.parametrize("plan", ("coeff_first", "tile_first"))
+def test_factored(instruction_set, threads, plan):
+    for block, rows, grid, dtype, mask, count, pick in cases(1, 200):
+        if block == (128, 128):
+            continue
+        (m1, n1), (bm, bn) = grid, block
+        threads(count)
+        rank, groups = pick((1, 2, 3, 4, 5, 7)), pick([g for g in range(1, m1 + 1) if m1 % g == 0])
+        live = pick((mask, None))
+        shapes = ((rows, n1 * bn), (m1, n1, rank), (groups, rank, bm, bn), (m1 * bm,), (rows, m1 * bm))
+        x, coeff, tiles, bias, dy = (torch.randn(shape, dtype=dtype) for shape in shapes)
+
+        def results(x, coeff, tiles, bias, dy, live=live):
+            leaves = [t.requires_grad_() for t in (x, coeff, tiles)]
+            y = reference.kron_linear(*leaves, bias, live=live)
+            return y.detach(), *torch.autograd.grad(y, leaves, dy, materialize_grads=True)
+
+        exact, size = both(results, x, coeff, tiles, bias, dy)
+        actual = [native.kron_linear(x, coeff, tiles, bias, live, plan)]
+        actual += native.kron_backward(dy, x, coeff, tiles, live, plan, True)
+        terms = max(n1 * bn * rank, m1 * bm * rank, rows * bm * bn, rows * m1 * n1)
+        for found, wanted, bound in zip(actual, exact, size, strict=True):
+            assert_close(found, wanted, bound, terms=terms)
+        if live is not None:
+            assert (actual[2][~live] == 0).all()
+        without = native.kron_backward(dy, x, coeff, tiles, live, plan, False)
+        assert without[0] is None
+        assert_close(without[1], exact[2], size[2], terms=terms)
+        assert_close(without[2], exact[3], size[3], terms=terms)
+
+
+def test_live_blocks(instruction_set, threads):
+    for block, rows, grid, dtype, mask, count, pick in cases(2, 60):
+        (m1, _), (bm, bn) = grid, block
+        threads(count)
+        rank, groups = pick((1, 2, 4, 5)), pick([g for g in range(1, m1 + 1) if m1 % g == 0])
+        index = BlockIndex.from_mask(mask, torch.arange(mask.numel()) if rows % 2 else None)
+        live = int(index.crow[-1])
+        coeff, tiles = torch.randn(*grid, rank, dtype=dtype), torch.randn(groups, rank, bm, bn, dtype=dtype)
+        dvalues = torch.randn(len(index.slot), bm, bn, dtype=dtype)
+
+        def results(coeff, tiles, dvalues, mask=mask, groups=groups):
+            leaves = [t.requires_grad_() for t in (coeff, tiles)]
+            banks = tiles.repeat_interleave(mask.shape[0] // groups, 0)
+            values = torch.einsum("pqi,piab->pqab", coeff, banks)[mask]
+            return values.detach(), *torch.autograd.grad(values, leaves, dvalues[: len(values)], materialize_grads=True)
+
+        values = native.live_blocks(coeff, tiles, index)
+        assert (values[live:] == 0).all()
+        actual = (values[:live], *native.live_blocks_backward(dvalues, coeff, tiles, index))
+        for found, wanted, bound in zip(actual, *both(results, coeff, tiles, dvalues), strict=True):
+            assert_close(found, wanted, bound, terms=max(rank, bm * bn, mask.numel()))
+        assert (actual[1][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("count", (1, 2, 3))
+def test_the_same_bits_from_run_to_run(instruction_set, threads, count):
+    threads(count)
+    mask = torch.rand(12, 10) < 0.4
+    index = BlockIndex.from_mask(mask)
+    x, dy, values = torch.randn(333, 80), torch.randn(333, 48), torch.randn(len(index.slot), 4, 8)
+    coeff, tiles = torch.randn(12, 10, 3), torch.randn(4, 3, 4, 8)
+
+    def everything():
+        results = [native.packed_linear(x, values, index), native.packed_grad_input(dy, values, index)]
+        results.append(native.packed_grad_values(dy, x, index))
+        for plan in ("coeff_first", "tile_first"):
+            results.append(native.kron_linear(x, coeff, tiles, None, mask, plan))
+            results += native.kron_backward(dy, x, coeff, tiles, mask, plan, True)
+        return [*results, *native.live_blocks_backward(values, coeff, tiles, index)]
+
+    first = everything()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True))
+
+
+def test_nan_of_dead_blocks_goes_nowhere(instruction_set):
+    """NaN in dead coefficients, and in x where only dead blocks read it (with whole block columns dead)."""
+    mask = torch.rand(6, 9) < 0.3
+    mask[:, 4], mask[:, 5] = False, True
+    x, dy, tiles = torch.randn(21, 36), torch.randn(21, 24), torch.randn(2, 3, 4, 4)
+    x[:, 16:20] = torch.nan
+    coeff = torch.where(mask.unsqueeze(-1), torch.randn(6, 9, 3), torch.nan)
+    for plan in ("coeff_first", "tile_first"):
+        assert torch.isfinite(native.kron_linear(x, coeff, tiles, None, mask, plan)).all()
+        gradients = native.kron_backward(dy, x.nan_to_num(0), coeff, tiles, mask, plan, True)
+        assert all(torch.isfinite(t).all() for t in gradients)
+
+
+def test_limit_by_environment():
+    """KRONBLOCKS_ISA names the kernels to take; nonsense is ignored."""
+    code = "from kronblocks.ops.backends import native; print(native.instruction_set())"
+    for wanted, expected in (("baseline", "baseline"), ("nonsense", native.instruction_set())):
+        environment = {**os.environ, "KRONBLOCKS_ISA": wanted}
+        found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == expected
