@@ -106,6 +106,14 @@ def test_times_between_measured_densities_are_linear(density):
     assert found[REFERENCE] == 4.0
 
 
+def test_plans_timed_on_one_side_only_are_bounded_from_above(monkeypatch):
+    """At density 1 packed was hopeless, at 1/2 tile_first: between them the one costs in proportion, the other as much."""
+    tables = {1.0: {REFERENCE: 4.0, "dense": 5.0, "tile_first": 3.0}, 0.5: {REFERENCE: 4.0, "dense": 5.0, "packed": 1.0}}
+    monkeypatch.setattr(timing_cache, "measure", lambda problem: tables[problem.density])
+    found = timings(dataclasses.replace(PROBLEM, density=0.75))
+    assert found == pytest.approx({REFERENCE: 4.0, "dense": 5.0, "tile_first": 3.0, "packed": 1.5})
+
+
 def test_densities_below_one_block_and_grids_of_one_block():
     assert timings(dataclasses.replace(PROBLEM, density=0.0))["packed"] == 1 / 256
     whole = dataclasses.replace(PROBLEM, grid=BlockGrid(4, 4, BlockSize(4, 4)), density=1.0)

@@ -50,15 +50,18 @@ def timings(problem: Problem, record: Tables | None = None) -> dict[str, float]:
     denser = 2.0 ** -math.floor(-math.log2(density))
     sparser = max(denser / 2, least)
     share = (density - sparser) / (denser - sparser) if sparser < denser else 1.0
-    share = round(share, 1) if min(share, 1 - share) < 0.05 else share  # as good as one of the two: the other is not needed
-    weighted = {level: weight for level, weight in ((denser, share), (sparser, 1 - share)) if weight > 0}
-    tables = {level: _table(dataclasses.replace(problem, rows=rows, density=level, gate=False), record) for level in weighted}
-    times: dict[str, float] = {}
-    for name in dict.fromkeys(name for table in tables.values() for name in table):
-        known = {level: weighted[level] for level, table in tables.items() if name in table}
-        mean = sum(weight * tables[level][name] for level, weight in known.items()) / sum(known.values())
-        times[name] = mean * max(1, problem.rows) / rows
-    return times
+
+    def table(density: float) -> dict[str, float]:
+        return _table(dataclasses.replace(problem, rows=rows, density=density, gate=False), record)
+
+    if min(share, 1 - share) < 0.05:  # as good as one of the two: the other need not be measured
+        times = dict(table(denser if share > 0.5 else sparser))
+    else:
+        many, few = table(denser), table(sparser)
+        # timed on one side only, since hopeless on the other: a bound from above, in proportion or constant
+        times = {name: value * density / sparser for name, value in few.items()} | many
+        times |= {name: share * many[name] + (1 - share) * few[name] for name in many if name in few}
+    return {name: value * max(1, problem.rows) / rows for name, value in times.items()}
 
 
 def load_tables(tables: Mapping[str, object]) -> None:
