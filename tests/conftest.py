@@ -1,8 +1,13 @@
 """What all tests share: one thread, seeds, and comparison within the rounding errors that arithmetic allows."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# in the processes that tests start, too: plans by counts, so that no test depends on the clock; nothing in the user's cache
+os.environ["KRONBLOCKS_MEASURE"] = os.environ["KRONBLOCKS_CACHE"] = "off"
 
 # no deadline: nothing here is a timed assertion; derandomised: a failure is the same on every machine
 settings.register_profile("kronblocks", deadline=None, derandomize=True, max_examples=60)

@@ -21,24 +21,29 @@ FULL = SparsityConfig(
     tile_groups=2,
     init="nearest",
     scope="layer",
-    schedule=ScheduleConfig(start=0.1, end=0.6, lift_at=0.5, shape="staircase", update_every=7, stages=3),
-    penalty=PenaltyConfig(strength=0.3, growth=2.0, form="proximal"),
+    schedule=ScheduleConfig(start=0.1, end=0.6, shape="staircase", update_every=7, stages=3),
+    penalty=PenaltyConfig(strength=0.3, growth=2.0),
     rows=64,
+    measure_plans=False,
+)
+OTHERS = (  # what kron-l1 in its gradient form has not got
+    SparsityConfig(schedule=ScheduleConfig(lift_at=0.5)),
+    SparsityConfig(method="kron-l1", penalty=PenaltyConfig(form="proximal")),
 )
 
 
-@pytest.mark.parametrize("config", [SparsityConfig(), FULL])
+@pytest.mark.parametrize("config", [SparsityConfig(), FULL, *OTHERS])
 def test_json_round_trip(config):
     assert SparsityConfig.from_json(config.to_json()) == config
     assert json.loads(config.to_json())["version"] == 1
 
 
-def test_every_setting_of_the_full_config_differs_from_the_default():
+def test_every_setting_of_the_full_configs_differs_from_the_default():
     """So that the round trip above cannot pass by losing one."""
-    default, full = SparsityConfig().to_dict(), FULL.to_dict()
-    assert [name for name in default if default[name] == full[name]] == ["version"]
+    default, *full = (config.to_dict() for config in (SparsityConfig(), FULL, *OTHERS))
+    assert [name for name in default if all(default[name] == each[name] for each in full)] == ["version"]
     for part in ("schedule", "penalty"):
-        assert [name for name in default[part] if default[part][name] == full[part][name]] == []
+        assert [name for name in default[part] if all(default[part][name] == each[part][name] for each in full)] == []
 
 
 def test_files(tmp_path):
@@ -83,6 +88,11 @@ def test_types_become_patterns():
         ({"overrides": {"fc": {"rank": 2}}}, "LayerOverride"),
         ({"method": "magnitude", "init": "random"}, "has no init"),
         ({"penalty": PenaltyConfig(strength=1.0)}, "has no penalty"),
+        ({"method": "magnitude", "rank": 2}, "has no rank: leave rank=4"),
+        ({"method": "static", "overrides": {"fc": LayerOverride(rank=2)}}, r"overrides\['fc'\] can set block_size only"),
+        ({"method": "kron-l1", "schedule": ScheduleConfig(lift_at=0.5)}, "never lifted"),
+        ({"method": "group-lasso", "penalty": PenaltyConfig(growth=2.0)}, "does not grow"),
+        ({"measure_plans": "yes"}, "True or False"),
     ],
 )
 def test_wrong_values_say_what_to_write(settings, says):
@@ -100,6 +110,8 @@ def test_wrong_values_say_what_to_write(settings, says):
         (ScheduleConfig, {"shape": "square"}, "'cubic'"),
         (ScheduleConfig, {"update_every": 0}, "update_every"),
         (ScheduleConfig, {"stages": 0}, "stages"),
+        (ScheduleConfig, {"stages": 3}, "for shape='staircase'"),
+        (PenaltyConfig, {"form": "proximal", "growth": 2.0}, "does not grow"),
         (PenaltyConfig, {"strength": -1.0}, "penalty.strength"),
         (PenaltyConfig, {"growth": float("inf")}, "penalty.growth"),
         (PenaltyConfig, {"form": "prox"}, "'proximal'"),

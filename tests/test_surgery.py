@@ -23,6 +23,7 @@ from kronblocks import (
     sparsify_,
     structure,
 )
+from kronblocks.config import FACTORED
 
 
 def mlp() -> nn.Sequential:
@@ -30,7 +31,8 @@ def mlp() -> nn.Sequential:
 
 
 def config(**settings) -> SparsityConfig:
-    return SparsityConfig(**{"block_size": 4, "rank": 2, "target_sparsity": 0.5, **settings})
+    factors = {"rank": 2} if settings.get("method", "two-phase") in FACTORED else {}
+    return SparsityConfig(**{"block_size": 4, "target_sparsity": 0.5, **factors, **settings})
 
 
 def test_sparsify_replaces_what_it_selected_and_keeps_biases_and_modes():

@@ -3,13 +3,16 @@
 Three lines in a training script: `sparsify_` the model, make the optimiser from `parameter_groups`, `attach` the sparsifier.
 """
 
+from kronblocks.advice import Advice
+from kronblocks.advise import advise
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import LayerOverride, PenaltyConfig, ScheduleConfig, SparsityConfig
 from kronblocks.errors import KronblocksError, KronblocksWarning, NativeFallbackWarning, OpenMPConflictWarning, PerformanceWarning
 from kronblocks.groups import parameter_groups
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
-from kronblocks.ops.cost import Cost, PlanChoice, Problem, choose_plan, cost
+from kronblocks.ops.choice import PlanChoice, choose_plan
+from kronblocks.ops.cost import Cost, Problem, cost
 from kronblocks.ops.kron import block_norms, kron_linear, kron_weight
 from kronblocks.ops.nearest import canonical_form, nearest_kronecker_sum
 from kronblocks.ops.packed import BlockIndex, packed_linear
@@ -25,6 +28,7 @@ from kronblocks.surgery import apply_structure_, densify_, lift_, sparsify_, str
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
     "BlockGrid",
     "BlockIndex",
     "BlockSize",
@@ -50,6 +54,7 @@ __all__ = [
     "SparsityReport",
     "SparsitySchedule",
     "SurgeryReport",
+    "advise",
     "apply_structure_",
     "block_norms",
     "canonical_form",

@@ -27,6 +27,8 @@ BlockSizeLike = BlockSize | int | str | tuple[int, int]
 FACTORED: frozenset[str] = frozenset({"two-phase", "kron-l1"})
 """Methods that replace nn.Linear by a Kronecker layer; the others work on the nn.Linear itself."""
 
+LIFTED: frozenset[str] = frozenset({"two-phase"})
+"""Methods that lift factors to free values."""
 
 PENALISED: frozenset[str] = frozenset({"kron-l1", "group-lasso"})
 """Methods that have a penalty."""
@@ -69,6 +71,8 @@ class ScheduleConfig:
         _number("schedule.lift_at", self.lift_at, 0, 1 + 1e-12, "a share of the pruning span, from 0 to 1")
         _whole("schedule.update_every", self.update_every, "the optimiser steps between mask updates")
         _whole("schedule.stages", self.stages, "the number of stages of the staircase")
+        if self.shape != "staircase" and self.stages != ScheduleConfig.stages:
+            raise KronblocksError(f"schedule.stages={self.stages} is for shape='staircase', and the shape is {self.shape!r}")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class PenaltyConfig:
         if self.strength is not None:
             _number("penalty.strength", self.strength, 0, float("inf"), "a number from 0 on, or None")
         _number("penalty.growth", self.growth, 0, float("inf"), "a number from 0 on")
+        if self.form == "proximal" and self.growth != PenaltyConfig.growth:
+            raise KronblocksError(f"penalty.growth={self.growth} is for form='gradient': a proximal penalty does not grow")
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,9 @@ class SparsityConfig:
         scope: one budget over all layers ("global"), or the same sparsity in each ("layer").
         schedule: when pruning happens.
         penalty: for the methods that have one.
-        rows: rows of x per step (batch, times tokens) that plans are chosen for.
+        rows: rows of x per step (batch, times tokens) that plans are chosen for; None: what reaches each layer in the first step.
+        measure_plans: choose plans by timings of this machine, taken once for each shape and kept in the cache folder; False: by
+            counted costs alone, the same on every machine.
 
     Raises:
         KronblocksError: a value that is not allowed; says which are.
@@ -152,7 +160,8 @@ class SparsityConfig:
     scope: Scope = "global"
     schedule: ScheduleConfig = ScheduleConfig()
     penalty: PenaltyConfig = PenaltyConfig()
-    rows: int = 1024
+    rows: int | None = None
+    measure_plans: bool = True
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, Method)
@@ -161,7 +170,10 @@ class SparsityConfig:
         if self.init is not None:
             _one_of("init", self.init, Init)
         _check_factors(self.rank, self.tile_groups)
-        _whole("rows", self.rows, "the rows of x per step")
+        if self.rows is not None:
+            _whole("rows", self.rows, "the rows of x per step")
+        if not isinstance(self.measure_plans, bool):
+            raise KronblocksError(f"measure_plans is True or False, not {self.measure_plans!r}")
         what = "the share of blocks that end as zeros, from 0 to below 1 (0.9 means 90%)"
         _number("target_sparsity", self.target_sparsity, 0, 1, what)
         object.__setattr__(self, "block_size", BlockSize.parse(self.block_size))
@@ -174,11 +186,23 @@ class SparsityConfig:
 
     def _refuse_ignored(self) -> None:
         """An option that the method would ignore is an error."""
-        for name in ("init", "tile_groups"):
-            if self.method not in FACTORED and getattr(self, name) is not None:
-                raise KronblocksError(f"method {self.method!r} works on nn.Linear itself and has no {name}: leave {name}=None")
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in ("init", "tile_groups", "rank"):
+            if self.method not in FACTORED and getattr(self, name) != default[name]:
+                raise KronblocksError(
+                    f"method {self.method!r} works on nn.Linear itself and has no {name}: leave {name}={default[name]!r}"
+                )
+        for pattern, override in self.overrides.items():
+            if self.method not in FACTORED and (override.rank, override.tile_groups) != (None, None):
+                raise KronblocksError(
+                    f"method {self.method!r} works on nn.Linear itself: overrides[{pattern!r}] can set block_size only"
+                )
         if self.method not in PENALISED and self.penalty != PenaltyConfig():
             raise KronblocksError(f"method {self.method!r} has no penalty: leave penalty=PenaltyConfig()")
+        if self.method == "group-lasso" and self.penalty.growth != PenaltyConfig.growth:
+            raise KronblocksError("method 'group-lasso' is proximal, and its penalty does not grow: leave penalty.growth=3.0")
+        if self.method not in LIFTED and self.schedule.lift_at != ScheduleConfig.lift_at:
+            raise KronblocksError(f"method {self.method!r} is never lifted: leave schedule.lift_at at its default")
 
     @property
     def tiles(self) -> TileGroups:

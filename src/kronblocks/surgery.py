@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from kronblocks.config import FACTORED, SparsityConfig
+from kronblocks.config import FACTORED, LIFTED, SparsityConfig
 from kronblocks.errors import KronblocksError, PerformanceWarning
 from kronblocks.groups import keep_slots_, replace_parameters_
 from kronblocks.nn.base import BlockLayer
@@ -18,6 +18,7 @@ from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.selection import Selected, SurgeryReport, select
 from kronblocks.sparsity.budget import choose_dead
+from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.rules.base import Rule
 from kronblocks.sparsity.rules.fixed import Fixed
 from kronblocks.sparsity.rules.group_lasso import GroupLasso
@@ -71,7 +72,8 @@ def _factor(linear: nn.Linear, selected: Selected, config: SparsityConfig) -> Kr
         if init == "spectral":
             layer.match_variance_()
     layer.bias = linear.bias
-    layer.choose_plan_(config.rows)
+    if config.rows is not None:
+        layer.choose_plan_(config.rows)
     return layer.train(linear.training).requires_grad_(weight.requires_grad)
 
 
@@ -103,7 +105,7 @@ def _rule(config: SparsityConfig) -> Rule:
 def _schedule(config: SparsityConfig) -> Callable[[int], SparsitySchedule]:
     plan = config.schedule
     end = plan.end if plan.end is not None else (0.8 if config.method == "kron-l1" else 0.5)
-    lift_at = plan.lift_at if config.method == "two-phase" else None
+    lift_at = plan.lift_at if config.method in LIFTED else None
 
     def make(total_steps: int) -> SparsitySchedule:
         target = config.target_sparsity
@@ -115,12 +117,12 @@ def _schedule(config: SparsityConfig) -> Callable[[int], SparsitySchedule]:
 class ModelSurgeon:
     """What a `Sparsifier` asks of surgery; see `kronblocks.sparsity.sparsifier.Surgeon`."""
 
-    def __init__(self, model: nn.Module, report: SurgeryReport, rows: int) -> None:
+    def __init__(self, model: nn.Module, report: SurgeryReport) -> None:
         self.report = report
-        self._model, self._rows = model, rows
+        self._model = model
 
     def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
-        _lift(self._model, names, optimizers, self._rows)
+        _lift(self._model, names, optimizers)
 
     def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
         for name in names:
@@ -128,7 +130,6 @@ class ModelSurgeon:
             if isinstance(layer, BlockSparseLinear):
                 old, kept = layer.values, layer.compact_()
                 keep_slots_(optimizers, old, layer.values, kept)
-                layer.choose_plan_(self._rows)
 
     def record(self) -> dict[str, Any]:
         return structure(self._model)
@@ -192,8 +193,9 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None) -> Sparsif
             targets, choose_dead([torch.rand_like(g) for g in grids], areas, config.target_sparsity), strict=True
         ):
             target.set_mask_(~dead)
-    surgeon = ModelSurgeon(model, report, config.rows)
-    return Sparsifier(model, targets, _rule(config), _schedule(config), surgeon, scope=config.scope)
+    planner = Planner(measure=config.measure_plans, rows=config.rows)
+    surgeon = ModelSurgeon(model, report)
+    return Sparsifier(model, targets, _rule(config), _schedule(config), surgeon, scope=config.scope, planner=planner)
 
 
 def weight_targets(model: nn.Module, report: SurgeryReport) -> list[WeightTarget]:
@@ -207,14 +209,13 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _lift(model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimizer], rows: int | None) -> list[str]:
+def _lift(model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimizer]) -> list[str]:
     lifted = []
     for name in names:
         old = model.get_submodule(name)
         if not isinstance(old, KroneckerBlockLinear):
             continue
         new = BlockSparseLinear.from_kron(old)
-        new.choose_plan_(rows or old.rows)
         new.values.requires_grad_(old.coeff.requires_grad)
         replace_(model, name, new)
         replace_parameters_(optimizers, old.block_parameters(), new.values)
@@ -236,7 +237,7 @@ def lift_(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] = ()) -> 
         The names of the lifted layers.
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    return _lift(model, list(_layers(model, KroneckerBlockLinear)), optimizers, None)
+    return _lift(model, list(_layers(model, KroneckerBlockLinear)), optimizers)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from kronblocks import KronblocksError
+from kronblocks import KronblocksError, PenaltyConfig, ScheduleConfig
+from kronblocks.config import FACTORED
 from kronblocks.experiments import train as training
 from kronblocks.experiments.models import build_model
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
@@ -24,7 +25,11 @@ TIMES = {"train_seconds", "peak_memory_bytes", "peak_memory_exact", "history"}
 
 
 def config(out: Path, **settings) -> TrainConfig:
-    defaults = {"data": "digits", "widths": (64, 32), "block_size": "8", "rank": 2, "epochs": 4, "progress": False, "threads": 1}
+    defaults = {"data": "digits", "block_size": "8", "epochs": 4, "progress": False, "threads": 1}
+    if settings.get("method", "two-phase") in FACTORED:
+        defaults["rank"] = 2
+    if settings.get("model", "mlp") == "mlp":
+        defaults["widths"] = (64, 32)
     return TrainConfig(**{"out": out, "batch_size": 64, **defaults, **settings})
 
 
@@ -161,6 +166,8 @@ def test_damaged_checkpoints_are_refused_and_left_alone(tmp_path, damage):
         ({"seed": -1}, "--seed"),
         ({"tile_groups": "x"}, "--tile-groups"),
         ({"threads": 0}, "--threads"),
+        ({"model": "lenet5", "widths": (64, 32)}, "--widths.*lenet5 has none"),
+        ({"method": "magnitude", "rank": 2}, "has no rank"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, settings, says):
@@ -175,6 +182,20 @@ def test_settings_that_do_not_fit_the_model_leave_no_folder(tmp_path):
     with pytest.raises(KronblocksError, match="without a live block"):
         training.train(config(tmp_path / "run", model="linear", block_size="10x64"))
     assert not (tmp_path / "run").exists()
+
+
+def test_compare_gives_settings_to_the_methods_that_have_them(tmp_path):
+    settings = {"rank": 2, "schedule": ScheduleConfig(end=0.7, lift_at=0.5), "penalty": PenaltyConfig(strength=2.0, growth=5.0)}
+    runs = CompareConfig(out=tmp_path, methods=("dense", "two-phase", "kron-l1", "group-lasso"), **settings).runs()
+    found = [(run.rank, run.schedule.end, run.schedule.lift_at, run.penalty.strength, run.penalty.growth) for run in runs]
+    assert found == [
+        (4, 0.7, 2 / 3, None, 3.0),
+        (2, 0.7, 0.5, None, 3.0),
+        (2, 0.7, 2 / 3, 2.0, 5.0),
+        (4, 0.7, 2 / 3, 2.0, 3.0),
+    ]
+    with pytest.raises(KronblocksError, match="none of --methods dense magnitude .*rank"):
+        CompareConfig(out=tmp_path, methods=("dense", "magnitude"), rank=2)
 
 
 def test_compare_runs_every_method_and_seed_once(tmp_path):

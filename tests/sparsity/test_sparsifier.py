@@ -13,11 +13,17 @@ from torch import Tensor, nn
 
 import kronblocks
 from kronblocks import KronblocksError, PenaltyConfig, ScheduleConfig, SparsityConfig, parameter_groups, sparsify_
+from kronblocks.config import FACTORED
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.surgery import ModelSurgeon
 
 STEPS = 40
 METHODS = ["two-phase", "kron-l1", "group-lasso", "magnitude", "static"]
+
+
+def factors(method: str, rank: int = 2) -> dict[str, int]:
+    """The rank, for the methods that have one."""
+    return {"rank": rank} if method in FACTORED else {}
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -81,7 +87,7 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stop", [5, 14, 15, 18, 20, 30])  # the lift comes after step 14, healing after 20 (kron-l1: 32)
 def test_interrupted_and_resumed_equals_uninterrupted(method, stop):
-    config = SparsityConfig(method=method, block_size=4, rank=2, target_sparsity=0.75)
+    config = SparsityConfig(method=method, block_size=4, target_sparsity=0.75, **factors(method))
     whole = Training(config).start().run(STEPS)
     first = Training(config).start().run(stop)
     resumed = Training(config, seed=99).start(first.state()).run(STEPS)
@@ -126,7 +132,9 @@ def random_model(seed: int) -> tuple[nn.Sequential, SparsityConfig]:
     scope = rng.choice(["global", "layer"])
     rank = rng.randint(1, 3)
     sparsity = rng.choice([0.0, 0.3, 0.5, 2 / 3, 0.77])
-    return mlp(*sizes), SparsityConfig(method=method, block_size=block, rank=rank, target_sparsity=sparsity, scope=scope)
+    return mlp(*sizes), SparsityConfig(
+        method=method, block_size=block, target_sparsity=sparsity, scope=scope, **factors(method, rank)
+    )
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -237,7 +245,7 @@ def test_gradient_clipping_sees_no_gradient_of_dead_blocks():
 class Recording:
     """A rule that asks for growth scores and kills nothing."""
 
-    score, every_step, needs_growth = "norm", False, True
+    score, every_step, needs_growth, has_penalty = "norm", False, True, False
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, list[Tensor]]] = []
@@ -275,6 +283,14 @@ def test_dense_is_a_method_that_does_nothing():
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert sparsifier.sparsity == 0 and sparsifier.report().layers == ()
+
+
+@pytest.mark.parametrize(("method", "wanted"), [("two-phase", False), ("group-lasso", False), ("kron-l1", True)])
+def test_rules_without_a_penalty_cost_nothing_in_the_loss(method, wanted, monkeypatch):
+    training = Training(SparsityConfig(method=method, block_size=4)).start()
+    made, context = [], training.sparsifier._context
+    monkeypatch.setattr(training.sparsifier, "_context", lambda step: made.append(step) or context(step))
+    assert (training.sparsifier.penalty() > 0) == wanted and len(made) == wanted
 
 
 def test_static_keeps_its_random_blocks():
@@ -365,7 +381,7 @@ def test_a_sparsifier_can_be_made_by_hand_with_an_own_rule():
         [target],
         rule,
         lambda steps: kronblocks.SparsitySchedule(0.5, steps),
-        ModelSurgeon(model, report, 16),
+        ModelSurgeon(model, report),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier.attach(optimizer, total_steps=10)

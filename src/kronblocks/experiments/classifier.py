@@ -90,7 +90,7 @@ class Classification(LightningModule):
             optimizer = self.optimizers()
             assert not isinstance(optimizer, list)
             self._keep_most(accounting.training_bytes(self.model, optimizer.optimizer))
-        if schedule.start_step <= step <= schedule.end_step:
+        if step == 1 or schedule.start_step <= step <= schedule.end_step:
             self._step_macs.clear()  # densities and plans may have changed
         now = accounting.trainable_parameters(self.model)
         self.parameters_max = max(self.parameters_max, now)

@@ -1,4 +1,4 @@
-"""The subcommands `train`, `compare` and `report`; those of `bench` have a file of their own."""
+"""The subcommands `train`, `compare`, `report` and `advise`; those of `bench` have a file of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kronblocks.errors import KronblocksError
+from kronblocks.experiments.advise import AdviseConfig
+from kronblocks.experiments.advise import run as run_advise
 from kronblocks.experiments.bench.commands import bench
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
 
@@ -57,12 +59,16 @@ def report(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = N
     _say_where(write_report(find_runs(folders), out or folders[0]))
 
 
+def advise(config: Annotated[AdviseConfig, tyro.conf.arg(name="")]) -> None:
+    """Measure a model's own shapes on this machine: what to keep dense, what to factor, what to pack, and what it gains."""
+    run_advise(config)
+
+
 def _say_where(path: Path) -> None:
     Console().print(f"report: {path.resolve()}", soft_wrap=True, highlight=False)
 
 
 def run(args: list[str] | None = None) -> None:
     """Read the command line and do what it says."""
-    tyro.extras.subcommand_cli_from_dict(
-        {"train": train, "compare": compare, "report": report, "bench": bench}, args=args, prog="kronblocks", description=__doc__
-    )
+    commands = {"train": train, "compare": compare, "report": report, "advise": advise, "bench": bench}
+    tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="kronblocks", description=__doc__)

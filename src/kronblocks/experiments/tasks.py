@@ -10,7 +10,17 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from kronblocks.blocks import BlockSize
-from kronblocks.config import FACTORED, PENALISED, Method, Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig, TileGroups
+from kronblocks.config import (
+    FACTORED,
+    LIFTED,
+    PENALISED,
+    Method,
+    Mismatch,
+    PenaltyConfig,
+    ScheduleConfig,
+    SparsityConfig,
+    TileGroups,
+)
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import ModelName
 
@@ -33,6 +43,17 @@ RECIPES: dict[str, Recipe] = {
     "static": Recipe(4e-3, 0.0, 0.0),
     "dense": Recipe(4e-3, 0.0, 0.0),
 }
+
+
+def tile_groups(text: str) -> TileGroups:
+    """Read "per-row" or a number.
+
+    Raises:
+        KronblocksError: it is neither.
+    """
+    if text != "per-row" and not text.isdecimal():
+        raise KronblocksError(f"--tile-groups is per-row or a number, not {text!r}")
+    return "per-row" if text == "per-row" else int(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +85,8 @@ class TaskConfig:
     """Layers that the block size does not divide: nearest size that does, or left dense."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    measure_plans: bool = True
+    """Choose how layers compute by timings of this machine; False: by counted costs alone."""
     data_dir: Path | None = None
     """Where the data set's original files are."""
     threads: int | None = None
@@ -79,8 +102,10 @@ class TaskConfig:
                 raise KronblocksError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise KronblocksError(f"--threads must be at least 1, not {self.threads}")
-        if self.tile_groups not in (None, "per-row") and not self.tile_groups.isdecimal():
-            raise KronblocksError(f"--tile-groups is per-row or a number, not {self.tile_groups!r}")
+        if self.tile_groups is not None:
+            tile_groups(self.tile_groups)
+        if self.model != "mlp" and self.widths != TaskConfig.widths:
+            raise KronblocksError(f"--widths are the hidden layers of --model mlp, and {self.model} has none to choose")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +140,12 @@ class TrainConfig(TaskConfig):
             rank=self.rank,
             target_sparsity=self.sparsity,
             on_mismatch=self.on_mismatch,
-            tile_groups=self._tiles(),
+            tile_groups=None if self.tile_groups is None else tile_groups(self.tile_groups),
             schedule=self.schedule,
             penalty=self.penalty,
             rows=self.batch_size,
+            measure_plans=self.measure_plans,
         )
-
-    def _tiles(self) -> TileGroups | None:
-        if self.tile_groups is None:
-            return None
-        return "per-row" if self.tile_groups == "per-row" else int(self.tile_groups)
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, as plain values: everything but where it is written and how it is shown."""
@@ -148,16 +169,32 @@ class CompareConfig(TaskConfig):
         self.runs()
 
     def runs(self) -> list[TrainConfig]:
-        """The trainings, one for each seed and method; a penalty or tile groups go to the methods that have them."""
+        """The trainings, one for each seed and method; settings that only some methods have go to those.
+
+        Raises:
+            KronblocksError: a setting that none of the methods has.
+        """
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TaskConfig)}
         runs = []
         for seed in dict.fromkeys(self.seeds):
             for method in dict.fromkeys(self.methods):
                 block = "" if method == "dense" else f"-{BlockSize.parse(self.block_size)}"
                 own = {"out": self.out / f"{method}{block}-s{seed}", "method": method, "seed": seed, "resume": True}
-                if method not in PENALISED:
-                    own["penalty"] = PenaltyConfig()
-                if method not in FACTORED:
-                    own["tile_groups"] = None
-                runs.append(TrainConfig(**{**shared, **own}))
+                runs.append(TrainConfig(**{**shared, **self._without_foreign(method), **own}))
+        for name in ("rank", "tile_groups", "penalty", "schedule"):
+            if all(getattr(run, name) != getattr(self, name) for run in runs):
+                raise KronblocksError(f"none of --methods {' '.join(self.methods)} has what you set of {name}: leave it out")
         return runs
+
+    def _without_foreign(self, method: Method) -> dict[str, Any]:
+        """Shared settings that mean nothing to a method, at their defaults."""
+        settings: dict[str, Any] = {}
+        if method not in FACTORED:
+            settings |= {"rank": TaskConfig.rank, "tile_groups": None}
+        if method not in LIFTED:
+            settings["schedule"] = dataclasses.replace(self.schedule, lift_at=ScheduleConfig.lift_at)
+        if method not in PENALISED:
+            settings["penalty"] = PenaltyConfig()
+        elif method == "group-lasso":
+            settings["penalty"] = dataclasses.replace(self.penalty, growth=PenaltyConfig.growth)
+        return settings

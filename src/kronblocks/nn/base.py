@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
-from kronblocks.ops.cost import ASSUMED_ROWS, PlanChoice, Problem, check_plan, choose_plan
+from kronblocks.ops.choice import PlanChoice, choose_plan
+from kronblocks.ops.cost import ASSUMED_ROWS, Problem, check_plan
 from kronblocks.ops.packed import BlockIndex
 
 
@@ -53,10 +54,15 @@ class BlockLayer(nn.Module):
         gate = getattr(self, "gate", None) is not None
         return Problem(self.grid, self.rank, self.tile_groups, rows, density, weight.dtype, device, training, input_grad, gate)
 
-    def choose_plan_(self, rows: int | None = None) -> PlanChoice:
-        """Choose the plan anew where the user wrote "auto", for the present density and this many rows of x."""
+    def choose_plan_(self, rows: int | None = None, *, measure: bool = False) -> PlanChoice:
+        """Choose the plan anew where the user wrote "auto", for the present density and this many rows of x.
+
+        Args:
+            rows: rows of x from now on; None: as before.
+            measure: choose by timings of this machine instead of counts.
+        """
         self.rows = rows or self.rows
-        choice = choose_plan(self.problem())
+        choice = choose_plan(self.problem(), measure=measure)
         self.use_plan_(choice.plan if self.plan == "auto" else self.plan)
         return choice
 

@@ -1,15 +1,12 @@
-"""What each plan costs for a layer, counted, and which one to take: `choose_plan`.
+"""What each plan costs for a layer: counted exactly, and estimated in seconds.
 
-The counts are exact for what the backends compute (equation 9 in docs/math.md). The choice turns them into time
-by a rough roofline: multiply-adds over a rate, plus bytes over a bandwidth.
+The counts are exact for what the backends compute (equation 9 in docs/math.md). The estimate turns them into
+time by a rough roofline: multiply-adds over a rate, plus bytes over a bandwidth. `ops/choice.py` chooses by it, or by timings.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 
 import torch
 
@@ -52,16 +49,6 @@ class Cost:
     def macs(self) -> int:
         """Forward and backward multiply-adds."""
         return self.forward_macs + self.backward_macs
-
-
-@dataclass(frozen=True)
-class PlanChoice:
-    """The plan to use, the backend that runs it, the reason in words, and every plan's cost."""
-
-    plan: str
-    backend: str
-    why: str
-    costs: Mapping[str, Cost] = field(repr=False)
 
 
 def _parameters(problem: Problem) -> int:
@@ -131,6 +118,11 @@ def cost(problem: Problem, plan: str) -> Cost:
     )
 
 
+def intermediate_bytes(problem: Problem, plan: str) -> int:
+    """Bytes of what stands between a plan's two stages: the built W or blocks, or the first stage's result for all rows."""
+    return _stages(problem, plan)[2] * problem.dtype.itemsize
+
+
 # multiply-adds per second, and bytes per second inside and outside the cache; only ratios matter: 2 CPU cores, one large GPU
 _RATES = {"cpu": (65e9, 20e9, 8e9), "cuda": (25e12, 4e12, 2e12)}
 _CACHE_BYTES = 16e6
@@ -148,8 +140,7 @@ def estimated_seconds(problem: Problem, plan: str) -> float:
     """Rough time of one step of the layer: good for comparing plans, not for promises."""
     rate, cached, uncached = _RATES.get(problem.device.split(":")[0], _RATES["cpu"])
     counts = cost(problem, plan)
-    intermediate = _stages(problem, plan)[2] * problem.dtype.itemsize
-    bandwidth = cached if intermediate < _CACHE_BYTES else uncached
+    bandwidth = cached if intermediate_bytes(problem, plan) < _CACHE_BYTES else uncached
     products = (2 if problem.training else 1) * sum(problem.grid.shape) if plan == "packed" else 0
     return counts.macs / (rate * _efficiency(problem, plan)) + counts.moved_bytes / bandwidth + products * _PRODUCT_SECONDS
 
@@ -157,27 +148,6 @@ def estimated_seconds(problem: Problem, plan: str) -> float:
 def possible_plans(rank: int | None) -> tuple[str, ...]:
     """The plans that can compute a layer: all four on factors, dense and packed on free block values (rank None)."""
     return PLAN_NAMES if rank is not None else ("dense", "packed")
-
-
-@functools.lru_cache(maxsize=4096)
-def choose_plan(problem: Problem) -> PlanChoice:
-    """The plan with the least estimated time, and why.
-
-    >>> from kronblocks.blocks import BlockSize
-    >>> choose_plan(Problem(BlockGrid(1024, 1024, BlockSize(16, 16)), rank=1)).plan
-    'tile_first'
-    """
-    names = possible_plans(problem.rank)
-    seconds = {plan: estimated_seconds(problem, plan) for plan in names}
-    best = min(names, key=seconds.__getitem__)
-    dense = max(1, problem.rows) * problem.grid.weights * (2 + problem.input_grad if problem.training else 1)
-    costs = {plan: cost(problem, plan) for plan in names}
-    others = ", ".join(f"{plan} {seconds[plan] / seconds[best]:.2f}x" for plan in names if plan != best)
-    why = (
-        f"{best}: {costs[best].macs / dense:.2f} of dense's multiply-adds for {problem.grid} at density "
-        f"{problem.density:.2f} and {problem.rows} rows; estimated time of the others relative to it: {others}"
-    )
-    return PlanChoice(best, "torch", why, MappingProxyType(costs))
 
 
 def check_plan(plan: str, rank: int | None) -> None:

@@ -11,12 +11,13 @@ from torch.optim import LBFGS, Optimizer
 
 from kronblocks.errors import KronblocksError
 from kronblocks.sparsity.budget import Scope
+from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.report import SparsityReport, count_blocks
 from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState
 from kronblocks.sparsity.schedule import Phase, SparsitySchedule
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Surgeon(Protocol):
@@ -65,6 +66,7 @@ class Sparsifier:
         make_schedule: gives the schedule for a number of steps.
         surgeon: replaces layers at the lift and when healing begins.
         scope: one budget over all layers ("global"), or one for each ("layer").
+        planner: chooses the plans of layers that leave it open, after the first step and whenever masks change.
     """
 
     def __init__(
@@ -76,13 +78,14 @@ class Sparsifier:
         surgeon: Surgeon,
         *,
         scope: Scope = "global",
+        planner: Planner | None = None,
     ) -> None:
         self.model, self.targets, self.rule = model, list(targets), rule
         self.scope: Scope = scope
         self.step = 0
         self.schedule: SparsitySchedule | None = None
         self.surgery = surgeon.report
-        self._surgeon, self._make_schedule = surgeon, make_schedule
+        self._surgeon, self._make_schedule, self._planner = surgeon, make_schedule, planner or Planner()
         self._optimizers: list[Optimizer] = []
         self._pending: set[int] = set()
         self._rule_state: RuleState = {}
@@ -116,6 +119,7 @@ class Sparsifier:
         handles: list[Any] = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         for target in self.targets:
             handles += target.hook_gradients()
+        handles += self._planner.watch(self.targets)
         self._prepare_probes()
         return Attachment(handles, self._detach)
 
@@ -166,7 +170,8 @@ class Sparsifier:
         """
         if self.schedule is None:
             raise KronblocksError("penalty() needs the schedule: call sparsifier.attach(optimizer, total_steps=...) first")
-        term = self.rule.penalty(self.targets, self._context(self.step)) if self.targets else None
+        wanted = self.rule.has_penalty and self.targets
+        term = self.rule.penalty(self.targets, self._context(self.step)) if wanted else None
         return torch.zeros((), device=next(self.model.parameters()).device) if term is None else term
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -195,8 +200,11 @@ class Sparsifier:
         if self.step == schedule.lift_step:
             self._surgeon.lift([target.name for target in self.targets], self._optimizers)
             self._retarget()
+            self._planner.forget_choices()
         if self.step == schedule.end_step:
             self._surgeon.compact([target.name for target in self.targets], self._optimizers)
+        if update or self.step == 1:  # by the end of the first step every layer has seen what it has to do
+            self._planner.decide(self.targets)
         self._prepare_probes()
 
     def _apply_rule(self, update: bool) -> None:
@@ -250,6 +258,7 @@ class Sparsifier:
             "rule_state": dict(self._rule_state),
             "structure": self._surgeon.record(),
             "plans": {t.name: t.plan for t in self.targets if isinstance(t, LayerTarget)},
+            "planner": self._planner.state_dict(),
             "masks": {t.name: t.mask.clone() for t in self.targets if not isinstance(t, LayerTarget)},
         }
 
@@ -268,17 +277,19 @@ class Sparsifier:
                 target.set_mask_(state["masks"][target.name])
             if isinstance(target, LayerTarget):
                 target.set_plan_(state["plans"][target.name])
+        self._planner.load_state_dict(state["planner"])
         self.step, self._rule_state = state["step"], dict(state["rule_state"])
         self._loaded_total_steps = state["total_steps"]
         self._has_dead = True
         self._prepare_probes()
 
     def _check_state(self, state: dict[str, Any]) -> None:
-        wanted = {"version", "rule", "step", "total_steps", "rule_state", "structure", "plans", "masks"}
+        version = state.get("version") if isinstance(state, dict) else None
+        if version not in (None, STATE_VERSION):
+            raise KronblocksError(f"the state has version {version}, and this kronblocks reads version {STATE_VERSION}")
+        wanted = {"version", "rule", "step", "total_steps", "rule_state", "structure", "plans", "planner", "masks"}
         if not isinstance(state, dict) or not wanted <= state.keys():
             raise KronblocksError("this is no state of a Sparsifier: save sparsifier.state_dict() and load that")
-        if state["version"] != STATE_VERSION:
-            raise KronblocksError(f"the state has version {state['version']}, and this kronblocks reads version {STATE_VERSION}")
         if state["rule"] != type(self.rule).__name__:
             raise KronblocksError(
                 f"the state is of the rule {state['rule']}, but this sparsifier has {type(self.rule).__name__}: "

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
+from kronblocks.ops.cost import Problem
 
 
 @runtime_checkable
@@ -30,6 +32,16 @@ class HasBlocks(Protocol):
     def enforce_zeros_(self) -> None: ...
     def set_block_mask_(self, mask: Tensor) -> None: ...
     def block_parameters(self) -> list[nn.Parameter]: ...
+
+
+@runtime_checkable
+class HasPlans(Protocol):
+    """What a layer offers beside that, if plans are to be chosen for it."""
+
+    plan: str  # "auto", or the one that the user wants
+    rows: int
+
+    def problem(self, *, rows: int | None = None, training: bool = True, input_grad: bool = True) -> Problem: ...
 
 
 class GrowthProbe:
@@ -160,6 +172,19 @@ class LayerTarget(BlockTarget):
     def plan(self) -> str:
         """How the layer computes now."""
         return self._layer.active_plan
+
+    @property
+    def plan_is_free(self) -> bool:
+        """Whether the library may choose the plan."""
+        return isinstance(self._layer, HasPlans) and self._layer.plan == "auto"
+
+    def problem(self, rows: int | None, input_grad: bool, dtype: str | None) -> Problem:
+        """The layer's product in a training step, at its present density; it remembers the rows."""
+        layer = self._layer
+        assert isinstance(layer, HasPlans)
+        layer.rows = rows or layer.rows
+        problem = layer.problem(input_grad=input_grad)
+        return replace(problem, dtype=getattr(torch, dtype)) if dtype else problem
 
     def set_plan_(self, plan: str) -> None:
         """Let the layer compute another way."""

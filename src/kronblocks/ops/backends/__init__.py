@@ -19,7 +19,14 @@ def pick(tensor: Tensor) -> ModuleType:
 
 
 def name(device: str, dtype) -> str:
-    """The name of the backend that `pick` gives for a device type and dtype."""
+    """The name of the backend that `pick` gives for a device type and dtype. Asking is no use: it warns of no fallback."""
+    from kronblocks.ops.backends import library, native
+
+    return "native" if native.knows(device, dtype) and library.unavailable_reason() is None else "torch"
+
+
+def backend_key(device: str, dtype) -> str:
+    """Name and build of the backend that `pick` gives: timings of another one do not count."""
     from kronblocks.ops.backends import native
 
-    return "native" if native.serves(device, dtype) else "torch"
+    return f"native {native.build()}" if name(device, dtype) == "native" else "torch"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import Structure, byref, c_int, c_int64, c_void_p
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +36,12 @@ class _KronShape(Structure):
 
 def serves(device: str, dtype: torch.dtype) -> bool:
     """Whether these kernels compute for a device type and dtype."""
-    return device == "cpu" and dtype in _SUFFIX and library.load() is not None
+    return knows(device, dtype) and library.load() is not None
+
+
+def knows(device: str, dtype: torch.dtype) -> bool:
+    """Whether these kernels are for a device type and dtype, loaded or not."""
+    return device == "cpu" and dtype in _SUFFIX
 
 
 def instruction_set() -> str:
@@ -43,6 +49,12 @@ def instruction_set() -> str:
     kernels = _kernels()
     kernels.kb_isa.restype = ctypes.c_char_p
     return kernels.kb_isa().decode()
+
+
+def build() -> str:
+    """Which kernels are loaded: the instruction set, and size and time of the library's file."""
+    file = Path(_kernels()._name).stat()
+    return f"{instruction_set()} {file.st_size} {file.st_mtime_ns}"
 
 
 def use_instruction_set(name: str) -> bool:

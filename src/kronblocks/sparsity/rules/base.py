@@ -47,6 +47,7 @@ class Rule(Protocol):
     score: str  # "norm" or "gate"
     every_step: bool  # propose is wanted after every step of the pruning span, not only at mask updates
     needs_growth: bool  # growth scores are measured on the way to each mask update
+    has_penalty: bool  # penalty is wanted at every step
 
     def propose(
         self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext

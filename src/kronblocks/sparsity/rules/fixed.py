@@ -19,6 +19,7 @@ class Fixed:
     score = "norm"
     every_step = False
     needs_growth = False
+    has_penalty = False
 
     def propose(
         self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext

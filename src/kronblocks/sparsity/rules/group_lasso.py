@@ -29,6 +29,7 @@ class GroupLasso:
     score = "norm"
     every_step = True
     needs_growth = False
+    has_penalty = False
 
     def __init__(self, strength: float | None = None) -> None:
         self._strength = strength

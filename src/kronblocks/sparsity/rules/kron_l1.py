@@ -34,7 +34,7 @@ class KronL1:
     def __init__(self, form: Form = "gradient", strength: float | None = None, growth: float = 3.0) -> None:
         self._form, self._growth = form, growth
         self._strength = strength
-        self.every_step = form == "proximal"
+        self.every_step, self.has_penalty = form == "proximal", form == "gradient"
 
     def propose(
         self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
@@ -46,7 +46,7 @@ class KronL1:
         return [mask.to(torch.float32) for mask in ctx.masks], state
 
     def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:
-        if self._form == "proximal" or ctx.phase == "heal":
+        if not self.has_penalty or ctx.phase == "heal":
             return None
         gates = [target.gate for target in targets]
         total = sum(gate.numel() for gate in gates if gate is not None)

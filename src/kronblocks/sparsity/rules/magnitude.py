@@ -22,6 +22,7 @@ class Magnitude:
     score = "norm"
     every_step = False
     needs_growth = False
+    has_penalty = False
 
     def propose(
         self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext

@@ -1,0 +1,192 @@
+"""Where sparsity pays: `advise` times a model's layers on this machine, dense, factored, and packed at several sparsities."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from kronblocks.advice import Advice, Gain, LayerAdvice, Speed, Way
+from kronblocks.blocks import BlockGrid, BlockSize
+from kronblocks.config import BlockSizeLike, Mismatch, SparsityConfig, TileGroups
+from kronblocks.errors import KronblocksError
+from kronblocks.ops.cost import Problem, cost, possible_plans
+from kronblocks.ops.timing import REFERENCE
+from kronblocks.ops.timing_cache import timings
+from kronblocks.selection import Selected, select
+from kronblocks.specs import Layers, linears
+
+MOST_WEIGHTS = 2**31
+"""Of a layer that is timed."""
+
+Progress = Callable[[str, int, int], None]  # what is timed now, how many are done, of how many
+
+
+def advise(
+    layers: nn.Module | str | Sequence[str],
+    *,
+    rows: int,
+    sparsity: Sequence[float] = (0.8, 0.9, 0.95),
+    block_size: BlockSizeLike = 16,
+    rank: int = 4,
+    tile_groups: TileGroups = "per-row",
+    on_mismatch: Mismatch = "dense",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Advice:
+    """Measure, on this machine, what to keep dense, what to factor and what to pack. Takes seconds for each new shape.
+
+    Args:
+        layers: a model, or any of: shapes "4096x1024" (out x in), "4096x1024*12" (twelve of them), "package.module:function"
+            (called, returns a model), and "file.safetensors" (its 2-D "*.weight" tensors).
+        rows: rows of x per step (batch, times tokens).
+        sparsity: shares of zero blocks to try.
+        block_size: 16, "16x4" or (16, 4), rows first.
+        rank: number of Kronecker terms.
+        tile_groups: "per-row", or the number of tile banks.
+        on_mismatch: a block size that does not divide a layer: leave it "dense", or take the "nearest" that does.
+        device: what to time on.
+        dtype: of weights and inputs.
+        progress: told what is timed, before each time.
+
+    Raises:
+        KronblocksError: a layer, size or device that cannot be read, had or timed; says what to write instead.
+    """
+    shares = _check(rows, sparsity, device, dtype)
+    config = SparsityConfig(
+        block_size=block_size, rank=rank, tile_groups=tile_groups, on_mismatch=on_mismatch, rows=rows, target_sparsity=shares[-1]
+    )
+    distinct = _distinct(linears(layers), config)
+    problem = Problem(BlockGrid(1, 1, BlockSize(1, 1)), None, rows=rows, dtype=dtype, device=str(device))
+    found = []
+    for done, (key, (names, count)) in enumerate(distinct.items()):
+        if progress is not None:
+            progress(f"{key.out_features}x{key.in_features}", done, len(distinct))
+        found.append(_measure(key, names, count, problem, shares))
+    gains = tuple(_gain(found, share) for share in shares)
+    return Advice(rows, rank, str(device), str(dtype).removeprefix("torch."), torch.get_num_threads(), tuple(found), gains)
+
+
+def _check(rows: int, sparsity: Sequence[float], device: torch.device | str, dtype: torch.dtype) -> list[float]:
+    if not isinstance(sparsity, Sequence) or isinstance(sparsity, str) or not sparsity:
+        raise KronblocksError(f"sparsity is a list of shares of zero blocks such as (0.8, 0.9), not {sparsity!r}")
+    for share in sparsity:
+        SparsityConfig(target_sparsity=share, rows=rows)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise KronblocksError(f"dtype is a floating-point torch.dtype such as torch.float32, not {dtype!r}")
+    try:
+        torch.empty(0, device=device, dtype=dtype).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise KronblocksError(f"nothing can be timed on the device {str(device)!r} ({reason}): write cpu, or cuda") from error
+    return sorted({float(share) for share in sparsity})
+
+
+class _Key(NamedTuple):
+    """What makes two layers the same question."""
+
+    out_features: int
+    in_features: int
+    selected: tuple[BlockGrid, int, int] | None  # grid, rank, tile groups
+    left_dense: str
+
+
+def _distinct(found: Layers, config: SparsityConfig) -> dict[_Key, tuple[list[str], int]]:
+    """Distinct questions -> names of the layers, and how many there are."""
+    distinct: dict[_Key, tuple[list[str], int]] = {}
+    for model, counts in found:
+        report = select(model, config)
+        for each in (*report.selected, *report.left_dense):
+            module = model.get_submodule(each.name)
+            assert isinstance(module, nn.Linear)
+            size = module.out_features * module.in_features
+            if not 0 < size <= MOST_WEIGHTS:  # 0: a lazy layer
+                raise KronblocksError(f"{each.name} has {size:,} weights: what can be timed has from 1 to {MOST_WEIGHTS:,}")
+            chosen = (each.grid, each.rank, each.tile_groups) if isinstance(each, Selected) else None
+            reason = "" if isinstance(each, Selected) else each.reason
+            names, so_far = distinct.get(key := _Key(module.out_features, module.in_features, chosen, reason), ([], 0))
+            distinct[key] = ([*names, each.name], so_far + counts.get(each.name, 1))
+    return distinct
+
+
+def _measure(key: _Key, names: list[str], count: int, problem: Problem, shares: list[float]) -> LayerAdvice:
+    size = (key.out_features, key.in_features)
+    dense_bytes = math.prod(size) * problem.dtype.itemsize
+    if key.selected is None:
+        free = dataclasses.replace(problem, grid=BlockGrid(*size, BlockSize(*size)))  # one block: for the reference beside it
+        dense = Way("dense", 0.0, *_speeds(free, reference=True), dense_bytes)
+        return LayerAdvice(*size, tuple(names), count, "", key.left_dense, dense, None, (), None, None)
+    grid, rank, groups = key.selected
+    free = dataclasses.replace(problem, grid=grid)
+    factors = dataclasses.replace(free, rank=rank, tile_groups=groups)
+    dense = Way("dense", 0.0, *_speeds(free, reference=True), dense_bytes)
+    factored = Way("factored", 0.0, *_speeds(factors), cost(factors, "dense").parameter_bytes)
+    packed = []
+    for share in shares:
+        sparse = dataclasses.replace(free, density=1 - share)
+        packed.append(Way("packed", share, *_speeds(sparse), _packed_bytes(sparse)))
+    even_training, even_inference = (_break_even(dataclasses.replace(free, training=training)) for training in (True, False))
+    return LayerAdvice(
+        *size, tuple(names), count, str(grid.block), "", dense, factored, tuple(packed), even_training, even_inference
+    )
+
+
+def _packed_bytes(problem: Problem) -> int:
+    """Values of the live blocks, and the index: four numbers of 4 bytes a block, and where rows and columns begin."""
+    live = max(1, round(problem.density * problem.grid.blocks))
+    return live * problem.grid.block.area * problem.dtype.itemsize + 4 * (4 * live + sum(problem.grid.shape) + 2)
+
+
+def _speeds(problem: Problem, *, reference: bool = False) -> tuple[Speed, Speed]:
+    """Of training and of inference."""
+
+    def speed(training: bool) -> Speed:
+        found = timings(dataclasses.replace(problem, training=training))
+        plans = [plan for plan in possible_plans(problem.rank) if plan in found]
+        if REFERENCE not in found or not plans:
+            raise KronblocksError(f"the memory of {problem.device} is too small to time {problem.grid} with {problem.rows} rows")
+        best = REFERENCE if reference else min(plans, key=found.__getitem__)
+        return Speed(best, found[best], found[REFERENCE] / found[best])
+
+    return speed(True), speed(False)
+
+
+def _break_even(problem: Problem) -> float | None:
+    """The least share of zero blocks at which the packed plan beats `F.linear`; None: not even with one block in 256."""
+
+    def times(halvings: int) -> tuple[float | None, float]:
+        found = timings(dataclasses.replace(problem, density=2.0**-halvings))
+        return found.get("packed"), found[REFERENCE]
+
+    def pays(halvings: int) -> bool:
+        packed, dense = times(halvings)
+        return packed is not None and packed < dense
+
+    least, most = -1, min(8, math.floor(math.log2(problem.grid.blocks)))  # halvings of the density: too few, enough
+    if not pays(most):
+        return None
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (least, middle) if pays(middle) else (middle, most)
+    if most == 0:
+        return 0.0
+    density, (sparser, dense), (denser, _) = 2.0**-most, times(most), times(least)
+    assert sparser is not None
+    slope = (denser - sparser) / density if denser is not None else sparser / density  # not timed: in proportion, at most
+    even = density + (dense - sparser) / max(slope, 1e-30)
+    return round(1 - min(even, 2 * density), 3)
+
+
+def _gain(layers: Sequence[LayerAdvice], share: float) -> Gain:
+    def relative(training: bool) -> float:
+        dense = [layer.count * layer.dense.speed(training).seconds for layer in layers]
+        best = [layer.best(share, training=training).speed(training).relative for layer in layers]
+        return sum(dense) / sum(seconds / speed for seconds, speed in zip(dense, best, strict=True))
+
+    exported = sum(layer.count * layer.best(share, training=False).weight_bytes for layer in layers)
+    return Gain(share, relative(True), relative(False), sum(layer.count * layer.dense.weight_bytes for layer in layers), exported)

@@ -1,0 +1,91 @@
+"""Which plan to take: `choose_plan`, from counted costs, or from timings of this machine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from kronblocks.ops import backends
+from kronblocks.ops.cost import Cost, Problem, cost, estimated_seconds, possible_plans
+from kronblocks.ops.timing import REFERENCE, affordable
+from kronblocks.ops.timing_cache import Tables, timings
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """The plan to use, the backend that runs it, the reason in words, every plan's cost, and timings if there were any."""
+
+    plan: str
+    backend: str
+    why: str
+    costs: Mapping[str, Cost] = field(repr=False)
+    seconds: Mapping[str, float] | None = None  # measured, a step; plain `F.linear` among them; None: only estimated
+
+
+def plan_seconds(problem: Problem, *, measure: bool, record: Tables | None = None) -> dict[str, float]:
+    """Seconds a step of the plans that come into question, measured or estimated; empty where nothing could be measured.
+
+    Args:
+        problem: the layer's product.
+        measure: time the plans on this machine (or take what is known of it), instead of estimating from the counts.
+        record: gets the tables of timings that were used.
+    """
+    names = possible_plans(problem.rank)
+    if not measure:
+        return {plan: estimated_seconds(problem, plan) for plan in names}
+    seconds = timings(problem, record)
+    return {plan: seconds[plan] for plan in names if plan in seconds and affordable(problem, plan)}
+
+
+def choose_plan(problem: Problem, *, measure: bool = False) -> PlanChoice:
+    """The plan with the least time, and why.
+
+    Args:
+        problem: the layer's product.
+        measure: False: estimate from the counts, always the same. True: time the plans that the estimate leaves in the running,
+            unless this machine's timings are known already (`ops/timing_cache.py`).
+
+    >>> from kronblocks.blocks import BlockGrid, BlockSize
+    >>> choose_plan(Problem(BlockGrid(1024, 1024, BlockSize(16, 16)), rank=1)).plan
+    'tile_first'
+    """
+    plans = plan_seconds(problem, measure=True) if measure else {}
+    if not plans:
+        return _estimated(problem)
+    best = min(plans, key=plans.__getitem__)
+    seconds = {name: value for name, value in timings(problem).items() if name in (*plans, REFERENCE)}
+    dense = f" against {_milliseconds(seconds[REFERENCE])} for dense {REFERENCE}" if REFERENCE in seconds else ""
+    others = ", ".join(f"{plan} {plans[plan] / plans[best]:.2f}x" for plan in plans if plan != best)
+    why = (
+        f"{best}: measured {_milliseconds(plans[best])}{dense}, for {_about(problem)}; "
+        f"{f'the others relative to it: {others}' if others else 'no other plan came near it by its counts'}"
+    )
+    return PlanChoice(best, backends.name(problem.device, problem.dtype), why, _costs(problem), MappingProxyType(seconds))
+
+
+@functools.lru_cache(maxsize=4096)
+def _estimated(problem: Problem) -> PlanChoice:
+    seconds = plan_seconds(problem, measure=False)
+    best = min(seconds, key=seconds.__getitem__)
+    dense = max(1, problem.rows) * problem.grid.weights * (2 + problem.input_grad if problem.training else 1)
+    costs = _costs(problem)
+    others = ", ".join(f"{plan} {seconds[plan] / seconds[best]:.2f}x" for plan in seconds if plan != best)
+    why = (
+        f"{best}: {costs[best].macs / dense:.2f} of dense's multiply-adds for {_about(problem)}; "
+        f"estimated time of the others relative to it: {others}"
+    )
+    return PlanChoice(best, backends.name(problem.device, problem.dtype), why, costs)
+
+
+def _costs(problem: Problem) -> Mapping[str, Cost]:
+    return MappingProxyType({plan: cost(problem, plan) for plan in possible_plans(problem.rank)})
+
+
+def _about(problem: Problem) -> str:
+    return f"{problem.grid} at density {problem.density:.2f} and {problem.rows} rows"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"

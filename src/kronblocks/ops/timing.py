@@ -1,0 +1,157 @@
+"""Times one problem on this machine: seconds a step of every plan that could be the best one, and of plain `F.linear`.
+
+Counts first: only plans whose estimated time is near the least are run. They take turns, warm, and drop out when they are clearly
+slower. Nothing of the caller's leaks in (autocast, grad or inference mode), and torch's own random numbers are not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from kronblocks.ops.cost import Problem, estimated_seconds, intermediate_bytes, possible_plans
+from kronblocks.ops.kron import kron_linear
+from kronblocks.ops.packed import BlockIndex, packed_linear
+
+REFERENCE = "F.linear"
+"""Name, among the plans, of the plain dense layer of the same sizes."""
+
+BUDGET = 0.15
+"""Seconds after which a measurement ends, once every plan still in the running has had three turns."""
+
+_NEAR = 5.0  # times the least estimated time: the estimates are no better than that
+_MOST_BYTES = 2**31  # of an intermediate: what would not fit beside a model is no choice
+_LEAST_ROWS, _MOST_ROWS = 256, 4096  # rows that are timed; more take longer in proportion
+_MOST_MACS = {"cpu": 1e9}  # of one dense product, so that a turn takes milliseconds
+_MOST_MACS_ELSEWHERE = 1e11
+_LEAST_TURNS, _MOST_TURNS = 3, 100
+
+Runs = dict[str, Callable[[], object]]
+
+
+def affordable(problem: Problem, plan: str) -> bool:
+    """Whether a plan's intermediate, for all the problem's rows, is of a size that anybody would want to hold."""
+    return plan in ("dense", "packed") or intermediate_bytes(problem, plan) <= _MOST_BYTES
+
+
+def candidates(problem: Problem) -> tuple[str, ...]:
+    """The plans worth timing: affordable, and by the counts not hopelessly slower than the best."""
+    seconds = {plan: estimated_seconds(problem, plan) for plan in possible_plans(problem.rank) if affordable(problem, plan)}
+    least = min(seconds.values())
+    return tuple(plan for plan, value in seconds.items() if value <= _NEAR * least)
+
+
+def measured_rows(problem: Problem) -> int:
+    """How many rows are timed in place of the problem's own."""
+    most = _MOST_MACS.get(problem.device, _MOST_MACS_ELSEWHERE) / problem.grid.weights
+    return max(1, min(problem.rows, _MOST_ROWS, max(_LEAST_ROWS, 2 ** int(most).bit_length())))
+
+
+def measure(problem: Problem) -> dict[str, float]:
+    """Time the candidate plans of a problem, and `F.linear`, on random operands with a random mask of its density.
+
+    A step is a forward, and in training a backward too: gradients of the weights, the bias, and x if the problem says so.
+
+    Returns:
+        Seconds a step for all of the problem's rows. A plan that ran out of the device's memory is missing.
+    """
+    few = dataclasses.replace(problem, rows=measured_rows(problem))
+    with _plain(few):
+        seconds = _interleaved(_runs(few), _synchronizer(few.device))
+    return {name: value * max(1, problem.rows) / few.rows for name, value in seconds.items()}
+
+
+@contextlib.contextmanager
+def _plain(problem: Problem) -> Iterator[None]:
+    """The modes in which a layer is timed, whatever the caller's are: it may be an optimiser's hook or an inference."""
+    device = problem.device.split(":")[0]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(problem.training))
+        if torch.amp.is_autocast_available(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _synchronizer(device: str) -> Callable[[], None]:
+    return (lambda: None) if device == "cpu" else (lambda: torch.accelerator.synchronize(torch.device(device)))
+
+
+def _runs(problem: Problem) -> Runs:
+    """One step of every candidate, ready to be called."""
+    grid, ((m1, n1), (bm, bn)) = problem.grid, (problem.grid.shape, problem.grid.block)
+    generator = torch.Generator(problem.device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=problem.device, dtype=problem.dtype)
+
+    live = max(1, round(problem.density * grid.blocks))
+    mask = torch.zeros(grid.blocks, dtype=torch.bool, device=problem.device)
+    mask[torch.randperm(grid.blocks, generator=generator, device=problem.device)[:live]] = True
+    position, mask = mask.nonzero().squeeze(1), mask.view(m1, n1)
+    index = BlockIndex.from_mask(mask)
+    x, dy, bias = random(problem.rows, grid.in_features), random(problem.rows, grid.out_features), random(grid.out_features)
+    x.requires_grad_(problem.training and problem.input_grad)
+
+    def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear(x, weight, bias)
+
+    def factored(plan: str) -> Callable[..., Tensor]:
+        live = index if plan == "packed" else mask
+        return lambda x, coeff, tiles, bias: kron_linear(x, coeff, tiles, bias, plan=plan, live=live)
+
+    def packed(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        return packed_linear(x, values, index, bias)
+
+    def unpacked(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        blocks = values.new_zeros(grid.blocks, bm, bn).index_copy(0, position, values)
+        return linear(x, grid.from_blocks(blocks.unflatten(0, (m1, n1))), bias)
+
+    def step(function: Callable[..., Tensor], *weights: Tensor) -> Callable[[], object]:
+        operands = (x, *(weight.detach().requires_grad_(problem.training) for weight in (*weights, bias)))
+        if not problem.training:
+            return lambda: function(*operands)
+        wanted = [each for each in operands if each.requires_grad]
+        return lambda: torch.autograd.grad(function(*operands), wanted, dy)
+
+    runs = {REFERENCE: step(dense, random(grid.out_features, grid.in_features))}
+    if problem.rank is None:
+        values = random(live, bm, bn)
+        functions: dict[str, Callable[..., Tensor]] = {"packed": packed, "dense": unpacked}
+        return runs | {plan: step(functions[plan], values) for plan in candidates(problem)}
+    factors = random(m1, n1, problem.rank), random(problem.tile_groups, problem.rank, bm, bn)
+    return runs | {plan: step(factored(plan), *factors) for plan in candidates(problem)}
+
+
+def _interleaved(runs: Runs, synchronize: Callable[[], None]) -> dict[str, float]:
+    """Median seconds of each, taking turns; whoever is clearly slower than the best has no further turns."""
+
+    def once(run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        synchronize()
+        return time.perf_counter() - start
+
+    running = []
+    for name, run in runs.items():
+        with contextlib.suppress(torch.OutOfMemoryError):
+            once(run)  # not counted: libraries and memory are fetched now
+            running.append(name)
+    taken: dict[str, list[float]] = {name: [] for name in running}
+    end = time.perf_counter() + BUDGET
+    for turn in range(1, _MOST_TURNS + 1):
+        for name in running:
+            taken[name].append(once(runs[name]))
+        best = min(min(values) for values in taken.values() if values)
+        limit = (3.0 if turn == 1 else 1.5) * best
+        running = [name for name in running if min(taken[name]) <= limit or (name == REFERENCE and turn < _LEAST_TURNS)]
+        if turn >= _LEAST_TURNS and time.perf_counter() > end:
+            break
+    return {name: statistics.median(values) for name, values in taken.items() if values}

@@ -1,0 +1,195 @@
+"""Timings of this machine, kept: in the process, and in the user's cache folder, a small JSON file each.
+
+The folder is `KRONBLOCKS_CACHE` (0 or off: none), or kronblocks in the system's cache folder. A file is named by a hash of what
+its timings depend on, written to the side and moved into place, so that any number of processes may read and write at once. What
+cannot be read, or does not look like timings, is measured anew; where nothing can be written, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from kronblocks.ops.backends import backend_key
+from kronblocks.ops.cost import Problem
+from kronblocks.ops.kron import PLAN_NAMES
+from kronblocks.ops.timing import REFERENCE, measure, measured_rows
+
+Tables = dict[str, dict[str, float]]
+"""What timings depend on, as JSON text -> plan -> seconds a step."""
+
+_VERSION = 1
+_MOST_BYTES = 2**16  # of a file; ours have some hundred
+_memo: Tables = {}
+
+
+def timings(problem: Problem, record: Tables | None = None) -> dict[str, float]:
+    """Seconds a step of the plans worth timing and of `F.linear`, known or measured now.
+
+    Measured at densities 1, 1/2, 1/4, ... only, so that a training measures each shape a few times; between two of them time is
+    taken to be linear in the density, and beyond the most rows that are timed, proportional to the rows.
+
+    Args:
+        problem: the layer's product.
+        record: gets the tables that were used.
+    """
+    rows, least = measured_rows(problem), 1 / problem.grid.blocks
+    density = min(1.0, max(problem.density, least))
+    denser = 2.0 ** -math.floor(-math.log2(density))
+    sparser = max(denser / 2, least)
+    share = (density - sparser) / (denser - sparser) if sparser < denser else 1.0
+
+    def table(density: float) -> dict[str, float]:
+        return _table(dataclasses.replace(problem, rows=rows, density=density, gate=False), record)
+
+    if min(share, 1 - share) < 0.05:  # as good as one of the two: the other need not be measured
+        times = dict(table(denser if share > 0.5 else sparser))
+    else:
+        many, few = table(denser), table(sparser)
+        # timed on one side only, since hopeless on the other: a bound from above, in proportion or constant
+        times = {name: value * density / sparser for name, value in few.items()} | many
+        times |= {name: share * many[name] + (1 - share) * few[name] for name in many if name in few}
+    return {name: value * max(1, problem.rows) / rows for name, value in times.items()}
+
+
+def load_tables(tables: Mapping[str, object]) -> None:
+    """Know the timings of an earlier run, whatever the folder holds; entries that are no timings are passed over."""
+    for key, seconds in tables.items():
+        checked = _checked(seconds)
+        if checked is not None:
+            _memo[key] = checked
+
+
+def forget_timings() -> None:
+    """Forget what this process knows; the files stay."""
+    _memo.clear()
+
+
+def _table(problem: Problem, record: Tables | None) -> dict[str, float]:
+    key = _key(problem)
+    if key not in _memo:
+        seconds = _read(key) or _measure(problem, key)
+        if not seconds:
+            return {}
+        _memo[key] = seconds
+    if record is not None:
+        record[key] = _memo[key]
+    return _memo[key]
+
+
+def _measure(problem: Problem, key: str) -> dict[str, float]:
+    seconds = measure(problem)
+    other = _read(key)  # of a process that was quicker: both had better use the same
+    if other is None and len(seconds) > 1:
+        _write(key, seconds)
+    return other or seconds
+
+
+def _key(problem: Problem) -> str:
+    """What timings depend on, as JSON text."""
+    device = problem.device
+    return json.dumps(
+        {
+            "machine": _processor() if device == "cpu" else _accelerator(device),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads() if device == "cpu" else None,
+            "torch": torch.__version__,
+            "backend": backend_key(device, problem.dtype),
+            "shape": [problem.grid.out_features, problem.grid.in_features],
+            "block": list(problem.grid.block),
+            "rank": problem.rank,
+            "tile_groups": problem.tile_groups,
+            "rows": problem.rows,
+            "density": problem.density,
+            "dtype": str(problem.dtype),
+            "device": device,
+            "training": problem.training,
+            "input_grad": problem.input_grad,
+        },
+        sort_keys=True,
+    )
+
+
+@functools.cache
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _accelerator(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+
+
+def cache_folder() -> Path | None:
+    """Where timings are kept; None: nowhere."""
+    setting = os.environ.get("KRONBLOCKS_CACHE", "")
+    if setting.lower() in ("0", "off"):
+        return None
+    if setting:
+        return Path(setting)
+    named = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None)
+    try:
+        home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    except RuntimeError:  # a user without a home
+        home = None
+    base = Path(named) if named else home
+    return base / "kronblocks" if base is not None and base.is_absolute() else None
+
+
+def _path(key: str) -> Path | None:
+    folder = cache_folder()
+    return folder / "timings" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json" if folder else None
+
+
+def _read(key: str) -> dict[str, float] | None:
+    path = _path(key)
+    try:
+        if path is None or not path.is_file():
+            return None
+        with path.open("rb") as file:
+            content = json.loads(file.read(_MOST_BYTES))
+    except (OSError, ValueError, RecursionError):  # unreadable, no JSON, or made to do harm
+        return None
+    if not isinstance(content, dict) or (content.get("version"), content.get("key")) != (_VERSION, key):
+        return None
+    return _checked(content.get("seconds"))
+
+
+def _checked(seconds: object) -> dict[str, float] | None:
+    """The timings, if they are some: finite positive numbers of seconds, of plans that exist."""
+    if not isinstance(seconds, dict) or len(seconds) < 2 or not seconds.keys() <= {REFERENCE, *PLAN_NAMES}:
+        return None
+    if not all(isinstance(value, float) and 0 < value < 1e6 for value in seconds.values()):
+        return None
+    return dict(seconds)
+
+
+def _write(key: str, seconds: dict[str, float]) -> None:
+    path = _path(key)
+    if path is None:
+        return
+    with contextlib.suppress(OSError):  # a folder that cannot be written to is no reason to stop, or to complain
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".json")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump({"version": _VERSION, "key": key, "seconds": seconds}, file)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise

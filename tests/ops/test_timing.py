@@ -1,0 +1,135 @@
+"""Measuring: what is run, that nothing leaks in or out. No time is asserted, only that there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from kronblocks import BlockGrid, BlockSize, Problem
+from kronblocks.ops import timing
+from kronblocks.ops.cost import estimated_seconds, intermediate_bytes, possible_plans
+from kronblocks.ops.timing import REFERENCE, affordable, candidates, measure, measured_rows
+
+META = torch.device("meta")
+PROBLEM = Problem(BlockGrid(24, 32, BlockSize(4, 8)), rank=2, tile_groups=3, rows=10, density=0.5)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(timing, "BUDGET", 0.0)
+
+
+@pytest.fixture
+def all_plans(monkeypatch):
+    monkeypatch.setattr(timing, "_NEAR", float("inf"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.usefixtures("all_plans")
+def test_every_plan_and_the_reference_are_timed(rank, training, dtype):
+    found = measure(dataclasses.replace(PROBLEM, rank=rank, training=training, dtype=dtype))
+    assert found.keys() == {REFERENCE, *possible_plans(rank)}
+    assert all(0 < value < 60 for value in found.values())
+
+
+@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.usefixtures("all_plans")
+def test_all_plans_are_given_the_same_product(rank, monkeypatch):
+    """What is timed as a plan must compute what the others compute, dead blocks and bias included."""
+    outputs: list[torch.Tensor] = []
+    problem = dataclasses.replace(PROBLEM, rank=rank, training=False, dtype=torch.float64)
+    for name, run in timing._runs(problem).items():
+        y = run()
+        assert isinstance(y, torch.Tensor) and y.shape == (10, 24)
+        outputs += [y] if name != REFERENCE else []
+    for y in outputs[1:]:
+        torch.testing.assert_close(y, outputs[0], rtol=1e-10, atol=1e-10)  # float64 sums in another order
+
+
+@pytest.mark.parametrize("input_grad", [True, False])
+@pytest.mark.usefixtures("all_plans")
+def test_gradients_are_those_that_a_layer_computes(input_grad):
+    for run in timing._runs(dataclasses.replace(PROBLEM, input_grad=input_grad)).values():
+        with torch.enable_grad():
+            gradients = run()
+        assert isinstance(gradients, tuple)
+        assert ((10, 32) in [tuple(g.shape) for g in gradients]) == input_grad
+        assert (24,) in [tuple(g.shape) for g in gradients]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu"), lambda: torch.device("meta")]
+)
+def test_modes_of_the_caller_do_not_leak_in_and_nothing_leaks_out(mode, training):
+    state, default = torch.get_rng_state(), torch.get_default_dtype()
+    with mode():
+        before = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
+        assert len(measure(dataclasses.replace(PROBLEM, training=training))) > 1
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")) == before
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_default_dtype() == default
+
+
+def test_measuring_in_the_hook_of_an_optimiser():
+    layer, found = nn.Linear(3, 3), []
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: found.append(measure(PROBLEM)))
+    layer(torch.ones(2, 3)).sum().backward()
+    gradient = layer.weight.grad.clone()
+    optimizer.step()
+    assert len(found[0]) > 1 and torch.equal(layer.weight.grad, gradient)
+
+
+def test_only_plans_near_the_best_estimate_are_run():
+    problem = Problem(BlockGrid(1024, 1024, BlockSize(4, 4)), rank=16, rows=64)
+    least = min(estimated_seconds(problem, plan) for plan in possible_plans(16))
+    assert all(estimated_seconds(problem, plan) <= 5 * least for plan in candidates(problem))
+    assert 0 < len(candidates(problem)) < 4
+
+
+def test_plans_of_absurd_memory_are_not_run():
+    problem = Problem(BlockGrid(4096, 4096, BlockSize(16, 16)), rank=4, tile_groups=256, rows=4096)
+    assert intermediate_bytes(problem, "tile_first") > 2**31
+    assert not affordable(problem, "tile_first") and "tile_first" not in candidates(problem)
+    assert affordable(problem, "packed")
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "measured"),
+    [(0, 64, 1), (1, 4096, 1), (200, 4096, 200), (100_000, 64, 4096), (5000, 1024, 1024), (5000, 4096, 256)],
+)
+def test_few_rows_stand_for_many(rows, features, measured):
+    assert measured_rows(Problem(BlockGrid(features, features, BlockSize(4, 4)), 2, rows=rows)) == measured
+
+
+def test_time_grows_with_the_rows_that_were_not_run(monkeypatch):
+    monkeypatch.setattr(timing, "_interleaved", lambda runs, synchronize: dict.fromkeys(runs, 2.0))
+    assert set(measure(dataclasses.replace(PROBLEM, rows=3 * 4096)).values()) == {6.0}
+
+
+def test_a_plan_that_runs_out_of_memory_is_left_out(monkeypatch):
+    def bursts(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(timing, "packed_linear", bursts)
+    monkeypatch.setattr(timing, "_NEAR", float("inf"))
+    assert measure(dataclasses.replace(PROBLEM, rank=None)).keys() == {REFERENCE, "dense"}
+
+
+def test_the_clearly_slower_drop_out():
+    """By turns counted, not by the clock: the slow one sleeps."""
+    import time
+
+    turns = {"slow": 0, "quick": 0}
+
+    def run(name, seconds):
+        turns[name] += 1
+        time.sleep(seconds)
+
+    found = timing._interleaved({"slow": lambda: run("slow", 0.05), "quick": lambda: run("quick", 0.0)}, lambda: None)
+    assert turns["slow"] == 2 and turns["quick"] > 3 and found["slow"] > found["quick"]
