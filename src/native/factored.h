@@ -124,22 +124,48 @@ inline void for_runs(const Pieces& p, int rows, Move move) {
     }
 }
 
-template <class T>
+// body(W): W is the width as a constant where it is a usual one and runs have that length, else 0
+template <class Body>
+inline void with_width(int width, Body body) {
+  switch (width) {
+    case 4: return body(std::integral_constant<int, 4>());
+    case 8: return body(std::integral_constant<int, 8>());
+    case 16: return body(std::integral_constant<int, 16>());
+    case 32: return body(std::integral_constant<int, 32>());
+    default: return body(std::integral_constant<int, 0>());
+  }
+}
+
+template <int W, class T>
 inline void copy_run(T* to, const T* from, int length) {
-  constexpr int n = kLanes<T>;
-  for (; length >= n; length -= n, from += n, to += n) store(to, load<Vec<T>>(from));
-  for (; length >= 4; length -= 4, from += 4, to += 4) std::memcpy(to, from, 4 * sizeof(T));
-  for (; length > 0; --length) *to++ = *from++;
+  if constexpr (W > 0) {
+    (void)length;
+    std::memcpy(to, from, W * sizeof(T));
+  } else {
+    constexpr int n = kLanes<T>;
+    for (; length >= n; length -= n, from += n, to += n) store(to, load<Vec<T>>(from));
+    for (; length > 0; --length) *to++ = *from++;
+  }
+}
+
+// runs of so many numbers, `rows` of them, from one spacing to another
+template <class T>
+inline void copy_rows(int rows, int width, const T* from, std::ptrdiff_t from_step, T* to, std::ptrdiff_t to_step) {
+  with_width(width, [&](auto w) {
+    for (int t = 0; t < rows; ++t) copy_run<decltype(w)::value>(to + t * to_step, from + t * from_step, width);
+  });
 }
 
 // panel[piece][s][number] from rows of M, whose row has row_step numbers; what no row fills becomes 0
 template <class T>
 void pack_pieces(const Pieces& p, int rows, std::int64_t sources, const T* from, std::ptrdiff_t row_step, T* panel) {
   const std::int64_t piece_step = sources * p.size, filled = std::int64_t(rows) * p.width, all = p.count() * p.size;
-  for_runs(p, rows, [&](int t, int c, std::int64_t piece, int inside, int length) {
-    T* to = panel + piece * piece_step + inside;
-    const T* source = from + t * row_step + c;
-    for (std::int64_t s = 0; s < sources; ++s) copy_run(to + s * p.size, source + s * p.width, length);
+  with_width(p.size % p.width ? 0 : p.width, [&](auto w) {
+    for_runs(p, rows, [&](int t, int c, std::int64_t piece, int inside, int length) {
+      T* to = panel + piece * piece_step + inside;
+      const T* source = from + t * row_step + c;
+      for (std::int64_t s = 0; s < sources; ++s) copy_run<decltype(w)::value>(to + s * p.size, source + s * p.width, length);
+    });
   });
   for (std::int64_t place = filled; place < all; ++place)
     for (std::int64_t s = 0; s < sources; ++s) panel[place / p.size * piece_step + s * p.size + place % p.size] = T(0);
@@ -239,25 +265,37 @@ struct Tile {
                                panel + piece * f.sources * size, size, mixed + first * length + piece * size, length);
   }
 
-  // Q of the k-th o of a group, from `mixed` to by_rows
-  void mixture_by_rows(int k) {
+  // Q of the k-th o of a group as rows [t][i, c]
+  const T* mixture(int k) {
     const std::ptrdiff_t length = pieces.count() * size;
-    for (int i = 0; i < f.rank; ++i) {
-      const T* from = mixed + (k * f.rank + i) * length;
-      T* to = by_rows + i * f.m_width;
-      for (int t = 0; t < rows; ++t) copy_run(to + t * f.spread(), from + t * f.m_width, f.m_width);
-    }
+    const T* from = mixed + k * f.rank * length;
+    if (f.rank == 1) return from;  // the running index is (t, c) already
+    for (int i = 0; i < f.rank; ++i)
+      copy_rows(rows, f.m_width, from + i * length, f.m_width, by_rows + i * f.m_width, f.spread());
+    return by_rows;
   }
 
   // E of o from N's rows, to its place in `spreads`, of which a piece holds `stride` rows (o, i); `place`: the first of o's
   void spread(std::int64_t o, const T* n_rows, std::ptrdiff_t n_step, std::int64_t place, std::int64_t stride) {
     small_gemm<T>(rows, f.spread(), f.n_width, {n_rows, n_step, 1}, f.bank(o), f.spread(), by_rows, f.spread(), false);
-    for_runs(pieces, rows, [&](int t, int c, std::int64_t piece, int inside, int length) {
-      for (int i = 0; i < f.rank; ++i)
-        copy_run(spreads + (piece * stride + place + i) * size + inside, by_rows + t * f.spread() + i * f.m_width + c, length);
-    });
-    const std::int64_t all = pieces.count() * size;
-    for (std::int64_t at = std::int64_t(rows) * f.m_width; at < all; ++at)
+    const std::int64_t filled = std::int64_t(rows) * f.m_width, all = pieces.count() * size, step = stride * size;
+    T* to = spreads + place * size;
+    if (f.rank == 1) {
+      for (std::int64_t at = 0; at < filled; at += size, to += step) {
+        if (filled - at >= size)
+          std::memcpy(to, by_rows + at, size * sizeof(T));
+        else
+          copy_run<0>(to, by_rows + at, int(filled - at));
+      }
+    } else {
+      with_width(size % f.m_width ? 0 : f.m_width, [&](auto w) {
+        for_runs(pieces, rows, [&](int t, int c, std::int64_t piece, int inside, int length) {
+          for (int i = 0; i < f.rank; ++i)
+            copy_run<decltype(w)::value>(to + piece * step + i * size + inside, by_rows + t * f.spread() + i * f.m_width + c, length);
+        });
+      });
+    }
+    for (std::int64_t at = filled; at < all; ++at)
       for (int i = 0; i < f.rank; ++i) spreads[(at / size * stride + place + i) * size + at % size] = T(0);
   }
 
@@ -266,37 +304,38 @@ struct Tile {
     alignas(64) T sums[kMixRows * size];
     for (std::int64_t piece = 0; piece < pieces.count(); ++piece) {
       const T* in = spreads + piece * f.outer * f.rank * size;
+      const std::int64_t first = piece * size, end = std::min(first + size, std::int64_t(rows) * f.m_width);
       for (std::int64_t group = 0; group < lists.groups(); ++group) {
         const int here = int(std::min<std::int64_t>(lists.per_group, f.sources - group * lists.per_group));
         weighted_sums_of<T, V>(lists.per_group, lists, group, 0, f.rank, in, size, sums, size);
-        for (int k = 0; k < here; ++k) {
-          const std::int64_t s = group * lists.per_group + k;
-          std::int64_t at = piece * size;
-          for (int place = 0; place < size;) {
+        with_width(size % f.m_width ? 0 : f.m_width, [&](auto w) {
+          for (std::int64_t at = first; at < end;) {
             const std::int64_t t = at / f.m_width;
-            const int c = int(at % f.m_width), length = std::min(f.m_width - c, size - place);
-            if (t >= rows) break;
-            T* to = out + t * out_step + s * f.m_width + c;
-            if (bias)
-              for (int j = 0; j < length; ++j) to[j] = sums[k * size + place + j] + bias[s * f.m_width + c + j];
-            else
-              copy_run(to, sums + k * size + place, length);
+            const int c = int(at % f.m_width), length = int(std::min<std::int64_t>(f.m_width - c, end - at));
+            for (int k = 0; k < here; ++k) {
+              const std::int64_t feature = (group * lists.per_group + k) * f.m_width + c;
+              const T* from = sums + k * size + (at - first);
+              T* to = out + t * out_step + feature;
+              if (bias)
+                for (int j = 0; j < length; ++j) to[j] = from[j] + bias[feature + j];
+              else
+                copy_run<decltype(w)::value>(to, from, length);
+            }
             at += length;
-            place += length;
           }
-        }
+        });
       }
     }
   }
 
-  // N_o = Q_o B^T from by_rows, stored in or added to rows of N; tiles_t: banks of (rank * m_width, n_width)
-  void apply(std::int64_t o, const T* tiles_t, const T* bias, T* out, std::ptrdiff_t out_step, bool add) {
+  // N_o = Q_o B^T, stored in or added to rows of N; tiles_t: banks of (rank * m_width, n_width)
+  void apply(std::int64_t o, const T* mixture, const T* tiles_t, const T* bias, T* out, std::ptrdiff_t out_step, bool add) {
     T* to = out + o * f.n_width;
     if (bias) {
       for (int t = 0; t < rows; ++t) std::memcpy(to + t * out_step, bias + o * f.n_width, f.n_width * sizeof(T));
       add = true;
     }
-    small_gemm<T>(rows, f.n_width, f.spread(), {by_rows, f.spread(), 1}, tiles_t + f.bank_number(o) * f.n_width * f.spread(),
+    small_gemm<T>(rows, f.n_width, f.spread(), {mixture, f.spread(), 1}, tiles_t + f.bank_number(o) * f.n_width * f.spread(),
                   f.n_width, to, out_step, add);
   }
 
@@ -409,8 +448,7 @@ void kron_forward_group(const Sides<T>& f, const MixLists<T>& lists, bool tile_f
       for (std::int64_t group = 0; group < lists.groups(); ++group) {
         tile.mix(lists, group);
         for (int k = 0; k < lists.per_group && group * lists.per_group + k < f.outer; ++k) {
-          tile.mixture_by_rows(k);
-          tile.apply(group * lists.per_group + k, tiles_t, bias, to, outputs, false);
+          tile.apply(group * lists.per_group + k, tile.mixture(k), tiles_t, bias, to, outputs, false);
         }
       }
     }
@@ -472,11 +510,11 @@ void kron_backward_group(const KronShape& k, const Sides<T>& f, bool tile_first,
         tile.mix(mixes, g);
         for (int j = 0; j < here; ++j) {
           const std::int64_t o = g * mixes.per_group + j;
-          for (int t = 0; t < tile.rows; ++t) copy_run(tile.block + t * f.n_width, n_rows + t * n_step + o * f.n_width, f.n_width);
-          tile.mixture_by_rows(j);
-          small_gemm<T>(f.n_width, f.spread(), tile.rows, {tile.block, 1, f.n_width}, tile.by_rows, f.spread(),
+          copy_rows(tile.rows, f.n_width, n_rows + o * f.n_width, n_step, tile.block, f.n_width);
+          const T* mixture = tile.mixture(j);
+          small_gemm<T>(f.n_width, f.spread(), tile.rows, {tile.block, 1, f.n_width}, mixture, f.spread(),
                         own_banks + f.bank_number(o) * bank_size, f.spread(), true);
-          if (tile_first && dx) tile.apply(o, tiles_t, nullptr, dx + first * inputs, inputs, group > 0);
+          if (tile_first && dx) tile.apply(o, mixture, tiles_t, nullptr, dx + first * inputs, inputs, group > 0);
           tile.spread(o, tile.block, f.n_width, place + j * f.rank, stride);
         }
         // the last group may want more rows than there are; what it reads of others or of old ones is never used

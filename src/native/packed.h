@@ -189,8 +189,8 @@ inline void inner_products_of(int rows, int cols, const T* dy, const T* x, std::
 template <class T>
 void packed_grad_values(const PackedIndex& index, const T* dy, const T* x, std::int64_t count, T* dvalues, std::int64_t capacity,
                         int threads) {
-  constexpr int n = kLanes<T>, most = 256;
-  constexpr std::int64_t stripe_bytes = 384 << 10;
+  constexpr int n = kLanes<T>, most = 512;
+  constexpr std::int64_t stripe_bytes = 192 << 10;
   static thread_local Scratch left_scratch, right_scratch;
   const int bm = int(index.bm), bn = int(index.bn), area = bm * bn;
   const std::int64_t outputs = index.m1 * bm, inputs = index.n1 * bn, vectors = (count + n - 1) / n;

@@ -14,7 +14,22 @@ from kronblocks.ops.backends import library, native
 
 pytestmark = pytest.mark.skipif(library.unavailable_reason() is not None, reason=f"{library.unavailable_reason()}")
 
-BLOCKS = ((1, 1), (2, 2), (3, 5), (4, 4), (8, 8), (16, 16), (16, 4), (8, 32), (7, 9), (1, 16), (16, 1), (32, 32), (5, 40), (128, 128))
+BLOCKS = (
+    (1, 1),
+    (2, 2),
+    (3, 5),
+    (4, 4),
+    (8, 8),
+    (16, 16),
+    (16, 4),
+    (8, 32),
+    (7, 9),
+    (1, 16),
+    (16, 1),
+    (32, 32),
+    (5, 40),
+    (128, 128),
+)
 ROWS = (0, 1, 2, 3, 4, 5, 15, 17, 40, 130, 300)
 
 
