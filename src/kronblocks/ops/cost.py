@@ -12,6 +12,7 @@ import torch
 
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
+from kronblocks.ops import backends
 from kronblocks.ops.kron import PLAN_NAMES
 
 ASSUMED_ROWS = 1024
@@ -107,7 +108,7 @@ def cost(problem: Problem, plan: str) -> Cost:
     # an einsum copies its operands into the layout of a matrix product: each use of the intermediate is about three passes
     passes = (3 * 4 if problem.training else 3) if plan.endswith("first") else (4 if problem.training else 2)
     parameters = _parameters(problem)
-    moved = (ends * (3 if problem.training else 1) + intermediate * passes + parameters) * itemsize
+    moved = (ends * (3 if problem.training else 1) + parameters) * itemsize + intermediate_bytes(problem, plan) * passes
     return Cost(
         forward_macs=round(first + second),
         backward_macs=round(backward) if problem.training else 0,
@@ -118,22 +119,37 @@ def cost(problem: Problem, plan: str) -> Cost:
     )
 
 
+def _native(problem: Problem) -> bool:
+    return backends.name(problem.device.split(":")[0], problem.dtype) == "native"
+
+
 def intermediate_bytes(problem: Problem, plan: str) -> int:
-    """Bytes of what stands between a plan's two stages: the built W or blocks, or the first stage's result for all rows."""
-    return _stages(problem, plan)[2] * problem.dtype.itemsize
+    """Bytes of memory between a plan's two stages: the built W or blocks, or the first stage's result for all rows.
+
+    The native kernels keep the latter in cache: 0.
+    """
+    in_cache = plan.endswith("first") and _native(problem)
+    return 0 if in_cache else _stages(problem, plan)[2] * problem.dtype.itemsize
 
 
 # multiply-adds per second, and bytes per second inside and outside the cache; only ratios matter: 2 CPU cores, one large GPU
 _RATES = {"cpu": (65e9, 20e9, 8e9), "cuda": (25e12, 4e12, 2e12)}
 _CACHE_BYTES = 16e6
 _PRODUCT_SECONDS = 2e-5  # to launch one of the small products of which the PyTorch backend's packed plan is made
+_CALL_SECONDS = 5e-5  # of an operator of ours before it computes
+_LANES, _FEW_ROWS = 16, 4  # the native kernels' vectors hold so many rows of x, unless there are very few
 
 
 def _efficiency(problem: Problem, plan: str) -> float:
-    """Share of a dense product's rate that a plan's products reach on the PyTorch backend (measured on 2 CPU cores)."""
-    if plan == "packed":  # one thin product per block row: 0.03 at 4x4, 0.1 at 16x16
-        return min(0.8, 0.006 * min(problem.grid.block))
-    return 1.0 if plan == "dense" else 0.6
+    """Share of a dense product's rate that a plan's products reach (measured on 2 CPU cores)."""
+    if plan == "dense":
+        return 1.0
+    if _native(problem):
+        full = {"packed": 1.0, "coeff_first": 0.8, "tile_first": 0.6}[plan]
+        few = plan != "packed" or (problem.rows <= _FEW_ROWS and not problem.training)
+        return full if few else full * min(1.0, max(1, problem.rows) / _LANES)
+    # PyTorch's packed plan is one thin product per block row: 0.03 at 4x4, 0.1 at 16x16
+    return min(0.8, 0.006 * min(problem.grid.block)) if plan == "packed" else 0.6
 
 
 def estimated_seconds(problem: Problem, plan: str) -> float:
@@ -141,8 +157,10 @@ def estimated_seconds(problem: Problem, plan: str) -> float:
     rate, cached, uncached = _RATES.get(problem.device.split(":")[0], _RATES["cpu"])
     counts = cost(problem, plan)
     bandwidth = cached if intermediate_bytes(problem, plan) < _CACHE_BYTES else uncached
-    products = (2 if problem.training else 1) * sum(problem.grid.shape) if plan == "packed" else 0
-    return counts.macs / (rate * _efficiency(problem, plan)) + counts.moved_bytes / bandwidth + products * _PRODUCT_SECONDS
+    overhead = 0.0 if plan == "dense" else _CALL_SECONDS
+    if plan == "packed" and not _native(problem):
+        overhead += (2 if problem.training else 1) * sum(problem.grid.shape) * _PRODUCT_SECONDS
+    return counts.macs / (rate * _efficiency(problem, plan)) + counts.moved_bytes / bandwidth + overhead
 
 
 def possible_plans(rank: int | None) -> tuple[str, ...]:
