@@ -10,7 +10,7 @@ from kronblocks import BlockGrid, BlockIndex, BlockSize, BlockSparseLinear, Kron
 from kronblocks.ops import backends
 from kronblocks.ops.backends import torch as torch_backend
 from kronblocks.ops.choice import choose_plan
-from kronblocks.ops.cost import Problem, check_plan, cost, estimated_seconds, possible_plans
+from kronblocks.ops.cost import Problem, check_plan, cost, estimated_seconds, intermediate_bytes, possible_plans
 from kronblocks.ops.kron import PLAN_NAMES, kron_linear
 
 FACTORED = ("dense", "tile_first", "coeff_first")
@@ -165,20 +165,32 @@ def test_choice(device, training, rank, density):
 
 
 @pytest.mark.parametrize(
-    ("grid", "block", "settings", "plan"),
+    ("grid", "block", "settings", "plans"),
     [
-        # one tile, large blocks: 1/m1 + 1/bn of dense
-        ((64, 64), (16, 16), {"rank": 1}, "tile_first"),
+        # large blocks: 1/bm + 1/n1 of dense
+        ((64, 64), (16, 16), {"rank": 1}, {"tile_first", "coeff_first"}),
         # more terms than the factored plans can bear: r/bm > 1
-        ((256, 256), (4, 4), {"rank": 16}, "dense"),
+        ((256, 256), (4, 4), {"rank": 16}, {"dense", "packed"}),
         # nearly everything dead, and large blocks
-        ((32, 32), (64, 64), {"rank": None, "density": 0.02, "rows": 8192}, "packed"),
-        # nothing dead: packed would do dense's work in small pieces
-        ((64, 64), (16, 16), {"rank": None, "density": 1.0}, "dense"),
+        ((32, 32), (64, 64), {"rank": None, "density": 0.02, "rows": 8192}, {"packed"}),
     ],
 )
-def test_choices_that_are_clear(grid, block, settings, plan):
-    assert choose_plan(problem(grid, block, **settings)).plan == plan
+def test_choices_that_are_clear(grid, block, settings, plans):
+    assert choose_plan(problem(grid, block, **settings)).plan in plans
+
+
+def test_without_native_kernels_packed_wants_many_zeros(monkeypatch):
+    """Nothing dead: PyTorch's packed plan would do dense's work in small pieces."""
+    monkeypatch.setattr(backends, "name", lambda device, dtype: "torch")
+    dead = problem((64, 64), (16, 16), rank=None, density=1.0)
+    assert estimated_seconds(dead, "dense") < estimated_seconds(dead, "packed")
+    assert intermediate_bytes(problem(rank=2), "coeff_first") > 0
+
+
+def test_native_kernels_keep_the_intermediate_in_cache(monkeypatch):
+    monkeypatch.setattr(backends, "name", lambda device, dtype: "native")
+    assert intermediate_bytes(problem(rank=2), "coeff_first") == intermediate_bytes(problem(rank=2), "tile_first") == 0
+    assert intermediate_bytes(problem(rank=2), "dense") == 12 * 15 * 4
 
 
 def test_choice_without_rows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -63,6 +64,22 @@ def choose_plan(problem: Problem, *, measure: bool = False) -> PlanChoice:
         f"{f'the others relative to it: {others}' if others else 'no other plan came near it by its counts'}"
     )
     return PlanChoice(best, backends.name(problem.device, problem.dtype), why, _costs(problem), MappingProxyType(seconds))
+
+
+_DEPLOY_GAIN = 1.05  # a block-sparse form must be measured this much faster than a plain weight to be taken instead of it
+
+
+def choose_deployed(problem: Problem) -> str:
+    """The form in which to store a finished layer: a plan that computes from its blocks, or "dense", a plain `nn.Linear`.
+
+    Chosen by timings of this machine for inference: a plain weight is built once and not at every call, as a layer with the plan
+    "dense" would.
+    """
+    problem = dataclasses.replace(problem, training=False)
+    plans = plan_seconds(problem, measure=True)
+    plans.pop("dense", None)
+    best = min(plans, key=plans.__getitem__, default="dense")
+    return best if plans and plans[best] * _DEPLOY_GAIN < timings(problem)[REFERENCE] else "dense"
 
 
 @functools.lru_cache(maxsize=4096)

@@ -51,11 +51,8 @@ def random_mask(grid: BlockGrid, density: float, generator: torch.Generator) -> 
 
 
 def auto_plan_(layer: BlockLayer, rows: int, *, training: bool) -> str:
-    """Let "auto" choose for this many rows; returns the plan that the layer computes with from now on."""
-    if training:
-        layer.choose_plan_(rows)
-    else:
-        layer.use_plan_(choose_plan(layer.problem(rows=rows, training=False)).plan)
+    """Let "auto" choose by timings for this many rows; returns the plan that the layer computes with from now on."""
+    layer.use_plan_(choose_plan(layer.problem(rows=rows, training=training), measure=True).plan)
     return layer.active_plan
 
 
