@@ -49,8 +49,8 @@ def choose_plan(problem: Problem, *, measure: bool = False) -> PlanChoice:
             unless this machine's timings are known already (`ops/timing_cache.py`).
 
     >>> from kronblocks.blocks import BlockGrid, BlockSize
-    >>> choose_plan(Problem(BlockGrid(1024, 1024, BlockSize(16, 16)), rank=1)).plan
-    'tile_first'
+    >>> choose_plan(Problem(BlockGrid(1024, 1024, BlockSize(16, 16)), rank=1)).plan in ("tile_first", "coeff_first")
+    True
     """
     plans = plan_seconds(problem, measure=True) if measure else {}
     if not plans:
