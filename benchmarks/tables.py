@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kronblocks.experiments.bench.page import summary
 from kronblocks.experiments.runs import read_json, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -105,6 +106,7 @@ def main() -> None:
     """All tables and figures."""
     accuracy = read_json(ROOT / "benchmarks/results/accuracy.json")
     fill(ROOT / "README.md", "accuracy", accuracy_table(accuracy))
+    fill(ROOT / "README.md", "speed", "\n".join(summary(ROOT / "benchmarks/results")))
     accuracy_figure(accuracy, ROOT / "docs/figures/accuracy.png")
 
 

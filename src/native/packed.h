@@ -184,38 +184,112 @@ inline void inner_products_of(int rows, int cols, const T* dy, const T* x, std::
     inner_products_of<T, R, Q - 1>(rows, cols, dy, x, step, lanes, block, block_step, add);
 }
 
-// Rows of x and dy are transposed some hundreds at a time into panels that all threads share; then each thread owns rows of
-// blocks, so no two write the same values, and the result does not depend on how many there are.
+// dy^T x on one block where whole vectors fit along its columns: sums of outer products, rows of x one after another
+template <class T, int R, int V>
+inline void outer_products(const T* dy, int dy_step, const T* x, int x_step, int rows, T* block, int block_step, bool add) {
+  constexpr int n = kLanes<T>;
+  Vec<T> sum[R][V] = {};
+  for (int t = 0; t < rows; ++t, dy += dy_step, x += x_step) {
+    Vec<T> right[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) right[v] = load<Vec<T>>(x + v * n);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[r][v] += right[v] * dy[r];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      T* to = block + r * block_step + v * n;
+      store(to, add ? sum[r][v] + load<Vec<T>>(to) : sum[r][v]);
+    }
+}
+
+template <class T, int V, int R>
+inline void outer_products_of(int count, const T* dy, int dy_step, const T* x, int x_step, int rows, T* block, int block_step,
+                              bool add) {
+  for (; count >= R; count -= R, dy += R, block += R * block_step)
+    outer_products<T, R, V>(dy, dy_step, x, x_step, rows, block, block_step, add);
+  if constexpr (R > 1) {
+    if (count) outer_products_of<T, V, (R + 1) / 2>(count, dy, dy_step, x, x_step, rows, block, block_step, add);
+  }
+}
+
+// How a block's gradient is summed over rows of x: as inner products of features, for which dy and x are transposed (every block
+// size), or as outer products of rows, for which blocks of columns are copied together.
 template <class T>
-void packed_grad_values(const PackedIndex& index, const T* dy, const T* x, std::int64_t count, T* dvalues, std::int64_t capacity,
-                        int threads) {
-  constexpr int n = kLanes<T>, most = 512;
+struct ByFeatures {
+  static constexpr int unit = kLanes<T>;
+
+  static void pack(const T* from, std::int64_t step, int rows, int lanes, int, std::int64_t begin, std::int64_t end, T* to,
+                   std::int64_t to_step) {
+    pack_transposed(from + begin, step, rows, int(end - begin), to + begin * to_step, to_step, lanes);
+  }
+
+  static void block(const T* dy, const T* x, std::int64_t step, int lanes, int, int bm, int bn, T* block, bool add) {
+    const int row_parts = (bm + kDotRows - 1) / kDotRows, col_parts = (bn + kDotCols - 1) / kDotCols;
+    for (int p = 0; p < row_parts; ++p)
+      for (int q = 0; q < col_parts; ++q) {
+        const Range a = share(bm, row_parts, p), b = share(bn, col_parts, q);
+        inner_products_of<T>(int(a.end - a.begin), int(b.end - b.begin), dy + a.begin * step, x + b.begin * step, step, lanes,
+                             block + a.begin * bn + b.begin, bn, add);
+      }
+  }
+};
+
+template <class T>
+struct ByRows {
+  static constexpr int unit = 1;
+
+  // features [begin, end) are whole blocks of `width`; a block's rows stand one after another
+  static void pack(const T* from, std::int64_t step, int rows, int, int width, std::int64_t begin, std::int64_t end, T* to,
+                   std::int64_t to_step) {
+    for (int t = 0; t < rows; ++t)
+      for (std::int64_t c = begin; c < end; c += width)
+        std::memcpy(to + c * to_step + std::int64_t(t) * width, from + t * step + c, width * sizeof(T));
+  }
+
+  static void block(const T* dy, const T* x, std::int64_t, int, int rows, int bm, int bn, T* block, bool add) {
+    constexpr int n = kLanes<T>;
+    int q = 0;
+    for (; q + 2 * n <= bn; q += 2 * n)
+      outer_products_of<T, 2, (kRegisters == 32 ? 8 : 6)>(bm, dy, bm, x + q, bn, rows, block + q, bn, add);
+    if (q < bn) outer_products_of<T, 1, (kRegisters == 32 ? 16 : 12)>(bm, dy, bm, x + q, bn, rows, block + q, bn, add);
+  }
+};
+
+// Some hundreds of rows of x and dy at a time go into panels that all threads share; then each thread owns rows of blocks, so no
+// two write the same values, and the result does not depend on how many there are.
+template <class T, class Way>
+void grad_values(const PackedIndex& index, const T* dy, const T* x, std::int64_t count, T* dvalues, int threads) {
+  constexpr int n = kLanes<T>, most = Way::unit == 1 ? 128 : 512;
   constexpr std::int64_t stripe_bytes = 192 << 10;
   static thread_local Scratch left_scratch, right_scratch;
   const int bm = int(index.bm), bn = int(index.bn), area = bm * bn;
   const std::int64_t outputs = index.m1 * bm, inputs = index.n1 * bn, vectors = (count + n - 1) / n;
-  if (capacity != index.crow[index.m1] || count == 0) std::memset(dvalues, 0, std::size_t(capacity) * area * sizeof(T));
-  if (count == 0) return;
-  const std::int64_t chunks = (vectors * n + most - 1) / most, widest = (vectors + chunks - 1) / chunks * n;
+  // a vector more than the rows, so that features are not all a power of two apart, in few sets of the cache
+  const std::int64_t chunks = (vectors * n + most - 1) / most, widest = ((vectors + chunks - 1) / chunks + 1) * n;
   T* left = left_scratch.take<T>(std::size_t(outputs) * widest);
   T* right = right_scratch.take<T>(std::size_t(inputs) * widest);
-  const std::int64_t stripe = std::max<std::int64_t>(1, stripe_bytes / std::int64_t(sizeof(T)) / std::max<std::int64_t>(1, widest * bn));
+  const std::int64_t stripe = std::max<std::int64_t>(1, stripe_bytes / std::int64_t(sizeof(T)) / (widest * bn));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int team = omp_get_num_threads(), self = omp_get_thread_num();
     const Range own = share_rows(index.crow, index.m1, team, self);
-    const int row_parts = (bm + kDotRows - 1) / kDotRows, col_parts = (bn + kDotCols - 1) / kDotCols;
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
       const Range part = share(vectors, int(chunks), int(chunk));
       const std::int64_t first = part.begin * n;
       const int lanes = int(part.end - part.begin) * n, here = int(std::min<std::int64_t>(count - first, lanes));
-      const Range to_pack_left = share((outputs + n - 1) / n, team, self), to_pack_right = share((inputs + n - 1) / n, team, self);
-      auto pack = [&](const T* from, std::int64_t features, Range blocks, T* to) {
-        const std::int64_t begin = blocks.begin * n, end = std::min(features, blocks.end * n);
-        pack_transposed(from + first * features + begin, features, here, int(end - begin), to + begin * widest, widest, lanes);
+      auto pack = [&](const T* from, std::int64_t features, int width, T* to) {
+        const std::int64_t unit = Way::unit == 1 ? width : Way::unit;
+        const Range share_of = share((features + unit - 1) / unit, team, self);
+        Way::pack(from + first * features, features, here, lanes, width, share_of.begin * unit,
+                  std::min(features, share_of.end * unit), to, widest);
       };
-      pack(dy, outputs, to_pack_left, left);
-      pack(x, inputs, to_pack_right, right);
+      pack(dy, outputs, bm, left);
+      pack(x, inputs, bn, right);
 #pragma omp barrier
       for (std::int64_t col = 0; col < index.n1; col += stripe)
         for (std::int64_t row = own.begin; row < own.end; ++row) {
@@ -224,20 +298,25 @@ void packed_grad_values(const PackedIndex& index, const T* dy, const T* x, std::
             begin = std::lower_bound(begin, end, std::int32_t(col));
             end = std::lower_bound(begin, end, std::int32_t(std::min(index.n1, col + stripe)));
           }
-          for (const std::int32_t* k = begin; k < end; ++k) {
-            T* block = dvalues + std::int64_t(index.slot[k - index.col]) * area;
-            const T* features = right + std::int64_t(*k) * bn * widest;
-            for (int p = 0; p < row_parts; ++p)
-              for (int q = 0; q < col_parts; ++q) {
-                const Range a = share(bm, row_parts, p), b = share(bn, col_parts, q);
-                inner_products_of<T>(int(a.end - a.begin), int(b.end - b.begin), left + (row * bm + a.begin) * widest,
-                                     features + b.begin * widest, widest, lanes, block + a.begin * bn + b.begin, bn, chunk > 0);
-              }
-          }
+          for (const std::int32_t* k = begin; k < end; ++k)
+            Way::block(left + row * bm * widest, right + std::int64_t(*k) * bn * widest, widest, lanes, here, bm, bn,
+                       dvalues + std::int64_t(index.slot[k - index.col]) * area, chunk > 0);
         }
 #pragma omp barrier
     }
   }
+}
+
+template <class T>
+void packed_grad_values(const PackedIndex& index, const T* dy, const T* x, std::int64_t count, T* dvalues, std::int64_t capacity,
+                        int threads) {
+  if (capacity != index.crow[index.m1] || count == 0)
+    std::memset(dvalues, 0, std::size_t(capacity) * index.bm * index.bn * sizeof(T));
+  if (count == 0) return;
+  if (index.bn % kLanes<T> == 0)
+    grad_values<T, ByRows<T>>(index, dy, x, count, dvalues, threads);
+  else
+    grad_values<T, ByFeatures<T>>(index, dy, x, count, dvalues, threads);
 }
 
 }  // namespace KRONBLOCKS_ISA

@@ -127,14 +127,23 @@ def _train_summary(rows: Sequence[Row]) -> list[list[str]]:
     return [against_dense(row, "whole training, two-phase")]
 
 
-def _summary(parts: dict[str, dict[str, Any]]) -> list[str]:
+def summary(folder: Path) -> list[str]:
+    """The lines of the table that says the most important of all results in a folder; none where there are none."""
+    return _summary_table(_load(folder))
+
+
+def _summary_table(parts: dict[str, dict[str, Any]]) -> list[str]:
     makers = {"step": _step_summary, "ops": _ops_summary, "infer": _infer_summary, "train": _train_summary}
     lines = [line for kind, make in makers.items() if kind in parts for line in make(parts[kind]["rows"])]
+    return table(["what", "ms", "dense, ms", "ratio (of the repeats)", "limit"], lines) if lines else []
+
+
+def _summary(parts: dict[str, dict[str, Any]]) -> list[str]:
+    lines = _summary_table(parts)
     if not lines:
         return []
-    columns = ["what", "ms", "dense, ms", "ratio (of the repeats)", "limit"]
     note = "The limit is what multiply-adds, or bytes at the speed of a plain copy, allow: given where one product is timed."
-    return ["## Summary", "", *table(columns, lines), "", note, ""]
+    return ["## Summary", "", *lines, "", note, ""]
 
 
 def _step_part(data: dict[str, Any], figures: Path) -> list[str]:
