@@ -64,7 +64,7 @@ class BlockIndex(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         """(m1, n1)."""
-        return len(self.crow) - 1, len(self.ccol) - 1
+        return self.crow.shape[0] - 1, self.ccol.shape[0] - 1
 
 
 @torch.library.custom_op("kronblocks::packed_linear", mutates_args=())
