@@ -153,9 +153,10 @@ def _step_part(data: dict[str, Any], figures: Path) -> list[str]:
         "## A training step",
         "",
         f"MLP {width}-{width}-{width}-10: forward, cross-entropy, backward, Adam, `zero_grad`. The two large layers are of the "
-        "kind named; the last is dense. Peak memory is that of a process of its own, above the loaded data; losses are the first "
-        f"and the last of {data['settings']['loss_steps']} steps on one batch. *authors*: the layer as the paper's authors write "
-        "it, in plain PyTorch.",
+        "kind named; the last is dense. Peak memory is that of a process of its own, above the loaded data, where the "
+        "allocator gives freed tensors back at once (glibc's habit of keeping them moves a peak of 200 MiB by 30 either way, for "
+        f"every model); losses are the first and the last of {data['settings']['loss_steps']} steps on one batch. *authors*: the "
+        "layer as the paper's authors write it, in plain PyTorch.",
         "",
         _where(data),
         "",
