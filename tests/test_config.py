@@ -20,6 +20,7 @@ FULL = SparsityConfig(
     on_mismatch="nearest",
     tile_groups=2,
     init="nearest",
+    gate=True,
     scope="layer",
     schedule=ScheduleConfig(start=0.1, end=0.6, shape="staircase", update_every=7, stages=3),
     penalty=PenaltyConfig(strength=0.3, growth=2.0),
@@ -29,6 +30,9 @@ FULL = SparsityConfig(
 OTHERS = (  # what kron-l1 in its gradient form has not got
     SparsityConfig(schedule=ScheduleConfig(lift_at=0.5)),
     SparsityConfig(method="kron-l1", penalty=PenaltyConfig(form="proximal")),
+    SparsityConfig(method="elastic-group-lasso", penalty=PenaltyConfig(ridge=2.0)),
+    SparsityConfig(method="rigl", regrow=0.2, storage="dense", distribution="uniform"),
+    SparsityConfig(score="taylor"),
 )
 
 
@@ -93,6 +97,20 @@ def test_types_become_patterns():
         ({"method": "kron-l1", "schedule": ScheduleConfig(lift_at=0.5)}, "never lifted"),
         ({"method": "group-lasso", "penalty": PenaltyConfig(growth=2.0)}, "does not grow"),
         ({"measure_plans": "yes"}, "True or False"),
+        ({"gate": 1}, "True, False or None"),
+        ({"regrow": 1.0}, "share of the live blocks"),
+        ({"score": "norms"}, "'taylor'"),
+        ({"score": "gate"}, "set gate=True"),
+        ({"schedule": ScheduleConfig(stages=3)}, "for a staircase"),
+        ({"method": "kron-l1", "regrow": 0.1}, "brings no dead blocks back"),
+        ({"method": "group-lasso", "score": "norm"}, "no choice of score"),
+        ({"method": "group-lasso", "penalty": PenaltyConfig(ridge=2.0)}, "'elastic-group-lasso'"),
+        ({"method": "iterative", "schedule": ScheduleConfig(shape="cubic")}, "take method 'magnitude'"),
+        ({"method": "rigl", "schedule": ScheduleConfig(shape="cubic")}, "sparse from the first step"),
+        ({"method": "rigl", "scope": "layer"}, "has a distribution="),
+        ({"method": "magnitude", "distribution": "erk"}, "has no distribution"),
+        ({"method": "magnitude", "storage": "packed"}, "no choice of storage"),
+        ({"method": "dense", "regrow": 0.1}, "brings no dead blocks back"),
     ],
 )
 def test_wrong_values_say_what_to_write(settings, says):
@@ -110,7 +128,8 @@ def test_wrong_values_say_what_to_write(settings, says):
         (ScheduleConfig, {"shape": "square"}, "'cubic'"),
         (ScheduleConfig, {"update_every": 0}, "update_every"),
         (ScheduleConfig, {"stages": 0}, "stages"),
-        (ScheduleConfig, {"stages": 3}, "for shape='staircase'"),
+        (ScheduleConfig, {"shape": "cubic", "stages": 3}, "for shape='staircase'"),
+        (PenaltyConfig, {"ridge": -1.0}, "penalty.ridge"),
         (PenaltyConfig, {"form": "proximal", "growth": 2.0}, "does not grow"),
         (PenaltyConfig, {"strength": -1.0}, "penalty.strength"),
         (PenaltyConfig, {"growth": float("inf")}, "penalty.growth"),

@@ -8,17 +8,29 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
-from kronblocks.sparsity.budget import Scope
-from kronblocks.sparsity.rules.kron_l1 import Form
+from kronblocks.sparsity.budget import Distribution, Scope
+from kronblocks.sparsity.rules.base import Form
 from kronblocks.sparsity.schedule import Shape
+from kronblocks.sparsity.targets import Score
 
 CONFIG_VERSION = 1
 
-Method = Literal["two-phase", "kron-l1", "group-lasso", "magnitude", "static", "dense"]
+Method = Literal[
+    "two-phase",
+    "kron-l1",
+    "group-lasso",
+    "elastic-group-lasso",
+    "rigl",
+    "iterative",
+    "magnitude",
+    "static",
+    "dense",
+]
+Storage = Literal["dense", "packed"]
 Init = Literal["random", "spectral", "nearest"]
 Mismatch = Literal["dense", "nearest"]
 TileGroups = int | Literal["per-row"]
@@ -30,8 +42,37 @@ FACTORED: frozenset[str] = frozenset({"two-phase", "kron-l1"})
 LIFTED: frozenset[str] = frozenset({"two-phase"})
 """Methods that lift factors to free values."""
 
-PENALISED: frozenset[str] = frozenset({"kron-l1", "group-lasso"})
+PENALISED: frozenset[str] = frozenset({"kron-l1", "group-lasso", "elastic-group-lasso"})
 """Methods that have a penalty."""
+
+CONSTANT: frozenset[str] = frozenset({"rigl", "static"})
+"""Methods that have the target sparsity from the first step."""
+
+PRUNING: frozenset[str] = frozenset({"two-phase", "magnitude", "iterative"})
+"""Methods that kill the blocks of least score at each mask update."""
+
+REGROWING: frozenset[str] = PRUNING | {"rigl"}
+"""Methods that can bring dead blocks back."""
+
+
+class _Own(NamedTuple):
+    """What a method does where the user sets nothing."""
+
+    end: float = 0.5  # of pruning, as a share of the training
+    shape: Shape = "cubic"
+    form: Form = "proximal"  # of the penalty
+    tile_groups: TileGroups = "per-row"
+    init: Init = "random"
+    gate: bool = False
+    score: Score = "norm"
+    regrow: float = 0.0
+
+
+_OWN: dict[str, _Own] = {
+    "kron-l1": _Own(end=0.8, form="gradient", tile_groups=1, init="spectral", gate=True, score="gate"),
+    "rigl": _Own(end=0.75, regrow=0.3),
+    "iterative": _Own(shape="staircase"),
+}
 
 
 def _one_of(name: str, value: object, allowed: object) -> None:
@@ -55,14 +96,15 @@ class ScheduleConfig:
     """When pruning happens, in shares of the whole training; `None` means the method's own default."""
 
     start: float = 0.05
-    end: float | None = None  # 0.5; kron-l1 0.8
+    end: float | None = None  # 0.5; kron-l1 0.8, rigl 0.75
     lift_at: float = 2 / 3  # share of the pruning span; two-phase only
-    shape: Shape = "cubic"
+    shape: Shape | None = None  # "cubic"; iterative "staircase"
     update_every: int = 50  # optimiser steps between mask updates
     stages: int = 5  # of the staircase shape
 
     def __post_init__(self) -> None:
-        _one_of("schedule.shape", self.shape, Shape)
+        if self.shape is not None:
+            _one_of("schedule.shape", self.shape, Shape)
         _number("schedule.start", self.start, 0, 1, "the share of the training before pruning, from 0 to below 1")
         if self.end is not None:
             _number("schedule.end", self.end, 0, 1 + 1e-12, "the share of the training at which pruning ends, up to 1")
@@ -71,7 +113,7 @@ class ScheduleConfig:
         _number("schedule.lift_at", self.lift_at, 0, 1 + 1e-12, "a share of the pruning span, from 0 to 1")
         _whole("schedule.update_every", self.update_every, "the optimiser steps between mask updates")
         _whole("schedule.stages", self.stages, "the number of stages of the staircase")
-        if self.shape != "staircase" and self.stages != ScheduleConfig.stages:
+        if self.shape not in ("staircase", None) and self.stages != ScheduleConfig.stages:
             raise KronblocksError(f"schedule.stages={self.stages} is for shape='staircase', and the shape is {self.shape!r}")
 
 
@@ -80,14 +122,17 @@ class PenaltyConfig:
     """Strength of a penalty; `None` means 1 for a penalty in the loss, and a controller for a proximal one."""
 
     strength: float | None = None
-    growth: float = 3.0  # kron-l1, gradient form: how many times the strength at the end
-    form: Form = "gradient"  # kron-l1: in the loss, or as a proximal step
+    growth: float = 3.0  # in the loss: how many times the strength at the end
+    form: Form | None = None  # in the loss ("gradient"), or as a proximal step; None: kron-l1 "gradient", the others "proximal"
+    ridge: float = 1.0  # elastic-group-lasso: strength of the squared norm, relative to that of the norm
 
     def __post_init__(self) -> None:
-        _one_of("penalty.form", self.form, Form)
+        if self.form is not None:
+            _one_of("penalty.form", self.form, Form)
         if self.strength is not None:
             _number("penalty.strength", self.strength, 0, float("inf"), "a number from 0 on, or None")
         _number("penalty.growth", self.growth, 0, float("inf"), "a number from 0 on")
+        _number("penalty.ridge", self.ridge, 0, float("inf"), "a number from 0 on")
         if self.form == "proximal" and self.growth != PenaltyConfig.growth:
             raise KronblocksError(f"penalty.growth={self.growth} is for form='gradient': a proximal penalty does not grow")
 
@@ -118,9 +163,10 @@ class SparsityConfig:
     """What `sparsify_` does.
 
     Args:
-        method: "two-phase" (the default method of this library), "kron-l1" (the paper's), "group-lasso", "magnitude" and "static"
-            (on the nn.Linear itself), or "dense" (nothing, so that experiments need no `if`).
-        block_size: 16, "16x4" or (16, 4), rows first.
+        method: "two-phase" (the default method of this library), "kron-l1" (the paper's), on the nn.Linear itself "group-lasso",
+            "elastic-group-lasso", "magnitude" and "iterative", from a sparse start "rigl" and "static", or "dense" (nothing, so
+            that experiments need no `if`).
+        block_size: 16, "16x4" or (16, 4), rows first; "auto" is for `find_block_size` and `kronblocks train`, which search for it.
         rank: number of Kronecker terms, for the methods that have them.
         target_sparsity: share of the blocks that end as exact zeros, in [0, 1).
         layers: which nn.Linear layers: patterns on the name ("encoder.*"), regular expressions ("re:.*fc[12]"), or types
@@ -130,9 +176,17 @@ class SparsityConfig:
         on_mismatch: a block size that does not divide a layer: leave it "dense", or take the "nearest" that does.
         tile_groups: "per-row", or the number of tile banks of each layer; None: the method's own, "per-row" for two-phase and
             1 for kron-l1, as in the paper.
+        gate: a trained gate for each block, the paper's S; None: the method's own, True for kron-l1.
         init: "random" (orthonormal tiles, nn.Linear's variance), "spectral" (nearest to the layer's present weights, with the
             variance put right), "nearest" (nearest to the present weights: for trained models); None: the method's own.
+        score: what blocks are compared by: "norm" (their norm), "gate" (|S|) or "taylor" (gradient times weight); None: the
+            method's own, "gate" for kron-l1.
+        regrow: share of the live blocks that is exchanged, at the first mask update, for the dead ones of greatest gradient; it
+            falls to 0 by a cosine. None: the method's own, 0.3 for rigl and 0 for the others that can.
         scope: one budget over all layers ("global"), or the same sparsity in each ("layer").
+        distribution: of rigl's and static's live blocks over the layers: "erk" (Erdos-Renyi: small layers denser; the default) or
+            "uniform".
+        storage: rigl and static on live blocks only ("packed", the default: their cost is real) or on the nn.Linear ("dense").
         schedule: when pruning happens.
         penalty: for the methods that have one.
         rows: rows of x per step (batch, times tokens) that plans are chosen for; None: what reaches each layer in the first step.
@@ -156,8 +210,13 @@ class SparsityConfig:
     overrides: Mapping[str, LayerOverride] = field(default_factory=dict)
     on_mismatch: Mismatch = "dense"
     tile_groups: TileGroups | None = None
+    gate: bool | None = None
     init: Init | None = None
+    score: Score | None = None
+    regrow: float | None = None
     scope: Scope = "global"
+    distribution: Distribution | None = None
+    storage: Storage | None = None
     schedule: ScheduleConfig = ScheduleConfig()
     penalty: PenaltyConfig = PenaltyConfig()
     rows: int | None = None
@@ -167,8 +226,13 @@ class SparsityConfig:
         _one_of("method", self.method, Method)
         _one_of("on_mismatch", self.on_mismatch, Mismatch)
         _one_of("scope", self.scope, Scope)
-        if self.init is not None:
-            _one_of("init", self.init, Init)
+        for name, allowed in (("init", Init), ("score", Score), ("distribution", Distribution), ("storage", Storage)):
+            if getattr(self, name) is not None:
+                _one_of(name, getattr(self, name), allowed)
+        if self.gate is not None and not isinstance(self.gate, bool):
+            raise KronblocksError(f"gate is True, False or None, not {self.gate!r}")
+        if self.regrow is not None:
+            _number("regrow", self.regrow, 0, 1, "a share of the live blocks, from 0 to below 1")
         _check_factors(self.rank, self.tile_groups)
         if self.rows is not None:
             _whole("rows", self.rows, "the rows of x per step")
@@ -176,7 +240,8 @@ class SparsityConfig:
             raise KronblocksError(f"measure_plans is True or False, not {self.measure_plans!r}")
         what = "the share of blocks that end as zeros, from 0 to below 1 (0.9 means 90%)"
         _number("target_sparsity", self.target_sparsity, 0, 1, what)
-        object.__setattr__(self, "block_size", BlockSize.parse(self.block_size))
+        if self.block_size != "auto":
+            object.__setattr__(self, "block_size", BlockSize.parse(self.block_size))
         object.__setattr__(self, "layers", _patterns(self.layers))
         object.__setattr__(self, "exclude", _patterns(self.exclude))
         wrong = [key for key, value in self.overrides.items() if not isinstance(value, LayerOverride)]
@@ -186,34 +251,99 @@ class SparsityConfig:
 
     def _refuse_ignored(self) -> None:
         """An option that the method would ignore is an error."""
-        default = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in ("init", "tile_groups", "rank"):
-            if self.method not in FACTORED and getattr(self, name) != default[name]:
-                raise KronblocksError(
-                    f"method {self.method!r} works on nn.Linear itself and has no {name}: leave {name}={default[name]!r}"
-                )
+        method, has = self.method, self._has
+        linear = f"method {method!r} works on nn.Linear itself and has no"
+        for name, allowed, reason in (
+            *((name, method in FACTORED, linear) for name in ("init", "tile_groups", "rank", "gate")),
+            ("score", method in PRUNING, f"method {method!r} has no choice of"),
+            ("regrow", method in REGROWING, f"method {method!r} brings no dead blocks back and has no"),
+            ("distribution", method in CONSTANT, f"method {method!r} has no"),
+            ("storage", method in CONSTANT, f"method {method!r} has no choice of"),
+            ("scope", method not in CONSTANT, f"method {method!r} has a distribution= of its blocks and no"),
+        ):
+            if not allowed and has(name):
+                default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+                raise KronblocksError(f"{reason} {name}: leave {name}={default!r}")
         for pattern, override in self.overrides.items():
-            if self.method not in FACTORED and (override.rank, override.tile_groups) != (None, None):
+            if method not in FACTORED and (override.rank, override.tile_groups) != (None, None):
                 raise KronblocksError(
-                    f"method {self.method!r} works on nn.Linear itself: overrides[{pattern!r}] can set block_size only"
+                    f"method {method!r} works on nn.Linear itself: overrides[{pattern!r}] can set block_size only"
                 )
-        if self.method not in PENALISED and self.penalty != PenaltyConfig():
-            raise KronblocksError(f"method {self.method!r} has no penalty: leave penalty=PenaltyConfig()")
-        if self.method == "group-lasso" and self.penalty.growth != PenaltyConfig.growth:
-            raise KronblocksError("method 'group-lasso' is proximal, and its penalty does not grow: leave penalty.growth=3.0")
-        if self.method not in LIFTED and self.schedule.lift_at != ScheduleConfig.lift_at:
-            raise KronblocksError(f"method {self.method!r} is never lifted: leave schedule.lift_at at its default")
+        self._refuse_ignored_details()
+
+    def _has(self, name: str) -> bool:
+        """Whether the user has set an option."""
+        return getattr(self, name) != next(f.default for f in dataclasses.fields(self) if f.name == name)
+
+    def _refuse_ignored_details(self) -> None:
+        """The same for what stands in the penalty, the schedule and between options."""
+        method, penalty, schedule = self.method, self.penalty, self.schedule
+        if method not in PENALISED and penalty != PenaltyConfig():
+            raise KronblocksError(f"method {method!r} has no penalty: leave penalty=PenaltyConfig()")
+        if method in PENALISED and self.form == "proximal" and penalty.growth != PenaltyConfig.growth:
+            raise KronblocksError(
+                f"method {method!r} is proximal, and its penalty does not grow: leave penalty.growth=3.0, or take form='gradient'"
+            )
+        if method != "elastic-group-lasso" and penalty.ridge != PenaltyConfig.ridge:
+            raise KronblocksError(f"penalty.ridge is for method 'elastic-group-lasso', not {method!r}: leave penalty.ridge=1.0")
+        if method not in LIFTED and schedule.lift_at != ScheduleConfig.lift_at:
+            raise KronblocksError(f"method {method!r} is never lifted: leave schedule.lift_at at its default")
+        if method == "iterative" and self.shape != "staircase":
+            raise KronblocksError("method 'iterative' prunes in stages: leave schedule.shape=None, or take method 'magnitude'")
+        if method in CONSTANT and schedule.shape is not None:
+            raise KronblocksError(f"method {method!r} is sparse from the first step: leave schedule.shape=None")
+        if self.shape != "staircase" and schedule.stages != ScheduleConfig.stages:
+            raise KronblocksError(f"schedule.stages={schedule.stages} is for a staircase, and {method!r} has shape {self.shape!r}")
+        if self.chosen_score == "gate" and not self.has_gate:
+            raise KronblocksError(f"score='gate' needs gates, and method {method!r} has none: set gate=True, or score='norm'")
+
+    @property
+    def own(self) -> _Own:
+        """What the method does where nothing is set."""
+        return _OWN.get(self.method, _Own())
 
     @property
     def tiles(self) -> TileGroups:
         """The tile groups, the method's own where none are set."""
-        if self.tile_groups is not None:
-            return self.tile_groups
-        return 1 if self.method == "kron-l1" else "per-row"
+        return self.own.tile_groups if self.tile_groups is None else self.tile_groups
+
+    @property
+    def form(self) -> Form:
+        """The penalty's form, the method's own where none is set."""
+        return self.penalty.form or self.own.form
+
+    @property
+    def shape(self) -> Shape:
+        """The schedule's shape, the method's own where none is set."""
+        return self.schedule.shape or self.own.shape
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether blocks have trained gates."""
+        return self.own.gate if self.gate is None else self.gate
+
+    @property
+    def chosen_score(self) -> Score:
+        """What blocks are compared by."""
+        return self.score or self.own.score
+
+    @property
+    def regrown(self) -> float:
+        """The share of live blocks that is exchanged at first."""
+        return self.own.regrow if self.regrow is None else self.regrow
 
     @property
     def block(self) -> BlockSize:
-        """The block size, parsed."""
+        """The block size, parsed.
+
+        Raises:
+            KronblocksError: it is "auto", and nobody has searched yet.
+        """
+        if self.block_size == "auto":
+            raise KronblocksError(
+                'block_size="auto" needs data to judge by: report = find_block_size(model, config, task, total_steps=...), then '
+                "sparsify_(model, report.config(config)); or name a size, such as block_size=16"
+            )
         return BlockSize.parse(self.block_size)
 
     def to_dict(self) -> dict[str, Any]:

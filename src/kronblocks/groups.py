@@ -89,6 +89,16 @@ def replace_parameters_(optimizers: Sequence[Optimizer], old: Sequence[Tensor], 
             optimizer.state.pop(p, None)
 
 
+def drop_parameters_(optimizers: Sequence[Optimizer], gone: Sequence[Tensor]) -> None:
+    """Let optimisers forget parameters that are no longer part of the model, and their state."""
+    ids = {id(p) for p in gone}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"][:] = [p for p in group["params"] if id(p) not in ids]
+        for p in gone:
+            optimizer.state.pop(p, None)
+
+
 def keep_slots_(optimizers: Sequence[Optimizer], old: nn.Parameter, new: nn.Parameter, kept: Tensor) -> None:
     """Let an optimiser go on with compacted values: they take the old ones' place, and state with a row a slot keeps its rows.
 

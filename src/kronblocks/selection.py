@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from kronblocks.blocks import BlockGrid, BlockSize
-from kronblocks.config import SparsityConfig
+from kronblocks.config import FACTORED, SparsityConfig
 from kronblocks.errors import KronblocksError
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,11 @@ def _settings(name: str, names: _Names, config: SparsityConfig) -> dict:
     return settings
 
 
-def _select_one(name: str, module: nn.Linear, names: _Names, config: SparsityConfig) -> Selected | LeftDense:
+def _select_one(name: str, module: nn.Module, names: _Names, config: SparsityConfig) -> Selected | LeftDense:
+    if isinstance(module, KroneckerBlockLinear):
+        assert module.rank is not None
+        return Selected(name, module.grid, module.rank, module.tile_groups, "a Kronecker layer already, taken as it is")
+    assert isinstance(module, nn.Linear)
     settings = _settings(name, names, config)
     grid, note = _fit(module, settings["block_size"], config.on_mismatch)
     if grid is None:
@@ -122,12 +127,13 @@ def _select_one(name: str, module: nn.Linear, names: _Names, config: SparsityCon
 
 def _why_not(name: str, module: nn.Module, shared: dict[int, list[str]], names: _Names, config: SparsityConfig) -> str | None:
     """The reason for leaving an nn.Linear dense before its sizes are looked at, or None."""
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, KroneckerBlockLinear):
         return f"{type(module).__name__} is a subclass of nn.Linear, whose code may need its weight as it is"
-    if isinstance(module.weight, nn.UninitializedParameter):
+    weight = next(module.parameters(recurse=False))
+    if isinstance(weight, nn.UninitializedParameter):
         return "its weight has no shape yet (a lazy layer): run one batch through the model first"
-    if id(module.weight) in shared:
-        others = [other for other in shared[id(module.weight)] if other != f"{name}.weight"]
+    if id(weight) in shared:
+        others = [other for other in shared[id(weight)] if not other.startswith(f"{name}.")]
         return f"its weight is tied to {', '.join(others)}"
     if not any(names.matches(name, pattern) for pattern in config.layers if isinstance(pattern, str)):
         return "no pattern of layers matches it"
@@ -147,7 +153,8 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
             "the model is itself an nn.Linear, which cannot be replaced in place: wrap it in nn.Sequential(...)"
         )
     names, shared = _Names(model), _shared_weights(model)
-    linears = {name: module for name, module in names.modules.items() if isinstance(module, nn.Linear)}
+    kinds = (nn.Linear, KroneckerBlockLinear) if config.method in FACTORED else (nn.Linear,)
+    linears = {name: module for name, module in names.modules.items() if isinstance(module, kinds)}
     if not linears:
         raise KronblocksError("the model has no nn.Linear layer, so there is nothing to make block-sparse")
     for what, patterns in (("layers", config.layers), ("exclude", config.exclude), ("overrides", tuple(config.overrides))):
@@ -161,7 +168,7 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
     if not selected:
         raise KronblocksError(f"no layer was selected, so nothing would be sparse:\n{report}")
     for each in selected:
-        weight = linears[each.name].weight
+        weight = next(linears[each.name].parameters(recurse=False))
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise KronblocksError(
                 f"the weight of {each.name} has values that are not finite (NaN or infinity): mend or reload it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,20 +11,21 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from kronblocks.config import FACTORED, LIFTED, SparsityConfig
+from kronblocks.config import CONSTANT, FACTORED, LIFTED, SparsityConfig
 from kronblocks.errors import KronblocksError, PerformanceWarning
 from kronblocks.groups import keep_slots_, replace_parameters_
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.selection import Selected, SurgeryReport, select
-from kronblocks.sparsity.budget import choose_dead
+from kronblocks.sparsity.budget import choose_dead, random_masks
 from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.rules.base import Rule
 from kronblocks.sparsity.rules.fixed import Fixed
 from kronblocks.sparsity.rules.group_lasso import GroupLasso
 from kronblocks.sparsity.rules.kron_l1 import KronL1
 from kronblocks.sparsity.rules.magnitude import Magnitude
+from kronblocks.sparsity.rules.rigl import Rigl
 from kronblocks.sparsity.schedule import SparsitySchedule
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
@@ -51,12 +53,17 @@ def _layers(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
-def _factor(linear: nn.Linear, selected: Selected, config: SparsityConfig) -> KroneckerBlockLinear:
-    """The Kronecker layer that takes a dense one's place, initialised as the config says."""
-    paper = config.method == "kron-l1"
-    init = config.init or ("spectral" if paper else "random")
+def _factor(linear: nn.Module, selected: Selected, config: SparsityConfig) -> KroneckerBlockLinear:
+    """The Kronecker layer that takes a dense one's place, initialised as the config says; one that is there already stays."""
+    if isinstance(linear, KroneckerBlockLinear):
+        if config.has_gate and linear.gate is None:
+            linear.gate = nn.Parameter(torch.ones_like(linear.coeff[..., 0]))
+            linear.enforce_zeros_()
+        return linear
+    assert isinstance(linear, nn.Linear)
+    init = config.init or config.own.init
     weight = linear.weight
-    shape: dict[str, Any] = {"rank": selected.rank, "tile_groups": selected.tile_groups, "gate": paper}
+    shape: dict[str, Any] = {"rank": selected.rank, "tile_groups": selected.tile_groups, "gate": config.has_gate}
     if init == "random" or weight.is_meta:
         layer = KroneckerBlockLinear(
             linear.in_features,
@@ -90,12 +97,16 @@ def _warn_of_rank(report: SurgeryReport) -> None:
 
 
 def _rule(config: SparsityConfig) -> Rule:
-    penalty = config.penalty
+    penalty, form = config.penalty, config.form
+    prune = functools.partial(Magnitude, config.chosen_score, config.regrown)
     rules: dict[str, Callable[[], Rule]] = {
-        "two-phase": Magnitude,
-        "magnitude": Magnitude,
-        "group-lasso": lambda: GroupLasso(penalty.strength),
-        "kron-l1": lambda: KronL1(penalty.form, penalty.strength, penalty.growth),
+        "two-phase": prune,
+        "magnitude": prune,
+        "iterative": prune,
+        "group-lasso": lambda: GroupLasso(form, penalty.strength, penalty.growth),
+        "elastic-group-lasso": lambda: GroupLasso(form, penalty.strength, penalty.growth, ridge=penalty.ridge),
+        "kron-l1": lambda: KronL1(form, penalty.strength, penalty.growth),
+        "rigl": lambda: Rigl(config.regrown),
         "static": Fixed,
         "dense": Fixed,
     }
@@ -104,12 +115,12 @@ def _rule(config: SparsityConfig) -> Rule:
 
 def _schedule(config: SparsityConfig) -> Callable[[int], SparsitySchedule]:
     plan = config.schedule
-    end = plan.end if plan.end is not None else (0.8 if config.method == "kron-l1" else 0.5)
+    end = config.own.end if plan.end is None else plan.end
     lift_at = plan.lift_at if config.method in LIFTED else None
 
     def make(total_steps: int) -> SparsitySchedule:
         target = config.target_sparsity
-        return SparsitySchedule(target, total_steps, plan.start, end, lift_at, plan.shape, plan.update_every, plan.stages)
+        return SparsitySchedule(target, total_steps, plan.start, end, lift_at, config.shape, plan.update_every, plan.stages)
 
     return make
 
@@ -180,25 +191,50 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None) -> Sparsif
     areas = [each.grid.block.area for each in report.selected]
     if grids:
         choose_dead(grids, areas, config.target_sparsity, config.scope)
-    targets: list[BlockTarget] = []
     if config.method in FACTORED:
         _warn_of_rank(report)
-        for each in report.selected:
-            replace_(model, each.name, _factor(_linear(model, each.name), each, config))
-            targets.append(LayerTarget(each.name, model.get_submodule(each.name)))
+        targets = _replaced(model, report, lambda linear, each, _: _factor(linear, each, config))
+    elif config.method in CONSTANT:
+        targets = _sparse_from_the_start(model, report, config)
     else:
-        targets += weight_targets(model, report)
-    if config.method == "static":
-        for target, dead in zip(
-            targets, choose_dead([torch.rand_like(g) for g in grids], areas, config.target_sparsity), strict=True
-        ):
-            target.set_mask_(~dead)
+        targets = weight_targets(model, report)
     planner = Planner(measure=config.measure_plans, rows=config.rows)
     surgeon = ModelSurgeon(model, report)
     return Sparsifier(model, targets, _rule(config), _schedule(config), surgeon, scope=config.scope, planner=planner)
 
 
-def weight_targets(model: nn.Module, report: SurgeryReport) -> list[WeightTarget]:
+def _replaced(
+    model: nn.Module, report: SurgeryReport, make: Callable[[nn.Module, Selected, int], BlockLayer]
+) -> list[BlockTarget]:
+    """Put a block layer, made from the present one, its selection and its number, in the place of every selected layer."""
+    for number, each in enumerate(report.selected):
+        replace_(model, each.name, make(model.get_submodule(each.name), each, number))
+    return [LayerTarget(each.name, model.get_submodule(each.name)) for each in report.selected]
+
+
+def _sparse_from_the_start(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> list[BlockTarget]:
+    """Targets with random masks that have the target sparsity already."""
+    grids = [each.grid for each in report.selected]
+    shapes, areas = [grid.shape for grid in grids], [grid.block.area for grid in grids]
+    masks = random_masks(shapes, areas, config.target_sparsity, config.distribution or "erk")
+    if config.storage == "dense":
+        targets = weight_targets(model, report)
+        for target, mask in zip(targets, masks, strict=True):
+            target.set_mask_(mask)
+        return list(targets)
+
+    def pack(linear: nn.Module, selected: Selected, number: int) -> BlockLayer:
+        assert isinstance(linear, nn.Linear)
+        layer = BlockSparseLinear.from_dense(linear, block_size=selected.grid.block, mask=masks[number])
+        layer.bias = linear.bias
+        layer.values.requires_grad_(linear.weight.requires_grad)
+        layer.choose_plan_(config.rows)
+        return layer
+
+    return _replaced(model, report, pack)
+
+
+def weight_targets(model: nn.Module, report: SurgeryReport) -> list[BlockTarget]:
     """The selected layers as they are, plain nn.Linear with a mask beside them."""
     return [WeightTarget(each.name, _linear(model, each.name), each.grid) for each in report.selected]
 

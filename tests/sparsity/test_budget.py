@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kronblocks import KronblocksError
-from kronblocks.sparsity.budget import blocks_to_kill, choose_dead
+from kronblocks.sparsity.budget import blocks_to_kill, choose_dead, erdos_renyi, random_masks
 
 shapes = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4)
 
@@ -60,3 +61,30 @@ def test_layer_scope_gives_each_layer_the_same_share():
 def test_rounding_errors_of_the_product_do_not_cost_a_block(blocks, percent):
     exact = -(-blocks * percent // 100)
     assert blocks_to_kill(blocks, percent / 100) == exact
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=4), st.floats(0.05, 1.0))
+def test_erdos_renyi_densities_give_the_wanted_one_and_favour_small_layers(shapes, density):
+    weights = [m1 * n1 for m1, n1 in shapes]
+    found = erdos_renyi(shapes, weights, density)
+    assert all(0 < each <= 1 for each in found)
+    assert sum(d * w for d, w in zip(found, weights, strict=True)) == pytest.approx(density * sum(weights))
+    raw = [(m1 + n1) / (m1 * n1) for m1, n1 in shapes]
+    ranked = [d for _, d in sorted(zip(raw, found, strict=True))]
+    assert all(small <= large + 1e-12 for small, large in itertools.pairwise(ranked))  # 1e-12: rounding of equal densities
+
+
+@pytest.mark.parametrize("distribution", ["erk", "uniform"])
+def test_random_masks_hit_the_sparsity_exactly_with_the_densities_asked_for(distribution):
+    shapes, areas = [(16, 49), (16, 32), (5, 16)], [256, 256, 32]
+    masks = random_masks(shapes, areas, 0.9, distribution)
+    live = sum(int(mask.sum()) * area for mask, area in zip(masks, areas, strict=True))
+    total = sum(mask.numel() * area for mask, area in zip(masks, areas, strict=True))
+    assert 0.1 * total - max(areas) < live <= 0.1 * total
+    blocks = [mask.numel() for mask in masks]
+    weights = [number * area for number, area in zip(blocks, areas, strict=True)]
+    wanted = erdos_renyi(shapes, weights, 0.1) if distribution == "erk" else [0.1] * 3
+    for mask, number, density in zip(masks, blocks, wanted, strict=True):
+        assert abs(int(mask.sum()) - density * number) <= 1.5  # rounding of one layer, and what rounding of the others leaves
+    assert not all(torch.equal(a, b) for a, b in zip(masks, random_masks(shapes, areas, 0.9, distribution), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import random
 from typing import Any
 
@@ -18,7 +19,7 @@ from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.surgery import ModelSurgeon
 
 STEPS = 40
-METHODS = ["two-phase", "kron-l1", "group-lasso", "magnitude", "static"]
+METHODS = ["two-phase", "kron-l1", "group-lasso", "elastic-group-lasso", "rigl", "iterative", "magnitude", "static"]
 
 
 def factors(method: str, rank: int = 2) -> dict[str, int]:
@@ -285,7 +286,7 @@ def test_dense_is_a_method_that_does_nothing():
     assert sparsifier.sparsity == 0 and sparsifier.report().layers == ()
 
 
-@pytest.mark.parametrize(("method", "wanted"), [("two-phase", False), ("group-lasso", False), ("kron-l1", True)])
+@pytest.mark.parametrize(("method", "wanted"), [("two-phase", False), ("group-lasso", False), ("rigl", False), ("kron-l1", True)])
 def test_rules_without_a_penalty_cost_nothing_in_the_loss(method, wanted, monkeypatch):
     training = Training(SparsityConfig(method=method, block_size=4)).start()
     made, context = [], training.sparsifier._context
@@ -299,6 +300,56 @@ def test_static_keeps_its_random_blocks():
     assert training.sparsifier.sparsity == 0.5
     training.start().run(STEPS)
     assert all(torch.equal(a, t.mask) for a, t in zip(masks, training.sparsifier.targets, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_rigl_moves_its_blocks_at_constant_sparsity(storage):
+    schedule = ScheduleConfig(update_every=4)
+    config = SparsityConfig(method="rigl", block_size=4, target_sparsity=0.75, storage=storage, schedule=schedule)
+    training = Training(config).start()
+    kind = {"packed": "BlockSparseLinear", "dense": "Linear"}[storage]
+    assert all(type(target.module).__name__ == kind for target in training.sparsifier.targets)
+    masks = [[target.mask.clone() for target in training.sparsifier.targets]]
+    for step in range(1, STEPS + 1):
+        training.run(step)
+        masks.append([target.mask.clone() for target in training.sparsifier.targets])
+        assert sum(int((~mask).sum()) for mask in masks[-1]) == 0.75 * sum(mask.numel() for mask in masks[-1])
+    moved = [step for step in range(1, STEPS + 1) if not all(map(torch.equal, masks[step], masks[step - 1]))]
+    assert moved and all(training.sparsifier.schedule.is_update(step) for step in moved)
+    assert [[int(mask.sum()) for mask in each] for each in (masks[0], masks[-1])] == [[int(m.sum()) for m in masks[0]]] * 2
+    assert training.sparsifier.sparsity == 0.75
+
+
+def test_rigl_stored_either_way_is_the_same_training():
+    weights = []
+    for storage in ("packed", "dense"):
+        config = SparsityConfig(method="rigl", block_size=4, target_sparsity=0.75, storage=storage)
+        training = Training(config)
+        groups = parameter_groups(training.model, lr=1e-2, lifted_lr_scale=1.0)
+        training.make_optimizer = lambda _, groups=groups: torch.optim.AdamW(groups)
+        training.start().run(STEPS)
+        weights.append([target.module.weight.detach() for target in training.sparsifier.targets])
+    # 1e-4: fp32 sums in another order, over 40 steps of Adam
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*weights, strict=True))
+
+
+def test_iterative_prunes_the_same_share_in_each_stage():
+    config = SparsityConfig(method="iterative", block_size=2, target_sparsity=1 - 0.5**5)
+    training = Training(config).start()
+    sparsities = []
+    for step in range(1, STEPS + 1):
+        sparsities.append(training.run(step).sparsifier.sparsity)
+    stages = sorted(set(sparsities))
+    # half of what lives at each of the five stages, rounded up to whole blocks
+    total = training.sparsifier.report().total_blocks
+    assert stages == [math.ceil(total * (1 - 0.5**k) - 1e-9) / total for k in range(6)]
+
+
+@pytest.mark.parametrize("settings", [{"regrow": 0.3}, {"score": "taylor"}, {"gate": True}, {"gate": True, "score": "gate"}])
+def test_variants_of_two_phase_hit_the_target(settings):
+    training = Training(SparsityConfig(block_size=4, rank=2, target_sparsity=0.75, **settings)).start().run(STEPS)
+    assert training.sparsifier.sparsity == 0.75
+    assert type(training.model[0]).__name__ == "BlockSparseLinear"
 
 
 def test_removing_the_attachment_stops_everything():

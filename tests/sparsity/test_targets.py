@@ -97,6 +97,78 @@ def test_growth_scores_are_the_dense_gradient_of_every_block_summed_over_microba
     assert torch.allclose(target.read_probe().double(), expected, rtol=1e-4)
 
 
+@kinds
+def test_blocks_that_grow_start_at_zero_without_moments_and_train(make):
+    target = make()
+    handles = target.hook_gradients()
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[1] = False
+    target.set_mask_(mask)
+    optimizer = torch.optim.AdamW(target.module.parameters(), lr=0.1, weight_decay=0.0)
+    for parameter in target.module.parameters():
+        optimizer.state[parameter].update(
+            step=torch.tensor(3.0), exp_avg=torch.ones_like(parameter), exp_avg_sq=torch.ones_like(parameter)
+        )
+    multipliers = mask.float()
+    multipliers[0, 0], multipliers[2, 3] = 0, 0
+    multipliers[1, 1], multipliers[1, 2] = 1, 1
+    before = weight_of(target).clone()
+    grown = ~target.mask & (multipliers != 0)
+    assert target.apply_(multipliers)
+    target.forget_moments_([optimizer], grown)
+    assert torch.equal(target.mask, multipliers != 0)
+    stayed = (target.mask & mask)[..., None, None]
+    assert torch.equal(target.grid.to_blocks(weight_of(target)), target.grid.to_blocks(before) * stayed)
+    for parameter, blocks in moments_by_block(target, optimizer):
+        assert (blocks[grown] == 0).all() and (blocks[target.mask & ~grown] == 1).all(), parameter
+    target.module(torch.randn(5, 12)).square().sum().backward()
+    optimizer.step()
+    target.enforce_zeros_()
+    assert ((target.grid.to_blocks(weight_of(target)) != 0).flatten(2).any(2) == target.mask).all()
+    for handle in handles:
+        handle.remove()
+
+
+def moments_by_block(target, optimizer):
+    """First moments as (m1, n1, ...), of the parameters that hold blocks one by one."""
+    module = target.module
+    if isinstance(target, WeightTarget):
+        return [("weight", target.grid.to_blocks(optimizer.state[module.weight]["exp_avg"]))]
+    if isinstance(module, KroneckerBlockLinear):
+        return [(name, optimizer.state[module.get_parameter(name)]["exp_avg"]) for name in ("coeff", "gate")]
+    values = optimizer.state[module.values]["exp_avg"]
+    return [("values", values[module.block_position.argsort()].view(4, 4, 2, 3))]  # all sixteen blocks have a slot here
+
+
+def test_a_block_grows_into_the_slot_of_a_dead_one():
+    mask = torch.tensor([[True, True, False, False]])
+    layer = BlockSparseLinear(12, 2, (2, 3), mask=mask)
+    target = LayerTarget("layer", layer)
+    assert target.apply_(torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
+    assert layer.capacity == 2 and sorted(layer.block_position.tolist()) == [1, 3]
+    with torch.no_grad():
+        layer.values.fill_(1)
+    assert layer.grid.to_blocks(layer.weight)[0].sum((1, 2)).tolist() == [0, 6, 0, 6]
+    with pytest.raises(KronblocksError, match="3 live blocks do not fit into the 2 slots"):
+        layer.set_block_mask_(torch.tensor([[True, True, True, False]]))
+
+
+@kinds
+def test_taylor_scores_are_the_gradient_times_the_weight_of_each_block(make):
+    target = make()
+    target.set_mask_(torch.tensor([[True] * 4, [False] * 4, [True] * 4, [True] * 4]))
+    with pytest.raises(KronblocksError, match="no gradients"):
+        target.scores("taylor")
+    x = torch.randn(7, 12)
+    target.module(x).pow(3).sum().backward()
+    weight = weight_of(target).double().requires_grad_()
+    nn.functional.linear(x.double(), weight, target.module.bias.detach().double()).pow(3).sum().backward()
+    assert weight.grad is not None
+    expected = target.grid.to_blocks(weight * weight.grad).sum((2, 3)).abs() / 6
+    # 1e-4 of the largest: fp32 sums over 7 rows of cubes, of either sign
+    assert torch.allclose(target.scores("taylor").double(), expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+
+
 def test_a_probe_without_a_backward_pass_says_so():
     target = free()
     target.start_probe()

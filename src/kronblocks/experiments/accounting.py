@@ -9,7 +9,7 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,12 @@ class MacCounter:
     def training_macs(self, samples: int) -> int:
         """Forward and backward multiply-adds of a batch of this many samples, now."""
         return sum(self._layer(name, samples, True) for name in self._seen)
+
+    def growth_macs(self, samples: int, names: Iterable[str]) -> int:
+        """Multiply-adds of the dense weight gradients of these layers, which score dead blocks at some mask updates."""
+        modules = {name: self._model.get_submodule(name) for name in names}
+        sizes = {name: int(module.out_features) * int(module.in_features) for name, module in modules.items()}
+        return sum(round(samples * self._seen[name][0]) * size for name, size in sizes.items())
 
     def inference_macs(self, samples: int = 1) -> int:
         """Forward multiply-adds of a batch of this many samples, now."""

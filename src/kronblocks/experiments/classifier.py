@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from kronblocks.config import SparsityConfig
 from kronblocks.experiments import accounting
 from kronblocks.experiments.data import Dataset
 from kronblocks.experiments.models import build_model
@@ -29,14 +30,21 @@ def learning_rate_factor(step: int, total_steps: int) -> float:
 
 
 class Classification(LightningModule):
-    """A classifier that a sparsifier follows, and what its training costs, counted."""
+    """A classifier that a sparsifier follows, and what its training costs, counted.
 
-    def __init__(self, config: TrainConfig, data: Dataset) -> None:
+    Args:
+        config: of the training.
+        data: its images.
+        sparsity: what `sparsify_` gets; None: what the config says.
+    """
+
+    def __init__(self, config: TrainConfig, data: Dataset, sparsity: SparsityConfig | None = None) -> None:
         super().__init__()
         self.config = config
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, data.image_shape, data.classes, config.widths)
-        self.sparsifier = sparsify_(self.model, config.sparsity_config())
+        self.sparsity_config = sparsity or config.sparsity_config()
+        self.sparsifier = sparsify_(self.model, self.sparsity_config)
         self.total_steps = config.epochs * math.ceil(len(data.train) / config.batch_size)
         self.counter = accounting.MacCounter(self.model, data.train.images[:2])
         self._step_macs: dict[int, int] = {}
@@ -52,7 +60,12 @@ class Classification(LightningModule):
     def configure_optimizers(self) -> Any:
         recipe = self.config.recipe
         groups = parameter_groups(
-            self.model, lr=recipe.lr, weight_decay=recipe.weight_decay, factor_weight_decay=recipe.factor_weight_decay
+            self.model,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            factor_lr_scale=recipe.factor_lr_scale,
+            lifted_lr_scale=recipe.lifted_lr_scale,
+            factor_weight_decay=recipe.factor_weight_decay,
         )
         optimizer = AdamW(groups)
         self.sparsifier.attach(optimizer, total_steps=self.total_steps)
@@ -73,6 +86,8 @@ class Classification(LightningModule):
         if len(images) not in self._step_macs:
             self._step_macs[len(images)] = self.counter.training_macs(len(images))
         self.macs += self._step_macs[len(images)]
+        if self.sparsifier.measures_growth:
+            self.macs += self.counter.growth_macs(len(images), [target.name for target in self.sparsifier.targets])
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), prog_bar=True)
         return loss
 

@@ -1,4 +1,4 @@
-"""The subcommands `train`, `compare`, `report` and `advise`; those of `bench` have a file of their own."""
+"""The subcommands `train`, `compare`, `report` and `advise`; those of `bench` and `reproduce` have files of their own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from kronblocks.errors import KronblocksError
 from kronblocks.experiments.advise import AdviseConfig
 from kronblocks.experiments.advise import run as run_advise
 from kronblocks.experiments.bench.commands import bench
+from kronblocks.experiments.reproduce.commands import reproduce
+from kronblocks.experiments.search import FindConfig
+from kronblocks.experiments.search import run as run_search
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
 
 
@@ -64,11 +67,24 @@ def advise(config: Annotated[AdviseConfig, tyro.conf.arg(name="")]) -> None:
     run_advise(config)
 
 
+def search(config: Annotated[FindConfig, tyro.conf.arg(name="")]) -> None:
+    """Find the block size for a model and its data: the cheapest one that loses nothing."""
+    run_search(config)
+
+
 def _say_where(path: Path) -> None:
     Console().print(f"report: {path.resolve()}", soft_wrap=True, highlight=False)
 
 
 def run(args: list[str] | None = None) -> None:
     """Read the command line and do what it says."""
-    commands = {"train": train, "compare": compare, "report": report, "advise": advise, "bench": bench}
+    commands = {
+        "train": train,
+        "compare": compare,
+        "report": report,
+        "search": search,
+        "advise": advise,
+        "bench": bench,
+        "reproduce": reproduce,
+    }
     tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="kronblocks", description=__doc__)

@@ -34,6 +34,9 @@ COLOURS = {
     "group-lasso": "#009e73",
     "magnitude": "#cc79a7",
     "static": "#e69f00",
+    "elastic-group-lasso": "#44aa99",
+    "rigl": "#882255",
+    "iterative": "#332288",
 }
 OTHER_COLOUR = "#56b4e9"
 MARKERS = {  # as SVG paths in a box of 14 by 14

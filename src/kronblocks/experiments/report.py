@@ -21,6 +21,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.experiments import figures
 from kronblocks.experiments.figures import COSTS, Cost, number, short
 from kronblocks.experiments.runs import read_json, write_text
+from kronblocks.experiments.tasks import OF_SOME_METHODS, Recipe
 
 RESULT_VERSION = 1
 ADVICE = "train again, or leave this folder out"
@@ -87,13 +88,15 @@ class Run:
 
     @property
     def block(self) -> BlockSize:
-        """The block size that was asked for."""
-        return BlockSize.parse(self.config["block_size"])
+        """The block size that was asked for, or found."""
+        asked = self.config["block_size"]
+        return BlockSize.parse(self.result["search"]["winner"] if asked == "auto" else asked)
 
     @property
     def label(self) -> str:
         """Method and block size."""
-        return self.method if self.method == "dense" else f"{self.method} {self.block}"
+        found = "auto " * (self.config["block_size"] == "auto")
+        return self.method if self.method == "dense" else f"{self.method} {found}{self.block}"
 
     @property
     def task(self) -> str:
@@ -105,9 +108,10 @@ class Run:
     @property
     def settings(self) -> dict[str, str]:
         """Flat settings that mean something for the method; without the seed and what `recipe` repeats."""
-        unused = ["method", "seed", "threads", "lr", "weight_decay"] + ["widths"] * (self.config["model"] != "mlp")
+        unused = ["method", "seed", "threads", *Recipe._fields] + ["widths"] * (self.config["model"] != "mlp")
         unused += ["block_size", "sparsity", "on_mismatch", "schedule."] * (self.method == "dense")
-        unused += ["rank", "tile_groups", "recipe.factor_weight_decay"] * (self.method not in FACTORED)
+        foreign = [name for name, methods in OF_SOME_METHODS.items() if self.method not in methods]
+        unused += [*foreign, *(f"recipe.{name}" for name in foreign)]
         unused += ["penalty."] * (self.method not in PENALISED)
         flat = _flat({**self.config, "block_size": str(self.block)})
         return {name: value for name, value in flat if name not in unused and f"{name.split('.')[0]}." not in unused}

@@ -5,24 +5,41 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 
 from kronblocks.blocks import BlockSize
 from kronblocks.config import (
+    CONSTANT,
     FACTORED,
     LIFTED,
     PENALISED,
+    PRUNING,
+    REGROWING,
+    Init,
     Method,
     Mismatch,
     PenaltyConfig,
     ScheduleConfig,
     SparsityConfig,
+    Storage,
     TileGroups,
 )
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import ModelName
+from kronblocks.sparsity.budget import Distribution, Scope
+from kronblocks.sparsity.targets import Score
+
+OF_SOME_METHODS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("rank", "tile_groups", "init", "gate", "factor_lr_scale"), FACTORED),
+    **dict.fromkeys(("factor_weight_decay", "lifted_lr_scale"), FACTORED | CONSTANT),
+    "score": PRUNING,
+    "regrow": REGROWING,
+    **dict.fromkeys(("distribution", "storage"), CONSTANT),
+    "scope": frozenset(get_args(Method)) - CONSTANT - {"dense"},
+}
+"""Settings that only some methods have, and which."""
 
 DataName = Literal["mnist5k", "fashion-mnist", "digits", "mnist", "cifar10", "cifar100"]
 
@@ -30,19 +47,27 @@ DataName = Literal["mnist5k", "fashion-mnist", "digits", "mnist", "cifar10", "ci
 class Recipe(NamedTuple):
     """Optimiser settings of a method: AdamW, 10% linear warm-up, then cosine to 0."""
 
-    lr: float  # of what is not sparse; factors and lifted values get 1.5 times that
-    weight_decay: float
-    factor_weight_decay: float
+    lr: float = 4e-3  # of what is not sparse
+    weight_decay: float = 0.0
+    factor_weight_decay: float = 0.0
+    factor_lr_scale: float = 1.5  # rate of factors, relative to lr
+    lifted_lr_scale: float = 1.5  # rate of free block values, relative to lr
 
+
+_PLAIN = Recipe(factor_lr_scale=1.0, lifted_lr_scale=1.0)
 
 RECIPES: dict[str, Recipe] = {
-    "two-phase": Recipe(4e-3, 0.0, 0.0),
-    "kron-l1": Recipe(4e-3, 0.0, 0.05),  # decay on A and B is what gives L1 on S its meaning (equation 15)
-    "group-lasso": Recipe(4e-3, 0.0, 0.0),
-    "magnitude": Recipe(4e-3, 0.0, 0.0),
-    "static": Recipe(4e-3, 0.0, 0.0),
-    "dense": Recipe(4e-3, 0.0, 0.0),
+    "two-phase": Recipe(),
+    "kron-l1": Recipe(factor_weight_decay=0.05),  # decay on A and B is what gives L1 on S its meaning (equation 15)
+    **dict.fromkeys(
+        ("group-lasso", "elastic-group-lasso", "rigl", "iterative", "magnitude", "static", "dense"),
+        _PLAIN,
+    ),
 }
+
+
+def _block_name(size: str) -> str:
+    return size if size == "auto" else str(BlockSize.parse(size))
 
 
 def tile_groups(text: str) -> TileGroups:
@@ -68,7 +93,7 @@ class TaskConfig:
     widths: tuple[int, ...] = (512, 256)
     """Hidden sizes of the MLP."""
     block_size: str = "16"
-    """Rows and columns of a block: 16, or 16x4."""
+    """Rows and columns of a block: 16, or 16x4; auto: search for it first."""
     rank: int = 4
     """Kronecker terms of a layer."""
     sparsity: float = 0.9
@@ -79,8 +104,28 @@ class TaskConfig:
     """Learning rate of the dense parts; unset: the method's own."""
     weight_decay: float | None = None
     """Of dense weights; unset: the method's own."""
+    factor_weight_decay: float | None = None
+    """Of factors and free block values; unset: the method's own."""
+    factor_lr_scale: float | None = None
+    """Learning rate of factors, relative to --lr; unset: the method's own."""
+    lifted_lr_scale: float | None = None
+    """Learning rate of free block values, relative to --lr; unset: the method's own."""
     tile_groups: str | None = None
     """Tile banks of a layer: per-row, or a number; unset: the method's own (two-phase per-row, kron-l1 1)."""
+    init: Init | None = None
+    """Of factors; unset: the method's own (two-phase random, kron-l1 spectral)."""
+    gate: bool | None = None
+    """A trained gate for each block; unset: the method's own (kron-l1 only)."""
+    score: Score | None = None
+    """What blocks are compared by: norm, gate or taylor; unset: the method's own (kron-l1 gate, the others norm)."""
+    regrow: float | None = None
+    """Share of the live blocks exchanged for dead ones at the first update; unset: the method's own (rigl 0.3, others 0)."""
+    scope: Scope = "global"
+    """One budget over all layers, or the same sparsity in each."""
+    distribution: Distribution | None = None
+    """Of live blocks over the layers, for methods that are sparse from the start; unset: erk."""
+    storage: Storage | None = None
+    """Of methods that are sparse from the start: live blocks only (packed; the default), or dense."""
     on_mismatch: Mismatch = "nearest"
     """Layers that the block size does not divide: nearest size that does, or left dense."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -120,17 +165,15 @@ class TrainConfig(TaskConfig):
         super().__post_init__()
         if self.seed < 0:
             raise KronblocksError(f"--seed must be at least 0, not {self.seed}")
+        if self.block_size == "auto" and self.method == "dense":
+            raise KronblocksError("method 'dense' has no blocks to search for: leave --block-size out")
         self.sparsity_config()
 
     @property
     def recipe(self) -> Recipe:
         """The method's recipe with what the user changed."""
-        own = RECIPES[self.method]
-        return Recipe(
-            own.lr if self.lr is None else self.lr,
-            own.weight_decay if self.weight_decay is None else self.weight_decay,
-            own.factor_weight_decay,
-        )
+        changed = {name: getattr(self, name) for name in Recipe._fields if getattr(self, name) is not None}
+        return RECIPES[self.method]._replace(**changed)
 
     def sparsity_config(self) -> SparsityConfig:
         """What `sparsify_` is given."""
@@ -140,6 +183,13 @@ class TrainConfig(TaskConfig):
             rank=self.rank,
             target_sparsity=self.sparsity,
             on_mismatch=self.on_mismatch,
+            gate=self.gate,
+            init=self.init,
+            score=self.score,
+            regrow=self.regrow,
+            scope=self.scope,
+            distribution=self.distribution,
+            storage=self.storage,
             tile_groups=None if self.tile_groups is None else tile_groups(self.tile_groups),
             schedule=self.schedule,
             penalty=self.penalty,
@@ -178,23 +228,35 @@ class CompareConfig(TaskConfig):
         runs = []
         for seed in dict.fromkeys(self.seeds):
             for method in dict.fromkeys(self.methods):
-                block = "" if method == "dense" else f"-{BlockSize.parse(self.block_size)}"
+                block = "" if method == "dense" else f"-{_block_name(self.block_size)}"
                 own = {"out": self.out / f"{method}{block}-s{seed}", "method": method, "seed": seed, "resume": True}
                 runs.append(TrainConfig(**{**shared, **self._without_foreign(method), **own}))
-        for name in ("rank", "tile_groups", "penalty", "schedule"):
+        for name in (*OF_SOME_METHODS, "penalty", "schedule"):
             if all(getattr(run, name) != getattr(self, name) for run in runs):
                 raise KronblocksError(f"none of --methods {' '.join(self.methods)} has what you set of {name}: leave it out")
         return runs
 
     def _without_foreign(self, method: Method) -> dict[str, Any]:
         """Shared settings that mean nothing to a method, at their defaults."""
-        settings: dict[str, Any] = {}
-        if method not in FACTORED:
-            settings |= {"rank": TaskConfig.rank, "tile_groups": None}
-        if method not in LIFTED:
-            settings["schedule"] = dataclasses.replace(self.schedule, lift_at=ScheduleConfig.lift_at)
+        default = {f.name: f.default for f in dataclasses.fields(TaskConfig)}
+        foreign = [name for name, methods in OF_SOME_METHODS.items() if method not in methods]
+        settings: dict[str, Any] = {name: default[name] for name in foreign}
+        if method == "dense" and self.block_size == "auto":
+            settings["block_size"] = TaskConfig.block_size
+        return settings | {"schedule": self._schedule_of(method), "penalty": self._penalty_of(method)}
+
+    def _schedule_of(self, method: Method) -> ScheduleConfig:
+        schedule = self.schedule
+        if method in CONSTANT or (method == "iterative" and schedule.shape != "staircase"):
+            schedule = dataclasses.replace(schedule, shape=None)
+        if method != "iterative" and schedule.shape != "staircase":
+            schedule = dataclasses.replace(schedule, stages=ScheduleConfig.stages)
+        return schedule if method in LIFTED else dataclasses.replace(schedule, lift_at=ScheduleConfig.lift_at)
+
+    def _penalty_of(self, method: Method) -> PenaltyConfig:
         if method not in PENALISED:
-            settings["penalty"] = PenaltyConfig()
-        elif method == "group-lasso":
-            settings["penalty"] = dataclasses.replace(self.penalty, growth=PenaltyConfig.growth)
-        return settings
+            return PenaltyConfig()
+        penalty = self.penalty
+        if (penalty.form or SparsityConfig(method=method).form) == "proximal":
+            penalty = dataclasses.replace(penalty, growth=PenaltyConfig.growth)
+        return penalty if method == "elastic-group-lasso" else dataclasses.replace(penalty, ridge=PenaltyConfig.ridge)

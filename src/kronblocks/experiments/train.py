@@ -15,10 +15,12 @@ from rich.console import Console
 
 from kronblocks.experiments import accounting
 from kronblocks.experiments.classifier import Classification
-from kronblocks.experiments.data import BatchSampler, load_data, loader
-from kronblocks.experiments.runs import RunFolder, write_json
+from kronblocks.experiments.data import BatchSampler, Dataset, load_data, loader
+from kronblocks.experiments.runs import RunFolder, read_json, write_json
+from kronblocks.experiments.search import search_for
 from kronblocks.experiments.tasks import TrainConfig
 from kronblocks.experiments.versions import versions
+from kronblocks.search.report import SearchReport
 from kronblocks.selection import select
 from kronblocks.sparsity.report import SparsityReport, count_blocks
 from kronblocks.surgery import structure, weight_targets
@@ -81,10 +83,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     data = load_data(config.data, data_dir=config.data_dir)
     memory = accounting.PeakMemory()
-    module = Classification(config, data)
+    module = None if config.block_size == "auto" else Classification(config, data)  # before anything is written
     with RunFolder.open(config) as folder:
         if folder.result is not None:
             return folder.result
+        search = None
+        if module is None:
+            search = _search(config, data, folder)
+            module = Classification(config, data, search.config(config.sparsity_config()))
         trainer = _trainer(config, folder)
         train_batches = loader(data.train, BatchSampler(len(data.train), config.batch_size, config.seed))
         validation = loader(data.validation, BatchSampler(len(data.validation), 1000, 0, shuffle=False))
@@ -95,9 +101,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
         peak = memory.bytes()
         tested = trainer.test(module, test, verbose=False)[0]
         result = _result(config, module, tested, peak, memory.exact)
+        if search is not None:
+            result["search"] = search.to_dict()
         _save_model(module, folder)
         write_json(folder.path / "result.json", result)
     return result
+
+
+def _search(config: TrainConfig, data: Dataset, folder: RunFolder) -> SearchReport:
+    """The block-size search, or what an earlier start of this training found."""
+    known = folder.path / "search.json"
+    if not known.exists():
+        write_json(known, search_for(config, data).to_dict())
+    return SearchReport.from_dict(read_json(known))
 
 
 def _save_model(module: Classification, folder: RunFolder) -> None:
@@ -112,7 +128,7 @@ def _count(config: TrainConfig, module: Classification) -> SparsityReport:
     """Zero blocks of the targeted layers; of the dense method, of those that a sparse method would target."""
     if module.sparsifier.targets:
         return module.sparsifier.report()
-    return count_blocks(weight_targets(module.model, select(module.model, config.sparsity_config())))
+    return count_blocks(weight_targets(module.model, select(module.model, module.sparsity_config)))
 
 
 def _result(config: TrainConfig, module: Classification, tested: Any, peak: int, exact: bool) -> dict[str, Any]:

@@ -138,6 +138,18 @@ class BlockLayer(nn.Module):
         """The parameters that hold the blocks, the bias not among them."""
         raise NotImplementedError
 
+    def block_entries(self, blocks: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """Where the parameters hold some blocks and no others: `parameter[where]` for each pair.
+
+        Args:
+            blocks: (m1, n1) bool.
+        """
+        raise NotImplementedError
+
+    def block_inner_products(self) -> Tensor:
+        """<dW, W> of every block, (m1, n1), from the gradients that the parameters hold; 0 for dead blocks."""
+        raise NotImplementedError
+
     def enforce_zeros_(self) -> None:
         """Set what belongs to dead blocks to exactly 0."""
         raise NotImplementedError

@@ -163,6 +163,14 @@ class BlockSparseLinear(BlockLayer):
     def block_parameters(self) -> list[nn.Parameter]:
         return [self.values]
 
+    def block_entries(self, blocks: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        return [(self.values, blocks.flatten()[self.block_position])]
+
+    def block_inner_products(self) -> Tensor:
+        assert self.values.grad is not None
+        products = (self.values * self.values.grad).float().sum((1, 2))
+        return products.new_zeros(self.grid.blocks).index_copy(0, self.block_position, products).view(self.grid.shape)
+
     @torch.no_grad()
     def enforce_zeros_(self) -> None:
         self.values.masked_fill_(self._dead_slots(), 0)
@@ -172,13 +180,22 @@ class BlockSparseLinear(BlockLayer):
 
     @torch.no_grad()
     def set_block_mask_(self, mask: Tensor) -> None:
+        """Kill the blocks where the mask is False; blocks that come alive start at zero, in the slots of dead ones.
+
+        Raises:
+            KronblocksError: more blocks are to live than there are slots.
+        """
         self._check_mask(mask)
-        homeless = mask.flatten().index_fill(0, self.block_position, False)
-        if homeless.any():
+        homeless = mask.flatten().index_fill(0, self.block_position, False).nonzero().squeeze(1)
+        free = (~mask.flatten()[self.block_position]).nonzero().squeeze(1)
+        if len(homeless) > len(free):
             raise KronblocksError(
-                f"{int(homeless.sum())} live blocks of the mask have no slot in values: make a new layer with "
+                f"{int(mask.sum())} live blocks do not fit into the {self.capacity} slots of values: make a new layer with "
                 "BlockSparseLinear.from_dense(linear, block_size=..., mask=...)"
             )
+        slots = free[: len(homeless)]
+        self.values[slots] = 0
+        self.block_position[slots] = homeless
         super().set_block_mask_(mask)
 
     @torch.no_grad()

@@ -160,6 +160,14 @@ class KroneckerBlockLinear(BlockLayer):
     def block_parameters(self) -> list[nn.Parameter]:
         return [p for p in (self.coeff, self.tiles, self.gate) if p is not None]
 
+    def block_entries(self, blocks: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        return [(p, blocks) for p in (self.coeff, self.gate) if p is not None]
+
+    def block_inner_products(self) -> Tensor:
+        """W is linear in the coefficients of a block, so <dW, W> is their inner product with their own gradient."""
+        assert self.coeff.grad is not None
+        return (self.coeff * self.coeff.grad).float().sum(-1).masked_fill(~self.block_mask, 0)
+
     @torch.no_grad()
     def enforce_zeros_(self) -> None:
         dead = ~self.block_mask

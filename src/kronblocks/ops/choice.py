@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -66,20 +67,44 @@ def choose_plan(problem: Problem, *, measure: bool = False) -> PlanChoice:
     return PlanChoice(best, backends.name(problem.device, problem.dtype), why, _costs(problem), MappingProxyType(seconds))
 
 
+VALUES = "values"
+"""The form of a finished factored layer whose live blocks are stored as free values, for packed products."""
+
 _DEPLOY_GAIN = 1.05  # a block-sparse form must be measured this much faster than a plain weight to be taken instead of it
+_FEW_ROWS, _FEW_ROWS_GAIN = 4, 1.25  # and this much where the time is that of fetching weights, whose caches are anyone's
 
 
 def choose_deployed(problem: Problem) -> str:
-    """The form in which to store a finished layer: a plan that computes from its blocks, or "dense", a plain `nn.Linear`.
+    """The form in which to store a finished layer, by timings of this machine for inference.
 
-    Chosen by timings of this machine for inference: a plain weight is built once and not at every call, as a layer with the plan
-    "dense" would.
+    Returns:
+        A plan that computes from what the layer stores; "values" for factors that are better multiplied out into free values of
+        the live blocks; "dense" for a plain `nn.Linear`, whose weight is built once and not at every call.
     """
+    forms = _deployed_forms(problem)
+    dense = forms.pop("dense", None)
+    if not forms or dense is None:
+        return "dense"
+    best = min(forms, key=forms.__getitem__)
+    gain = _FEW_ROWS_GAIN if problem.rows <= _FEW_ROWS else _DEPLOY_GAIN
+    return best if forms[best] * gain < dense else "dense"
+
+
+def deployed_seconds(problem: Problem) -> float:
+    """Seconds of one inference of a finished layer in the form that `choose_deployed` picks; NaN where nothing could be timed."""
+    return _deployed_forms(problem).get(choose_deployed(problem), math.nan)
+
+
+def _deployed_forms(problem: Problem) -> dict[str, float]:
+    """Seconds of every form that a finished layer can have."""
     problem = dataclasses.replace(problem, training=False)
-    plans = plan_seconds(problem, measure=True)
-    plans.pop("dense", None)
-    best = min(plans, key=plans.__getitem__, default="dense")
-    return best if plans and plans[best] * _DEPLOY_GAIN < timings(problem)[REFERENCE] else "dense"
+    forms = plan_seconds(problem, measure=True)
+    reference = timings(problem).get(REFERENCE)
+    if problem.rank is not None:
+        values = plan_seconds(dataclasses.replace(problem, rank=None, tile_groups=1, gate=False), measure=True)
+        forms |= {VALUES: values["packed"]} if "packed" in values else {}
+    forms.pop("dense", None)
+    return forms if reference is None else {**forms, "dense": reference}
 
 
 @functools.lru_cache(maxsize=4096)

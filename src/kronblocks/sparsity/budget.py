@@ -12,6 +12,7 @@ from torch import Tensor
 from kronblocks.errors import KronblocksError
 
 Scope = Literal["global", "layer"]
+Distribution = Literal["erk", "uniform"]
 
 
 def blocks_to_kill(blocks: int, sparsity: float) -> int:
@@ -76,3 +77,55 @@ def choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float,
     if scope == "global":
         return _choose_dead(scores, areas, sparsity)
     return [_choose_dead([score], [area], sparsity)[0] for score, area in zip(scores, areas, strict=True)]
+
+
+def erdos_renyi(shapes: Sequence[tuple[int, int]], weights: Sequence[int], density: float) -> list[float]:
+    """Densities of layers in proportion to (m1 + n1) / (m1 * n1), none above 1, that give the wanted density over all weights.
+
+    Args:
+        shapes: grid (m1, n1) of each layer.
+        weights: weights of each layer.
+        density: over all layers, in (0, 1].
+
+    Source:
+        Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity", 2018; the scaled form
+        of Evci et al., "Rigging the lottery", 2020, with blocks for weights.
+
+    >>> [round(density, 3) for density in erdos_renyi([(10, 10), (2, 2)], [100, 4], 0.25)]
+    [0.22, 1.0]
+    """
+    raw = [(m1 + n1) / (m1 * n1) for m1, n1 in shapes]
+    full: set[int] = set()
+    while True:
+        left = density * sum(weights) - sum(weights[i] for i in full)
+        open_layers = [i for i in range(len(raw)) if i not in full]
+        scale = left / sum(raw[i] * weights[i] for i in open_layers) if open_layers else 0.0
+        over = {i for i in open_layers if scale * raw[i] > 1}
+        if not over:
+            return [1.0 if i in full else scale * raw[i] for i in range(len(raw))]
+        full |= over
+
+
+def random_masks(
+    shapes: Sequence[tuple[int, int]], areas: Sequence[int], sparsity: float, distribution: Distribution
+) -> list[Tensor]:
+    """Random live blocks that hit a sparsity exactly, with the layers' densities as the distribution says, up to rounding.
+
+    Args:
+        shapes: grid (m1, n1) of each layer.
+        areas: weights per block, a number a layer.
+        sparsity: share to be dead, in [0, 1).
+        distribution: "erk", or "uniform": every layer alike.
+
+    Returns:
+        One (m1, n1) bool grid a layer, True = live.
+    """
+    blocks = [m1 * n1 for m1, n1 in shapes]
+    weights = [number * area for number, area in zip(blocks, areas, strict=True)]
+    density = [1 - sparsity] * len(shapes)
+    if distribution == "erk":
+        density = erdos_renyi(shapes, weights, 1 - sparsity)
+    scores = []  # above 1 for the blocks of least rank: as many in each layer as its density wants
+    for shape, number, wanted in zip(shapes, blocks, density, strict=True):
+        scores.append(wanted * number / (torch.randperm(number).double() + 0.5).view(shape))
+    return [~dead for dead in choose_dead(scores, areas, sparsity)]

@@ -40,7 +40,7 @@ class SparsitySchedule:
     lift_at: float | None = None  # share of the pruning span; None: no lift
     shape: Shape = "cubic"
     update_every: int = 50
-    stages: int = 5  # of the staircase
+    stages: int = 5  # of the staircase, each of which kills the same share of the blocks that live
 
     def __post_init__(self) -> None:
         if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int) or self.total_steps < 1:
@@ -82,7 +82,7 @@ class SparsitySchedule:
             case "linear":
                 return self.target_sparsity * fraction
             case "staircase":
-                return self.target_sparsity * int(fraction * self.stages) / self.stages
+                return 1 - (1 - self.target_sparsity) ** (int(fraction * self.stages + 1e-9) / self.stages)
 
     def is_update(self, step: int) -> bool:
         """Whether the mask is updated after this step."""

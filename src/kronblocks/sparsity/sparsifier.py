@@ -158,6 +158,11 @@ class Sparsifier:
         """Share of the targeted weights that lie in blocks of exact zeros, counted from the weights."""
         return self.report().block_sparsity
 
+    @property
+    def measures_growth(self) -> bool:
+        """Whether the coming step takes the dense gradient of every targeted layer, to score dead blocks."""
+        return self.rule.needs_growth and self.schedule is not None and self.schedule.is_update(self.step + 1)
+
     def report(self) -> SparsityReport:
         """Count the exact zeros of every targeted layer now."""
         return count_blocks(self.targets)
@@ -212,10 +217,14 @@ class Sparsifier:
         growth = [target.read_probe() for target in self.targets] if update and self.rule.needs_growth else None
         multipliers, self._rule_state = self.rule.propose(scores, growth, self._rule_state, self._context(self.step))
         for target, multiplier in zip(self.targets, multipliers, strict=True):
-            self._has_dead |= target.apply_(multiplier.to(target.mask.device))
+            multiplier = multiplier.to(target.mask.device)
+            grown = ~target.mask & (multiplier != 0)
+            self._has_dead |= target.apply_(multiplier)
+            if grown.any():
+                target.forget_moments_(self._optimizers, grown)
 
     def _prepare_probes(self) -> None:
-        if self.rule.needs_growth and self.schedule is not None and self.schedule.is_update(self.step + 1):
+        if self.measures_growth:
             for target in self.targets:
                 target.start_probe()
 
@@ -235,6 +244,7 @@ class Sparsifier:
             phase=schedule.phase_at(step),
             sparsity=schedule.sparsity_at(step),
             target_sparsity=schedule.target_sparsity,
+            fraction=schedule.fraction_at(step),
             is_update=schedule.is_update(step),
             is_last_update=step == schedule.end_step,
             steps_left=max(1, schedule.end_step - step),

@@ -6,16 +6,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
 from kronblocks.ops.cost import Problem
+
+Score = Literal["norm", "gate", "taylor"]
 
 
 @runtime_checkable
@@ -32,6 +36,8 @@ class HasBlocks(Protocol):
     def enforce_zeros_(self) -> None: ...
     def set_block_mask_(self, mask: Tensor) -> None: ...
     def block_parameters(self) -> list[nn.Parameter]: ...
+    def block_entries(self, blocks: Tensor) -> list[tuple[nn.Parameter, Tensor]]: ...
+    def block_inner_products(self) -> Tensor: ...
 
 
 @runtime_checkable
@@ -101,8 +107,18 @@ class BlockTarget:
         """Frobenius norm of every block, (m1, n1)."""
         raise NotImplementedError
 
-    def scores(self, kind: str = "norm") -> Tensor:
-        """What blocks are compared by, (m1, n1): block norm / sqrt(area), or the magnitude of the gate.
+    def differentiable_norms(self) -> Tensor:
+        """The same, from the dense weight, for a penalty in the loss."""
+        weight = self.module.get_parameter("weight") if isinstance(self.module, nn.Linear) else self.module.weight
+        assert isinstance(weight, Tensor)
+        return self.grid.norms(weight)
+
+    def scores(self, kind: Score = "norm") -> Tensor:
+        """What blocks are compared by, (m1, n1), from 0 on.
+
+        Args:
+            kind: "norm": block norm / sqrt(area). "gate": magnitude of the gate. "taylor": what removing the block would change
+                the loss of the last batch by, to first order, per weight: |gradient times weight, summed| / area.
 
         Raises:
             KronblocksError: they are not finite, or the layer has no gate.
@@ -113,6 +129,8 @@ class BlockTarget:
                     f'layer {self.name!r} has no gate: use score="norm", or method="kron-l1", which makes gates'
                 )
             scores = self.gate.detach().abs().float()
+        elif kind == "taylor":
+            scores = self.inner_products().abs() / self.area
         else:
             scores = self.norms() / self.area**0.5
         if not torch.isfinite(scores).all():
@@ -122,12 +140,28 @@ class BlockTarget:
             )
         return scores
 
+    def inner_products(self) -> Tensor:
+        """Gradient times weight, summed over each block, (m1, n1), from the gradients that the parameters hold now.
+
+        Raises:
+            KronblocksError: they hold none.
+        """
+        raise NotImplementedError
+
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that hold the blocks."""
         raise NotImplementedError
 
     def apply_(self, multipliers: Tensor) -> bool:
-        """Multiply every block by its number; 0 kills it. Returns whether a block died."""
+        """Multiply every block by its number; 0 kills it, and another number brings a dead one back, at zero.
+
+        Returns:
+            Whether a block died.
+        """
+        raise NotImplementedError
+
+    def forget_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
+        """Put what optimisers remember of some blocks, (m1, n1) bool, to zero: it belongs to blocks that are no more."""
         raise NotImplementedError
 
     def set_mask_(self, mask: Tensor) -> None:
@@ -193,10 +227,24 @@ class LayerTarget(BlockTarget):
     def parameters(self) -> list[nn.Parameter]:
         return self._layer.block_parameters()
 
+    @torch.no_grad()
+    def inner_products(self) -> Tensor:
+        _check_gradients(self.name, self._layer.block_parameters())
+        return self._layer.block_inner_products()
+
     def apply_(self, multipliers: Tensor) -> bool:
-        live = int(self.mask.sum())
+        before = self.mask.clone()
         self._layer.scale_blocks_(multipliers)
-        return int(self.mask.sum()) < live
+        grown = ~before & (multipliers != 0)
+        if grown.any():
+            self._layer.set_block_mask_(self.mask | grown)
+        return bool((before & ~self.mask).any())
+
+    @torch.no_grad()
+    def forget_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
+        for parameter, where in self._layer.block_entries(blocks):
+            for moment in _moments(optimizers, parameter):
+                moment[where] = 0
 
     def set_mask_(self, mask: Tensor) -> None:
         self._layer.set_block_mask_(mask)
@@ -226,12 +274,23 @@ class WeightTarget(BlockTarget):
         return [self._weight]
 
     @torch.no_grad()
+    def inner_products(self) -> Tensor:
+        _check_gradients(self.name, [self._weight])
+        assert self._weight.grad is not None
+        return self.grid.to_blocks(self._weight * self._weight.grad).float().sum((2, 3))
+
+    @torch.no_grad()
     def apply_(self, multipliers: Tensor) -> bool:
         blocks = self.grid.to_blocks(self._weight)
         blocks.mul_(multipliers.to(blocks.dtype)[..., None, None])
         died = self._mask & (multipliers == 0)
-        self._mask = self._mask & ~died
+        self._mask = multipliers != 0
         return bool(died.any())
+
+    @torch.no_grad()
+    def forget_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
+        for moment in _moments(optimizers, self._weight):
+            self.grid.to_blocks(moment).masked_fill_(blocks[..., None, None], 0)
 
     def set_mask_(self, mask: Tensor) -> None:
         self._mask = mask.to(self._weight.device, torch.bool).clone()
@@ -251,3 +310,17 @@ class WeightTarget(BlockTarget):
 
     def _zero_dead_blocks(self, weight: Tensor) -> None:
         self.grid.to_blocks(weight).masked_fill_(~self._mask.to(weight.device)[..., None, None], 0)
+
+
+def _check_gradients(name: str, parameters: Sequence[nn.Parameter]) -> None:
+    if any(p.grad is None for p in parameters):
+        raise KronblocksError(
+            f'layer {name!r} has no gradients after the optimiser\'s step, and score="taylor" needs them: call zero_grad() before '
+            'backward, not right after the step, or use score="norm"'
+        )
+
+
+def _moments(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[Tensor]:
+    """What optimisers remember of a parameter in tensors of its shape."""
+    states = [optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state]
+    return [value for state in states for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape]

@@ -21,11 +21,11 @@ from kronblocks.experiments.bench.grid import Auto, Ways, run_grid
 from kronblocks.experiments.bench.grids import Group, InferSettings
 from kronblocks.experiments.bench.ops import PEER_MACS
 from kronblocks.experiments.bench.results import Results, Row
-from kronblocks.ops.choice import choose_deployed
+from kronblocks.ops.choice import VALUES, choose_deployed
 
 
 def ways(group: Group, settings: InferSettings) -> Ways:
-    """Everything that is timed in a group. "auto" is the form to deploy, where "dense" means an `nn.Linear`."""
+    """Everything that is timed in a group. "auto" is the form to deploy: "dense" is an `nn.Linear`, "values" packed blocks."""
     grid, rows, device = group.grid, group.rows, settings.device
     mask = random_mask(grid, group.density, torch.Generator().manual_seed(0))
     found = Ways([dense_case(grid, rows, device)])
@@ -33,8 +33,9 @@ def ways(group: Group, settings: InferSettings) -> Ways:
     for name, layer in (("values", values), (factors_name(settings.rank, True), factors)):
         layer.eval()
         found.cases += [layer_case(name, layer, plan, rows) for plan in plans_of(layer) if plan != "dense"]
-        plan = choose_deployed(layer.problem(rows=rows))
-        found.autos.append(Auto(f"{name} auto", FORWARD, DENSE if plan == "dense" else f"{name} {plan}"))
+        form = choose_deployed(layer.problem(rows=rows))
+        alias = {"dense": DENSE, VALUES: "values packed"}.get(form, f"{name} {form}")
+        found.autos.append(Auto(f"{name} auto", FORWARD, alias))
     if rows * grid.weights * group.density <= PEER_MACS:
         found.add_peers(peer_cases(values, rows))
     return found

@@ -269,7 +269,7 @@ def _infer_part(data: dict[str, Any]) -> list[str]:
     text += [
         '### What "auto" chooses in inference',
         "",
-        "All rows; where it chooses dense, the layer becomes an `nn.Linear`.",
+        "All rows; a finished layer may also become an `nn.Linear` (dense), and factors may become packed values.",
         "",
     ]
     text += [*auto_table(rows, FORWARD, 1), ""]

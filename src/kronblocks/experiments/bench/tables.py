@@ -159,7 +159,7 @@ def inference_table(rows: Sequence[Row]) -> list[str]:
 def auto_table(rows: Sequence[Row], direction: str, least_rows: int) -> list[str]:
     """How good the choices of "auto" are: per kind of layer, against the best fixed plan of the same run.
 
-    In inference (where there is no forward + backward) a layer may also become dense, and dense counts as a plan.
+    In inference (forward alone) a finished layer may also become dense, and factors may become packed values: these count as plans.
     """
     lines, place = [], ("shape", "block", "density", "rows", "direction")
     places = group((row for row in rows if is_ours(row)), *place)
@@ -169,7 +169,10 @@ def auto_table(rows: Sequence[Row], direction: str, least_rows: int) -> list[str
         for auto in find(autos, case=name):
             here = places[tuple(auto[key] for key in place)]
             fixed = [row for row in here if row["case"] == f"{family}{row['plan']}"]
-            pairs.append((auto, max(row["speed"] for row in [*fixed, auto])))
+            speeds = [row["speed"] for row in [*fixed, auto]]
+            if direction == FORWARD:
+                speeds += [1.0, *(row["speed"] for row in find(here, case="values packed"))]
+            pairs.append((auto, max(speeds)))
         near = sum(auto["speed"] >= best / 1.1 for auto, best in pairs)
         slow = sum(auto["speed"] < 0.97 <= best for auto, best in pairs)
         worst, best = min(pairs, key=lambda pair: pair[0]["speed"] / pair[1])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from kronblocks.sparsity.budget import Scope, choose_dead
 from kronblocks.sparsity.schedule import Phase
-from kronblocks.sparsity.targets import BlockTarget
+from kronblocks.sparsity.targets import BlockTarget, Score
 
+Form = Literal["gradient", "proximal"]
 RuleState = dict[str, Any]
 
 
@@ -25,6 +26,7 @@ class RuleContext:
     phase: Phase
     sparsity: float  # wanted after this step
     target_sparsity: float
+    fraction: float  # of the pruning span that has passed
     is_update: bool  # whether the mask is due
     is_last_update: bool  # whether this is the update after which the mask is frozen
     steps_left: int  # of the pruning span, at least 1
@@ -44,7 +46,7 @@ class RuleContext:
 class Rule(Protocol):
     """One algorithm: a pure function on grids, and a penalty for the forms that live in the loss."""
 
-    score: str  # "norm" or "gate"
+    score: Score
     every_step: bool  # propose is wanted after every step of the pruning span, not only at mask updates
     needs_growth: bool  # growth scores are measured on the way to each mask update
     has_penalty: bool  # penalty is wanted at every step
@@ -52,7 +54,10 @@ class Rule(Protocol):
     def propose(
         self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
     ) -> tuple[list[Tensor], RuleState]:
-        """One multiplier per block, and the new state. Neither `scores` nor `state` is changed."""
+        """One multiplier per block, and the new state. Neither `scores` nor `state` is changed.
+
+        0 kills a block or leaves it dead; another number scales it, and brings a dead one back, at zero.
+        """
         ...
 
     def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:
@@ -72,8 +77,8 @@ def shrink(scores: Sequence[Tensor], thresholds: Sequence[float], ctx: RuleConte
     Blocks that would die beyond the cap, or the last one of a layer, are left alone, so that the target can be hit exactly.
     """
     multipliers = [
-        (1 - threshold / score.clamp_min(torch.finfo(score.dtype).tiny)).clamp_min(0)
-        for score, threshold in zip(scores, thresholds, strict=True)
+        (1 - threshold / score.clamp_min(torch.finfo(score.dtype).tiny)).clamp_min(0).masked_fill(~mask, 0)
+        for score, threshold, mask in zip(scores, thresholds, ctx.masks, strict=True)
     ]
     dead = sum(int((m == 0).sum()) * area for m, area in zip(multipliers, ctx.areas, strict=True))
     total = sum(m.numel() * area for m, area in zip(multipliers, ctx.areas, strict=True))

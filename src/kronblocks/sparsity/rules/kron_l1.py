@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from kronblocks.sparsity.rules.base import RuleContext, RuleState, cut
-from kronblocks.sparsity.rules.proximal import controlled_shrink
+from kronblocks.sparsity.rules.base import Form, RuleContext, RuleState
+from kronblocks.sparsity.rules.proximal import controlled_shrink, cut_at_the_end, growing_strength
 from kronblocks.sparsity.targets import BlockTarget
-
-Form = Literal["gradient", "proximal"]
 
 
 @final
@@ -41,9 +39,7 @@ class KronL1:
     ) -> tuple[list[Tensor], RuleState]:
         if self._form == "proximal":
             return controlled_shrink(scores, state, ctx, self._strength)
-        if ctx.is_last_update:
-            return cut(scores, ctx, ctx.sparsity), state
-        return [mask.to(torch.float32) for mask in ctx.masks], state
+        return cut_at_the_end(scores, ctx), state
 
     def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:
         if not self.has_penalty or ctx.phase == "heal":
@@ -51,9 +47,4 @@ class KronL1:
         gates = [target.gate for target in targets]
         total = sum(gate.numel() for gate in gates if gate is not None)
         magnitude = torch.stack([gate.abs().sum() for gate in gates if gate is not None]).sum() / total
-        growth = 1 + (self._growth - 1) * ctx.step / ctx.total_steps
-        return (DEFAULT_STRENGTH if self._strength is None else self._strength) * growth * magnitude
-
-
-DEFAULT_STRENGTH = 1.0
-"""Weight of mean|S| in the loss at the first step."""
+        return growing_strength(self._strength, self._growth, ctx) * magnitude

@@ -8,26 +8,40 @@ from typing import final
 from torch import Tensor
 
 from kronblocks.sparsity.rules.base import RuleContext, RuleState, cut
-from kronblocks.sparsity.targets import BlockTarget
+from kronblocks.sparsity.rules.regrowth import as_multipliers, exchange
+from kronblocks.sparsity.targets import BlockTarget, Score
 
 
 @final
 class Magnitude:
-    """Score: block norm / sqrt(area). Dead blocks stay dead.
+    """Kills what the schedule asks for; with a staircase it is iterative pruning (prune a share, train on, repeat).
+
+    Args:
+        score: "norm" (block norm / sqrt(area)), "gate" or "taylor".
+        regrow: share of the live blocks that is exchanged for dead ones of greatest gradient at the first update, falling to 0.
 
     Source:
-        Zhu and Gupta, "To prune, or not to prune", 2017, with blocks for weights.
+        Zhu and Gupta, "To prune, or not to prune", 2017, with blocks for weights; in stages: Han, Pool, Tran, Dally, "Learning
+        both weights and connections for efficient neural networks", 2015; score "taylor": Molchanov, Mallya, Tyree, Frosio,
+        Kautz, "Importance estimation for neural network pruning", 2019.
     """
 
-    score = "norm"
     every_step = False
-    needs_growth = False
     has_penalty = False
+
+    def __init__(self, score: Score = "norm", regrow: float = 0.0) -> None:
+        self.score: Score = score
+        self.needs_growth = regrow > 0
+        self._regrow = regrow
 
     def propose(
         self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
     ) -> tuple[list[Tensor], RuleState]:
-        return cut(scores, ctx, ctx.sparsity), state
+        multipliers = cut(scores, ctx, ctx.sparsity)
+        if growth_scores is None or not self._regrow:
+            return multipliers, state
+        alive = [multiplier != 0 for multiplier in multipliers]
+        return as_multipliers(exchange(alive, scores, growth_scores, self._regrow, ctx)), state
 
     def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:
         return None

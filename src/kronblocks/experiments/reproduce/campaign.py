@@ -1,0 +1,161 @@
+"""Runs a study: every method's trials, the choice on validation, then the trainings that are compared. What is done stays done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import statistics
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kronblocks.errors import KronblocksError
+from kronblocks.experiments.bench.results import Results, Row
+from kronblocks.experiments.reproduce.studies import Cell, Study
+from kronblocks.experiments.reproduce.trials import trials
+from kronblocks.experiments.tasks import TrainConfig
+
+KEY = ("part", "method", "block", "sparsity", "trial", "seed")
+MEASURED = (
+    "test_accuracy",
+    "validation_accuracy",
+    "validation_loss",
+    "block_sparsity",
+    "live_blocks",
+    "total_blocks",
+    "trainable_parameters_start",
+    "trainable_parameters_max",
+    "trainable_parameters_end",
+    "training_macs",
+    "inference_macs_per_sample",
+    "train_seconds",
+)
+BYTES = ("parameters", "gradients", "optimizer_state", "saved_tensors")
+COLUMNS = (*KEY, *MEASURED, *BYTES, "blocks")
+
+
+class Job(NamedTuple):
+    """One training of a study; `part` is "tune" or "compare"."""
+
+    part: str
+    cell: Cell
+    trial: int
+    seed: int
+
+    def key(self) -> Row:
+        """What its row is known by."""
+        cell = self.cell
+        values = (self.part, cell.method, cell.block, cell.sparsity, self.trial, self.seed)
+        return dict(zip(KEY, values, strict=True))
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        cell = self.cell
+        return f"{cell.method}-{cell.block or 'dense'}-{cell.sparsity:g}-t{self.trial}-s{self.seed}"
+
+
+class Campaign:
+    """A study with its results file and its working folder.
+
+    Args:
+        study: what to run.
+        out: folder of the results file.
+        work: folder of the trainings; a finished one keeps its settings and its result there.
+        jobs: trainings at a time, each with one thread.
+    """
+
+    def __init__(self, study: Study, out: Path, work: Path, jobs: int) -> None:
+        self.study, self.jobs = study, jobs
+        self._work = work / study.name
+        self.results = Results.open(out / f"reproduce-{study.name}.json", f"reproduce-{study.name}", COLUMNS, KEY, study.shared())
+
+    def run(self) -> Results:
+        """Run what is missing.
+
+        Raises:
+            KronblocksError: a training failed. What is done stays.
+        """
+        study = self.study
+        tuning = [
+            Job("tune", cell, trial, seed)
+            for cell in study.tuned()
+            for trial in range(len(trials(cell.method)))
+            for seed in study.tuning_seeds
+        ]
+        self._run(tuning, "trials")
+        best = {(cell.method, cell.block): best_trial(self.results.rows, cell) for cell in study.tuned()}
+        compared = [
+            Job("compare", cell, best[cell.method, cell.block], seed) for cell in study.table() for seed in study.seeds
+        ]
+        self._run(compared, "comparison")
+        return self.results
+
+    def _training(self, job: Job) -> TrainConfig:
+        return self.study.training(job.cell, trials(job.cell.method)[job.trial], job.seed, self._work / job.name)
+
+    def _run(self, jobs: Sequence[Job], title: str) -> None:
+        wanted = {tuple(job.key().values()): job for job in jobs}
+        missing = [wanted[tuple(row.values())] for row in self.results.missing(job.key() for job in jobs)]
+        pending = {job: self._training(job) for job in missing}  # settings that cannot be are refused before anything runs
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(f"{self.study.name}: {title}", total=len(jobs), completed=len(jobs) - len(missing))
+            for job, row in _finished(pending, self.jobs):
+                self.results.add([{**job.key(), **row}])
+                progress.advance(task)
+                if not console.is_terminal:
+                    accuracy = 100 * row["validation_accuracy"]
+                    console.print(f"{job.part} {job.name}: validation {accuracy:.2f} %", highlight=False, soft_wrap=True)
+
+
+def _finished(pending: dict[Job, TrainConfig], jobs: int) -> Iterable[tuple[Job, Row]]:
+    """Rows of trainings as they end, several running at a time, each process doing one after the other."""
+    if not pending:
+        return
+    with ProcessPoolExecutor(min(jobs, len(pending)), multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(_train, config): job for job, config in pending.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise KronblocksError("a training's process died: is there enough memory? Run fewer at a time with --jobs") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _train(config: TrainConfig) -> Row:
+    """One training, in a process of the pool; keeps its settings and result, and drops the rest of its folder."""
+    from kronblocks.experiments.train import train
+
+    result = train(config)
+    for path in config.out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix == ".safetensors":
+            path.unlink()
+    return row_of(result)
+
+
+def row_of(result: dict[str, Any]) -> Row:
+    """What is kept of a training's result."""
+    blocks = sorted({layer["block_size"] for layer in result["layers"]}) if result["config"]["method"] != "dense" else []
+    measured = {name: result[name] for name in MEASURED}
+    return {**measured, **{name: result["bytes"].get(name) for name in BYTES}, "blocks": " ".join(blocks)}
+
+
+def best_trial(rows: Sequence[Row], cell: Cell) -> int:
+    """The trial with the best mean validation accuracy, the earlier one if two are equal."""
+    wanted = ("tune", cell.method, cell.block, cell.sparsity)
+    accuracies: dict[int, list[float]] = {}
+    for row in rows:
+        if tuple(row[name] for name in KEY[:4]) == wanted:
+            accuracies.setdefault(row["trial"], []).append(row["validation_accuracy"])
+    return max(sorted(accuracies), key=lambda trial: statistics.fmean(accuracies[trial]))
+

@@ -1,0 +1,77 @@
+"""The subcommand `kronblocks reproduce`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from kronblocks.errors import KronblocksError
+
+What = Literal["mlp", "linear", "lenet5", "all", "tables"]
+GROUPS: dict[str, tuple[str, ...]] = {
+    "mlp": ("mlp",),
+    "linear": ("linear-mnist5k", "linear-fashion"),
+    "lenet5": ("lenet5-mnist5k", "lenet5-fashion"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """Run the experiments behind the tables of the docs: every method tuned alike on validation, then compared on test data.
+
+    What is done is not run again: an interrupted command goes on where it was.
+    """
+
+    what: tyro.conf.Positional[What]
+    """Which: a model of the paper, our own MLP, or all; tables: write the page of what was found."""
+    out: Path = Path("benchmarks/results")
+    """Folder of the results files."""
+    page: Path = Path("docs/experiments.md")
+    """The page that `tables` writes."""
+    work: Path = Path("runs/reproduce")
+    """Folder of the trainings."""
+    jobs: int = 2
+    """Trainings at a time, each with one thread."""
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise KronblocksError(f"--jobs must be at least 1, not {self.jobs}")
+
+
+def reproduce(config: Annotated[ReproduceConfig, tyro.conf.arg(name="")]) -> None:
+    """Run the experiments behind the tables of the docs."""
+    from kronblocks.experiments.reproduce.campaign import Campaign
+    from kronblocks.experiments.reproduce.studies import STUDIES
+
+    if config.what == "tables":
+        from kronblocks.experiments.reproduce.page import write
+
+        Console().print(f"page: {write(config.out, config.page).resolve()}", soft_wrap=True, highlight=False)
+        return
+    names = GROUPS[config.what] if config.what != "all" else tuple(name for group in GROUPS.values() for name in group)
+    try:
+        for name in names:
+            campaign = Campaign(STUDIES[name], config.out, config.work, config.jobs)
+            results = campaign.run()
+            Console().print(_summary(name, results.rows))
+            Console().print(f"results: {results.path}", soft_wrap=True, highlight=False)
+    except KeyboardInterrupt:
+        sys.stderr.write("kronblocks: interrupted; what is finished is kept, and the same command goes on from there\n")
+        raise SystemExit(130) from None
+
+
+def _summary(name: str, rows: list[dict]) -> Table:
+    from kronblocks.experiments.reproduce.statistics import cells
+
+    table = Table(title=name, title_justify="left")
+    for column in ("method", "block", "sparsity %", "test accuracy %", "to dense", "training multiply-adds, to dense"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for cell in cells(rows):
+        table.add_row(*cell.summary())
+    return table

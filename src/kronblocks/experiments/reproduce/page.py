@@ -1,0 +1,119 @@
+"""`kronblocks reproduce tables`: the page of the experiments, wholly from the JSON files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kronblocks.blocks import BlockSize
+from kronblocks.errors import KronblocksError
+from kronblocks.experiments.bench.results import read
+from kronblocks.experiments.bench.tables import table
+from kronblocks.experiments.reproduce.published import FOOTNOTE, PUBLISHED
+from kronblocks.experiments.reproduce.statistics import CellResult, cells
+from kronblocks.experiments.runs import write_text
+
+OURS = "two-phase"
+BYTES = ("parameters", "gradients", "optimizer_state", "saved_tensors")
+_INTRO = f"""# Experiments
+
+<!-- written by `kronblocks reproduce tables` from benchmarks/results: do not edit -->
+
+Every method has the same number of trials on the same task (three learning rates times two values of its own second setting, two
+seeds each, other seeds than those below), and the trial with the best mean **validation** accuracy is the one that is compared. Test
+images decide nothing. Accuracies are of the last epoch. Zeros are counted exactly, in blocks. Differences are paired by seed, with
+their 95% interval (Student's t). The best sparse method of a comparison is bold, whoever it is. Multiply-adds are those of products in
+forward and backward, as each layer computed at that density, growth scores included; "parameters" are those trained at the most and at
+the end; "bytes" are parameters, gradients, optimiser state and tensors kept for backward at their largest; all relative to dense.
+Trainings ran two at a time on one thread each, so seconds compare methods with each other; for speed see [benchmarks](benchmarks.md).
+"""
+
+
+def write(results: Path, page: Path) -> Path:
+    """Make the page; returns its path.
+
+    Raises:
+        KronblocksError: there are no results.
+    """
+    files = sorted(results.glob("reproduce-*.json"))
+    if not files:
+        raise KronblocksError(f"{results} holds no reproduce-*.json: run kronblocks reproduce mlp first, or name another folder")
+    parts = [_INTRO]
+    for file in files:
+        parts += _study(file.stem.removeprefix("reproduce-"), read(file))
+    write_text(page, "\n".join(parts).rstrip() + "\n")
+    return page
+
+
+def _study(name: str, data: dict[str, Any]) -> list[str]:
+    found = cells(data["rows"])
+    if not found:
+        return []
+    settings = data["settings"]
+    widths = f" {'-'.join(map(str, settings['widths']))}" if settings["widths"] else ""
+    lines = [
+        f"## {name}",
+        "",
+        f"{settings['data']}, {settings['model']}{widths}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
+        f"{len(found[0].accuracies)} seeds; {data['versions']['processor']}, torch {data['versions']['torch']}.",
+        "",
+    ]
+    dense = [cell for cell in found if cell.method == "dense"]
+    groups = dict.fromkeys((cell.block, cell.sparsity) for cell in found if cell.block)
+    for block, sparsity in sorted(groups, key=lambda key: (key[1], BlockSize.parse(key[0]).area)):
+        here = [cell for cell in found if (cell.block, cell.sparsity) == (block, sparsity)]
+        lines += [f"### {100 * sparsity:g}% zeros, {BlockSize.parse(block)} blocks", ""]
+        lines += _comparison([*dense, *here], settings) + [""] + _sizes(here)
+    return lines + _trials(data)
+
+
+def _comparison(here: Sequence[CellResult], settings: dict[str, Any]) -> list[str]:
+    ours = next((cell for cell in here if cell.method == OURS), None)
+    sparse = [cell for cell in here if cell.block]
+    best = max(sparse, key=lambda cell: cell.accuracy)
+    published = [(settings["model"], cell.method) in PUBLISHED for cell in here]
+    columns = ["method", "test accuracy %", f"{OURS} minus it", "zeros %", "parameters, most", "at the end"]
+    columns += ["training multiply-adds", "inference multiply-adds", "bytes", "seconds"] + ["published"] * any(published)
+    lines = []
+    for cell in here:
+        name = f"**{cell.method}**" if cell is best else cell.method
+        difference = "" if ours is None or cell is ours else str(ours.against(cell))
+        accuracy = f"{cell.accuracy:.2f}" + ("" if math.isnan(cell.spread) else f" ± {cell.spread:.2f}")
+        line = [
+            name,
+            accuracy,
+            difference,
+            f"{100 * cell.mean('block_sparsity'):.2f}",
+            f"{cell.to_dense('trainable_parameters_max'):.2f}",
+            f"{cell.to_dense('trainable_parameters_end'):.2f}",
+            f"{cell.to_dense('training_macs'):.2f}",
+            f"{cell.to_dense('inference_macs_per_sample'):.2f}",
+            f"{cell.to_dense(*BYTES):.2f}",
+            f"{cell.to_dense('train_seconds'):.2f}",
+        ]
+        value = PUBLISHED.get((settings["model"], cell.method))
+        lines.append(line + [f"{value.accuracy:.2f}" if value else ""] * any(published))
+    return table(columns, lines) + (["", FOOTNOTE] if any(published) else [])
+
+
+def _sizes(here: Iterable[CellResult]) -> list[str]:
+    """The block sizes that layers really had, where one does not divide."""
+    sizes = {cell.rows[0]["blocks"] for cell in here}
+    return [f"Effective block sizes: {', '.join(sorted(sizes))}.", ""] if any(" " in each for each in sizes) else []
+
+
+def _trials(data: dict[str, Any]) -> list[str]:
+    """Which trial was chosen for each method and block size."""
+    chosen: dict[tuple[str, str], int] = {}
+    for row in data["rows"]:
+        if row["part"] == "compare":
+            chosen[row["method"], row["block"]] = row["trial"]
+    lines = []
+    for (method, block), trial in chosen.items():
+        settings = data["settings"]["trials"][method][trial]
+        words = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+        lines.append([method, str(BlockSize.parse(block)) if block else "", words])
+    title = ["### Settings chosen on validation", ""]
+    return [*title, *table(["method", "block", "settings"], lines, left=3), ""]

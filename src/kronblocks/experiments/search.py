@@ -1,0 +1,178 @@
+"""`kronblocks search`: the block-size search on the data sets and models of the experiments."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from kronblocks.config import Method
+from kronblocks.errors import KronblocksError
+from kronblocks.experiments.data import BatchSampler, Dataset, load_data
+from kronblocks.experiments.models import ModelName, build_model
+from kronblocks.experiments.runs import write_json
+from kronblocks.experiments.tasks import DataName, TrainConfig
+from kronblocks.experiments.versions import versions
+from kronblocks.search.halving import Goal, SearchConfig, find_block_size
+from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
+from kronblocks.search.report import SearchReport
+from kronblocks.search.task import SearchTask
+
+
+def search_task(data: Dataset, batch_size: int, lr: float, weight_decay: float = 0.0) -> SearchTask:
+    """Training and validation images with the cross-entropy; the test images are not touched."""
+
+    def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        sampler = BatchSampler(len(data.train), batch_size, seed)
+        for epoch in itertools.count():
+            sampler.set_epoch(epoch)
+            for numbers in sampler:
+                yield data.train.images[numbers], data.train.labels[numbers]
+
+    held_out = list(zip(data.validation.images.split(1000), data.validation.labels.split(1000), strict=True))
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        return nn.functional.cross_entropy(model(images), labels, reduction="none")
+
+    return SearchTask(batches, held_out, losses, lr=lr, weight_decay=weight_decay)
+
+
+def steps_of(config: TrainConfig, data: Dataset) -> int:
+    """Optimiser steps of a training."""
+    return config.epochs * math.ceil(len(data.train) / config.batch_size)
+
+
+def search_for(config: TrainConfig, data: Dataset, search: SearchConfig | None = None) -> SearchReport:
+    """The search that a training with `block_size="auto"` begins with."""
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, data.image_shape, data.classes, config.widths)
+    task = search_task(data, config.batch_size, config.recipe.lr, config.recipe.weight_decay)
+    with Progress(console=Console(stderr=True), transient=True, disable=not config.progress) as progress:
+        bar = progress.add_task("looking for the block size", total=1.0)
+        return find_block_size(
+            model,
+            config.sparsity_config(),
+            task,
+            total_steps=steps_of(config, data),
+            rows=config.batch_size,
+            search=search or SearchConfig(seed=config.seed),
+            progress=lambda text, done: progress.update(bar, description=text, completed=done),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindConfig:
+    """Find the block size for a model and its data: the cheapest one that loses nothing."""
+
+    out: Path | None = None
+    """File for the report, as JSON."""
+    data: DataName = "mnist5k"
+    """Data set; mnist5k and digits need no download."""
+    model: ModelName = "mlp"
+    widths: tuple[int, ...] = (512, 256)
+    """Hidden sizes of the MLP."""
+    method: Method = "two-phase"
+    sparsity: float = 0.9
+    """Share of the weights that ends in blocks of exact zeros."""
+    rank: int | None = None
+    """Kronecker terms of a layer; unset: the method's own."""
+    epochs: int = 8
+    """Of the training that would follow: the search takes --budget of its steps."""
+    batch_size: int = 256
+    lr: float | None = None
+    """Learning rate of the dense parts; unset: the method's own."""
+    sizes: tuple[str, ...] | None = None
+    """Candidates, such as 4 8 16x4; unset: squares of 2 to 64."""
+    goal: Goal = "step-time"
+    """What counts among candidates that lose nothing."""
+    criterion: Literal["halving", "removal", "penalty"] = "halving"
+    """How candidates are judged: short trainings side by side, or all in one model by removal or by the paper's penalty."""
+    per_layer: bool = False
+    """A size for each layer; with --criterion removal or penalty."""
+    budget: float = 0.5
+    """Steps of the search, as a share of the training's."""
+    tolerance: float = SearchConfig.tolerance
+    """Share of the best held-out loss that counts as nothing; with --criterion halving."""
+    seed: int = 0
+    data_dir: Path | None = None
+    """Where the data set's original files are."""
+    threads: int | None = None
+    """Threads that torch uses; unset: its own choice."""
+
+    def __post_init__(self) -> None:
+        if self.per_layer and self.criterion == "halving":
+            raise KronblocksError("--per-layer wants --criterion removal or penalty: halving tries one size for the whole model")
+        if self.tolerance != SearchConfig.tolerance and self.criterion != "halving":
+            raise KronblocksError(f"--tolerance is for --criterion halving, not {self.criterion}")
+        if self.goal != "step-time" and self.criterion != "halving":
+            raise KronblocksError(f"--goal is for --criterion halving: {self.criterion} weighs candidates by their step time")
+        self.training()
+
+    def training(self) -> TrainConfig:
+        """The training that would follow."""
+        settings: dict[str, Any] = {} if self.rank is None else {"rank": self.rank}
+        return TrainConfig(
+            out=Path(),
+            data=self.data,
+            model=self.model,
+            widths=self.widths,
+            method=self.method,
+            block_size="auto",
+            sparsity=self.sparsity,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            seed=self.seed,
+            data_dir=self.data_dir,
+            **settings,
+        )
+
+
+def run(config: FindConfig) -> SearchReport:
+    """Search, show the report, and write it if asked."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    training = config.training()
+    data = load_data(config.data, data_dir=config.data_dir)
+    if config.criterion == "halving":
+        search = SearchConfig(
+            sizes=config.sizes, goal=config.goal, budget=config.budget, tolerance=config.tolerance, seed=config.seed
+        )
+        report = search_for(training, data, search)
+    else:
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, data.image_shape, data.classes, config.widths)
+        mixture = MixtureConfig(
+            criterion=config.criterion, per_layer=config.per_layer, budget=config.budget, seed=config.seed
+        )
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("looking for the block size", total=1.0)
+            report = find_block_size_in_mixture_(
+                model,
+                training.sparsity_config(),
+                search_task(data, config.batch_size, training.recipe.lr),
+                total_steps=steps_of(training, data),
+                rows=config.batch_size,
+                search=mixture,
+                sizes=config.sizes,
+                progress=lambda text, done: progress.update(bar, description=text, completed=done),
+            )
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(str(report), markup=False)
+    chosen = str(report.winner) if report.winner else ", ".join(f"{name} {size}" for name, size in report.chosen.items())
+    console.print(f"found: {chosen}, in {report.seconds:.1f} s and {report.steps:,} steps")
+    if config.out is not None:
+        write_json(config.out, {**report.to_dict(), "config": training.settings(), "versions": versions()})
+        console.print(f"report: {config.out.resolve()}")
+    return report
+
+

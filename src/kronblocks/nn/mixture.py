@@ -1,0 +1,147 @@
+"""Several candidate block sizes in one layer, for a search that leaves one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from kronblocks.blocks import BlockSize
+from kronblocks.errors import KronblocksError
+from kronblocks.nn.base import reset_bias_
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
+
+
+class BlockMixtureLinear(nn.Module):
+    """y = sum over candidates c of x W_c^T, plus bias: each W_c a sum of Kronecker products with blocks of its own size.
+
+    At the start every candidate has an equal share of the variance of nn.Linear's default. `remove_` takes a candidate out for good,
+    `collapse` makes an ordinary layer of the last one.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        candidates: name to block size; each must divide (m, n).
+        rank: Kronecker terms of each candidate, at most the area of its blocks.
+        per_row: tiles for each block row; else one bank.
+        bias: add a trained bias.
+
+    Source:
+        Zhu, Zuo, Khalili, TMLR 2025, section 4.
+
+    >>> layer = BlockMixtureLinear(8, 4, {"2x2": BlockSize(2, 2), "4x4": BlockSize(4, 4)}, rank=2)
+    >>> layer.remove_("4x4")
+    >>> type(layer.collapse()).__name__
+    'KroneckerBlockLinear'
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        candidates: Mapping[str, BlockSize],
+        rank: int,
+        *,
+        per_row: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not candidates:
+            raise KronblocksError("name at least one candidate block size")
+        self.in_features, self.out_features = in_features, out_features
+        layers = {}
+        for name, block in candidates.items():
+            groups = out_features // block.rows if per_row else 1
+            layers[name] = KroneckerBlockLinear(
+                in_features,
+                out_features,
+                block,
+                min(rank, block.area),
+                tile_groups=groups,
+                bias=False,
+                device=device,
+                dtype=dtype,
+            )
+        self.candidates = nn.ModuleDict(layers)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        with torch.no_grad():
+            for layer in self._layers().values():
+                layer.coeff.div_(len(layers) ** 0.5)
+            reset_bias_(self.bias, in_features)
+
+    def _layers(self) -> dict[str, KroneckerBlockLinear]:
+        found = {}
+        for name, layer in self.candidates.items():
+            assert isinstance(layer, KroneckerBlockLinear)
+            found[name] = layer
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self.candidates.values()
+        y = first(x)
+        for layer in others:
+            y = y + layer(x)
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def norms(self) -> dict[str, float]:
+        """Frobenius norm of every candidate's weight."""
+        return {name: float(layer.block_norms().norm()) for name, layer in self._layers().items()}
+
+    @torch.no_grad()
+    def scale_(self, name: str, factor: float) -> None:
+        """Multiply a candidate's weight by a number."""
+        self._layers()[name].coeff.mul_(factor)
+
+    def remove_(self, name: str) -> list[nn.Parameter]:
+        """Take a candidate out for good.
+
+        Returns:
+            Its parameters, for whoever holds state for them (an optimiser).
+
+        Raises:
+            KronblocksError: it is the last one, or there is none of this name.
+        """
+        if name not in self.candidates:
+            raise KronblocksError(f"no candidate is called {name!r}: there are {', '.join(self.candidates)}")
+        if len(self.candidates) == 1:
+            raise KronblocksError(f"{name} is the last candidate: collapse() makes a layer of it")
+        gone = list(self.candidates[name].parameters())
+        del self.candidates[name]
+        return gone
+
+    def collapse(self) -> KroneckerBlockLinear:
+        """The last candidate as an ordinary layer, with the bias; parameters keep their objects.
+
+        Raises:
+            KronblocksError: there are several left.
+        """
+        if len(self.candidates) > 1:
+            raise KronblocksError(f"{len(self.candidates)} candidates are left ({', '.join(self.candidates)}): remove_ all but one")
+        (layer,) = self._layers().values()
+        layer.bias = self.bias
+        return layer
+
+    @classmethod
+    def like(cls, linear: nn.Linear, candidates: Mapping[str, BlockSize], rank: int, *, per_row: bool = True) -> Self:
+        """A mixture of the sizes, device and dtype of a dense layer, with its bias object."""
+        weight = linear.weight
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            candidates,
+            rank,
+            per_row=per_row,
+            bias=linear.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        new.bias = linear.bias
+        return new.train(linear.training)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

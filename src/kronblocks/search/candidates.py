@@ -1,0 +1,132 @@
+"""Candidates of a block-size search: from the divisors of the layers, and a shortlist by cost and by the spectrum of the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kronblocks.blocks import BlockGrid, BlockSize
+from kronblocks.config import BlockSizeLike, SparsityConfig
+from kronblocks.errors import KronblocksError
+from kronblocks.ops.cost import Problem, estimated_seconds, possible_plans
+from kronblocks.selection import Selected, select
+
+SIZES = (2, 4, 8, 16, 32, 64)
+"""Sides of the square blocks that are candidates where the user names none."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A block size, as it fits each layer.
+
+    Args:
+        block: the size asked for.
+        layers: what the layers take of it: the nearest size that divides them.
+        estimated_seconds: a training step of these layers at the target sparsity, by the counts.
+        energy: share of the weights' squares that the best mixtures of this block size keep, 0 to 1.
+    """
+
+    block: BlockSize
+    layers: tuple[Selected, ...]
+    estimated_seconds: float
+    energy: float
+
+    @property
+    def sizes(self) -> dict[str, str]:
+        """The block size of each layer."""
+        return {layer.name: str(layer.grid.block) for layer in self.layers}
+
+
+def with_block(config: SparsityConfig, block: BlockSize) -> SparsityConfig:
+    """The config with another block size, taken as near as it fits each layer."""
+    return dataclasses.replace(config, block_size=block, on_mismatch="nearest")
+
+
+@torch.no_grad()
+def captured_energy(weight: Tensor, grid: BlockGrid, rank: int, tile_groups: int = 1) -> float:
+    """Share of a weight's sum of squares that the nearest sum of `rank` Kronecker products keeps (equation 11 in docs/math.md).
+
+    From the eigenvalues of the smaller Gram matrix of the rearranged weight, in float64: no singular vectors.
+    """
+    blocks = grid.to_blocks(weight.detach().double()).reshape(tile_groups, -1, grid.block.area)
+    gram = blocks.mT @ blocks if blocks.shape[1] >= blocks.shape[2] else blocks @ blocks.mT
+    total = gram.diagonal(dim1=1, dim2=2).sum()
+    kept = torch.linalg.eigvalsh(gram)[:, -rank:].clamp_min(0).sum()
+    return float(kept / total) if total > 0 else 1.0
+
+
+def _step_seconds(layer: Selected, config: SparsityConfig, rows: int, device: str) -> float:
+    """Estimated time of one layer: half a training before the lift at half the zeros, half after it at all of them."""
+    density = 1 - config.target_sparsity
+    factors = Problem(layer.grid, layer.rank, layer.tile_groups, rows, (1 + density) / 2, device=device)
+    values = Problem(layer.grid, None, 1, rows, density, device=device)
+    return sum(
+        0.5 * min(estimated_seconds(problem, plan) for plan in possible_plans(problem.rank)) for problem in (factors, values)
+    )
+
+
+def find_candidates(
+    model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike] | None = None, *, rows: int = 1024
+) -> list[Candidate]:
+    """The block sizes that make a difference for a model, by ascending area.
+
+    Args:
+        model: dense, before `sparsify_`.
+        config: which layers, which rank; its block size does not count.
+        sizes: those to consider; None: squares of 2 to 64.
+        rows: rows of x per step, for the estimated times.
+
+    Raises:
+        KronblocksError: none of the sizes fits any layer.
+    """
+    device = next(model.parameters()).device.type
+    found: dict[tuple[str, ...], Candidate] = {}
+    for size in SIZES if sizes is None else sizes:
+        block = BlockSize.parse(size)
+        try:
+            layers = select(model, with_block(config, block)).selected
+        except KronblocksError as error:
+            if "no layer was selected" not in str(error):
+                raise
+            continue
+        weights = [model.get_submodule(layer.name).get_parameter("weight") for layer in layers]
+        squares = [float(weight.detach().double().square().sum()) for weight in weights]
+        shares = [captured_energy(w, layer.grid, layer.rank, layer.tile_groups) for w, layer in zip(weights, layers, strict=True)]
+        energy = sum(s * e for s, e in zip(squares, shares, strict=True)) / max(sum(squares), 1e-300)
+        seconds = sum(_step_seconds(layer, config, rows, device) for layer in layers)
+        found.setdefault(tuple(str(layer.grid) for layer in layers), Candidate(block, layers, seconds, energy))
+    if not found:
+        raise KronblocksError("none of the block sizes fits a layer of the model: name others, such as sizes=(2, 4)")
+    return sorted(found.values(), key=lambda candidate: candidate.block.area)
+
+
+def shortlist(candidates: Sequence[Candidate], most: int) -> tuple[list[Candidate], dict[str, str]]:
+    """Candidates worth training: none that another beats in both estimated time and energy, and at most `most`.
+
+    Returns:
+        The candidates, and for every other one why it is not among them.
+    """
+    reasons: dict[str, str] = {}
+    for one in candidates:
+        for other in candidates:
+            faster, richer = other.estimated_seconds < one.estimated_seconds, other.energy > one.energy
+            if faster and richer and str(other.block) not in reasons:
+                reasons[str(one.block)] = (
+                    f"{other.block} is estimated faster ({1e3 * other.estimated_seconds:.3g} against "
+                    f"{1e3 * one.estimated_seconds:.3g} ms) and keeps more of the weights "
+                    f"({100 * other.energy:.0f}% against {100 * one.energy:.0f}%)"
+                )
+                break
+    kept = [candidate for candidate in candidates if str(candidate.block) not in reasons]
+    while len(kept) > max(1, most):  # of two neighbours the slower one goes, where they differ least in time
+        pairs = [(abs(a.estimated_seconds - b.estimated_seconds), a, b) for a, b in zip(kept, kept[1:], strict=False)]
+        _, first, second = min(pairs, key=lambda pair: pair[0])
+        gone = first if first.estimated_seconds > second.estimated_seconds else second
+        stays = second if gone is first else first
+        reasons[str(gone.block)] = f"estimated nearly as fast as {stays.block}, and only {most} are tried"
+        kept.remove(gone)
+    return kept, reasons

@@ -1,0 +1,270 @@
+"""Block-size search in one model: all candidates trained together in each layer, losers removed for good, the last one kept."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+
+from kronblocks.config import SparsityConfig
+from kronblocks.errors import KronblocksError
+from kronblocks.groups import FACTOR_LR_SCALE, drop_parameters_
+from kronblocks.nn.mixture import BlockMixtureLinear
+from kronblocks.search.candidates import Candidate, find_candidates, shortlist
+from kronblocks.search.report import Path, SearchReport
+from kronblocks.search.task import SearchTask
+from kronblocks.surgery import replace_
+
+Criterion = Literal["removal", "penalty"]
+Weights = Literal["time", "equal"]
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """How candidates of a mixture are judged.
+
+    Args:
+        criterion: "removal": at evenly spaced moments the candidate goes whose removal adds least held-out loss for the time it
+            takes. "penalty", the paper's: a growing group penalty on the norm of each candidate's weight, until one is left; with
+            it alone the candidate with most parameters tends to win, whatever the data.
+        weights: what a candidate's loss or penalty is measured against: the "time" it takes, or "equal".
+        per_layer: each layer keeps a candidate of its own; else one size for the model.
+        budget: steps, as a share of the training that follows.
+        train_first: share of those steps before the first candidate may go.
+        strength: of the penalty at first, relative to the mean norm of a candidate and over all steps; it grows to `growth` times.
+        growth: see strength.
+        most: candidates in a layer.
+        seed: of batches and factors.
+    """
+
+    criterion: Criterion = "removal"
+    weights: Weights = "time"
+    per_layer: bool = False
+    budget: float = 0.5
+    train_first: float = 0.4
+    strength: float = 1.0
+    growth: float = 3.0
+    most: int = 6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.criterion not in ("removal", "penalty"):
+            raise KronblocksError(f"criterion={self.criterion!r} is unknown: write 'removal' or 'penalty'")
+        if self.weights not in ("time", "equal"):
+            raise KronblocksError(f"weights={self.weights!r} is unknown: write 'time' or 'equal'")
+        for name in ("budget", "strength"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise KronblocksError(f"{name} must be above 0, not {getattr(self, name)!r}")
+        if not 0 <= self.train_first < 1:
+            raise KronblocksError(f"train_first is a share of the steps, from 0 to below 1, not {self.train_first!r}")
+
+
+def find_block_size_in_mixture_(
+    model: nn.Module,
+    config: SparsityConfig,
+    task: SearchTask,
+    *,
+    total_steps: int,
+    rows: int = 1024,
+    search: MixtureConfig | None = None,
+    sizes: Sequence[Any] | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> SearchReport:
+    """Replace the selected layers by mixtures, train, remove candidates until one is left in each, and keep that, in place.
+
+    Afterwards the layers are `KroneckerBlockLinear` with trained factors, which `sparsify_` takes as they are.
+
+    Args:
+        model: dense.
+        config: which layers, which rank and tile groups; its block size does not count.
+        task: data and loss.
+        total_steps: of the training that follows.
+        rows: rows of x per step, for estimated times.
+        search: the criterion.
+        sizes: candidates; None: squares of 2 to 64.
+        progress: called with a text and the share that is done.
+
+    Raises:
+        KronblocksError: no size fits, or the training diverged.
+    """
+    search, start = search or MixtureConfig(), time.perf_counter()
+    everything = find_candidates(model, config, sizes, rows=rows)
+    kept, reasons = shortlist(everything, search.most)
+    paths = {
+        str(c.block): Path(c.block, c.sizes, c.estimated_seconds, c.energy, why=reasons.get(str(c.block), "")) for c in everything
+    }
+    run = _MixtureTraining(model, config, task, kept, search, max(1, int(search.budget * total_steps)))
+    run.train(paths, progress)
+    chosen = run.collapse()
+    survivors = set(run.survivors.values())
+    winner = next(c.block for c in kept if str(c.block) in survivors) if len(survivors) == 1 else None
+    for name in survivors:
+        layers = [layer for layer, survivor in run.survivors.items() if survivor == name]
+        paths[name].why = "won" if winner else f"won in {', '.join(layers)}"
+    seconds = time.perf_counter() - start
+    goal = "held-out loss per unit of time" if search.weights == "time" else "held-out loss"
+    return SearchReport(search.criterion, goal, list(paths.values()), chosen, winner, seconds, run.steps)
+
+
+class _MixtureTraining:
+    """The model with mixtures, its optimiser, and who is still in the running."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SparsityConfig,
+        task: SearchTask,
+        kept: Sequence[Candidate],
+        search: MixtureConfig,
+        steps: int,
+    ) -> None:
+        self._model, self._task, self._search, self.steps = model, task, search, steps
+        self._mixtures: dict[str, BlockMixtureLinear] = {}
+        names = [layer.name for layer in kept[0].layers]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(search.seed)
+            for position, name in enumerate(names):
+                linear = model.get_submodule(name)
+                assert isinstance(linear, nn.Linear)
+                sizes = {str(c.block): c.layers[position].grid.block for c in kept}
+                mixture = BlockMixtureLinear.like(linear, sizes, config.rank, per_row=config.tiles == "per-row")
+                replace_(model, name, mixture)
+                self._mixtures[name] = mixture
+        self._seconds = {str(c.block): c.estimated_seconds for c in kept}
+        factors = {id(p) for mixture in self._mixtures.values() for p in mixture.candidates.parameters()}
+        groups = [
+            {"params": [p for p in model.parameters() if id(p) in factors], "lr": task.lr * FACTOR_LR_SCALE},
+            {"params": [p for p in model.parameters() if id(p) not in factors], "lr": task.lr},
+        ]
+        self._optimizer: Optimizer = AdamW(groups, weight_decay=0.0)
+        rates = [group["lr"] for group in groups]
+        self._schedule = OneCycleLR(self._optimizer, rates, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False)
+        self.survivors: dict[str, str] = {}
+
+    def train(self, paths: dict[str, Path], progress: Callable[[str, float], None] | None) -> None:
+        """All steps, with the removals on the way."""
+        search, first = self._search, int(self._search.train_first * self.steps)
+        count = max(len(mixture.candidates) for mixture in self._mixtures.values())
+        removals = {first + round((i + 1) * (self.steps - first) / count) for i in range(count - 1)}
+        batches = self._task.batches(search.seed)
+        self._model.train()
+        for step in range(1, self.steps + 1):
+            loss = self._task.losses(self._model, next(batches)).mean()
+            if not torch.isfinite(loss):
+                raise KronblocksError("the training of the mixture diverged: lower the learning rate of the task")
+            self._optimizer.zero_grad()
+            loss.backward()
+            self._optimizer.step()
+            self._schedule.step()
+            if search.criterion == "penalty" and step > first:
+                self._shrink(step, first, paths)
+            if search.criterion == "removal" and step in removals:
+                self._remove_worst(step, paths)
+            if step % max(1, self.steps // 50) == 0:
+                self._note(step, paths)
+            if progress is not None:
+                left = sorted({name for mixture in self._mixtures.values() for name in mixture.candidates})
+                progress(f"training {', '.join(left)} together", step / self.steps)
+        while any(len(mixture.candidates) > 1 for mixture in self._mixtures.values()):
+            self._remove_least(self.steps, paths)
+
+    def _weight(self, name: str) -> float:
+        """What a candidate's contribution is divided by, 1 on average."""
+        if self._search.weights == "equal":
+            return 1.0
+        return self._seconds[name] * len(self._seconds) / sum(self._seconds.values())
+
+    def _scopes(self) -> list[dict[str, BlockMixtureLinear]]:
+        """Mixtures that decide together."""
+        return [{name: m} for name, m in self._mixtures.items()] if self._search.per_layer else [self._mixtures]
+
+    def _shrink(self, step: int, first: int, paths: dict[str, Path]) -> None:
+        """The proximal step of the group penalty on whole candidates."""
+        search = self._search
+        growth = 1 + (search.growth - 1) * (step - first) / (self.steps - first)
+        rate = self._schedule.get_last_lr()[0] / (self._task.lr * FACTOR_LR_SCALE)
+        for scope in self._scopes():
+            norms = _norms(scope)
+            if len(norms) < 2:
+                continue
+            typical = sum(norms.values()) / len(norms)
+            for name, norm in norms.items():
+                threshold = search.strength * growth * rate * typical * self._weight(name) / (self.steps - first)
+                factor = max(0.0, 1 - threshold / max(norm, 1e-30))
+                for mixture in scope.values():
+                    mixture.scale_(name, factor)
+                if factor == 0 and len(_norms(scope)) > 1:
+                    self._remove(scope, name, f"lost: its norm was shrunk to 0 at step {step}", paths)
+
+    def _remove_worst(self, step: int, paths: dict[str, Path]) -> None:
+        """Of each scope the candidate goes that is missed least for the time it takes."""
+        for scope in self._scopes():
+            names = list(_norms(scope))
+            if len(names) < 2:
+                continue
+            whole = self._task.judge(self._model).mean()
+            missed = {name: float(self._without(scope, name) - whole) for name in names}
+            worst = min(names, key=lambda name: missed[name] / self._weight(name))
+            others = ", ".join(f"{name} {missed[name] / self._weight(name):+.4f}" for name in names if name != worst)
+            why = (
+                f"lost at step {step}: without it held-out loss rises by {missed[worst]:.4f}, {missed[worst] / self._weight(worst):+.4f} "
+                f"for the time it takes (others: {others})"
+            )
+            self._remove(scope, worst, why, paths)
+
+    def _without(self, scope: dict[str, BlockMixtureLinear], name: str) -> float:
+        """Mean held-out loss with a candidate's weights left out."""
+        kept = {layer: mixture.candidates[name] for layer, mixture in scope.items()}
+        saved = {layer: [p.detach().clone() for p in module.parameters()] for layer, module in kept.items()}
+        for mixture in scope.values():
+            mixture.scale_(name, 0.0)
+        loss = float(self._task.judge(self._model).mean())
+        with torch.no_grad():
+            for layer, module in kept.items():
+                for parameter, before in zip(module.parameters(), saved[layer], strict=True):
+                    parameter.copy_(before)
+        return loss
+
+    def _remove_least(self, step: int, paths: dict[str, Path]) -> None:
+        """At the end, of each scope the candidate of least norm."""
+        for scope in self._scopes():
+            norms = _norms(scope)
+            if len(norms) > 1:
+                least = min(norms, key=norms.__getitem__)
+                self._remove(scope, least, f"lost: of least norm ({norms[least]:.3g}) when the steps were over", paths)
+
+    def _remove(self, scope: dict[str, BlockMixtureLinear], name: str, why: str, paths: dict[str, Path]) -> None:
+        for layer, mixture in scope.items():
+            drop_parameters_([self._optimizer], mixture.remove_(name))
+            paths[name].why = why if len(scope) > 1 or len(self._mixtures) == 1 else f"{paths[name].why}; {layer}: {why}".lstrip("; ")
+
+    def _note(self, step: int, paths: dict[str, Path]) -> None:
+        for name, norm in _norms(self._mixtures).items():
+            paths[name].history.append({"step": step, "norm": norm})
+
+    def collapse(self) -> dict[str, str]:
+        """Put the last candidate in every mixture's place; the block size of each layer."""
+        chosen = {}
+        for name, mixture in self._mixtures.items():
+            (self.survivors[name],) = mixture.candidates
+            layer = mixture.collapse()
+            layer.choose_plan_()
+            chosen[name] = str(layer.grid.block)
+            replace_(self._model, name, layer.train(mixture.training))
+        return chosen
+
+
+def _norms(scope: dict[str, BlockMixtureLinear]) -> dict[str, float]:
+    """Norm of each candidate over all layers of a scope that still have it."""
+    squares: dict[str, float] = {}
+    for mixture in scope.values():
+        for name, norm in mixture.norms().items():
+            squares[name] = squares.get(name, 0.0) + norm**2
+    return {name: math.sqrt(value) for name, value in squares.items()}

@@ -1,0 +1,94 @@
+"""What a search trains on, and one short training of a candidate."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+
+from kronblocks.config import SparsityConfig
+from kronblocks.errors import KronblocksError
+from kronblocks.groups import parameter_groups
+from kronblocks.surgery import sparsify_
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """Training data, held-out data and the loss.
+
+    Args:
+        batches: gives training batches for a seed, for ever (or for as long as the search asks).
+        held_out: batches that no training sees; never the test set.
+        losses: loss of every example (or token) of a batch, (N,), differentiable.
+        lr: learning rate of AdamW for what is not sparse, as for `parameter_groups`.
+        weight_decay: of dense weights.
+    """
+
+    batches: Callable[[int], Iterator[Any]]
+    held_out: Sequence[Any]
+    losses: Callable[[nn.Module, Any], Tensor]
+    lr: float = 4e-3
+    weight_decay: float = 0.0
+
+    @torch.no_grad()
+    def judge(self, model: nn.Module) -> Tensor:
+        """Held-out loss of every example, (N,), float64, of the model in eval mode."""
+        training = model.training
+        model.eval()
+        losses = torch.cat([self.losses(model, batch).detach().double().flatten() for batch in self.held_out])
+        model.train(training)
+        if not torch.isfinite(losses).all():
+            return torch.full_like(losses, torch.inf)
+        return losses
+
+
+class Trial:
+    """A copy of a model, trained with one config for a given number of steps; call `step` with each batch.
+
+    Args:
+        model: the dense model, which stays as it is.
+        config: what `sparsify_` gets.
+        task: optimiser and loss.
+        steps: of the whole training, over which learning rate and sparsity run their full course.
+        seed: of the factors.
+    """
+
+    def __init__(self, model: nn.Module, config: SparsityConfig, task: SearchTask, steps: int, seed: int) -> None:
+        self.model, self._task = copy.deepcopy(model).train(), task
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.sparsifier = sparsify_(self.model, dataclasses.replace(config, measure_plans=False))
+        groups = parameter_groups(self.model, lr=task.lr, weight_decay=task.weight_decay)
+        self._optimizer = AdamW(groups)
+        self.sparsifier.attach(self._optimizer, total_steps=steps)
+        rates = [group["lr"] for group in groups]
+        self._schedule = OneCycleLR(self._optimizer, rates, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False)
+        self._seconds: dict[str, list[float]] = {}
+
+    def step(self, batch: Any) -> None:
+        """One training step."""
+        phase = self.sparsifier.phase
+        start = time.perf_counter()
+        loss = self._task.losses(self.model, batch).mean() + self.sparsifier.penalty()
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self._seconds.setdefault(phase, []).append(time.perf_counter() - start)
+        self._schedule.step()
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median time of a step in each phase, averaged over the phases as long as they were."""
+        total = sum(len(each) for each in self._seconds.values())
+        if not total:
+            raise KronblocksError("the trial has made no step yet")
+        return sum(len(each) * statistics.median(each) for each in self._seconds.values()) / total

@@ -1,0 +1,116 @@
+"""Campaigns: every method tuned alike, what is done is not done again, and the page says what the rows say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from kronblocks import KronblocksError
+from kronblocks.cli import main
+from kronblocks.experiments.bench.results import read
+from kronblocks.experiments.reproduce import campaign, studies
+from kronblocks.experiments.reproduce import trials as trials_module
+from kronblocks.experiments.reproduce.campaign import Campaign, best_trial
+from kronblocks.experiments.reproduce.page import write
+from kronblocks.experiments.reproduce.statistics import cells, paired
+from kronblocks.experiments.reproduce.studies import METHODS, STUDIES, Cell, Study
+from kronblocks.experiments.reproduce.trials import trials
+
+TINY = Study(
+    name="tiny",
+    data="digits",
+    widths=(16,),
+    epochs=2,
+    batch_size=64,
+    methods=("dense", "two-phase", "rigl"),
+    cells=(("4", 0.5),),
+    seeds=(0, 1),
+    tuning_seeds=(100,),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole tiny campaign, with two trials a method."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials_module, "RATES", (4e-3,))
+        study = Campaign(TINY, folder / "results", folder / "work", jobs=2)
+        study.run()
+        yield folder
+
+
+def test_rows_of_a_campaign(finished):
+    data = read(finished / "results/reproduce-tiny.json")
+    tuned = [row for row in data["rows"] if row["part"] == "tune"]
+    compared = [row for row in data["rows"] if row["part"] == "compare"]
+    assert len(tuned) == 3 * 2 and len(compared) == 3 * 2
+    assert {row["seed"] for row in tuned} == {100} and {row["seed"] for row in compared} == {0, 1}
+    for row in compared:
+        assert row["trial"] == best_trial(data["rows"], Cell(row["method"], row["block"], row["sparsity"]))
+        assert (row["block_sparsity"] >= 0.5) == (row["method"] != "dense")
+    assert next(row for row in compared if row["method"] == "rigl")["blocks"] == "2x4 4x4"
+    kept = sorted(path.name for path in (finished / "work/tiny/rigl-4-0.5-t0-s100").iterdir())
+    assert kept == [".lock", "config.json", "result.json"]
+
+
+def test_what_is_done_is_not_run_again(finished, monkeypatch):
+    monkeypatch.setattr(trials_module, "RATES", (4e-3,))
+    monkeypatch.setattr(campaign, "_finished", lambda pending, jobs: pytest.fail("run again") if pending else ())
+    Campaign(TINY, finished / "results", finished / "work", jobs=2).run()
+
+
+def test_another_campaign_does_not_go_on_in_the_same_file(finished, monkeypatch):
+    with pytest.raises(KronblocksError, match="other settings"):  # six trials now
+        Campaign(TINY, finished / "results", finished / "work", jobs=2)
+
+
+def test_page(finished, tmp_path, monkeypatch, capsys):
+    page = write(finished / "results", tmp_path / "experiments.md").read_text()
+    rows = read(finished / "results/reproduce-tiny.json")["rows"]
+    found = {cell.method: cell for cell in cells(rows)}
+    assert f"| {found['rigl'].accuracy:.2f} ± {found['rigl'].spread:.2f} |" in page
+    assert str(found["two-phase"].against(found["dense"])) in page
+    assert "Effective block sizes: 2x4 4x4." in page and "### 50% zeros, 4x4 blocks" in page
+    main(["reproduce", "tables", "--out", str(finished / "results"), "--page", str(tmp_path / "again.md")])
+    assert (tmp_path / "again.md").read_text() == page and "again.md" in capsys.readouterr().out
+    with pytest.raises(KronblocksError, match=r"no reproduce-\*\.json"):
+        write(tmp_path, tmp_path / "none.md")
+
+
+def test_every_method_has_as_many_trials_and_every_training_of_the_studies_can_be(tmp_path):
+    assert {len(trials(method)) for method in METHODS} == {6}
+    for study in STUDIES.values():
+        for cell in {*study.tuned(), *study.table()}:
+            for settings in trials(cell.method):
+                study.training(cell, settings, 0, tmp_path)
+
+
+def test_the_best_trial_is_chosen_by_its_mean_and_the_first_of_equals():
+    cell = Cell("rigl", "4", 0.9)
+
+    def row(trial, seed, accuracy, part="tune"):
+        key = {"part": part, "method": "rigl", "block": "4", "sparsity": 0.9, "trial": trial, "seed": seed}
+        return {**key, "validation_accuracy": accuracy}
+
+    rows = [row(0, 1, 0.5), row(0, 2, 0.7), row(1, 1, 0.9), row(1, 2, 0.5)]
+    assert best_trial([*rows, row(0, 0, 1.0, part="compare")], cell) == 1
+    assert best_trial([row(0, 1, 0.5), row(1, 1, 0.5)], cell) == 0
+
+
+def test_paired_differences_and_their_interval():
+    difference = paired([2.0, 3.0, 5.0], [1.0, 1.0, 1.0])
+    assert difference.mean == pytest.approx(7 / 3)
+    # Student's t with two degrees of freedom: 4.3027, standard deviation of 1, 2, 4 over the root of 3
+    half = 4.30265 * math.sqrt(7 / 3) / math.sqrt(3)
+    assert difference.low == pytest.approx(7 / 3 - half, rel=1e-4) and difference.high == pytest.approx(7 / 3 + half, rel=1e-4)
+    assert paired([1.0], [0.0]).low == -math.inf
+
+
+def test_names_of_the_command_are_studies(capsys):
+    from kronblocks.experiments.reproduce.commands import GROUPS
+
+    assert {name for group in GROUPS.values() for name in group} == set(studies.STUDIES)
+    with pytest.raises(SystemExit):
+        main(["reproduce", "mlp", "--jobs", "x"])

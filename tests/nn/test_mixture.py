@@ -1,0 +1,67 @@
+"""The mixture of candidate block sizes: the sum of its parts, until one is left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from kronblocks import BlockSize, KronblocksError
+from kronblocks.nn.mixture import BlockMixtureLinear
+
+SIZES = {"2x2": BlockSize(2, 2), "4x2": BlockSize(4, 2), "4x8": BlockSize(4, 8)}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_output_and_gradients_are_those_of_the_summed_weights(bias, per_row):
+    layer = BlockMixtureLinear(16, 8, SIZES, rank=3, per_row=per_row, bias=bias, dtype=torch.float64)
+    assert [each.rank for each in layer.candidates.values()] == [3, 3, 3]
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    weights = [each.dense_weight() for each in layer.candidates.values()]
+    wanted = nn.functional.linear(x, sum(weights), layer.bias)
+    y = layer(x)
+    assert torch.allclose(y, wanted, rtol=1e-10)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    got = torch.autograd.grad(y.pow(2).sum(), (x, *parameters))
+    want = torch.autograd.grad(wanted.pow(2).sum(), (x, *parameters))
+    for name, a, b in zip(("x", *names), got, want, strict=True):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-10), name
+
+
+def test_the_start_has_the_variance_of_a_dense_layer():
+    torch.manual_seed(0)
+    layer = BlockMixtureLinear(256, 256, {"4": BlockSize(4, 4), "8": BlockSize(8, 8)}, rank=4)
+    weight = sum(each.dense_weight() for each in layer.candidates.values()).detach()
+    # 5%: 65,536 weights, of which neighbours share tiles
+    assert weight.std().item() == pytest.approx((3 * 256) ** -0.5, rel=0.05)
+
+
+def test_norms_scaling_removal_and_collapse():
+    linear = nn.Linear(16, 8)
+    layer = BlockMixtureLinear.like(linear, SIZES, rank=2).eval()
+    assert layer.bias is linear.bias
+    norms = layer.norms()
+    for name, candidate in layer.candidates.items():
+        assert norms[name] == pytest.approx(candidate.dense_weight().norm().item(), rel=1e-5)
+    layer.scale_("2x2", 0.5)
+    assert layer.norms()["2x2"] == pytest.approx(norms["2x2"] / 2, rel=1e-5)
+    with pytest.raises(KronblocksError, match="3 candidates are left"):
+        layer.collapse()
+    gone = layer.remove_("2x2")
+    assert {id(p) for p in gone}.isdisjoint({id(p) for p in layer.parameters()}) and len(gone) == 2
+    layer.remove_("4x8")
+    with pytest.raises(KronblocksError, match="no candidate is called '2x2'"):
+        layer.remove_("2x2")
+    with pytest.raises(KronblocksError, match="last candidate"):
+        layer.remove_("4x2")
+    x, last = torch.randn(3, 16), layer.candidates["4x2"]
+    before = layer(x)
+    collapsed = layer.collapse()
+    assert collapsed is last and collapsed.bias is linear.bias
+    assert torch.allclose(collapsed(x), before, atol=1e-6)  # the bias is added at another moment
+
+
+def test_no_candidates_are_refused():
+    with pytest.raises(KronblocksError, match="at least one"):
+        BlockMixtureLinear(8, 8, {}, rank=1)

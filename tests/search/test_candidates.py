@@ -1,0 +1,51 @@
+"""Candidates come from the layers' divisors; the shortlist drops what another beats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from kronblocks import BlockGrid, BlockSize, KronblocksError, SparsityConfig, nearest_kronecker_sum
+from kronblocks.search.candidates import Candidate, captured_energy, find_candidates, shortlist
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 10))
+
+
+def test_sizes_are_taken_as_near_as_they_fit_and_those_that_make_no_difference_once():
+    found = find_candidates(model(), SparsityConfig(rank=2))
+    assert [str(each.block) for each in found] == ["2x2", "4x4", "8x8", "16x16"]  # 32 and 64 give 8x16 and 2x8, as 16 does
+    assert found[-1].sizes == {"0": "8x16", "2": "2x8"}
+    assert [str(each.block) for each in find_candidates(model(), SparsityConfig(rank=2), (4, "8x2"))] == ["4x4", "8x2"]
+    with pytest.raises(KronblocksError, match="none of the block sizes fits"):
+        find_candidates(nn.Sequential(nn.Linear(7, 5)), SparsityConfig(), (4,))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("block", ["2x2", "4x8", "1x16"])
+def test_energy_is_what_the_nearest_kronecker_sum_keeps(block, groups):
+    weight = torch.randn(12, 32, dtype=torch.float64)
+    grid = BlockGrid(12, 32, BlockSize.parse(block))
+    _, _, error = nearest_kronecker_sum(weight, grid, 2, tile_groups=groups)
+    assert captured_energy(weight, grid, 2, groups) == pytest.approx(1 - error**2, abs=1e-9)
+
+
+def candidate(side: int, seconds: float, energy: float) -> Candidate:
+    return Candidate(BlockSize(side, side), (), seconds, energy)
+
+
+def test_shortlist_drops_what_another_beats_in_both_and_thins_the_rest():
+    two, four, eight, sixteen = (
+        candidate(2, 4.0, 0.9),
+        candidate(4, 5.0, 0.5),
+        candidate(8, 1.1, 0.4),
+        candidate(16, 1.0, 0.1),
+    )
+    kept, reasons = shortlist([two, four, eight, sixteen], 4)
+    assert kept == [two, eight, sixteen] and reasons.keys() == {"4x4"}
+    assert reasons["4x4"].startswith("2x2 is estimated faster")
+    kept, reasons = shortlist([two, four, eight, sixteen], 2)
+    assert kept == [two, sixteen] and "nearly as fast as 16x16" in reasons["8x8"]

@@ -1,0 +1,191 @@
+"""Searches find the size that a task is made for, and say why the others lost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from kronblocks import BlockSize, KronblocksError, KroneckerBlockLinear, SparsityConfig, sparsify_
+from kronblocks.search.candidates import Candidate
+from kronblocks.search.halving import SearchConfig, _judge, _Result, find_block_size
+from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
+from kronblocks.search.report import Path, SearchReport
+from kronblocks.search.task import SearchTask, Trial
+
+CONFIG = SparsityConfig(rank=2, target_sparsity=0.75)
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8))
+
+
+def task(lr: float = 1e-2) -> SearchTask:
+    teacher = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
+
+    def batches(seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in itertools.count():
+            x = torch.randn(16, 32, generator=generator)
+            yield x, x @ teacher.t()
+
+    held = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
+    return SearchTask(
+        batches, [(held, held @ teacher.t())], lambda net, batch: (net(batch[0]) - batch[1]).square().mean(1), lr=lr
+    )
+
+
+def test_a_trial_is_the_training_that_the_config_means():
+    trial = Trial(model(), CONFIG, task(), 40, seed=3)
+    before = [p.clone() for p in model().parameters()]
+    assert isinstance(trial.model[0], KroneckerBlockLinear)
+    data = task().batches(0)
+    for _ in range(40):
+        trial.step(next(data))
+    assert trial.sparsifier.sparsity == 0.75 and trial.seconds_per_step > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model().parameters(), strict=True))
+    other = Trial(model(), CONFIG, task(), 40, seed=3)
+    data = task().batches(0)
+    for _ in range(40):
+        other.step(next(data))
+    assert torch.equal(task().judge(trial.model), task().judge(other.model))
+
+
+def test_halving_gives_every_candidate_its_steps_and_a_reason():
+    dense, told = model(), []
+    report = find_block_size(
+        dense,
+        CONFIG,
+        task(),
+        total_steps=400,
+        search=SearchConfig(sizes=(2, 4, 8)),
+        progress=lambda text, done: told.append((text, done)),
+    )
+    assert isinstance(dense[0], nn.Linear)  # it stays as it is
+    assert report.winner is not None and all(path.why for path in report.paths)
+    assert [path.why.startswith("won") for path in report.paths].count(True) == 1
+    first = [path.rungs[0] for path in report.paths if path.rungs]
+    assert {rung.steps for rung in first} == {int(0.5 * 400 / 2 / len(first))}
+    assert report.steps <= 200
+    assert told and all(0 < done <= 1 for _, done in told) and "round 1 of 2" in told[0][0]
+    config = report.config(CONFIG)
+    assert config.block == report.winner and sparsify_(dense, config).targets
+    again = SearchReport.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert again == report and str(report.winner) in str(report)
+
+
+def judged(losses: dict[str, list[float]], costs: dict[str, float], **settings):
+    results = {name: _Result(torch.tensor(values, dtype=torch.float64), costs[name], costs[name]) for name, values in losses.items()}
+    kept = [Candidate(BlockSize.parse(name), (), 0.0, 0.0) for name in losses]
+    paths = {name: Path(BlockSize.parse(name), {}, 0.0, 0.0) for name in losses}
+    last = settings.pop("last", True)
+    winners = _judge(results, kept, paths, 50, SearchConfig(**settings), last=last)
+    return [str(c.block) for c in winners], {name: path.why for name, path in paths.items()}
+
+
+LOSSES = {"2x2": [1.0, 1.0, 1.0, 1.0], "4x4": [1.004, 1.004, 1.004, 1.004], "8x8": [1.5, 1.5, 1.5, 1.5]}
+COSTS = {"2x2": 3.0, "4x4": 2.0, "8x8": 1.0}
+
+
+def test_the_cheapest_that_loses_nothing_wins_and_accuracy_can_be_asked_for():
+    won, why = judged(LOSSES, COSTS)
+    assert won == ["4x4"] and "loses nothing, but costs" in why["2x2"] and "more than 1%" in why["8x8"]
+    assert judged(LOSSES, COSTS, goal="accuracy")[0] == ["2x2"]
+    assert judged(LOSSES, COSTS, tolerance=0.001)[0] == ["2x2"]
+    assert judged(LOSSES, COSTS, tolerance=1.0)[0] == ["8x8"]
+
+
+def test_between_rounds_the_better_half_and_all_that_lose_nothing_go_on():
+    assert judged(LOSSES, COSTS, last=False)[0] == ["2x2", "4x4"]
+    # slower and worse than 2x2, clearly: it cannot win under any tolerance
+    slow = {"2x2": 1.0, "4x4": 2.0, "8x8": 1.5}
+    won, why = judged(LOSSES, slow, last=False)
+    assert won == ["2x2"] and "both better and cheaper" in why["4x4"]
+
+
+def test_noise_counts_as_nothing_lost():
+    noisy = {"2x2": [0.0, 2.0, 0.0, 2.0], "8x8": [2.0, 0.0, 2.0, 0.2]}
+    assert judged(noisy, {"2x2": 2.0, "8x8": 1.0})[0] == ["8x8"]
+
+
+def test_a_candidate_that_diverges_loses_and_if_all_do_it_is_an_error():
+    bad = {"2x2": [1.0, 1.0], "4x4": [float("inf")] * 2}
+    won, why = judged(bad, {"2x2": 2.0, "4x4": 1.0})
+    assert won == ["2x2"] and "diverged" in why["4x4"]
+    with pytest.raises(KronblocksError, match="every candidate diverged"):
+        judged({"2x2": [float("inf")]}, {"2x2": 1.0})
+
+
+def test_too_short_a_budget_says_so():
+    with pytest.raises(KronblocksError, match="larger budget"):
+        find_block_size(model(), CONFIG, task(), total_steps=40)
+
+
+@pytest.mark.parametrize("criterion", ["removal", "penalty"])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_mixtures_leave_one_candidate_in_each_layer_and_train_on(criterion, per_layer):
+    net = model()
+    report = find_block_size_in_mixture_(
+        net,
+        CONFIG,
+        task(),
+        total_steps=200,
+        search=MixtureConfig(criterion=criterion, per_layer=per_layer, strength=3.0),
+        sizes=(2, 4, 8),
+    )
+    assert isinstance(net[0], KroneckerBlockLinear) and isinstance(net[2], KroneckerBlockLinear)
+    assert report.chosen == {"0": str(net[0].grid.block), "2": str(net[2].grid.block)}
+    assert per_layer or report.winner is not None
+    lost = [path for path in report.paths if "lost" in path.why]
+    assert all(path.why for path in report.paths) and (per_layer or len(lost) == 2)
+    assert all({"step", "norm"} == set(point) for path in report.paths for point in path.history)
+    factors = net[0].coeff
+    sparsifier = sparsify_(net, report.config(CONFIG))
+    assert net[0].coeff is factors  # trained on, not begun anew
+    assert [target.name for target in sparsifier.targets] == ["0", "2"]
+
+
+def test_the_removal_criterion_keeps_what_the_task_is_made_of():
+    """The target is a Kronecker product of 8x8 blocks: without those the loss is large, without the others it is not."""
+    torch.manual_seed(0)
+    teacher = torch.kron(torch.randn(4, 4), torch.randn(8, 8))
+
+    def batches(seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in itertools.count():
+            x = torch.randn(32, 32, generator=generator)
+            yield x, x @ teacher.t()
+
+    held = torch.randn(128, 32)
+    made = SearchTask(batches, [(held, held @ teacher.t())], lambda net, b: (net(b[0]) - b[1]).square().mean(1), lr=2e-2)
+    net = nn.Sequential(nn.Linear(32, 32, bias=False))
+    search = MixtureConfig(weights="equal", train_first=0.5)
+    config = SparsityConfig(rank=1, tile_groups=1)
+    report = find_block_size_in_mixture_(net, config, made, total_steps=1200, search=search, sizes=(2, 8, 16))
+    assert str(report.winner) == "8x8"
+
+
+def test_auto_says_who_searches():
+    with pytest.raises(KronblocksError, match=r"find_block_size\(model, config, task"):
+        sparsify_(model(), SparsityConfig(block_size="auto"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "says"),
+    [
+        (SearchConfig, {"goal": "speed"}, "'step-time'"),
+        (SearchConfig, {"budget": 0.0}, "budget"),
+        (SearchConfig, {"rounds": 0}, "rounds"),
+        (MixtureConfig, {"criterion": "norm"}, "'removal'"),
+        (MixtureConfig, {"weights": "cost"}, "'time'"),
+        (MixtureConfig, {"strength": 0.0}, "strength"),
+        (MixtureConfig, {"train_first": 1.0}, "train_first"),
+    ],
+)
+def test_wrong_settings_say_what_to_write(kind, settings, says):
+    with pytest.raises(KronblocksError, match=says):
+        kind(**settings)
