@@ -32,6 +32,7 @@ _LEAST_ROWS, _MOST_ROWS = 256, 4096  # rows that are timed; more take longer in 
 _MOST_MACS = {"cpu": 1e9}  # of one dense product, so that a turn takes milliseconds
 _MOST_MACS_ELSEWHERE = 1e11
 _LEAST_TURNS, _MOST_TURNS = 3, 100
+_SHORT = 5e-3  # seconds: a call that takes less is repeated in its turn, so that it finds its operands in the caches
 
 Runs = dict[str, Callable[[], object]]
 
@@ -134,10 +135,14 @@ def _interleaved(runs: Runs, synchronize: Callable[[], None]) -> dict[str, float
     """Median seconds of each, taking turns; whoever is clearly slower than the best has no further turns."""
 
     def once(run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        synchronize()
-        return time.perf_counter() - start
+        for _ in range(2):
+            start = time.perf_counter()
+            run()
+            synchronize()
+            seconds = time.perf_counter() - start
+            if seconds > _SHORT:
+                break
+        return seconds
 
     running = []
     for name, run in runs.items():
