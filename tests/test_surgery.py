@@ -53,12 +53,31 @@ def test_default_tiles_are_per_block_row():
     assert model[0].tile_groups == 4
 
 
-@pytest.mark.parametrize("method", ["magnitude", "group-lasso", "static", "dense"])
+@pytest.mark.parametrize("method", ["magnitude", "iterative", "group-lasso", "elastic-group-lasso", "dense"])
 def test_methods_on_plain_layers_replace_nothing(method):
     model = mlp()
     before = list(model)
     sparsify_(model, config(method=method))
     assert all(a is b for a, b in zip(before, model, strict=True))
+
+
+@pytest.mark.parametrize("method", ["static", "rigl"])
+@pytest.mark.parametrize("distribution", ["erk", "uniform"])
+def test_methods_that_are_sparse_from_the_start(method, distribution):
+    """Packed by default, with the weights and the bias of the dense layer on the live blocks; or on the nn.Linear itself."""
+    dense, packed, masked = mlp(), mlp(), mlp()
+    for model in (packed, masked):
+        model.load_state_dict(dense.state_dict())
+    torch.manual_seed(0)
+    sparsifier = sparsify_(packed, config(method=method, distribution=distribution))
+    torch.manual_seed(0)
+    sparsify_(masked, config(method=method, distribution=distribution, storage="dense"))
+    assert isinstance(packed[0], BlockSparseLinear) and type(masked[0]) is nn.Linear
+    assert sparsifier.sparsity == config().target_sparsity
+    for name in ("0", "2"):
+        ours, theirs, old = (model.get_submodule(name) for model in (packed, masked, dense))
+        assert torch.equal(ours.weight, theirs.weight) and (old.bias is None or torch.equal(ours.bias, old.bias))
+        assert ((ours.weight == old.weight) | (ours.weight == 0)).all()
 
 
 def test_inits():

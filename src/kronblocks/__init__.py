@@ -11,11 +11,16 @@ from kronblocks.errors import KronblocksError, KronblocksWarning, NativeFallback
 from kronblocks.groups import parameter_groups
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.nn.mixture import BlockMixtureLinear
 from kronblocks.ops.choice import PlanChoice, choose_plan
 from kronblocks.ops.cost import Cost, Problem, cost
 from kronblocks.ops.kron import block_norms, kron_linear, kron_weight
 from kronblocks.ops.nearest import canonical_form, nearest_kronecker_sum
 from kronblocks.ops.packed import BlockIndex, packed_linear
+from kronblocks.search.halving import SearchConfig, find_block_size
+from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
+from kronblocks.search.report import SearchReport
+from kronblocks.search.task import SearchTask
 from kronblocks.selection import SurgeryReport, select
 from kronblocks.sparsity.controller import PenaltyController
 from kronblocks.sparsity.report import SparsityReport
@@ -31,6 +36,7 @@ __all__ = [
     "Advice",
     "BlockGrid",
     "BlockIndex",
+    "BlockMixtureLinear",
     "BlockSize",
     "BlockSparseLinear",
     "BlockTarget",
@@ -39,6 +45,7 @@ __all__ = [
     "KronblocksWarning",
     "KroneckerBlockLinear",
     "LayerOverride",
+    "MixtureConfig",
     "NativeFallbackWarning",
     "OpenMPConflictWarning",
     "PenaltyConfig",
@@ -49,6 +56,9 @@ __all__ = [
     "Rule",
     "RuleContext",
     "ScheduleConfig",
+    "SearchConfig",
+    "SearchReport",
+    "SearchTask",
     "Sparsifier",
     "SparsityConfig",
     "SparsityReport",
@@ -61,6 +71,8 @@ __all__ = [
     "choose_plan",
     "cost",
     "densify_",
+    "find_block_size",
+    "find_block_size_in_mixture_",
     "kron_linear",
     "kron_weight",
     "lift_",

@@ -166,7 +166,7 @@ class SparsityConfig:
         method: "two-phase" (the default method of this library), "kron-l1" (the paper's), on the nn.Linear itself "group-lasso",
             "elastic-group-lasso", "magnitude" and "iterative", from a sparse start "rigl" and "static", or "dense" (nothing, so
             that experiments need no `if`).
-        block_size: 16, "16x4" or (16, 4), rows first; "auto" is for `find_block_size` and `kronblocks train`, which search for it.
+        block_size: 16, "16x4" or (16, 4), rows first; "auto" for `find_block_size` and `kronblocks train`, which search.
         rank: number of Kronecker terms, for the methods that have them.
         target_sparsity: share of the blocks that end as exact zeros, in [0, 1).
         layers: which nn.Linear layers: patterns on the name ("encoder.*"), regular expressions ("re:.*fc[12]"), or types
@@ -293,7 +293,7 @@ class SparsityConfig:
         if method in CONSTANT and schedule.shape is not None:
             raise KronblocksError(f"method {method!r} is sparse from the first step: leave schedule.shape=None")
         if self.shape != "staircase" and schedule.stages != ScheduleConfig.stages:
-            raise KronblocksError(f"schedule.stages={schedule.stages} is for a staircase, and {method!r} has shape {self.shape!r}")
+            raise KronblocksError(f"schedule.stages={schedule.stages} is for a staircase, and {method!r} is {self.shape}")
         if self.chosen_score == "gate" and not self.has_gate:
             raise KronblocksError(f"score='gate' needs gates, and method {method!r} has none: set gate=True, or score='norm'")
 

@@ -51,6 +51,18 @@ def test_packed_layers_are_charged_for_live_blocks_only():
     assert counter.training_macs(3) == 3 * 16 * (8 * 2 + 24 * 3)
 
 
+def test_growth_scores_are_charged_as_dense_weight_gradients():
+    model = build_model("mlp", (1, 8, 8), 12, (32, 16))
+    sparsifier = sparsify_(model, SparsityConfig(method="rigl", block_size=4, target_sparsity=0.5))
+    counter = accounting.MacCounter(model, torch.randn(2, 1, 8, 8))
+    x = torch.randn(7, 1, 8, 8)
+    plain = counted(model, x)[1]
+    for target in sparsifier.targets:
+        target.start_probe()
+    weights = {target.name: target.grid.weights for target in sparsifier.targets}
+    assert counter.growth_macs(7, weights) == counted(model, x)[1] - plain == 7 * (64 * 32 + 32 * 16 + 16 * 12)
+
+
 def test_bytes_of_a_training_are_those_of_its_tensors():
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2, bias=False))
     model[1].weight.requires_grad_(False)

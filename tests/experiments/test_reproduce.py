@@ -25,6 +25,7 @@ TINY = Study(
     batch_size=64,
     methods=("dense", "two-phase", "rigl"),
     cells=(("4", 0.5),),
+    tuned_at=0.5,
     seeds=(0, 1),
     tuning_seeds=(100,),
 )
@@ -38,7 +39,7 @@ def finished(tmp_path_factory):
         patch.setattr(trials_module, "RATES", (4e-3,))
         study = Campaign(TINY, folder / "results", folder / "work", jobs=2)
         study.run()
-        yield folder
+    return folder
 
 
 def test_rows_of_a_campaign(finished):

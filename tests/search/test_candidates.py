@@ -16,10 +16,12 @@ def model() -> nn.Sequential:
 
 
 def test_sizes_are_taken_as_near_as_they_fit_and_those_that_make_no_difference_once():
-    found = find_candidates(model(), SparsityConfig(rank=2))
+    found = find_candidates(model(), SparsityConfig(rank=2, target_sparsity=0.5))
     assert [str(each.block) for each in found] == ["2x2", "4x4", "8x8", "16x16"]  # 32 and 64 give 8x16 and 2x8, as 16 does
     assert found[-1].sizes == {"0": "8x16", "2": "2x8"}
     assert [str(each.block) for each in find_candidates(model(), SparsityConfig(rank=2), (4, "8x2"))] == ["4x4", "8x2"]
+    few = [str(each.block) for each in find_candidates(model(), SparsityConfig(rank=2, target_sparsity=0.9))]
+    assert few == ["2x2", "4x4", "8x8"]  # of 9 and 15 blocks of 16x16, 0.9 would leave a layer without
     with pytest.raises(KronblocksError, match="none of the block sizes fits"):
         find_candidates(nn.Sequential(nn.Linear(7, 5)), SparsityConfig(), (4,))
 

@@ -79,7 +79,8 @@ def test_halving_gives_every_candidate_its_steps_and_a_reason():
 
 
 def judged(losses: dict[str, list[float]], costs: dict[str, float], **settings):
-    results = {name: _Result(torch.tensor(values, dtype=torch.float64), costs[name], costs[name]) for name, values in losses.items()}
+    tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in losses.items()}
+    results = {name: _Result(tensor, costs[name], costs[name]) for name, tensor in tensors.items()}
     kept = [Candidate(BlockSize.parse(name), (), 0.0, 0.0) for name in losses]
     paths = {name: Path(BlockSize.parse(name), {}, 0.0, 0.0) for name in losses}
     last = settings.pop("last", True)

@@ -158,9 +158,15 @@ def test_exchange_drops_the_least_and_grows_where_the_gradient_is_greatest():
     growth = torch.tensor([[0.0, 9.0, 0.0, 0.0], [1.0, 7.0, 2.0, 0.0]])
     start, half = context([alive], fraction=0.0), context([alive], fraction=0.5)
     # half of the four at first: 1 and 2 are dropped; of all outside, the second's own gradient is greatest, so it stays
-    assert exchange([alive], [scores], [growth], 0.5, start)[0].tolist() == [[False, True, True, True], [False, True, False, False]]
+    assert exchange([alive], [scores], [growth], 0.5, start)[0].tolist() == [
+        [False, True, True, True],
+        [False, True, False, False],
+    ]
     # half way a quarter of them: 1 is dropped, and the dead block of greatest gradient comes
-    assert exchange([alive], [scores], [growth], 0.5, half)[0].tolist() == [[False, True, True, True], [False, True, False, False]]
+    assert exchange([alive], [scores], [growth], 0.5, half)[0].tolist() == [
+        [False, True, True, True],
+        [False, True, False, False],
+    ]
     assert torch.equal(exchange([alive], [scores], [growth], 0.5, context([alive], fraction=1.0))[0], alive)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kronblocks
 from kronblocks import KronblocksError, PenaltyConfig, ScheduleConfig, SparsityConfig, parameter_groups, sparsify_
-from kronblocks.config import FACTORED
+from kronblocks.config import CONSTANT, FACTORED
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.surgery import ModelSurgeon
 
@@ -130,7 +130,7 @@ def random_model(seed: int) -> tuple[nn.Sequential, SparsityConfig]:
     unit = 12
     sizes = [unit * rng.randint(1, 5) for _ in range(rng.randint(3, 5))]
     method = rng.choice(METHODS)
-    scope = rng.choice(["global", "layer"])
+    scope = rng.choice(["global", "layer"]) if method not in CONSTANT else "global"
     rank = rng.randint(1, 3)
     sparsity = rng.choice([0.0, 0.3, 0.5, 2 / 3, 0.77])
     return mlp(*sizes), SparsityConfig(

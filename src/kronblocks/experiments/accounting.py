@@ -9,7 +9,7 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,14 @@ class MacCounter:
         """Forward and backward multiply-adds of a batch of this many samples, now."""
         return sum(self._layer(name, samples, True) for name in self._seen)
 
-    def growth_macs(self, samples: int, names: Iterable[str]) -> int:
-        """Multiply-adds of the dense weight gradients of these layers, which score dead blocks at some mask updates."""
-        modules = {name: self._model.get_submodule(name) for name in names}
-        sizes = {name: int(module.out_features) * int(module.in_features) for name, module in modules.items()}
-        return sum(round(samples * self._seen[name][0]) * size for name, size in sizes.items())
+    def growth_macs(self, samples: int, weights: Mapping[str, int]) -> int:
+        """Multiply-adds of the dense gradients of some layers' weights, which score dead blocks before some mask updates.
+
+        Args:
+            samples: in the batch.
+            weights: layers' names, and how many weights each would have dense.
+        """
+        return sum(round(samples * self._seen[name][0]) * number for name, number in weights.items())
 
     def inference_macs(self, samples: int = 1) -> int:
         """Forward multiply-adds of a batch of this many samples, now."""

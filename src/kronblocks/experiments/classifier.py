@@ -87,7 +87,8 @@ class Classification(LightningModule):
             self._step_macs[len(images)] = self.counter.training_macs(len(images))
         self.macs += self._step_macs[len(images)]
         if self.sparsifier.measures_growth:
-            self.macs += self.counter.growth_macs(len(images), [target.name for target in self.sparsifier.targets])
+            weights = {target.name: target.grid.weights for target in self.sparsifier.targets}
+            self.macs += self.counter.growth_macs(len(images), weights)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), prog_bar=True)
         return loss
 

@@ -151,9 +151,7 @@ def run(config: FindConfig) -> SearchReport:
     else:
         torch.manual_seed(config.seed)
         model = build_model(config.model, data.image_shape, data.classes, config.widths)
-        mixture = MixtureConfig(
-            criterion=config.criterion, per_layer=config.per_layer, budget=config.budget, seed=config.seed
-        )
+        mixture = MixtureConfig(criterion=config.criterion, per_layer=config.per_layer, budget=config.budget, seed=config.seed)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("looking for the block size", total=1.0)
             report = find_block_size_in_mixture_(
@@ -174,5 +172,3 @@ def run(config: FindConfig) -> SearchReport:
         write_json(config.out, {**report.to_dict(), "config": training.settings(), "versions": versions()})
         console.print(f"report: {config.out.resolve()}")
     return report
-
-

@@ -17,8 +17,8 @@ from kronblocks.nn.kron_linear import KroneckerBlockLinear
 class BlockMixtureLinear(nn.Module):
     """y = sum over candidates c of x W_c^T, plus bias: each W_c a sum of Kronecker products with blocks of its own size.
 
-    At the start every candidate has an equal share of the variance of nn.Linear's default. `remove_` takes a candidate out for good,
-    `collapse` makes an ordinary layer of the last one.
+    At the start every candidate has an equal share of the variance of nn.Linear's default. `remove_` takes a candidate out for
+    good, `collapse` makes an ordinary layer of the last one.
 
     Args:
         in_features: n.
@@ -32,7 +32,7 @@ class BlockMixtureLinear(nn.Module):
         Zhu, Zuo, Khalili, TMLR 2025, section 4.
 
     >>> layer = BlockMixtureLinear(8, 4, {"2x2": BlockSize(2, 2), "4x4": BlockSize(4, 4)}, rank=2)
-    >>> layer.remove_("4x4")
+    >>> gone = layer.remove_("4x4")
     >>> type(layer.collapse()).__name__
     'KroneckerBlockLinear'
     """
@@ -121,7 +121,9 @@ class BlockMixtureLinear(nn.Module):
             KronblocksError: there are several left.
         """
         if len(self.candidates) > 1:
-            raise KronblocksError(f"{len(self.candidates)} candidates are left ({', '.join(self.candidates)}): remove_ all but one")
+            raise KronblocksError(
+                f"{len(self.candidates)} candidates are left ({', '.join(self.candidates)}): remove_ all but one"
+            )
         (layer,) = self._layers().values()
         layer.bias = self.bias
         return layer

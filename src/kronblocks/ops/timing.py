@@ -135,14 +135,14 @@ def _interleaved(runs: Runs, synchronize: Callable[[], None]) -> dict[str, float
     """Median seconds of each, taking turns; whoever is clearly slower than the best has no further turns."""
 
     def once(run: Callable[[], object]) -> float:
-        for _ in range(2):
-            start = time.perf_counter()
-            run()
-            synchronize()
-            seconds = time.perf_counter() - start
-            if seconds > _SHORT:
-                break
-        return seconds
+        start = time.perf_counter()
+        run()
+        synchronize()
+        return time.perf_counter() - start
+
+    def warm(run: Callable[[], object]) -> float:
+        first = once(run)
+        return first if first > _SHORT else once(run)
 
     running = []
     for name, run in runs.items():
@@ -153,7 +153,7 @@ def _interleaved(runs: Runs, synchronize: Callable[[], None]) -> dict[str, float
     end = time.perf_counter() + BUDGET
     for turn in range(1, _MOST_TURNS + 1):
         for name in running:
-            taken[name].append(once(runs[name]))
+            taken[name].append(warm(runs[name]))
         best = min(min(values) for values in taken.values() if values)
         limit = (3.0 if turn == 1 else 1.5) * best
         running = [name for name in running if min(taken[name]) <= limit or (name == REFERENCE and turn < _LEAST_TURNS)]

@@ -1,8 +1,9 @@
-"""Candidates of a block-size search: from the divisors of the layers, and a shortlist by cost and by the spectrum of the weights."""
+"""Candidates of a block-size search: from the layers' divisors, and a shortlist by cost and by the weights' spectrum."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from kronblocks.config import BlockSizeLike, SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.ops.cost import Problem, estimated_seconds, possible_plans
 from kronblocks.selection import Selected, select
+from kronblocks.sparsity.budget import choose_dead
 
 SIZES = (2, 4, 8, 16, 32, 64)
 """Sides of the square blocks that are candidates where the user names none."""
@@ -69,6 +71,19 @@ def _step_seconds(layer: Selected, config: SparsityConfig, rows: int, device: st
     )
 
 
+def _fitting(model: nn.Module, config: SparsityConfig) -> tuple[Selected, ...]:
+    """The layers that a block size fits; none where too few blocks are left to reach the sparsity."""
+    try:
+        layers = select(model, config).selected
+        scores = [torch.zeros(layer.grid.shape) for layer in layers]
+        choose_dead(scores, [layer.grid.block.area for layer in layers], config.target_sparsity, config.scope)
+    except KronblocksError as error:
+        if not any(reason in str(error) for reason in ("no layer was selected", "without a live block")):
+            raise
+        return ()
+    return layers
+
+
 def find_candidates(
     model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike] | None = None, *, rows: int = 1024
 ) -> list[Candidate]:
@@ -81,17 +96,14 @@ def find_candidates(
         rows: rows of x per step, for the estimated times.
 
     Raises:
-        KronblocksError: none of the sizes fits any layer.
+        KronblocksError: none of the sizes fits any layer, or leaves blocks enough for the sparsity.
     """
     device = next(model.parameters()).device.type
     found: dict[tuple[str, ...], Candidate] = {}
     for size in SIZES if sizes is None else sizes:
         block = BlockSize.parse(size)
-        try:
-            layers = select(model, with_block(config, block)).selected
-        except KronblocksError as error:
-            if "no layer was selected" not in str(error):
-                raise
+        layers = _fitting(model, with_block(config, block))
+        if not layers:
             continue
         weights = [model.get_submodule(layer.name).get_parameter("weight") for layer in layers]
         squares = [float(weight.detach().double().square().sum()) for weight in weights]
@@ -100,7 +112,7 @@ def find_candidates(
         seconds = sum(_step_seconds(layer, config, rows, device) for layer in layers)
         found.setdefault(tuple(str(layer.grid) for layer in layers), Candidate(block, layers, seconds, energy))
     if not found:
-        raise KronblocksError("none of the block sizes fits a layer of the model: name others, such as sizes=(2, 4)")
+        raise KronblocksError("none of the block sizes fits the layers and the sparsity: name others, such as sizes=(2, 4)")
     return sorted(found.values(), key=lambda candidate: candidate.block.area)
 
 
@@ -123,7 +135,7 @@ def shortlist(candidates: Sequence[Candidate], most: int) -> tuple[list[Candidat
                 break
     kept = [candidate for candidate in candidates if str(candidate.block) not in reasons]
     while len(kept) > max(1, most):  # of two neighbours the slower one goes, where they differ least in time
-        pairs = [(abs(a.estimated_seconds - b.estimated_seconds), a, b) for a, b in zip(kept, kept[1:], strict=False)]
+        pairs = [(abs(a.estimated_seconds - b.estimated_seconds), a, b) for a, b in itertools.pairwise(kept)]
         _, first, second = min(pairs, key=lambda pair: pair[0])
         gone = first if first.estimated_seconds > second.estimated_seconds else second
         stays = second if gone is first else first

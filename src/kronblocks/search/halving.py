@@ -29,8 +29,8 @@ class SearchConfig:
 
     Args:
         sizes: the candidates; None: squares of 2 to 64.
-        goal: what counts among candidates that lose nothing: "step-time" (of training), "inference-time", or "accuracy" (the least
-            held-out loss, whatever it costs).
+        goal: what counts among candidates that lose nothing: "step-time" (of training), "inference-time", or "accuracy" (the
+            least held-out loss, whatever it costs).
         budget: steps of all trials together, as a share of the training that follows.
         rounds: after each of which losers go.
         most: candidates that are tried at all.
@@ -104,8 +104,8 @@ def find_block_size(
         steps = int(search.budget * total_steps / search.rounds / len(kept))
         if steps < _LEAST_STEPS:
             raise KronblocksError(
-                f"{search.budget} of {total_steps} steps leaves {steps} for each of {len(kept)} candidates, and {_LEAST_STEPS} are "
-                "needed: give a larger budget, fewer sizes=, or train longer"
+                f"{search.budget} of {total_steps} steps leaves {steps} for each of {len(kept)} candidates, and {_LEAST_STEPS} "
+                "are needed: give a larger budget, fewer sizes=, or train longer"
             )
         tell = _teller(progress, f"round {number + 1} of {search.rounds}: {steps} steps of", number, search.rounds)
         results = _round(model, config, task, kept, steps, search, tell)
@@ -193,6 +193,7 @@ def _judge(
         rungs[name] = Rung(steps, means[name], gap, error, result.seconds_per_step, result.cost)
         paths[name].rungs.append(rungs[name])
     fine = [name for name in results if loses_nothing(rungs[name], means[best], search.tolerance)]
+    wins, stay = None, set()
     if last:
         order = means if search.goal == "accuracy" else {name: rungs[name].cost for name in fine}
         wins = min(order, key=order.__getitem__)
@@ -201,7 +202,6 @@ def _judge(
         stay = {*fine, *ranked[: math.ceil(len(ranked) / 2)]} & {name for name in means if math.isfinite(means[name])}
         if search.goal != "accuracy":
             stay = {name for name in stay if not _beaten(name, stay, rungs)}
-        wins = None
     going_on = [c for c in kept if (str(c.block) == wins if last else str(c.block) in stay)]
     for candidate in kept:
         if candidate not in going_on:
@@ -217,17 +217,14 @@ def loses_nothing(rung: Rung, best: float, tolerance: float) -> bool:
 def _beaten(name: str, others: set[str], rungs: dict[str, Rung]) -> bool:
     """Whether another candidate is better and cheaper, both clearly."""
     own = rungs[name]
-    return any(
-        rungs[other].loss < own.loss - own.gap_error and rungs[other].cost < _CLEARLY * own.cost for other in others if other != name
-    )
+    rest = [rungs[other] for other in others if other != name]
+    return any(rung.loss < own.loss - own.gap_error and rung.cost < _CLEARLY * own.cost for rung in rest)
 
 
 _CLEARLY = 0.95  # of a measured time: less of a difference is noise
 
 
-def _why_lost(
-    name: str, rungs: dict[str, Rung], best: str, fine: list[str], wins: str | None, search: SearchConfig
-) -> str:
+def _why_lost(name: str, rungs: dict[str, Rung], best: str, fine: list[str], wins: str | None, search: SearchConfig) -> str:
     rung = rungs[name]
     if not math.isfinite(rung.loss):
         return "lost: its training diverged"

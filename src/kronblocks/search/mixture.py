@@ -38,7 +38,7 @@ class MixtureConfig:
         per_layer: each layer keeps a candidate of its own; else one size for the model.
         budget: steps, as a share of the training that follows.
         train_first: share of those steps before the first candidate may go.
-        strength: of the penalty at first, relative to the mean norm of a candidate and over all steps; it grows to `growth` times.
+        strength: of the penalty at first, relative to a candidate's mean norm and over all steps; it grows to `growth` times.
         growth: see strength.
         most: candidates in a layer.
         seed: of batches and factors.
@@ -197,7 +197,7 @@ class _MixtureTraining:
             typical = sum(norms.values()) / len(norms)
             for name, norm in norms.items():
                 threshold = search.strength * growth * rate * typical * self._weight(name) / (self.steps - first)
-                factor = max(0.0, 1 - threshold / max(norm, 1e-30))
+                factor = max(0.0, float(1 - threshold / max(norm, 1e-30)))
                 for mixture in scope.values():
                     mixture.scale_(name, factor)
                 if factor == 0 and len(_norms(scope)) > 1:
@@ -211,11 +211,12 @@ class _MixtureTraining:
                 continue
             whole = self._task.judge(self._model).mean()
             missed = {name: float(self._without(scope, name) - whole) for name in names}
-            worst = min(names, key=lambda name: missed[name] / self._weight(name))
-            others = ", ".join(f"{name} {missed[name] / self._weight(name):+.4f}" for name in names if name != worst)
+            rated = {name: missed[name] / self._weight(name) for name in names}
+            worst = min(rated, key=rated.__getitem__)
+            others = ", ".join(f"{name} {value:+.4f}" for name, value in rated.items() if name != worst)
             why = (
-                f"lost at step {step}: without it held-out loss rises by {missed[worst]:.4f}, {missed[worst] / self._weight(worst):+.4f} "
-                f"for the time it takes (others: {others})"
+                f"lost at step {step}: without it held-out loss rises by {missed[worst]:.4f}, for the time it takes by "
+                f"{rated[worst]:+.4f} (others: {others})"
             )
             self._remove(scope, worst, why, paths)
 
@@ -243,7 +244,9 @@ class _MixtureTraining:
     def _remove(self, scope: dict[str, BlockMixtureLinear], name: str, why: str, paths: dict[str, Path]) -> None:
         for layer, mixture in scope.items():
             drop_parameters_([self._optimizer], mixture.remove_(name))
-            paths[name].why = why if len(scope) > 1 or len(self._mixtures) == 1 else f"{paths[name].why}; {layer}: {why}".lstrip("; ")
+            if self._search.per_layer:
+                why = f"{paths[name].why}; {layer}: {why}".removeprefix("; ")
+            paths[name].why = why
 
     def _note(self, step: int, paths: dict[str, Path]) -> None:
         for name, norm in _norms(self._mixtures).items():

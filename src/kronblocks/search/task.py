@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from kronblocks.config import SparsityConfig
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import KronblocksError, PerformanceWarning
 from kronblocks.groups import parameter_groups
 from kronblocks.surgery import sparsify_
 
@@ -64,7 +65,8 @@ class Trial:
 
     def __init__(self, model: nn.Module, config: SparsityConfig, task: SearchTask, steps: int, seed: int) -> None:
         self.model, self._task = copy.deepcopy(model).train(), task
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", PerformanceWarning)  # whether a size pays is what the search finds out
             torch.manual_seed(seed)
             self.sparsifier = sparsify_(self.model, dataclasses.replace(config, measure_plans=False))
         groups = parameter_groups(self.model, lr=task.lr, weight_decay=task.weight_decay)

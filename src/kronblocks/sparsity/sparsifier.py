@@ -213,7 +213,9 @@ class Sparsifier:
         self._prepare_probes()
 
     def _apply_rule(self, update: bool) -> None:
-        scores = [target.scores(self.rule.score) for target in self.targets]
+        lifted = self.schedule is not None and self.schedule.lift_step is not None and self.step > self.schedule.lift_step
+        kind = "norm" if lifted and self.rule.score == "gate" else self.rule.score  # free values have no gates any more
+        scores = [target.scores(kind) for target in self.targets]
         growth = [target.read_probe() for target in self.targets] if update and self.rule.needs_growth else None
         multipliers, self._rule_state = self.rule.propose(scores, growth, self._rule_state, self._context(self.step))
         for target, multiplier in zip(self.targets, multipliers, strict=True):

@@ -315,8 +315,8 @@ class WeightTarget(BlockTarget):
 def _check_gradients(name: str, parameters: Sequence[nn.Parameter]) -> None:
     if any(p.grad is None for p in parameters):
         raise KronblocksError(
-            f'layer {name!r} has no gradients after the optimiser\'s step, and score="taylor" needs them: call zero_grad() before '
-            'backward, not right after the step, or use score="norm"'
+            f'layer {name!r} has no gradients after the optimiser\'s step, and score="taylor" needs them: call zero_grad() '
+            'before backward, not right after the step, or use score="norm"'
         )
 
 

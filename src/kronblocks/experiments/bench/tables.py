@@ -159,7 +159,7 @@ def inference_table(rows: Sequence[Row]) -> list[str]:
 def auto_table(rows: Sequence[Row], direction: str, least_rows: int) -> list[str]:
     """How good the choices of "auto" are: per kind of layer, against the best fixed plan of the same run.
 
-    In inference (forward alone) a finished layer may also become dense, and factors may become packed values: these count as plans.
+    In inference (forward alone) a finished layer may also become dense, and factors packed values: these count as plans.
     """
     lines, place = [], ("shape", "block", "density", "rows", "direction")
     places = group((row for row in rows if is_ours(row)), *place)

@@ -1,4 +1,4 @@
-"""Runs a study: every method's trials, the choice on validation, then the trainings that are compared. What is done stays done."""
+"""Runs a study: every method's trials, the choice on validation, then the comparison. What is done stays done."""
 
 from __future__ import annotations
 
@@ -90,9 +90,7 @@ class Campaign:
         ]
         self._run(tuning, "trials")
         best = {(cell.method, cell.block): best_trial(self.results.rows, cell) for cell in study.tuned()}
-        compared = [
-            Job("compare", cell, best[cell.method, cell.block], seed) for cell in study.table() for seed in study.seeds
-        ]
+        compared = [Job("compare", cell, best[cell.method, cell.block], seed) for cell in study.table() for seed in study.seeds]
         self._run(compared, "comparison")
         return self.results
 
@@ -104,7 +102,13 @@ class Campaign:
         missing = [wanted[tuple(row.values())] for row in self.results.missing(job.key() for job in jobs)]
         pending = {job: self._training(job) for job in missing}  # settings that cannot be are refused before anything runs
         console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(f"{self.study.name}: {title}", total=len(jobs), completed=len(jobs) - len(missing))
             for job, row in _finished(pending, self.jobs):
@@ -158,4 +162,3 @@ def best_trial(rows: Sequence[Row], cell: Cell) -> int:
         if tuple(row[name] for name in KEY[:4]) == wanted:
             accuracies.setdefault(row["trial"], []).append(row["validation_accuracy"])
     return max(sorted(accuracies), key=lambda trial: statistics.fmean(accuracies[trial]))
-

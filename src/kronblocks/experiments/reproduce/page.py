@@ -17,17 +17,18 @@ from kronblocks.experiments.runs import write_text
 
 OURS = "two-phase"
 BYTES = ("parameters", "gradients", "optimizer_state", "saved_tensors")
-_INTRO = f"""# Experiments
+_INTRO = """# Experiments
 
 <!-- written by `kronblocks reproduce tables` from benchmarks/results: do not edit -->
 
-Every method has the same number of trials on the same task (three learning rates times two values of its own second setting, two
-seeds each, other seeds than those below), and the trial with the best mean **validation** accuracy is the one that is compared. Test
-images decide nothing. Accuracies are of the last epoch. Zeros are counted exactly, in blocks. Differences are paired by seed, with
-their 95% interval (Student's t). The best sparse method of a comparison is bold, whoever it is. Multiply-adds are those of products in
-forward and backward, as each layer computed at that density, growth scores included; "parameters" are those trained at the most and at
-the end; "bytes" are parameters, gradients, optimiser state and tensors kept for backward at their largest; all relative to dense.
-Trainings ran two at a time on one thread each, so seconds compare methods with each other; for speed see [benchmarks](benchmarks.md).
+Every method has the same number of trials on the same task (three learning rates times two values of its own second setting,
+two seeds each, other seeds than those below), and the trial with the best mean **validation** accuracy is the one that is
+compared. Test images decide nothing. Accuracies are of the last epoch. Zeros are counted exactly, in blocks. Differences are
+paired by seed, with their 95% interval (Student's t). The best sparse method of a comparison is bold, whoever it is.
+Multiply-adds are those of products in forward and backward, as each layer computed at that density, growth scores included;
+"parameters" are those trained at the most and at the end; "bytes" are parameters, gradients, optimiser state and tensors kept
+for backward at their largest; all relative to dense. Trainings ran two at a time on one thread each, so seconds compare methods
+with each other; for speed see [benchmarks](benchmarks.md).
 """
 
 
@@ -65,7 +66,7 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
     for block, sparsity in sorted(groups, key=lambda key: (key[1], BlockSize.parse(key[0]).area)):
         here = [cell for cell in found if (cell.block, cell.sparsity) == (block, sparsity)]
         lines += [f"### {100 * sparsity:g}% zeros, {BlockSize.parse(block)} blocks", ""]
-        lines += _comparison([*dense, *here], settings) + [""] + _sizes(here)
+        lines += [*_comparison([*dense, *here], settings), "", *_sizes(here)]
     return lines + _trials(data)
 
 

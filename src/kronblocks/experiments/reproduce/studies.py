@@ -58,7 +58,7 @@ class Study:
     def table(self) -> list[Cell]:
         """All cells, dense first."""
         dense = [Cell("dense", "", 0.0)] * ("dense" in self.methods)
-        others = [method for method in self.methods if method != "dense"]
+        others: list[Method] = [method for method in self.methods if method != "dense"]
         return dense + [Cell(method, block, sparsity) for block, sparsity in self.cells for method in others]
 
     def tuned(self) -> list[Cell]:

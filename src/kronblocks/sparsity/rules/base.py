@@ -68,7 +68,8 @@ class Rule(Protocol):
 def cut(scores: Sequence[Tensor], ctx: RuleContext, sparsity: float) -> list[Tensor]:
     """Multipliers that kill the blocks of least score so that exactly `sparsity` are dead; the dead stay dead."""
     ranked = [score.masked_fill(~mask, -1.0) for score, mask in zip(scores, ctx.masks, strict=True)]
-    return [(~dead).to(torch.float32) for dead in choose_dead(ranked, ctx.areas, sparsity, ctx.scope)]
+    dead = choose_dead(ranked, ctx.areas, sparsity, ctx.scope)
+    return [(mask & ~each).to(torch.float32) for mask, each in zip(ctx.masks, dead, strict=True)]
 
 
 def shrink(scores: Sequence[Tensor], thresholds: Sequence[float], ctx: RuleContext, sparsity_cap: float) -> list[Tensor]:

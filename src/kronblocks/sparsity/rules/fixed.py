@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from kronblocks.sparsity.rules.base import RuleContext, RuleState
-from kronblocks.sparsity.targets import BlockTarget
+from kronblocks.sparsity.targets import BlockTarget, Score
 
 
 @final
 class Fixed:
     """Keeps the mask that the targets had at the start."""
 
-    score = "norm"
+    score: Score = "norm"
     every_step = False
     needs_growth = False
     has_penalty = False

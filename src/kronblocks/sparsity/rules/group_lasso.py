@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronblocks.sparsity.rules.base import Form, RuleContext, RuleState
 from kronblocks.sparsity.rules.proximal import controlled_shrink, cut_at_the_end, growing_strength
-from kronblocks.sparsity.targets import BlockTarget
+from kronblocks.sparsity.targets import BlockTarget, Score
 
 
 @final
@@ -18,10 +18,10 @@ class GroupLasso:
     """Penalises the norms of blocks, and in the elastic form (`ridge` above 0) their squares too.
 
     `form="proximal"`: after every step each block is multiplied by max(0, 1 - penalty * rate / score) / (1 + ridge * penalty *
-    rate) (equation 14 in docs/math.md), so blocks reach exactly zero; the last update cuts to the target exactly. `form="gradient"`,
-    the published one: `strength * mean(score + ridge/2 * score^2)` over all blocks in the loss, growing linearly to `growth` times
-    that. A gradient step makes no exact zeros, so the last update cuts the blocks of least norm: until then the reported sparsity
-    is 0, which is the truth.
+    rate) (equation 14 in docs/math.md), so blocks reach exactly zero; the last update cuts to the target exactly.
+    `form="gradient"`, the published one: `strength * mean(score + ridge/2 * score^2)` over all blocks in the loss, growing
+    linearly to `growth` times that. A gradient step makes no exact zeros, so the last update cuts the blocks of least norm: until
+    then the reported sparsity is 0, which is the truth.
 
     Args:
         form: "proximal" or "gradient".
@@ -36,7 +36,7 @@ class GroupLasso:
         and Boyd, "Proximal algorithms", 2014, section 6.5.
     """
 
-    score = "norm"
+    score: Score = "norm"
     needs_growth = False
 
     def __init__(

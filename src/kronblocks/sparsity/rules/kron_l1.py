@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronblocks.sparsity.rules.base import Form, RuleContext, RuleState
 from kronblocks.sparsity.rules.proximal import controlled_shrink, cut_at_the_end, growing_strength
-from kronblocks.sparsity.targets import BlockTarget
+from kronblocks.sparsity.targets import BlockTarget, Score
 
 
 @final
@@ -26,7 +26,7 @@ class KronL1:
         Zhu, Zuo, Khalili, TMLR 2025, sections 3 and 5.
     """
 
-    score = "gate"
+    score: Score = "gate"
     needs_growth = False
 
     def __init__(self, form: Form = "gradient", strength: float | None = None, growth: float = 3.0) -> None:

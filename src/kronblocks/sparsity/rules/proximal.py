@@ -1,4 +1,4 @@
-"""What the penalised rules share: a controlled shrink after every step, or a growing term in the loss; an exact cut at the end."""
+"""What penalised rules share: a controlled shrink after every step or a growing term in the loss, and an exact cut at the end."""
 
 from __future__ import annotations
 

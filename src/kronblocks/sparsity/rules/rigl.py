@@ -10,7 +10,7 @@ from torch import Tensor
 from kronblocks.errors import KronblocksError
 from kronblocks.sparsity.rules.base import RuleContext, RuleState
 from kronblocks.sparsity.rules.regrowth import as_multipliers, exchange
-from kronblocks.sparsity.targets import BlockTarget
+from kronblocks.sparsity.targets import BlockTarget, Score
 
 
 @final
@@ -26,7 +26,7 @@ class Rigl:
         Evci, Gale, Menick, Castro, Elsen, "Rigging the lottery: making all tickets winners", 2020, with blocks for weights.
     """
 
-    score = "norm"
+    score: Score = "norm"
     every_step = False
     needs_growth = True
     has_penalty = False
