@@ -166,14 +166,15 @@ class SparsityConfig:
         method: "two-phase" (the default method of this library), "kron-l1" (the paper's), on the nn.Linear itself "group-lasso",
             "elastic-group-lasso", "magnitude" and "iterative", from a sparse start "rigl" and "static", or "dense" (nothing, so
             that experiments need no `if`).
-        block_size: 16, "16x4" or (16, 4), rows first; "auto" for `find_block_size` and `kronblocks train`, which search.
+        block_size: 16, "16x4" or (16, 4), rows first; "auto" for `kronblocks train`, which then searches.
         rank: number of Kronecker terms, for the methods that have them.
         target_sparsity: share of the blocks that end as exact zeros, in [0, 1).
         layers: which nn.Linear layers: patterns on the name ("encoder.*"), regular expressions ("re:.*fc[12]"), or types
             of the layer or of a module around it ("type:MLP"). Classes may be given and become "type:" patterns.
         exclude: the same, for layers to leave dense.
         overrides: pattern to `LayerOverride`; later ones win.
-        on_mismatch: a block size that does not divide a layer: leave it "dense", or take the "nearest" that does.
+        on_mismatch: a block size that does not divide a layer, or tile groups that do not divide its block rows: leave it
+            "dense", or take the "nearest" that does.
         tile_groups: "per-row", or the number of tile banks of each layer; None: the method's own, "per-row" for two-phase and
             1 for kron-l1, as in the paper.
         gate: a trained gate for each block, the paper's S; None: the method's own, True for kron-l1.

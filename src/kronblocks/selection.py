@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
 from dataclasses import dataclass
 
@@ -120,6 +121,8 @@ def _select_one(name: str, module: nn.Module, names: _Names, config: SparsityCon
         return LeftDense(name, note)
     block_rows = grid.shape[0]
     groups = block_rows if settings["tile_groups"] == "per-row" else settings["tile_groups"]
+    if config.on_mismatch == "nearest":
+        groups = math.gcd(groups, block_rows)
     if block_rows % groups:
         return LeftDense(name, f"tile_groups={groups} does not divide its {block_rows} block rows")
     return Selected(name, grid, min(settings["rank"], grid.block.area), groups, note)

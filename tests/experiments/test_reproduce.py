@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from kronblocks.experiments.bench.results import read
 from kronblocks.experiments.reproduce import campaign, studies
 from kronblocks.experiments.reproduce import trials as trials_module
 from kronblocks.experiments.reproduce.campaign import Campaign, best_trial
+from kronblocks.experiments.reproduce.commands import ReproduceConfig
 from kronblocks.experiments.reproduce.page import write
 from kronblocks.experiments.reproduce.statistics import cells, paired
 from kronblocks.experiments.reproduce.studies import METHODS, STUDIES, Cell, Study
@@ -56,6 +58,17 @@ def test_rows_of_a_campaign(finished):
     assert kept == [".lock", "config.json", "result.json"]
 
 
+def test_variants_of_one_method(tmp_path):
+    variants = {"as it is": {}, "rank 1": {"rank": 1}}
+    study = dataclasses.replace(TINY, name="some", methods=("two-phase",), variants=variants)
+    rows = Campaign(study, tmp_path / "results", tmp_path / "work", jobs=2).run().rows
+    assert {row["part"] for row in rows} == {"compare"} and len(rows) == 2 * 2
+    page = write(tmp_path / "results", tmp_path / "page.md").read_text()
+    base, changed = cells(rows)
+    assert f"| as it is | {base.accuracy:.2f} ± {base.spread:.2f} |" in page
+    assert f"| rank 1 | {changed.against(base)} |" in page
+
+
 def test_what_is_done_is_not_run_again(finished, monkeypatch):
     monkeypatch.setattr(trials_module, "RATES", (4e-3,))
     monkeypatch.setattr(campaign, "_finished", lambda pending, jobs: pytest.fail("run again") if pending else ())
@@ -84,7 +97,7 @@ def test_every_method_has_as_many_trials_and_every_training_of_the_studies_can_b
     assert {len(trials(method)) for method in METHODS} == {6}
     for study in STUDIES.values():
         for cell in {*study.tuned(), *study.table()}:
-            for settings in trials(cell.method):
+            for settings in study.settings_of(cell.method):
                 study.training(cell, settings, 0, tmp_path)
 
 
@@ -109,9 +122,14 @@ def test_paired_differences_and_their_interval():
     assert paired([1.0], [0.0]).low == -math.inf
 
 
-def test_names_of_the_command_are_studies(capsys):
-    from kronblocks.experiments.reproduce.commands import GROUPS
-
-    assert {name for group in GROUPS.values() for name in group} == set(studies.STUDIES)
-    with pytest.raises(SystemExit):
-        main(["reproduce", "mlp", "--jobs", "x"])
+def test_names_of_the_command_are_studies():
+    assert {*ReproduceConfig(what="all").names, *ReproduceConfig(what="all", full=True).names} == set(studies.STUDIES)
+    assert ReproduceConfig(what="vit-tiny").names == ("vit-tiny-fashion",)
+    assert ReproduceConfig(what="vit-tiny", full=True).names == ("vit-tiny-cifar100",)
+    for settings, says in (
+        ({"what": "vit-base"}, "add --full"),
+        ({"what": "mlp", "full": True}, "leave --full out"),
+        ({"what": "mlp", "jobs": 0}, "--jobs"),
+    ):
+        with pytest.raises(KronblocksError, match=says):
+            ReproduceConfig(**settings)

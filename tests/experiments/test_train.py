@@ -224,8 +224,9 @@ def test_auto_searches_once_and_trains_what_was_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize("criterion", ["halving", "removal"])
 def test_search_on_the_command_line(tmp_path, capsys, criterion):
     line = f"search --data digits --widths 32 --epochs 4 --batch-size 32 --sizes 2 4 --criterion {criterion} --threads 1"
-    main([*line.split(), "--out", str(tmp_path / "search.json")])
-    report = json.loads((tmp_path / "search.json").read_text())
+    main([*line.split(), "--out", str(tmp_path / "found")])
+    report = json.loads((tmp_path / "found" / "search.json").read_text())
+    assert (tmp_path / "found" / "search.png").read_bytes().startswith(b"\x89PNG")
     assert report["criterion"] == criterion and report["winner"] in ("2x2", "4x4")
     assert f"found: {report['winner']}" in capsys.readouterr().out
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kronblocks import BlockGrid, BlockSize, KronblocksError, SparsityConfig, nearest_kronecker_sum
-from kronblocks.search.candidates import Candidate, captured_energy, find_candidates, shortlist
+from kronblocks.search.candidates import Candidate, captured_energy, excess_energy, find_candidates, shortlist
 
 
 def model() -> nn.Sequential:
@@ -33,6 +33,15 @@ def test_energy_is_what_the_nearest_kronecker_sum_keeps(block, groups):
     grid = BlockGrid(12, 32, BlockSize.parse(block))
     _, _, error = nearest_kronecker_sum(weight, grid, 2, tile_groups=groups)
     assert captured_energy(weight, grid, 2, groups) == pytest.approx(1 - error**2, abs=1e-9)
+
+
+def test_random_weights_have_no_energy_beyond_chance_and_structured_ones_all():
+    torch.manual_seed(0)
+    for block in ("2x2", "4x4", "16x16"):
+        assert excess_energy(torch.randn(64, 128), BlockGrid(64, 128, BlockSize.parse(block)), 2, 4) < 0.03
+    weight = torch.kron(torch.randn(16, 32), torch.randn(4, 4))
+    assert excess_energy(weight, BlockGrid(64, 128, BlockSize(4, 4)), 1) > 0.999
+    assert excess_energy(weight, BlockGrid(64, 128, BlockSize(8, 8)), 1) < 0.5
 
 
 def candidate(side: int, seconds: float, energy: float) -> Candidate:

@@ -42,7 +42,7 @@ class Classification(LightningModule):
         super().__init__()
         self.config = config
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model, data.image_shape, data.classes, config.widths)
+        self.model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size)
         self.sparsity_config = sparsity or config.sparsity_config()
         self.sparsifier = sparsify_(self.model, self.sparsity_config)
         self.total_steps = config.epochs * math.ceil(len(data.train) / config.batch_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from kronblocks.experiments.formats import SOURCES, Images, read_files
 DATASETS = ("mnist5k", "digits", *SOURCES)
 TEST_SPLIT_SEED = 4000  # of the sets that are published in one piece: mnist5k and digits
 VALIDATION_SPLIT_SEED = 1000
+FOLDS = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +61,7 @@ def load_data(
     *,
     data_dir: str | Path | None = None,
     validation_fraction: float = 0.1,
+    fold: int | None = None,
     download: bool = True,
 ) -> Dataset:
     """Load one of `DATASETS`.
@@ -75,6 +77,7 @@ def load_data(
         data_dir: folder with the published files, or with their usual subfolder. Not used by `mnist5k` and `digits`.
         validation_fraction: share of the training images set aside for validation, the same share of every class,
             chosen with `VALIDATION_SPLIT_SEED`; above 0 and below 1.
+        fold: for cross-validation: which of `FOLDS` equal parts of the training images validates instead, from 0 on.
         download: whether missing files may be downloaded.
 
     Raises:
@@ -97,10 +100,39 @@ def load_data(
     else:
         everything = _mnist5k() if name == "mnist5k" else _digits()
         training, test = _take_apart(everything, 0.2, TEST_SPLIT_SEED)
-    train, validation = _take_apart(training, validation_fraction, VALIDATION_SPLIT_SEED)
+    if fold is None:
+        train, validation = _take_apart(training, validation_fraction, VALIDATION_SPLIT_SEED)
+    else:
+        train, validation = _fold(training, fold)
     mean, std = _mean_and_std(train.pixels, brightest)
     parts = (Split(_normalised(part.pixels, brightest, mean, std), part.labels) for part in (train, validation, test))
     return Dataset(name, *parts, classes=classes, mean=mean, std=std)
+
+
+def limited(data: Dataset, train: int | None = None, test: int | None = None) -> Dataset:
+    """The same images, but only so many of them for training, and for validation and test each; None: all.
+
+    Which ones is the same in every run, and a larger number contains those of a smaller one.
+
+    Raises:
+        KronblocksError: there are fewer.
+    """
+
+    def some(split: Split, number: int | None, what: str) -> Split:
+        if number is None:
+            return split
+        if not 1 <= number <= len(split):
+            raise KronblocksError(f"{data.name} has {len(split)} images for {what}, so {number} of them cannot be taken")
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(VALIDATION_SPLIT_SEED))[:number]
+        return Split(split.images[order], split.labels[order])
+
+    validation = None if test is None else min(test, len(data.validation))
+    return replace(
+        data,
+        train=some(data.train, train, "training"),
+        validation=some(data.validation, validation, "validation"),
+        test=some(data.test, test, "testing"),
+    )
 
 
 class BatchSampler(Sampler[Tensor]):
@@ -209,6 +241,17 @@ def _take_apart(images: Images, fraction: float, seed: int) -> tuple[Images, Ima
         Images(images.pixels[stays], images.labels[stays]),
         Images(images.pixels[aside], images.labels[aside]),
     )
+
+
+def _fold(images: Images, number: int) -> tuple[Images, Images]:
+    """All parts but one, and that one; every class is spread evenly over the parts."""
+    from sklearn.model_selection import StratifiedKFold
+
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < FOLDS:
+        raise KronblocksError(f"fold is one of 0 to {FOLDS - 1}, not {number!r}")
+    parts = StratifiedKFold(FOLDS, shuffle=True, random_state=VALIDATION_SPLIT_SEED)
+    stays, aside = list(parts.split(images.labels, images.labels))[number]
+    return Images(images.pixels[stays], images.labels[stays]), Images(images.pixels[aside], images.labels[aside])
 
 
 def _mean_and_std(pixels: Tensor, brightest: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

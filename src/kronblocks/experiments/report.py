@@ -51,6 +51,9 @@ def _fault(result: Any) -> str | None:
     return None if len(result["history"]) == result["config"]["epochs"] else "has a history of other epochs than its settings"
 
 
+_PARTS_OF_DATA = ("image_size", "train_images", "test_images", "fold")  # unset mostly, and not in older results
+
+
 @dataclass(frozen=True)
 class Run:
     """One finished training: its folder, what its result.json holds, and its masks, bool (m1, n1) with True = live."""
@@ -103,7 +106,9 @@ class Run:
         """What has to be the same for trainings to be compared."""
         c = self.config
         widths = " " + "-".join(map(str, c["widths"])) if c["model"] == "mlp" else ""
-        return f"{c['data']}, {c['model']}{widths}, {c['epochs']} epochs, batches of {c['batch_size']}"
+        parts = [f"{c['data']}, {c['model']}{widths}", f"{c['epochs']} epochs", f"batches of {c['batch_size']}"]
+        parts += [f"{name.replace('_', ' ')} {c[name]}" for name in _PARTS_OF_DATA if c.get(name) is not None]
+        return ", ".join(parts)
 
     @property
     def settings(self) -> dict[str, str]:

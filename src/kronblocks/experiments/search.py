@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from kronblocks.config import Method
 from kronblocks.errors import KronblocksError
-from kronblocks.experiments.data import BatchSampler, Dataset, load_data
+from kronblocks.experiments.data import BatchSampler, Dataset, limited, load_data
 from kronblocks.experiments.models import ModelName, build_model
 from kronblocks.experiments.runs import write_json
+from kronblocks.experiments.search_figure import draw
 from kronblocks.experiments.tasks import DataName, TrainConfig
 from kronblocks.experiments.versions import versions
 from kronblocks.search.halving import Goal, SearchConfig, find_block_size
@@ -54,7 +55,7 @@ def steps_of(config: TrainConfig, data: Dataset) -> int:
 def search_for(config: TrainConfig, data: Dataset, search: SearchConfig | None = None) -> SearchReport:
     """The search that a training with `block_size="auto"` begins with."""
     torch.manual_seed(config.seed)
-    model = build_model(config.model, data.image_shape, data.classes, config.widths)
+    model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size)
     task = search_task(data, config.batch_size, config.recipe.lr, config.recipe.weight_decay)
     with Progress(console=Console(stderr=True), transient=True, disable=not config.progress) as progress:
         bar = progress.add_task("looking for the block size", total=1.0)
@@ -74,12 +75,18 @@ class FindConfig:
     """Find the block size for a model and its data: the cheapest one that loses nothing."""
 
     out: Path | None = None
-    """File for the report, as JSON."""
+    """Folder for the report: search.json and search.png."""
     data: DataName = "mnist5k"
     """Data set; mnist5k and digits need no download."""
     model: ModelName = "mlp"
     widths: tuple[int, ...] = (512, 256)
     """Hidden sizes of the MLP."""
+    image_size: int | None = None
+    """Pixels of a side to which vit-tiny, vit-base and swin-tiny scale the images; unset: 224."""
+    train_images: int | None = None
+    """Train on so many of the training images only."""
+    test_images: int | None = None
+    """Judge on so many of the validation images only."""
     method: Method = "two-phase"
     sparsity: float = 0.9
     """Share of the weights that ends in blocks of exact zeros."""
@@ -125,6 +132,9 @@ class FindConfig:
             data=self.data,
             model=self.model,
             widths=self.widths,
+            image_size=self.image_size,
+            train_images=self.train_images,
+            test_images=self.test_images,
             method=self.method,
             block_size="auto",
             sparsity=self.sparsity,
@@ -142,7 +152,7 @@ def run(config: FindConfig) -> SearchReport:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     training = config.training()
-    data = load_data(config.data, data_dir=config.data_dir)
+    data = limited(load_data(config.data, data_dir=config.data_dir), config.train_images, config.test_images)
     if config.criterion == "halving":
         search = SearchConfig(
             sizes=config.sizes, goal=config.goal, budget=config.budget, tolerance=config.tolerance, seed=config.seed
@@ -150,7 +160,7 @@ def run(config: FindConfig) -> SearchReport:
         report = search_for(training, data, search)
     else:
         torch.manual_seed(config.seed)
-        model = build_model(config.model, data.image_shape, data.classes, config.widths)
+        model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size)
         mixture = MixtureConfig(criterion=config.criterion, per_layer=config.per_layer, budget=config.budget, seed=config.seed)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("looking for the block size", total=1.0)
@@ -169,6 +179,8 @@ def run(config: FindConfig) -> SearchReport:
     chosen = str(report.winner) if report.winner else ", ".join(f"{name} {size}" for name, size in report.chosen.items())
     console.print(f"found: {chosen}, in {report.seconds:.1f} s and {report.steps:,} steps")
     if config.out is not None:
-        write_json(config.out, {**report.to_dict(), "config": training.settings(), "versions": versions()})
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(config.out / "search.json", {**report.to_dict(), "config": training.settings(), "versions": versions()})
+        draw(report, config.out / "search.png")
         console.print(f"report: {config.out.resolve()}")
     return report

@@ -27,7 +27,7 @@ from kronblocks.config import (
     TileGroups,
 )
 from kronblocks.errors import KronblocksError
-from kronblocks.experiments.models import ModelName
+from kronblocks.experiments.models import TRANSFORMERS, ModelName
 from kronblocks.sparsity.budget import Distribution, Scope
 from kronblocks.sparsity.targets import Score
 
@@ -92,6 +92,14 @@ class TaskConfig:
     model: ModelName = "mlp"
     widths: tuple[int, ...] = (512, 256)
     """Hidden sizes of the MLP."""
+    image_size: int | None = None
+    """Pixels of a side to which vit-tiny, vit-base and swin-tiny scale the images; unset: 224."""
+    fold: int | None = None
+    """Cross-validation: which fifth of the training images validates, 0 to 4; unset: a tenth, the same in every run."""
+    train_images: int | None = None
+    """Train on so many of the training images only."""
+    test_images: int | None = None
+    """Validate and test on so many of those images only."""
     block_size: str = "16"
     """Rows and columns of a block: 16, or 16x4; auto: search for it first."""
     rank: int = 4
@@ -151,6 +159,12 @@ class TaskConfig:
             tile_groups(self.tile_groups)
         if self.model != "mlp" and self.widths != TaskConfig.widths:
             raise KronblocksError(f"--widths are the hidden layers of --model mlp, and {self.model} has none to choose")
+        if self.model not in TRANSFORMERS and self.image_size is not None:
+            raise KronblocksError(f"--image-size is for {', '.join(TRANSFORMERS)}: {self.model} takes the images as they are")
+        for name in ("train_images", "test_images"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise KronblocksError(f"--{name.replace('_', '-')} must be at least 1, not {number}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from kronblocks.experiments import accounting
 from kronblocks.experiments.classifier import Classification
-from kronblocks.experiments.data import BatchSampler, Dataset, load_data, loader
+from kronblocks.experiments.data import BatchSampler, Dataset, limited, load_data, loader
 from kronblocks.experiments.runs import RunFolder, read_json, write_json
 from kronblocks.experiments.search import search_for
 from kronblocks.experiments.tasks import TrainConfig
@@ -81,7 +81,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _quiet()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    data = load_data(config.data, data_dir=config.data_dir)
+    data = load_data(config.data, data_dir=config.data_dir, fold=config.fold)
+    data = limited(data, config.train_images, config.test_images)
     memory = accounting.PeakMemory()
     module = None if config.block_size == "auto" else Classification(config, data)  # before anything is written
     with RunFolder.open(config) as folder:

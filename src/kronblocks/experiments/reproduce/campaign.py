@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.results import Results, Row
 from kronblocks.experiments.reproduce.studies import Cell, Study
-from kronblocks.experiments.reproduce.trials import trials
 from kronblocks.experiments.tasks import TrainConfig
 
 KEY = ("part", "method", "block", "sparsity", "trial", "seed")
@@ -82,20 +81,26 @@ class Campaign:
             KronblocksError: a training failed. What is done stays.
         """
         study = self.study
+        if study.variants is not None:
+            numbers = range(len(study.variants))
+            self._run([Job("compare", c, n, seed) for c in study.table() for n in numbers for seed in study.seeds], "variants")
+            return self.results
         tuning = [
             Job("tune", cell, trial, seed)
             for cell in study.tuned()
-            for trial in range(len(trials(cell.method)))
+            for trial in range(len(study.settings_of(cell.method)))
             for seed in study.tuning_seeds
         ]
         self._run(tuning, "trials")
         best = {(cell.method, cell.block): best_trial(self.results.rows, cell) for cell in study.tuned()}
-        compared = [Job("compare", cell, best[cell.method, cell.block], seed) for cell in study.table() for seed in study.seeds]
+        compared = [
+            Job("compare", cell, best.get((cell.method, cell.block), 0), seed) for cell in study.table() for seed in study.seeds
+        ]
         self._run(compared, "comparison")
         return self.results
 
     def _training(self, job: Job) -> TrainConfig:
-        return self.study.training(job.cell, trials(job.cell.method)[job.trial], job.seed, self._work / job.name)
+        return self.study.training(job.cell, self.study.settings_of(job.cell.method)[job.trial], job.seed, self._work / job.name)
 
     def _run(self, jobs: Sequence[Job], title: str) -> None:
         wanted = {tuple(job.key().values()): job for job in jobs}
@@ -127,7 +132,13 @@ def _finished(pending: dict[Job, TrainConfig], jobs: int) -> Iterable[tuple[Job,
         futures = {pool.submit(_train, config): job for job, config in pending.items()}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                job = futures[future]
+                try:
+                    yield job, future.result()
+                except KronblocksError as error:
+                    if job.part != "tune" or "diverged" not in str(error):
+                        raise KronblocksError(f"{job.name}: {error}") from error
+                    yield job, {"validation_accuracy": 0.0}  # settings that diverge are never the best
         except BrokenProcessPool as error:
             raise KronblocksError("a training's process died: is there enough memory? Run fewer at a time with --jobs") from error
         finally:

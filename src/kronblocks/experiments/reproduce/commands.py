@@ -13,12 +13,19 @@ from rich.table import Table
 
 from kronblocks.errors import KronblocksError
 
-What = Literal["mlp", "linear", "lenet5", "all", "tables"]
-GROUPS: dict[str, tuple[str, ...]] = {
+What = Literal["mlp", "ablation", "linear", "lenet5", "vit-tiny", "vit-base", "swin-tiny", "all", "tables"]
+SHORT: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp",),
+    "ablation": ("ablation",),
     "linear": ("linear-mnist5k", "linear-fashion"),
     "lenet5": ("lenet5-mnist5k", "lenet5-fashion"),
+    "vit-tiny": ("vit-tiny-fashion",),
+    "swin-tiny": ("swin-tiny-fashion",),
 }
+"""Studies that a few CPU cores can run."""
+
+FULL: dict[str, tuple[str, ...]] = {name: (f"{name}-cifar100",) for name in ("vit-tiny", "vit-base", "swin-tiny")}
+"""The paper's own, which want a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +36,32 @@ class ReproduceConfig:
     """
 
     what: tyro.conf.Positional[What]
-    """Which: a model of the paper, our own MLP, or all; tables: write the page of what was found."""
+    """Which: a model of the paper, our own MLP, what the default method is made of (ablation), or all; tables: write the page."""
     out: Path = Path("benchmarks/results")
     """Folder of the results files."""
     page: Path = Path("docs/experiments.md")
     """The page that `tables` writes."""
     work: Path = Path("runs/reproduce")
     """Folder of the trainings."""
-    jobs: int = 2
-    """Trainings at a time, each with one thread."""
+    full: bool = False
+    """The transformers as in the paper, on CIFAR-100 with images of 224 pixels: wants a GPU."""
+    jobs: int | None = None
+    """Trainings at a time; unset: two, of one thread each, and one with --full."""
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
+        if self.jobs is not None and self.jobs < 1:
             raise KronblocksError(f"--jobs must be at least 1, not {self.jobs}")
+        groups = FULL if self.full else SHORT
+        if self.what not in (*groups, "all", "tables"):
+            raise KronblocksError(
+                f"{self.what} {'has no other form: leave --full out' if self.full else 'is too large for a CPU: add --full'}"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The studies."""
+        groups = FULL if self.full else SHORT
+        return groups[self.what] if self.what != "all" else tuple(name for group in groups.values() for name in group)
 
 
 def reproduce(config: Annotated[ReproduceConfig, tyro.conf.arg(name="")]) -> None:
@@ -54,10 +74,9 @@ def reproduce(config: Annotated[ReproduceConfig, tyro.conf.arg(name="")]) -> Non
 
         Console().print(f"page: {write(config.out, config.page).resolve()}", soft_wrap=True, highlight=False)
         return
-    names = GROUPS[config.what] if config.what != "all" else tuple(name for group in GROUPS.values() for name in group)
     try:
-        for name in names:
-            campaign = Campaign(STUDIES[name], config.out, config.work, config.jobs)
+        for name in config.names:
+            campaign = Campaign(STUDIES[name], config.out, config.work, config.jobs or (1 if config.full else 2))
             results = campaign.run()
             Console().print(_summary(name, results.rows))
             Console().print(f"results: {results.path}", soft_wrap=True, highlight=False)

@@ -63,11 +63,34 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
     ]
     dense = [cell for cell in found if cell.method == "dense"]
     groups = dict.fromkeys((cell.block, cell.sparsity) for cell in found if cell.block)
+    if settings["variants"]:
+        return lines + _ablation(found, settings["variants"])
     for block, sparsity in sorted(groups, key=lambda key: (key[1], BlockSize.parse(key[0]).area)):
         here = [cell for cell in found if (cell.block, cell.sparsity) == (block, sparsity)]
         lines += [f"### {100 * sparsity:g}% zeros, {BlockSize.parse(block)} blocks", ""]
         lines += [*_comparison([*dense, *here], settings), "", *_sizes(here)]
     return lines + _trials(data)
+
+
+def _ablation(found: Sequence[CellResult], names: Sequence[str]) -> list[str]:
+    """One setting changed at a time: the paired difference to the method as it is, for each block size."""
+    lines = ["Paired differences of test accuracy in points to the method as it is, one setting changed at a time.", ""]
+    places = sorted({(cell.block, cell.sparsity) for cell in found}, key=lambda place: (place[1], BlockSize.parse(place[0]).area))
+    columns = ["changed", *(f"{BlockSize.parse(block)}, {100 * sparsity:g}%" for block, sparsity in places)]
+    rows = []
+    for number, name in enumerate(names):
+        row = [name]
+        for place in places:
+            here = {cell.trial: cell for cell in found if (cell.block, cell.sparsity) == place}
+            own, base = here.get(number), here.get(0)
+            if own is None or base is None:
+                row.append("")
+            elif number == 0:
+                row.append(f"{own.accuracy:.2f} ± {own.spread:.2f}")
+            else:
+                row.append(str(own.against(base)))
+        rows.append(row)
+    return [*lines, *table(columns, rows), ""]
 
 
 def _comparison(here: Sequence[CellResult], settings: dict[str, Any]) -> list[str]:

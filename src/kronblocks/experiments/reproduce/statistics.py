@@ -91,10 +91,10 @@ class CellResult:
 
 
 def cells(rows: Sequence[Row]) -> list[CellResult]:
-    """The compared cells of a study, in the order in which they were run: dense, then by block size and sparsity."""
+    """The compared cells of a study: by sparsity, block size, method and settings, in the order in which they came."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if row["part"] == "compare":
-            groups.setdefault((row["sparsity"], row["block"], row["method"]), []).append(row)
+            groups.setdefault((row["sparsity"], row["block"], row["method"], row["trial"]), []).append(row)
     dense = [row for key, group in groups.items() if key[2] == "dense" for row in group]
     return [CellResult(group, dense) for group in groups.values()]

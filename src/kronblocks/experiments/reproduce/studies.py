@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from kronblocks.config import Method
-from kronblocks.experiments.models import ModelName
+from kronblocks.experiments.data import FOLDS
+from kronblocks.experiments.models import ModelName, TransformerName
+from kronblocks.experiments.reproduce.ablations import VARIANTS
 from kronblocks.experiments.reproduce.trials import Settings, describe, trials
 from kronblocks.experiments.tasks import DataName, TrainConfig
 
@@ -40,7 +43,14 @@ class Study:
         cells: (block size, sparsity) pairs.
         tuned_at: sparsity at which every method is tuned, for each block size of its own.
         seeds: of the trainings that are compared: the same for all methods, so that differences are paired.
+        folds: 5-fold cross-validation: the training of seed s, with a fresh model, validates on fold s mod 5.
+        image_size: pixels of a side, of transformers.
+        train_images: how many of them; None: all.
+        test_images: how many of them; None: all.
         tuning_seeds: of the trials, others than those.
+        variants: of the one method, by name, which then is not tuned; None: methods are compared.
+        lr: learning rate of all methods, which then are not tuned: for what is too dear to try six times; None: they are.
+        threads: of each training; None: torch's own choice, for a machine with a GPU.
     """
 
     name: str
@@ -54,6 +64,19 @@ class Study:
     tuned_at: float = 0.9
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (100, 101)
+    folds: bool = False
+    image_size: int | None = None
+    train_images: int | None = None
+    test_images: int | None = None
+    variants: Mapping[str, Settings] | None = None
+    lr: float | None = None
+    threads: int | None = 1
+
+    def settings_of(self, method: Method) -> list[Settings]:
+        """What is tried for a method: its trials, the variants, or one rate."""
+        if self.variants is not None:
+            return list(self.variants.values())
+        return trials(method) if self.lr is None else [{"lr": self.lr}]
 
     def table(self) -> list[Cell]:
         """All cells, dense first."""
@@ -63,6 +86,8 @@ class Study:
 
     def tuned(self) -> list[Cell]:
         """Where methods are tuned: once for each block size, at one sparsity."""
+        if self.variants is not None or self.lr is not None:
+            return []
         blocks = dict.fromkeys(block for block, _ in self.cells)
         dense = [Cell("dense", "", 0.0)] * ("dense" in self.methods)
         return dense + [Cell(method, block, self.tuned_at) for block in blocks for method in self.methods if method != "dense"]
@@ -75,6 +100,10 @@ class Study:
             data=self.data,
             model=self.model,
             widths=self.widths if self.model == "mlp" else TrainConfig.widths,
+            image_size=self.image_size,
+            train_images=self.train_images,
+            test_images=self.test_images,
+            fold=seed % FOLDS if self.folds else None,
             epochs=self.epochs,
             batch_size=self.batch_size,
             method=cell.method,
@@ -82,25 +111,37 @@ class Study:
             resume=True,
             progress=False,
             measure_plans=False,
-            threads=1,
+            threads=self.threads,
             **sparse,
             **settings,
         )
 
     def shared(self) -> dict[str, Any]:
         """What all rows of the results have in common, as plain values."""
-        names = ("data", "model", "epochs", "batch_size", "tuned_at")
+        names = ("data", "model", "image_size", "train_images", "test_images", "folds", "epochs", "batch_size", "tuned_at")
         return {
             **{name: getattr(self, name) for name in names},
             "widths": list(self.widths) if self.model == "mlp" else [],
-            "threads": 1,
-            "trials": {method: [describe(each) for each in trials(method)] for method in self.methods},
+            "threads": self.threads,
+            "trials": {method: [describe(each) for each in self.settings_of(method)] for method in self.methods},
+            "variants": None if self.variants is None else list(self.variants),
         }
 
+
+_SHORT_TRANSFORMER: dict[str, Any] = {
+    **{"data": "fashion-mnist", "image_size": 32, "train_images": 4000, "test_images": 2000, "epochs": 4, "batch_size": 64},
+    **{"cells": (("4", 0.5), ("16", 0.8)), "seeds": (0, 1), "lr": 1e-3},
+}
+_WHOLE_TRANSFORMER: dict[str, Any] = {
+    **{"data": "cifar100", "epochs": 100, "batch_size": 256, "cells": (("4", 0.5), ("32", 0.8), ("32", 0.9))},
+    **{"seeds": (0, 1, 2), "lr": 1e-3, "threads": None},
+}
 
 STUDIES = {
     study.name: study
     for study in (
+        *(Study(name=f"{model}-fashion", model=model, **_SHORT_TRANSFORMER) for model in ("vit-tiny", "swin-tiny")),
+        *(Study(name=f"{model}-cifar100", model=model, **_WHOLE_TRANSFORMER) for model in get_args(TransformerName)),
         Study(
             name="mlp",
             data="fashion-mnist",
@@ -109,8 +150,16 @@ STUDIES = {
                 *((block, sparsity) for sparsity in (0.5, 0.8, 0.95) for block in ("4", "16")),
             ),
         ),
-        Study(name="linear-mnist5k", data="mnist5k", model="linear", epochs=20, cells=(("4", 0.5), ("4", 0.9))),
-        Study(name="linear-fashion", data="fashion-mnist", model="linear", epochs=8, cells=(("4", 0.5), ("4", 0.9))),
+        Study(
+            name="ablation",
+            data="fashion-mnist",
+            methods=("two-phase",),
+            cells=(("4", 0.9), ("16", 0.9)),
+            seeds=(0, 1, 2),
+            variants=VARIANTS,
+        ),
+        Study(name="linear-mnist5k", data="mnist5k", model="linear", epochs=20, folds=True, cells=(("2", 0.5), ("2", 0.9))),
+        Study(name="linear-fashion", data="fashion-mnist", model="linear", epochs=8, folds=True, cells=(("2", 0.5), ("2", 0.9))),
         Study(name="lenet5-mnist5k", data="mnist5k", model="lenet5", epochs=20, cells=(("4", 0.5), ("4", 0.9))),
         Study(name="lenet5-fashion", data="fashion-mnist", model="lenet5", epochs=8, cells=(("4", 0.5), ("4", 0.9))),
     )
