@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -78,6 +79,23 @@ def test_what_is_done_is_not_run_again(finished, monkeypatch):
 def test_another_campaign_does_not_go_on_in_the_same_file(finished, monkeypatch):
     with pytest.raises(KronblocksError, match="other settings"):  # six trials now
         Campaign(TINY, finished / "results", finished / "work", jobs=2)
+
+
+def test_a_trial_that_diverges_is_never_the_best_and_a_comparison_that_does_is_an_error(tmp_path, monkeypatch):
+    def train(config):
+        if config.weight_decay == 0.05 or (config.method == "rigl" and config.seed == 1):
+            raise KronblocksError("the training has diverged")
+        return dict.fromkeys(campaign.MEASURED, 0.5)
+
+    monkeypatch.setattr(trials_module, "RATES", (4e-3,))
+    monkeypatch.setattr(campaign, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(campaign, "_train", train)
+    study = Campaign(TINY, tmp_path / "results", tmp_path / "work", jobs=1)
+    with pytest.raises(KronblocksError, match="rigl-4-0.5-t0-s1: the training has diverged"):
+        study.run()
+    tuned = [row for row in study.results.rows if row["part"] == "tune" and row["method"] == "dense"]
+    assert [row["validation_accuracy"] for row in tuned] == [0.5, 0.0]
+    assert best_trial(study.results.rows, Cell("dense", "", 0.0)) == 0
 
 
 def test_page(finished, tmp_path, monkeypatch, capsys):

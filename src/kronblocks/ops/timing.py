@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Iterator
 
@@ -29,9 +28,10 @@ BUDGET = 0.15
 _NEAR = 5.0  # times the least estimated time: the estimates are no better than that
 _MOST_BYTES = 2**31  # of an intermediate: what would not fit beside a model is no choice
 _LEAST_ROWS, _MOST_ROWS = 256, 4096  # rows that are timed; more take longer in proportion
-_MOST_MACS = {"cpu": 1e9}  # of one dense product, so that a turn takes milliseconds
+_MOST_MACS = {"cpu": 2e9}  # of one dense product, so that a turn takes tens of milliseconds
 _MOST_MACS_ELSEWHERE = 1e11
 _LEAST_TURNS, _MOST_TURNS = 3, 100
+_LONG = 0.03  # seconds: of a call that takes less, one turn decides nothing, since others may have used the cores
 _SHORT = 5e-3  # seconds: a call that takes less is repeated in its turn, so that it finds its operands in the caches
 
 Runs = dict[str, Callable[[], object]]
@@ -132,7 +132,10 @@ def _runs(problem: Problem) -> Runs:
 
 
 def _interleaved(runs: Runs, synchronize: Callable[[], None]) -> dict[str, float]:
-    """Median seconds of each, taking turns; whoever is clearly slower than the best has no further turns."""
+    """Least seconds of each, taking turns; whoever is clearly slower than the best has no further turns.
+
+    The least, since whatever else the machine does can only add to a time.
+    """
 
     def once(run: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -155,8 +158,8 @@ def _interleaved(runs: Runs, synchronize: Callable[[], None]) -> dict[str, float
         for name in running:
             taken[name].append(warm(runs[name]))
         best = min(min(values) for values in taken.values() if values)
-        limit = (3.0 if turn == 1 else 1.5) * best
+        limit = max(3.0 * best, _LONG) if turn == 1 else 1.5 * best
         running = [name for name in running if min(taken[name]) <= limit or (name == REFERENCE and turn < _LEAST_TURNS)]
         if turn >= _LEAST_TURNS and time.perf_counter() > end:
             break
-    return {name: statistics.median(values) for name, values in taken.items() if values}
+    return {name: min(values) for name, values in taken.items() if values}

@@ -30,7 +30,7 @@ from kronblocks.ops.timing import REFERENCE, measure, measured_rows
 Tables = dict[str, dict[str, float]]
 """What timings depend on, as JSON text -> plan -> seconds a step."""
 
-_VERSION = 2
+_VERSION = 3
 _MOST_BYTES = 2**16  # of a file; ours have some hundred
 _memo: Tables = {}
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 
 from kronblocks.cli import main
 from kronblocks.experiments.bench import grid as grids
-from kronblocks.experiments.bench import peers
+from kronblocks.experiments.bench import ops, peers
 from kronblocks.experiments.bench import step as steps
 from kronblocks.experiments.bench import train as trainings
 from kronblocks.experiments.bench.grids import Group, InferSettings, OpsSettings
@@ -108,6 +109,24 @@ def test_memory_and_losses_come_from_a_process_of_its_own(tmp_path):
     settings = StepSettings(out=tmp_path, quick=True, threads=1, rows=(16,), width=64, loss_steps=2)
     found = steps.apart(steps.train_some, "dense", settings, 16)
     assert found["peak_bytes"] >= 0 and found["last_loss"] < found["first_loss"]
+
+
+def test_choices_are_made_anew_and_measurements_stay(results, tmp_path, monkeypatch):
+    shutil.copy(results / "bench-ops.json", tmp_path)
+    before = read(tmp_path / "bench-ops.json")["rows"]
+    monkeypatch.setattr(ops, "auto_plan_", lambda layer, rows, training: "packed" if layer.rank is None else "dense")
+    monkeypatch.setattr(grids, "measure", lambda *args, **settings: pytest.fail("measured again"))
+    main(["bench", *f"ops {TINY} {GRID} --choices".split(), "--out", str(tmp_path)])
+    after = read(tmp_path / "bench-ops.json")["rows"]
+    fixed = [row for row in before if not row["case"].endswith(" auto")]
+    assert [row for row in after if not row["case"].endswith(" auto")] == fixed
+    autos = [row for row in after if row["case"].endswith(" auto")]
+    assert len(autos) == len(before) - len(fixed) > 0
+    for row in autos:
+        name = row["case"].removesuffix("auto") + ("packed" if row["case"].startswith("values") else "dense")
+        place = ("shape", "block", "density", "rows", "direction")
+        twin = [each for each in fixed if each["case"] == name and all(each[k] == row[k] for k in place)]
+        assert not twin or row == {**twin[0], "case": row["case"]}  # not every plan is measured everywhere
 
 
 def test_finished_groups_are_not_measured_again(results, monkeypatch):

@@ -64,6 +64,8 @@ class GridSettings(TimedSettings):
     """Shares of live blocks: 0.1 1 ..."""
     rows: tuple[int, ...] | None = None
     """Rows of the input: 1 256 ..."""
+    choices: bool = False
+    """Measure nothing, but choose anew what "auto" stands for in each finished group."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

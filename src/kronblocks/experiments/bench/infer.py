@@ -17,6 +17,7 @@ from kronblocks.experiments.bench.cases import (
     random_mask,
     values_layer,
 )
+from kronblocks.experiments.bench.choices import choose_again
 from kronblocks.experiments.bench.grid import Auto, Ways, run_grid
 from kronblocks.experiments.bench.grids import Group, InferSettings
 from kronblocks.experiments.bench.ops import PEER_MACS
@@ -49,5 +50,7 @@ def show(console: Console, group: Group, rows: list[Row]) -> None:
 
 def run(settings: InferSettings) -> Results:
     """Measure what is missing, and write it."""
-    shared = {**settings.shared(), "rank": settings.rank}
-    return run_grid(settings, shared, lambda group: ways(group, settings), inference=True, show=show)
+    shared, ways_of = {**settings.shared(), "rank": settings.rank}, lambda group: ways(group, settings)
+    if settings.choices:
+        return choose_again(settings, shared, ways_of)
+    return run_grid(settings, shared, ways_of, inference=True, show=show)

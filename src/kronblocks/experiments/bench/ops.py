@@ -22,6 +22,7 @@ from kronblocks.experiments.bench.cases import (
     random_mask,
     values_layer,
 )
+from kronblocks.experiments.bench.choices import choose_again
 from kronblocks.experiments.bench.grid import Auto, Ways, run_grid
 from kronblocks.experiments.bench.grids import DENSITIES, Group, OpsSettings
 from kronblocks.experiments.bench.results import Results, Row
@@ -78,13 +79,10 @@ def show(console: Console, group: Group, rows: list[Row]) -> None:
 
 def run(settings: OpsSettings) -> Results:
     """Measure what is missing, and write it."""
-    results = run_grid(
-        settings,
-        {**settings.shared(), "ranks": list(settings.ranks)},
-        lambda group: ways(group, settings),
-        training_rows=TRAINING_ROWS,
-        show=show,
-    )
+    shared, ways_of = {**settings.shared(), "ranks": list(settings.ranks)}, lambda group: ways(group, settings)
+    if settings.choices:
+        return choose_again(settings, shared, ways_of)
+    results = run_grid(settings, shared, ways_of, training_rows=TRAINING_ROWS, show=show)
     if peers.has_fastkron():
         results.head["skipped"].pop(FASTKRON, None)
     else:

@@ -1,0 +1,40 @@
+"""`--choices`: what "auto" stands for, chosen anew by the present rule and timings of now; what was measured stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from kronblocks.experiments.bench.grid import COLUMNS, KEY, Ways
+from kronblocks.experiments.bench.grids import GridSettings, Group
+from kronblocks.experiments.bench.machine import use
+from kronblocks.experiments.bench.results import Results, Row
+
+
+def choose_again(settings: GridSettings, shared: dict[str, Any], ways_of: Callable[[Group], Ways]) -> Results:
+    """Give every "auto" of finished groups the row of the case that it comes down to now, and write the file.
+
+    A choice whose case was not measured stays as it was.
+
+    Args:
+        settings: the grid.
+        shared: settings that all rows share.
+        ways_of: the cases and the choices of a group.
+    """
+    use(settings.device, settings.threads)
+    results = Results.open(settings.path, settings.kind, COLUMNS, KEY, shared)
+    known = {tuple(row[name] for name in KEY): row for row in results.rows}
+    finished = {key[:4] for key in known}
+    todo = [group for group in settings.groups() if not group.second_pass and tuple(group.key.values()) in finished]
+    console, changed = Console(stderr=True), list[Row]()
+    for group in track(todo, "choosing again", console=console, transient=True):
+        for auto in ways_of(group).autos:
+            before, chosen = (known.get((*group.key.values(), name, auto.direction)) for name in (auto.name, auto.case))
+            if before is not None and chosen is not None and {**chosen, "case": auto.name} != before:
+                changed.append({**chosen, "case": auto.name})
+    results.add(changed)
+    console.print(f"{len(changed)} choices changed, in {len(todo)} groups", highlight=False)
+    return results
