@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -119,6 +120,12 @@ def test_a_candidate_that_diverges_loses_and_if_all_do_it_is_an_error():
     assert won == ["2x2"] and "diverged" in why["4x4"]
     with pytest.raises(KronblocksError, match="every candidate diverged"):
         judged({"2x2": [float("inf")]}, {"2x2": 1.0})
+
+
+def test_batches_that_end_are_told_of():
+    ended = dataclasses.replace(task(), batches=lambda seed: iter(list(itertools.islice(task().batches(seed), 3))))
+    with pytest.raises(KronblocksError, match="ended after 3 batches"):
+        find_block_size(model(), CONFIG, ended, total_steps=400)
 
 
 def test_too_short_a_budget_says_so():

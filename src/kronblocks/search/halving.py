@@ -89,6 +89,18 @@ def find_block_size(
 
     Raises:
         KronblocksError: no size fits, the budget is too short to train anything, or every candidate diverged.
+
+    >>> from kronblocks import sparsify_
+    >>> def batches(seed):
+    ...     generator = torch.Generator().manual_seed(seed)
+    ...     while True:
+    ...         yield torch.randn(32, 16, generator=generator)
+    >>> def losses(model, x):  # one for each example
+    ...     return (model(x) - x.flip(1)).square().mean(1)
+    >>> model, config = nn.Sequential(nn.Linear(16, 16)), SparsityConfig(rank=1, target_sparsity=0.5)
+    >>> task = SearchTask(batches, held_out=[torch.randn(64, 16)], losses=losses, lr=1e-2)
+    >>> report = find_block_size(model, config, task, total_steps=200, search=SearchConfig(sizes=(2, 4)))
+    >>> sparsifier = sparsify_(model, report.config(config))  # and train
     """
     search = search or SearchConfig()
     start = time.perf_counter()
@@ -148,7 +160,7 @@ def _round(
     trials = {str(c.block): Trial(model, with_block(config, c.block), task, steps, search.seed) for c in kept}
     diverged: set[str] = set()
     names = ", ".join(trials)
-    batches = task.batches(search.seed)
+    batches = task.stream(search.seed)
     for step in range(steps):
         batch: Any = next(batches)
         for name, trial in trials.items():

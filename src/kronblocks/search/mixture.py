@@ -153,7 +153,7 @@ class _MixtureTraining:
         search, first = self._search, int(self._search.train_first * self.steps)
         count = max(len(mixture.candidates) for mixture in self._mixtures.values())
         removals = {first + round((i + 1) * (self.steps - first) / count) for i in range(count - 1)}
-        batches = self._task.batches(search.seed)
+        batches = self._task.stream(search.seed)
         self._model.train()
         for step in range(1, self.steps + 1):
             loss = self._task.losses(self._model, next(batches)).mean()

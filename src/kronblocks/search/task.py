@@ -27,7 +27,7 @@ class SearchTask:
     """Training data, held-out data and the loss.
 
     Args:
-        batches: gives training batches for a seed, for ever (or for as long as the search asks).
+        batches: gives training batches for a seed, without end.
         held_out: batches that no training sees; never the test set.
         losses: loss of every example (or token) of a batch, (N,), differentiable.
         lr: learning rate of AdamW for what is not sparse, as for `parameter_groups`.
@@ -39,6 +39,18 @@ class SearchTask:
     losses: Callable[[nn.Module, Any], Tensor]
     lr: float = 4e-3
     weight_decay: float = 0.0
+
+    def stream(self, seed: int) -> Iterator[Any]:
+        """The training batches.
+
+        Raises:
+            KronblocksError: when they end.
+        """
+        number = 0
+        for batch in self.batches(seed):
+            number += 1
+            yield batch
+        raise KronblocksError(f"batches(seed) ended after {number} batches: let it begin again, in a `while True:` loop")
 
     @torch.no_grad()
     def judge(self, model: nn.Module) -> Tensor:
