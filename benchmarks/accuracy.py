@@ -16,10 +16,10 @@ from typing import Any
 
 import tyro
 
-from kronblocks.config import Method
 from kronblocks.experiments.compare import train_apart
 from kronblocks.experiments.runs import read_json, write_json
 from kronblocks.experiments.tasks import DataName, TrainConfig
+from kronblocks.methods import Method
 
 KEPT = (
     "test_accuracy",

@@ -23,7 +23,7 @@ from kronblocks import (
     sparsify_,
     structure,
 )
-from kronblocks.config import FACTORED
+from kronblocks.methods import FACTORED
 
 
 def mlp() -> nn.Sequential:

@@ -12,8 +12,9 @@ from torch import nn
 
 from kronblocks.advice import Advice, Gain, LayerAdvice, Speed, Way
 from kronblocks.blocks import BlockGrid, BlockSize
-from kronblocks.config import BlockSizeLike, Mismatch, SparsityConfig, TileGroups
+from kronblocks.config import BlockSizeLike, Mismatch, SparsityConfig
 from kronblocks.errors import KronblocksError
+from kronblocks.methods import TileGroups
 from kronblocks.ops.cost import Problem, cost, possible_plans
 from kronblocks.ops.timing import REFERENCE
 from kronblocks.ops.timing_cache import timings

@@ -8,10 +8,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal
 
 from kronblocks.blocks import BlockSize
+from kronblocks.checks import number, one_of, whole
 from kronblocks.errors import KronblocksError
+from kronblocks.methods import CONSTANT, FACTORED, LIFTED, OWN, PENALISED, PRUNING, REGROWING, Init, Method, Own, TileGroups
 from kronblocks.sparsity.budget import Distribution, Scope
 from kronblocks.sparsity.rules.base import Form
 from kronblocks.sparsity.schedule import Shape
@@ -19,76 +21,9 @@ from kronblocks.sparsity.targets import Score
 
 CONFIG_VERSION = 1
 
-Method = Literal[
-    "two-phase",
-    "kron-l1",
-    "group-lasso",
-    "elastic-group-lasso",
-    "rigl",
-    "iterative",
-    "magnitude",
-    "static",
-    "dense",
-]
 Storage = Literal["dense", "packed"]
-Init = Literal["random", "spectral", "nearest"]
 Mismatch = Literal["dense", "nearest"]
-TileGroups = int | Literal["per-row"]
 BlockSizeLike = BlockSize | int | str | tuple[int, int]
-
-FACTORED: frozenset[str] = frozenset({"two-phase", "kron-l1"})
-"""Methods that replace nn.Linear by a Kronecker layer; the others work on the nn.Linear itself."""
-
-LIFTED: frozenset[str] = frozenset({"two-phase"})
-"""Methods that lift factors to free values."""
-
-PENALISED: frozenset[str] = frozenset({"kron-l1", "group-lasso", "elastic-group-lasso"})
-"""Methods that have a penalty."""
-
-CONSTANT: frozenset[str] = frozenset({"rigl", "static"})
-"""Methods that have the target sparsity from the first step."""
-
-PRUNING: frozenset[str] = frozenset({"two-phase", "magnitude", "iterative"})
-"""Methods that kill the blocks of least score at each mask update."""
-
-REGROWING: frozenset[str] = PRUNING | {"rigl"}
-"""Methods that can bring dead blocks back."""
-
-
-class _Own(NamedTuple):
-    """What a method does where the user sets nothing."""
-
-    end: float = 0.5  # of pruning, as a share of the training
-    shape: Shape = "cubic"
-    form: Form = "proximal"  # of the penalty
-    tile_groups: TileGroups = "per-row"
-    init: Init = "random"
-    gate: bool = False
-    score: Score = "norm"
-    regrow: float = 0.0
-
-
-_OWN: dict[str, _Own] = {
-    "kron-l1": _Own(end=0.8, form="gradient", tile_groups=1, init="spectral", gate=True, score="gate"),
-    "rigl": _Own(end=0.75, regrow=0.3),
-    "iterative": _Own(shape="staircase"),
-}
-
-
-def _one_of(name: str, value: object, allowed: object) -> None:
-    names = get_args(allowed)
-    if value not in names:
-        raise KronblocksError(f"{name}={value!r} is unknown: write one of {', '.join(map(repr, names))}")
-
-
-def _number(name: str, value: object, low: float, high: float, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
-        raise KronblocksError(f"{name} is {what}, not {value!r}")
-
-
-def _whole(name: str, value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise KronblocksError(f"{name} is {what}, a whole number from 1 on, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -104,15 +39,15 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.shape is not None:
-            _one_of("schedule.shape", self.shape, Shape)
-        _number("schedule.start", self.start, 0, 1, "the share of the training before pruning, from 0 to below 1")
+            one_of("schedule.shape", self.shape, Shape)
+        number("schedule.start", self.start, 0, 1, "the share of the training before pruning, from 0 to below 1")
         if self.end is not None:
-            _number("schedule.end", self.end, 0, 1 + 1e-12, "the share of the training at which pruning ends, up to 1")
+            number("schedule.end", self.end, 0, 1 + 1e-12, "the share of the training at which pruning ends, up to 1")
             if self.end <= self.start:
                 raise KronblocksError(f"schedule.end={self.end} must be above schedule.start={self.start}")
-        _number("schedule.lift_at", self.lift_at, 0, 1 + 1e-12, "a share of the pruning span, from 0 to 1")
-        _whole("schedule.update_every", self.update_every, "the optimiser steps between mask updates")
-        _whole("schedule.stages", self.stages, "the number of stages of the staircase")
+        number("schedule.lift_at", self.lift_at, 0, 1 + 1e-12, "a share of the pruning span, from 0 to 1")
+        whole("schedule.update_every", self.update_every, "the optimiser steps between mask updates")
+        whole("schedule.stages", self.stages, "the number of stages of the staircase")
         if self.shape not in ("staircase", None) and self.stages != ScheduleConfig.stages:
             raise KronblocksError(f"schedule.stages={self.stages} is for shape='staircase', and the shape is {self.shape!r}")
 
@@ -128,11 +63,11 @@ class PenaltyConfig:
 
     def __post_init__(self) -> None:
         if self.form is not None:
-            _one_of("penalty.form", self.form, Form)
+            one_of("penalty.form", self.form, Form)
         if self.strength is not None:
-            _number("penalty.strength", self.strength, 0, float("inf"), "a number from 0 on, or None")
-        _number("penalty.growth", self.growth, 0, float("inf"), "a number from 0 on")
-        _number("penalty.ridge", self.ridge, 0, float("inf"), "a number from 0 on")
+            number("penalty.strength", self.strength, 0, float("inf"), "a number from 0 on, or None")
+        number("penalty.growth", self.growth, 0, float("inf"), "a number from 0 on")
+        number("penalty.ridge", self.ridge, 0, float("inf"), "a number from 0 on")
         if self.form == "proximal" and self.growth != PenaltyConfig.growth:
             raise KronblocksError(f"penalty.growth={self.growth} is for form='gradient': a proximal penalty does not grow")
 
@@ -153,9 +88,9 @@ class LayerOverride:
 
 def _check_factors(rank: int | None, tile_groups: TileGroups | None) -> None:
     if rank is not None:
-        _whole("rank", rank, "the number of Kronecker terms")
+        whole("rank", rank, "the number of Kronecker terms")
     if tile_groups is not None and tile_groups != "per-row":
-        _whole("tile_groups", tile_groups, '"per-row", or the number of tile banks')
+        whole("tile_groups", tile_groups, '"per-row", or the number of tile banks')
 
 
 @dataclass(frozen=True)
@@ -224,23 +159,23 @@ class SparsityConfig:
     measure_plans: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, Method)
-        _one_of("on_mismatch", self.on_mismatch, Mismatch)
-        _one_of("scope", self.scope, Scope)
+        one_of("method", self.method, Method)
+        one_of("on_mismatch", self.on_mismatch, Mismatch)
+        one_of("scope", self.scope, Scope)
         for name, allowed in (("init", Init), ("score", Score), ("distribution", Distribution), ("storage", Storage)):
             if getattr(self, name) is not None:
-                _one_of(name, getattr(self, name), allowed)
+                one_of(name, getattr(self, name), allowed)
         if self.gate is not None and not isinstance(self.gate, bool):
             raise KronblocksError(f"gate is True, False or None, not {self.gate!r}")
         if self.regrow is not None:
-            _number("regrow", self.regrow, 0, 1, "a share of the live blocks, from 0 to below 1")
+            number("regrow", self.regrow, 0, 1, "a share of the live blocks, from 0 to below 1")
         _check_factors(self.rank, self.tile_groups)
         if self.rows is not None:
-            _whole("rows", self.rows, "the rows of x per step")
+            whole("rows", self.rows, "the rows of x per step")
         if not isinstance(self.measure_plans, bool):
             raise KronblocksError(f"measure_plans is True or False, not {self.measure_plans!r}")
         what = "the share of blocks that end as zeros, from 0 to below 1 (0.9 means 90%)"
-        _number("target_sparsity", self.target_sparsity, 0, 1, what)
+        number("target_sparsity", self.target_sparsity, 0, 1, what)
         if self.block_size != "auto":
             object.__setattr__(self, "block_size", BlockSize.parse(self.block_size))
         object.__setattr__(self, "layers", _patterns(self.layers))
@@ -252,7 +187,7 @@ class SparsityConfig:
 
     def _refuse_ignored(self) -> None:
         """An option that the method would ignore is an error."""
-        method, has = self.method, self._has
+        method = self.method
         linear = f"method {method!r} works on nn.Linear itself and has no"
         for name, allowed, reason in (
             *((name, method in FACTORED, linear) for name in ("init", "tile_groups", "rank", "gate")),
@@ -262,19 +197,14 @@ class SparsityConfig:
             ("storage", method in CONSTANT, f"method {method!r} has no choice of"),
             ("scope", method not in CONSTANT, f"method {method!r} has a distribution= of its blocks and no"),
         ):
-            if not allowed and has(name):
-                default = next(f.default for f in dataclasses.fields(self) if f.name == name)
-                raise KronblocksError(f"{reason} {name}: leave {name}={default!r}")
+            if not allowed and getattr(self, name) != _DEFAULTS[name]:
+                raise KronblocksError(f"{reason} {name}: leave {name}={_DEFAULTS[name]!r}")
         for pattern, override in self.overrides.items():
             if method not in FACTORED and (override.rank, override.tile_groups) != (None, None):
                 raise KronblocksError(
                     f"method {method!r} works on nn.Linear itself: overrides[{pattern!r}] can set block_size only"
                 )
         self._refuse_ignored_details()
-
-    def _has(self, name: str) -> bool:
-        """Whether the user has set an option."""
-        return getattr(self, name) != next(f.default for f in dataclasses.fields(self) if f.name == name)
 
     def _refuse_ignored_details(self) -> None:
         """The same for what stands in the penalty, the schedule and between options."""
@@ -299,9 +229,9 @@ class SparsityConfig:
             raise KronblocksError(f"score='gate' needs gates, and method {method!r} has none: set gate=True, or score='norm'")
 
     @property
-    def own(self) -> _Own:
+    def own(self) -> Own:
         """What the method does where nothing is set."""
-        return _OWN.get(self.method, _Own())
+        return OWN.get(self.method, Own())
 
     @property
     def tiles(self) -> TileGroups:
@@ -404,6 +334,9 @@ class SparsityConfig:
             return cls.from_dict(tomllib.loads(text)) if path.suffix == ".toml" else cls.from_json(text)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise KronblocksError(f"cannot read the config {path}: {error}") from error
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(SparsityConfig)}
 
 
 def _patterns(patterns: object) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from kronblocks.blocks import BlockGrid, BlockSize
-from kronblocks.config import FACTORED, SparsityConfig
+from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
+from kronblocks.methods import FACTORED
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from kronblocks.config import CONSTANT, FACTORED, LIFTED, SparsityConfig
+from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError, PerformanceWarning
 from kronblocks.groups import keep_slots_, replace_parameters_
+from kronblocks.methods import CONSTANT, FACTORED, LIFTED
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear

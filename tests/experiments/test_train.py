@@ -16,10 +16,10 @@ import torch
 
 from kronblocks import KronblocksError, PenaltyConfig, ScheduleConfig
 from kronblocks.cli import main
-from kronblocks.config import FACTORED
 from kronblocks.experiments import train as training
 from kronblocks.experiments.models import build_model
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
+from kronblocks.methods import FACTORED
 from kronblocks.surgery import apply_structure_
 
 TIMES = {"train_seconds", "peak_memory_bytes", "peak_memory_exact", "history"}

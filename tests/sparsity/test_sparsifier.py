@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kronblocks
 from kronblocks import KronblocksError, PenaltyConfig, ScheduleConfig, SparsityConfig, parameter_groups, sparsify_
-from kronblocks.config import CONSTANT, FACTORED
+from kronblocks.methods import CONSTANT, FACTORED
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.surgery import ModelSurgeon
 

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from kronblocks.blocks import BlockSize
-from kronblocks.config import FACTORED, PENALISED, Method
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments import figures
 from kronblocks.experiments.figures import COSTS, Cost, number, short
 from kronblocks.experiments.runs import read_json, write_text
 from kronblocks.experiments.tasks import OF_SOME_METHODS, Recipe
+from kronblocks.methods import FACTORED, PENALISED, Method
 
 RESULT_VERSION = 1
 ADVICE = "train again, or leave this folder out"

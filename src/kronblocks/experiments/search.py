@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from kronblocks.config import Method
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.data import BatchSampler, Dataset, limited, load_data
-from kronblocks.experiments.models import ModelName, build_model
+from kronblocks.experiments.models import build_model
 from kronblocks.experiments.runs import write_json
 from kronblocks.experiments.search_figure import draw
-from kronblocks.experiments.tasks import DataName, TrainConfig
+from kronblocks.experiments.tasks import ModelAndData, TrainConfig
 from kronblocks.experiments.versions import versions
+from kronblocks.methods import Method
 from kronblocks.search.halving import Goal, SearchConfig, find_block_size
 from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
 from kronblocks.search.report import SearchReport
@@ -71,32 +72,12 @@ def search_for(config: TrainConfig, data: Dataset, search: SearchConfig | None =
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindConfig:
+class FindConfig(ModelAndData):
     """Find the block size for a model and its data: the cheapest one that loses nothing."""
 
     out: Path | None = None
     """Folder for the report: search.json and search.png."""
-    data: DataName = "mnist5k"
-    """Data set; mnist5k and digits need no download."""
-    model: ModelName = "mlp"
-    widths: tuple[int, ...] = (512, 256)
-    """Hidden sizes of the MLP."""
-    image_size: int | None = None
-    """Pixels of a side to which vit-tiny, vit-base and swin-tiny scale the images; unset: 224."""
-    train_images: int | None = None
-    """Train on so many of the training images only."""
-    test_images: int | None = None
-    """Judge on so many of the validation images only."""
     method: Method = "two-phase"
-    sparsity: float = 0.9
-    """Share of the weights that ends in blocks of exact zeros."""
-    rank: int | None = None
-    """Kronecker terms of a layer; unset: the method's own."""
-    epochs: int = 8
-    """Of the training that would follow: the search takes --budget of its steps."""
-    batch_size: int = 256
-    lr: float | None = None
-    """Learning rate of the dense parts; unset: the method's own."""
     sizes: tuple[str, ...] | None = None
     """Candidates, such as 4 8 16x4; unset: squares of 2 to 64."""
     goal: Goal = "step-time"
@@ -110,12 +91,9 @@ class FindConfig:
     tolerance: float = SearchConfig.tolerance
     """Share of the best held-out loss that counts as nothing; with --criterion halving."""
     seed: int = 0
-    data_dir: Path | None = None
-    """Where the data set's original files are."""
-    threads: int | None = None
-    """Threads that torch uses; unset: its own choice."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.per_layer and self.criterion == "halving":
             raise KronblocksError("--per-layer wants --criterion removal or penalty: halving tries one size for the whole model")
         if self.tolerance != SearchConfig.tolerance and self.criterion != "halving":
@@ -126,25 +104,8 @@ class FindConfig:
 
     def training(self) -> TrainConfig:
         """The training that would follow."""
-        settings: dict[str, Any] = {} if self.rank is None else {"rank": self.rank}
-        return TrainConfig(
-            out=Path(),
-            data=self.data,
-            model=self.model,
-            widths=self.widths,
-            image_size=self.image_size,
-            train_images=self.train_images,
-            test_images=self.test_images,
-            method=self.method,
-            block_size="auto",
-            sparsity=self.sparsity,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            seed=self.seed,
-            data_dir=self.data_dir,
-            **settings,
-        )
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelAndData)}
+        return TrainConfig(out=Path(), method=self.method, block_size="auto", seed=self.seed, **shared)
 
 
 def run(config: FindConfig) -> SearchReport:

@@ -10,24 +10,10 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import tyro
 
 from kronblocks.blocks import BlockSize
-from kronblocks.config import (
-    CONSTANT,
-    FACTORED,
-    LIFTED,
-    PENALISED,
-    PRUNING,
-    REGROWING,
-    Init,
-    Method,
-    Mismatch,
-    PenaltyConfig,
-    ScheduleConfig,
-    SparsityConfig,
-    Storage,
-    TileGroups,
-)
+from kronblocks.config import Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig, Storage
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import TRANSFORMERS, ModelName
+from kronblocks.methods import CONSTANT, FACTORED, LIFTED, PENALISED, PRUNING, REGROWING, Init, Method, TileGroups
 from kronblocks.sparsity.budget import Distribution, Scope
 from kronblocks.sparsity.targets import Score
 
@@ -82,11 +68,9 @@ def tile_groups(text: str) -> TileGroups:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """What `train` and `compare` have in common."""
+class ModelAndData:
+    """What is trained, on what and how long: the settings that trainings and searches have in common."""
 
-    out: Path
-    """Folder for the results; must be new or empty, unless --resume."""
     data: DataName = "mnist5k"
     """Data set; mnist5k and digits need no download."""
     model: ModelName = "mlp"
@@ -94,14 +78,10 @@ class TaskConfig:
     """Hidden sizes of the MLP."""
     image_size: int | None = None
     """Pixels of a side to which vit-tiny, vit-base and swin-tiny scale the images; unset: 224."""
-    fold: int | None = None
-    """Cross-validation: which fifth of the training images validates, 0 to 4; unset: a tenth, the same in every run."""
     train_images: int | None = None
     """Train on so many of the training images only."""
     test_images: int | None = None
     """Validate and test on so many of those images only."""
-    block_size: str = "16"
-    """Rows and columns of a block: 16, or 16x4; auto: search for it first."""
     rank: int = 4
     """Kronecker terms of a layer."""
     sparsity: float = 0.9
@@ -110,6 +90,32 @@ class TaskConfig:
     batch_size: int = 256
     lr: float | None = None
     """Learning rate of the dense parts; unset: the method's own."""
+    data_dir: Path | None = None
+    """Where the data set's original files are."""
+    threads: int | None = None
+    """Threads that torch uses; unset: its own choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "threads", "train_images", "test_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise KronblocksError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.model != "mlp" and self.widths != ModelAndData.widths:
+            raise KronblocksError(f"--widths are the hidden layers of --model mlp, and {self.model} has none to choose")
+        if self.model not in TRANSFORMERS and self.image_size is not None:
+            raise KronblocksError(f"--image-size is for {', '.join(TRANSFORMERS)}: {self.model} takes the images as they are")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(ModelAndData):
+    """What `train` and `compare` have in common."""
+
+    out: Path
+    """Folder for the results; must be new or empty, unless --resume."""
+    fold: int | None = None
+    """Cross-validation: which fifth of the training images validates, 0 to 4; unset: a tenth, the same in every run."""
+    block_size: str = "16"
+    """Rows and columns of a block: 16, or 16x4; auto: search for it first."""
     weight_decay: float | None = None
     """Of dense weights; unset: the method's own."""
     factor_weight_decay: float | None = None
@@ -140,31 +146,15 @@ class TaskConfig:
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     measure_plans: bool = True
     """Choose how layers compute by timings of this machine; False: by counted costs alone."""
-    data_dir: Path | None = None
-    """Where the data set's original files are."""
-    threads: int | None = None
-    """Threads that torch uses; unset: its own choice."""
     resume: bool = False
     """Go on from the last checkpoint in the folder."""
     progress: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise KronblocksError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise KronblocksError(f"--threads must be at least 1, not {self.threads}")
+        super().__post_init__()
         if self.tile_groups is not None:
             tile_groups(self.tile_groups)
-        if self.model != "mlp" and self.widths != TaskConfig.widths:
-            raise KronblocksError(f"--widths are the hidden layers of --model mlp, and {self.model} has none to choose")
-        if self.model not in TRANSFORMERS and self.image_size is not None:
-            raise KronblocksError(f"--image-size is for {', '.join(TRANSFORMERS)}: {self.model} takes the images as they are")
-        for name in ("train_images", "test_images"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise KronblocksError(f"--{name.replace('_', '-')} must be at least 1, not {number}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import BlockSizeLike, SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.ops.cost import Problem, estimated_seconds, possible_plans
+from kronblocks.search.report import Path
 from kronblocks.selection import Selected, select
 from kronblocks.sparsity.budget import choose_dead
 
@@ -153,3 +154,18 @@ def shortlist(candidates: Sequence[Candidate], most: int) -> tuple[list[Candidat
         reasons[str(gone.block)] = f"estimated nearly as fast as {stays.block}, and only {most} are tried"
         kept.remove(gone)
     return kept, reasons
+
+
+def entrants(
+    model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike] | None, most: int, rows: int
+) -> tuple[list[Candidate], dict[str, Path]]:
+    """The candidates that are trained, and the paths of all, by size, with the reasons of those that are not.
+
+    See `find_candidates` and `shortlist`.
+    """
+    everything = find_candidates(model, config, sizes, rows=rows)
+    kept, reasons = shortlist(everything, most)
+    paths = {
+        str(c.block): Path(c.block, c.sizes, c.estimated_seconds, c.energy, why=reasons.get(str(c.block), "")) for c in everything
+    }
+    return kept, paths

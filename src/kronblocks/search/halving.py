@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kronblocks.checks import number, one_of, whole
 from kronblocks.config import BlockSizeLike, SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.choice import deployed_seconds
-from kronblocks.search.candidates import Candidate, find_candidates, shortlist, with_block
+from kronblocks.search.candidates import Candidate, entrants, with_block
 from kronblocks.search.report import Path, Rung, SearchReport
 from kronblocks.search.task import SearchTask, Trial
 
@@ -48,14 +49,11 @@ class SearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.goal not in ("step-time", "inference-time", "accuracy"):
-            raise KronblocksError(f"goal={self.goal!r} is unknown: write 'step-time', 'inference-time' or 'accuracy'")
-        for name, low in (("budget", 0.0), ("tolerance", -1e-300)):
-            if not low < getattr(self, name) < math.inf:
-                raise KronblocksError(f"{name} is a share, above 0, not {getattr(self, name)!r}")
-        for name in ("rounds", "most"):
-            if getattr(self, name) < 1:
-                raise KronblocksError(f"{name} is a whole number from 1 on, not {getattr(self, name)!r}")
+        one_of("goal", self.goal, Goal)
+        number("budget", self.budget, 1e-300, math.inf, "steps of all trials, as a share of the training's, above 0")
+        number("tolerance", self.tolerance, 0, math.inf, "a share of the best held-out loss, from 0 on")
+        whole("rounds", self.rounds, "the number of rounds")
+        whole("most", self.most, "how many candidates are tried")
 
 
 def find_block_size(
@@ -104,13 +102,9 @@ def find_block_size(
     """
     search = search or SearchConfig()
     start = time.perf_counter()
-    everything = find_candidates(model, config, search.sizes, rows=rows)
-    kept, reasons = shortlist(everything, search.most)
-    paths = {
-        str(c.block): Path(c.block, c.sizes, c.estimated_seconds, c.energy, why=reasons.get(str(c.block), "")) for c in everything
-    }
+    kept, paths = entrants(model, config, search.sizes, search.most, rows)
     made = 0
-    for number in range(search.rounds):
+    for turn in range(search.rounds):
         if len(kept) == 1:
             break
         steps = int(search.budget * total_steps / search.rounds / len(kept))
@@ -119,10 +113,10 @@ def find_block_size(
                 f"{search.budget} of {total_steps} steps leaves {steps} for each of {len(kept)} candidates, and {_LEAST_STEPS} "
                 "are needed: give a larger budget, fewer sizes=, or train longer"
             )
-        tell = _teller(progress, f"round {number + 1} of {search.rounds}: {steps} steps of", number, search.rounds)
+        tell = _teller(progress, f"round {turn + 1} of {search.rounds}: {steps} steps of", turn, search.rounds)
         results = _round(model, config, task, kept, steps, search, tell)
         made += steps * len(kept)
-        kept = _judge(results, kept, paths, steps, search, last=number == search.rounds - 1)
+        kept = _judge(results, kept, paths, steps, search, last=turn == search.rounds - 1)
     winner = kept[0]
     paths[str(winner.block)].why = _why_won(paths, winner, search)
     seconds = time.perf_counter() - start

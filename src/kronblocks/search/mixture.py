@@ -13,11 +13,12 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
+from kronblocks.checks import number, one_of, whole
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.groups import FACTOR_LR_SCALE, drop_parameters_
 from kronblocks.nn.mixture import BlockMixtureLinear
-from kronblocks.search.candidates import Candidate, find_candidates, shortlist
+from kronblocks.search.candidates import Candidate, entrants
 from kronblocks.search.report import Path, SearchReport
 from kronblocks.search.task import SearchTask
 from kronblocks.surgery import replace_
@@ -55,15 +56,12 @@ class MixtureConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.criterion not in ("removal", "penalty"):
-            raise KronblocksError(f"criterion={self.criterion!r} is unknown: write 'removal' or 'penalty'")
-        if self.weights not in ("time", "equal"):
-            raise KronblocksError(f"weights={self.weights!r} is unknown: write 'time' or 'equal'")
-        for name in ("budget", "strength"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise KronblocksError(f"{name} must be above 0, not {getattr(self, name)!r}")
-        if not 0 <= self.train_first < 1:
-            raise KronblocksError(f"train_first is a share of the steps, from 0 to below 1, not {self.train_first!r}")
+        one_of("criterion", self.criterion, Criterion)
+        one_of("weights", self.weights, Weights)
+        number("budget", self.budget, 1e-300, math.inf, "a share of the training's steps, above 0")
+        number("strength", self.strength, 1e-300, math.inf, "a number above 0")
+        number("train_first", self.train_first, 0, 1, "a share of the steps, from 0 to below 1")
+        whole("most", self.most, "how many candidates are tried")
 
 
 def find_block_size_in_mixture_(
@@ -95,11 +93,7 @@ def find_block_size_in_mixture_(
         KronblocksError: no size fits, or the training diverged.
     """
     search, start = search or MixtureConfig(), time.perf_counter()
-    everything = find_candidates(model, config, sizes, rows=rows)
-    kept, reasons = shortlist(everything, search.most)
-    paths = {
-        str(c.block): Path(c.block, c.sizes, c.estimated_seconds, c.energy, why=reasons.get(str(c.block), "")) for c in everything
-    }
+    kept, paths = entrants(model, config, sizes, search.most, rows)
     run = _MixtureTraining(model, config, task, kept, search, max(1, int(search.budget * total_steps)))
     run.train(paths, progress)
     chosen = run.collapse()

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kronblocks.config import Method
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.timing import Budget
 from kronblocks.experiments.tasks import DataName, TrainConfig
+from kronblocks.methods import Method
 
 RESULTS, QUICK_RESULTS = Path("benchmarks/results"), Path("runs/bench-quick")
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from kronblocks.config import Method
 from kronblocks.experiments.data import FOLDS
 from kronblocks.experiments.models import ModelName, TransformerName
 from kronblocks.experiments.reproduce.ablations import VARIANTS
 from kronblocks.experiments.reproduce.trials import Settings, describe, trials
 from kronblocks.experiments.tasks import DataName, TrainConfig
+from kronblocks.methods import Method
 
 METHODS: tuple[Method, ...] = (
     *("dense", "two-phase", "kron-l1", "group-lasso", "elastic-group-lasso", "rigl", "iterative", "magnitude", "static"),

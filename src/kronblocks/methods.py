@@ -1,0 +1,62 @@
+"""The methods there are, what they have in common, and what each does where the user sets nothing."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from kronblocks.sparsity.rules.base import Form
+from kronblocks.sparsity.schedule import Shape
+from kronblocks.sparsity.targets import Score
+
+Init = Literal["random", "spectral", "nearest"]
+TileGroups = int | Literal["per-row"]
+Method = Literal[
+    "two-phase",
+    "kron-l1",
+    "group-lasso",
+    "elastic-group-lasso",
+    "rigl",
+    "iterative",
+    "magnitude",
+    "static",
+    "dense",
+]
+
+FACTORED: frozenset[str] = frozenset({"two-phase", "kron-l1"})
+"""Methods that replace nn.Linear by a Kronecker layer; the others work on the nn.Linear itself."""
+
+LIFTED: frozenset[str] = frozenset({"two-phase"})
+"""Methods that lift factors to free values."""
+
+PENALISED: frozenset[str] = frozenset({"kron-l1", "group-lasso", "elastic-group-lasso"})
+"""Methods that have a penalty."""
+
+CONSTANT: frozenset[str] = frozenset({"rigl", "static"})
+"""Methods that have the target sparsity from the first step."""
+
+PRUNING: frozenset[str] = frozenset({"two-phase", "magnitude", "iterative"})
+"""Methods that kill the blocks of least score at each mask update."""
+
+REGROWING: frozenset[str] = PRUNING | {"rigl"}
+"""Methods that can bring dead blocks back."""
+
+
+class Own(NamedTuple):
+    """What a method does where the user sets nothing."""
+
+    end: float = 0.5  # of pruning, as a share of the training
+    shape: Shape = "cubic"
+    form: Form = "proximal"  # of the penalty
+    tile_groups: TileGroups = "per-row"
+    init: Init = "random"
+    gate: bool = False
+    score: Score = "norm"
+    regrow: float = 0.0
+
+
+OWN: dict[str, Own] = {
+    "kron-l1": Own(end=0.8, form="gradient", tile_groups=1, init="spectral", gate=True, score="gate"),
+    "rigl": Own(end=0.75, regrow=0.3),
+    "iterative": Own(shape="staircase"),
+}
+"""Of the methods that differ from `Own()`."""
