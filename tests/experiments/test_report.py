@@ -31,7 +31,7 @@ def drawn():
 @pytest.fixture(autouse=True)
 def _blank_panels(request, monkeypatch):
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(figures, "_panel", lambda draw, alt: figures.Picture("data:image/svg+xml;base64,", alt, 1, 1))
+        monkeypatch.setattr(figures, "panel", lambda draw, alt: figures.Picture("data:image/svg+xml;base64,", alt, 1, 1))
 
 
 def put(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -66,8 +67,10 @@ def test_variants_of_one_method(tmp_path):
     assert {row["part"] for row in rows} == {"compare"} and len(rows) == 2 * 2
     page = write(tmp_path / "results", tmp_path / "page.md").read_text()
     base, changed = cells(rows)
-    assert f"| as it is | {base.accuracy:.2f} ± {base.spread:.2f} |" in page
-    assert f"| rank 1 | {changed.against(base)} |" in page
+    accuracies = base.percent("validation_accuracy").values()
+    assert f"| as it is | {statistics.fmean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} | 1.00 |" in page
+    fewer = changed.mean("training_macs") / base.mean("training_macs")
+    assert f"| rank 1 | {changed.against(base, 'validation_accuracy')} | {fewer:.2f} |" in page
 
 
 def test_what_is_done_is_not_run_again(finished, monkeypatch):
@@ -109,6 +112,13 @@ def test_page(finished, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "again.md").read_text() == page and "again.md" in capsys.readouterr().out
     with pytest.raises(KronblocksError, match=r"no reproduce-\*\.json"):
         write(tmp_path, tmp_path / "none.md")
+
+
+def test_a_block_size_can_take_the_settings_of_another():
+    study = dataclasses.replace(TINY, cells=(("2", 0.5), ("4", 0.5), ("4", 0.9)), tuned_as={"2": "4"})
+    assert {(cell.method, cell.block) for cell in study.tuned()} == {("dense", ""), ("two-phase", "4"), ("rigl", "4")}
+    assert study.tuned_for(Cell("rigl", "2", 0.5)) == Cell("rigl", "4", study.tuned_at)
+    assert {study.tuned_for(cell) for cell in study.table()} == set(study.tuned())
 
 
 def test_every_method_has_as_many_trials_and_every_training_of_the_studies_can_be(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from kronblocks import KronblocksError, PenaltyConfig, ScheduleConfig
 from kronblocks.cli import main
 from kronblocks.experiments import train as training
 from kronblocks.experiments.models import build_model
+from kronblocks.experiments.report import find_runs, write_report
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
 from kronblocks.methods import FACTORED
 from kronblocks.surgery import apply_structure_
@@ -219,6 +221,10 @@ def test_auto_searches_once_and_trains_what_was_found(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "search_for", lambda *args: pytest.fail("searched again"))
     again = training.train(config(tmp_path / "run", resume=True, **settings))
     assert again["search"] == result["search"] and again["test_accuracy"] == result["test_accuracy"]
+    page = write_report(find_runs([tmp_path / "run"]), tmp_path / "report").read_text()
+    for path in result["search"]["paths"]:  # the report says what became of each
+        assert html.escape(path["why"], quote=False) in page
+    assert "## The search for the block size" in (tmp_path / "report/report.md").read_text()
 
 
 @pytest.mark.parametrize("criterion", ["halving", "removal"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from kronblocks import BlockSize, KronblocksError, KroneckerBlockLinear, Sparsit
 from kronblocks.search.candidates import Candidate
 from kronblocks.search.halving import SearchConfig, _judge, _Result, find_block_size
 from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
-from kronblocks.search.report import Path, SearchReport
+from kronblocks.search.report import Path, Rung, SearchReport
 from kronblocks.search.task import SearchTask, Trial
 
 CONFIG = SparsityConfig(rank=2, target_sparsity=0.75)
@@ -120,6 +121,13 @@ def test_a_candidate_that_diverges_loses_and_if_all_do_it_is_an_error():
     assert won == ["2x2"] and "diverged" in why["4x4"]
     with pytest.raises(KronblocksError, match="every candidate diverged"):
         judged({"2x2": [float("inf")]}, {"2x2": 1.0})
+
+
+def test_what_diverged_is_written_as_json_and_read_again():
+    rung = Rung(10, math.inf, math.inf, 0.0, 0.1, 0.1)
+    path = Path(BlockSize(2, 2), {"0": "2x2"}, 0.1, 0.0, [rung], why="lost: its training diverged")
+    report = SearchReport("halving", "step-time", [path], {"0": "2x2"}, BlockSize(2, 2), 1.0, 10)
+    assert SearchReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
 
 
 def test_batches_that_end_are_told_of():

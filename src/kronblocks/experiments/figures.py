@@ -151,7 +151,8 @@ def _data_uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _panel(draw: Callable[[Axes], None], alt: str) -> Picture:
+def panel(draw: Callable[[Axes], None], alt: str) -> Picture:
+    """A picture of one drawing, as SVG."""
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(4.9, 3.5), layout="constrained", facecolor="none")
         draw(figure.add_subplot(facecolor="none"))
@@ -206,7 +207,7 @@ def accuracy_against_cost(task: Task, cost: Cost) -> Picture:
             axes.set_xlim(min(axes.get_xlim()[0], 0.88), max(axes.get_xlim()[1], 1.12))
         axes.set_xlabel(label)
 
-    return _panel(draw, f"test accuracy against {label}, one point per run; the table holds the numbers")
+    return panel(draw, f"test accuracy against {label}, one point per run; the table holds the numbers")
 
 
 def phases(task: Task) -> list[tuple[str, int, int]]:
@@ -249,7 +250,7 @@ def history(task: Task, what: str, name: str) -> Picture:
             axes.plot(epochs, y(np.mean(row, axis=0)), marker=mark, color=look.colour, linewidth=2.2, linestyle=dash)
         _over_epochs(axes, task)
 
-    return _panel(draw, f"{name} over the epochs, one thin line per run and a thick one for the mean")
+    return panel(draw, f"{name} over the epochs, one thin line per run and a thick one for the mean")
 
 
 def parameters_over_epochs(task: Task) -> Picture:
@@ -266,7 +267,7 @@ def parameters_over_epochs(task: Task) -> Picture:
         axes.yaxis.set_major_formatter(EngFormatter())
         _over_epochs(axes, task)
 
-    return _panel(draw, "trained parameters at the start and after every epoch")
+    return panel(draw, "trained parameters at the start and after every epoch")
 
 
 def training_bytes(task: Task) -> Picture:
@@ -284,7 +285,7 @@ def training_bytes(task: Task) -> Picture:
         axes.set_title("counted bytes while training, MiB")
         axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=4, frameon=False, fontsize=7.5, handlelength=1)
 
-    return _panel(draw, "bytes of parameters, gradients, optimizer state and saved tensors")
+    return panel(draw, "bytes of parameters, gradients, optimizer state and saved tensors")
 
 
 def block_map(name: str, mask: np.ndarray, block: str) -> Picture:

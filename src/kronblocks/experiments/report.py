@@ -17,11 +17,12 @@ from safetensors.numpy import load_file
 
 from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
-from kronblocks.experiments import figures
+from kronblocks.experiments import figures, search_figure
 from kronblocks.experiments.figures import COSTS, Cost, number, short
 from kronblocks.experiments.runs import read_json, write_text
 from kronblocks.experiments.tasks import OF_SOME_METHODS, Recipe
 from kronblocks.methods import FACTORED, PENALISED, Method
+from kronblocks.search.report import SearchReport
 
 RESULT_VERSION = 1
 ADVICE = "train again, or leave this folder out"
@@ -48,6 +49,11 @@ def _fault(result: Any) -> str | None:
         entries = result.get(part) if part in ("history", "layers") else [result.get(part)]
         if not isinstance(entries, list) or not all(isinstance(e, dict) and set(names.split()) <= e.keys() for e in entries):
             return f"lacks {part}, or some of what that should hold ({names})"
+    if "search" in result:
+        try:
+            SearchReport.from_dict(result["search"])
+        except KronblocksError as error:
+            return f"has a search that cannot be read: {error}"
     return None if len(result["history"]) == result["config"]["epochs"] else "has a history of other epochs than its settings"
 
 
@@ -94,6 +100,11 @@ class Run:
         """The block size that was asked for, or found."""
         asked = self.config["block_size"]
         return BlockSize.parse(self.result["search"]["winner"] if asked == "auto" else asked)
+
+    @property
+    def search(self) -> SearchReport | None:
+        """The block-size search that it began with."""
+        return SearchReport.from_dict(self.result["search"]) if "search" in self.result else None
 
     @property
     def label(self) -> str:
@@ -219,6 +230,11 @@ class Task:
         self.sparse = [row for row in ranked if row.method != "dense"]  # most accurate first
         self.best = ranked[0].percent.split()[0]
 
+    @property
+    def searches(self) -> list[tuple[Run, SearchReport]]:
+        """The block-size searches of its trainings."""
+        return [(run, run.search) for row in self.rows for run in row.runs if run.search]
+
     def ratio(self, row: Row, cost: Cost) -> float | None:
         """A row's cost relative to dense; None where there is nothing to compare."""
         base = self.dense.median(cost) if self.dense and row is not self.dense else 0
@@ -284,7 +300,13 @@ def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse t
         raise KronblocksError("there is nothing to report: name at least one finished training")
     tasks, pages = _tasks(runs), {}
     settings = [row.runs[0].settings for task in tasks for row in task.rows]
-    content = {"title": title, "tasks": tasks, "figures": figures, "conditions": conditions([run.result for run in runs])}
+    content = {
+        "title": title,
+        "tasks": tasks,
+        "figures": figures,
+        "search_picture": search_figure.picture,
+        "conditions": conditions([run.result for run in runs]),
+    }
     content["settings"] = {name: [each.get(name, "") for each in settings] for each in settings for name in each}
     options: dict[str, dict[str, Any]] = {"report.md": {"finalize": _plain}, "report.html": {"autoescape": True}}
     for name, own in options.items():

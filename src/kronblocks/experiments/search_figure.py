@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kronblocks.experiments.figures import Picture, panel
 from kronblocks.search.report import SearchReport
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#757a84")
@@ -19,12 +20,21 @@ def draw(report: SearchReport, path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    (_norms if any(candidate.history for candidate in report.paths) else _losses)(axes, report)
+    _candidates(axes, report)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     chosen = str(report.winner) if report.winner else ", ".join(f"{name}: {size}" for name, size in report.chosen.items())
     axes.set_title(f"Block-size search by {report.criterion}: {chosen}", loc="left", fontsize=10)
     figure.savefig(path, dpi=160)
+
+
+def picture(report: SearchReport) -> Picture:
+    """The same for a page."""
+    return panel(lambda axes: _candidates(axes, report), "candidates of the block-size search; the table holds the numbers")
+
+
+def _candidates(axes: Axes, report: SearchReport) -> None:
+    (_norms if any(candidate.history for candidate in report.paths) else _losses)(axes, report)
 
 
 def _losses(axes: Axes, report: SearchReport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,16 @@ class Rung:
     gap_error: float  # standard error of that mean
     seconds_per_step: float
     cost: float  # what the goal counts, in seconds
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain values, for JSON: None for the infinite loss of a candidate that diverged."""
+        return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rung:
+        """Read what `to_dict` gave."""
+        values: dict[str, Any] = {name: math.inf if value is None else value for name, value in data.items()}
+        return cls(**values)
 
 
 @dataclass
@@ -70,7 +81,10 @@ class SearchReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        paths = [{**dataclasses.asdict(path), "block": str(path.block)} for path in self.paths]
+        paths = [
+            {**dataclasses.asdict(path), "block": str(path.block), "rungs": [rung.to_dict() for rung in path.rungs]}
+            for path in self.paths
+        ]
         winner = None if self.winner is None else str(self.winner)
         return {"version": REPORT_VERSION, **dataclasses.asdict(self), "paths": paths, "winner": winner}
 
@@ -86,7 +100,9 @@ class SearchReport:
             raise KronblocksError(f"this is no search report of version {REPORT_VERSION}: search again")
         try:
             paths = [
-                Path(**{**each, "block": BlockSize.parse(each["block"]), "rungs": [Rung(**rung) for rung in each["rungs"]]})
+                Path(
+                    **{**each, "block": BlockSize.parse(each["block"]), "rungs": [Rung.from_dict(rung) for rung in each["rungs"]]}
+                )
                 for each in values.pop("paths")
             ]
             winner = values.pop("winner")

@@ -12,7 +12,8 @@ from kronblocks.experiments.runs import read_json, write_text
 from kronblocks.experiments.versions import versions
 
 FORMAT = 1
-_MUST_AGREE = ("torch", "kronblocks", "processor")
+TIMED = ("torch", "kronblocks", "processor")
+"""Versions that rows of a file must share where they hold times."""
 
 Row = dict[str, Any]
 
@@ -40,9 +41,17 @@ class Results:
 
     @classmethod
     def open(
-        cls, path: Path, kind: str, columns: Sequence[str], key: Sequence[str], settings: dict[str, Any], *, fresh: bool = False
+        cls,
+        path: Path,
+        kind: str,
+        columns: Sequence[str],
+        key: Sequence[str],
+        settings: dict[str, Any],
+        *,
+        fresh: bool = False,
+        must_agree: Sequence[str] = TIMED,
     ) -> Self:
-        """Go on with a file, or begin a new one.
+        """Go on with a file, or begin a new one; `must_agree` names the versions without which its numbers may not be joined.
 
         Raises:
             KronblocksError: the file holds something else, or numbers that may not stand beside new ones.
@@ -59,7 +68,7 @@ class Results:
         if known["kind"] != kind or known["columns"] != list(columns):
             raise KronblocksError(f"{path} holds other measurements: add --fresh to replace it, or choose another --out")
         changed = [name for name, value in json.loads(json.dumps(settings)).items() if known["settings"].get(name) != value]
-        changed += [name for name in _MUST_AGREE if known["versions"].get(name) != new["versions"][name]]
+        changed += [name for name in must_agree if known["versions"].get(name) != new["versions"][name]]
         if changed:
             raise KronblocksError(
                 f"{path} was measured with other settings ({', '.join(changed)}): add --fresh to measure everything again, or "

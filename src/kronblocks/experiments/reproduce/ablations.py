@@ -1,11 +1,30 @@
-"""What is varied of the default method, one setting at a time, to find its defaults by evidence."""
+"""What is varied of two-phase training, one setting at a time, to find its defaults by evidence."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 from kronblocks.config import ScheduleConfig
 from kronblocks.experiments.reproduce.trials import Settings
 
 DEFAULT = "as it is"
+
+_SCHEDULE = ScheduleConfig(start=0.05, end=0.5, lift_at=2 / 3, shape="cubic", update_every=50)
+
+BASE: Settings = {
+    **{"lr": 4e-3, "weight_decay": 0.0, "factor_weight_decay": 0.0, "factor_lr_scale": 1.5, "lifted_lr_scale": 1.5, "rank": 4},
+    **{"tile_groups": "per-row", "init": "random", "gate": False, "score": "norm", "regrow": 0.0, "scope": "global"},
+    "schedule": _SCHEDULE,
+}
+"""What is varied: named in full, so that a change of the defaults does not change what was measured."""
+
+
+def _schedule(**changes: Any) -> ScheduleConfig:
+    return dataclasses.replace(_SCHEDULE, **changes)
+
+
+_A: Settings = {"factor_lr_scale": 1.0, "regrow": 0.1, "schedule": _schedule(update_every=25)}
 
 VARIANTS: dict[str, Settings] = {
     DEFAULT: {},
@@ -23,21 +42,26 @@ VARIANTS: dict[str, Settings] = {
     "rate of factors x3": {"factor_lr_scale": 3.0},
     "rate after the lift x1": {"lifted_lr_scale": 1.0},
     "rate after the lift x3": {"lifted_lr_scale": 3.0},
-    "lift at 1/3 of pruning": {"schedule": ScheduleConfig(lift_at=1 / 3)},
-    "lift at the end of pruning": {"schedule": ScheduleConfig(lift_at=1.0)},
-    "pruning from the start": {"schedule": ScheduleConfig(start=0.0)},
-    "pruning from 0.2": {"schedule": ScheduleConfig(start=0.2)},
-    "pruning until 0.35": {"schedule": ScheduleConfig(end=0.35)},
-    "pruning until 0.65": {"schedule": ScheduleConfig(end=0.65)},
-    "pruning until 0.8": {"schedule": ScheduleConfig(end=0.8)},
-    "linear schedule": {"schedule": ScheduleConfig(shape="linear")},
-    "staircase schedule": {"schedule": ScheduleConfig(shape="staircase")},
-    "masks every 25 steps": {"schedule": ScheduleConfig(update_every=25)},
-    "masks every 100 steps": {"schedule": ScheduleConfig(update_every=100)},
+    "lift at 1/3 of pruning": {"schedule": _schedule(lift_at=1 / 3)},
+    "lift at the end of pruning": {"schedule": _schedule(lift_at=1.0)},
+    "pruning from the start": {"schedule": _schedule(start=0.0)},
+    "pruning from 0.2": {"schedule": _schedule(start=0.2)},
+    "pruning until 0.35": {"schedule": _schedule(end=0.35)},
+    "pruning until 0.65": {"schedule": _schedule(end=0.65)},
+    "pruning until 0.8": {"schedule": _schedule(end=0.8)},
+    "linear schedule": {"schedule": _schedule(shape="linear")},
+    "staircase schedule": {"schedule": _schedule(shape="staircase")},
+    "masks every 25 steps": {"schedule": _schedule(update_every=25)},
+    "masks every 100 steps": {"schedule": _schedule(update_every=100)},
     "regrowth of 0.1": {"regrow": 0.1},
     "regrowth of 0.3": {"regrow": 0.3},
     "decay of dense weights 0.05": {"weight_decay": 0.05},
     "decay of factors and values 0.05": {"factor_weight_decay": 0.05},
     "a budget for each layer": {"scope": "layer"},
+    "A: factors x1, masks every 25, regrowth of 0.1": _A,
+    "A and gates": {**_A, "gate": True},
+    "A and decay of factors and values 0.05": {**_A, "factor_weight_decay": 0.05},
+    "A, pruning from the start until 0.4": {**_A, "schedule": _schedule(start=0.0, end=0.4, update_every=25)},
+    "A, pruning until 0.4, rank 8": {**_A, "schedule": _schedule(end=0.4, update_every=25), "rank": 8},
 }
 """Name to the settings that differ from the default method."""

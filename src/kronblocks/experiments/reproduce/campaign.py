@@ -72,7 +72,9 @@ class Campaign:
     def __init__(self, study: Study, out: Path, work: Path, jobs: int) -> None:
         self.study, self.jobs = study, jobs
         self._work = work / study.name
-        self.results = Results.open(out / f"reproduce-{study.name}.json", f"reproduce-{study.name}", COLUMNS, KEY, study.shared())
+        kind = f"reproduce-{study.name}"
+        agree = ("torch", "kronblocks")  # another processor rounds otherwise, which is less than what seeds do
+        self.results = Results.open(out / f"{kind}.json", kind, COLUMNS, KEY, study.shared(), must_agree=agree)
 
     def run(self) -> Results:
         """Run what is missing.
@@ -92,9 +94,9 @@ class Campaign:
             for seed in study.tuning_seeds
         ]
         self._run(tuning, "trials")
-        best = {(cell.method, cell.block): best_trial(self.results.rows, cell) for cell in study.tuned()}
+        best = {cell: best_trial(self.results.rows, cell) for cell in study.tuned()}
         compared = [
-            Job("compare", cell, best.get((cell.method, cell.block), 0), seed) for cell in study.table() for seed in study.seeds
+            Job("compare", cell, best.get(study.tuned_for(cell), 0), seed) for cell in study.table() for seed in study.seeds
         ]
         self._run(compared, "comparison")
         return self.results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
     dense = [cell for cell in found if cell.method == "dense"]
     groups = dict.fromkeys((cell.block, cell.sparsity) for cell in found if cell.block)
     if settings["variants"]:
-        return lines + _ablation(found, settings["variants"])
+        return lines + _ablation(found, settings)
     for block, sparsity in sorted(groups, key=lambda key: (key[1], BlockSize.parse(key[0]).area)):
         here = [cell for cell in found if (cell.block, cell.sparsity) == (block, sparsity)]
         lines += [f"### {100 * sparsity:g}% zeros, {BlockSize.parse(block)} blocks", ""]
@@ -72,23 +73,34 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
     return lines + _trials(data)
 
 
-def _ablation(found: Sequence[CellResult], names: Sequence[str]) -> list[str]:
-    """One setting changed at a time: the paired difference to the method as it is, for each block size."""
-    lines = ["Paired differences of test accuracy in points to the method as it is, one setting changed at a time.", ""]
+def _ablation(found: Sequence[CellResult], settings: dict[str, Any]) -> list[str]:
+    """One setting changed at a time: the paired difference to the base, for each block size."""
+    name = "validation_accuracy"  # test images decide nothing
+    base = ", ".join(f"{key} {value}" for key, value in settings["base"].items())
+    lines = [
+        f"What the defaults of {OURS} were chosen by: paired differences of **validation** accuracy in points, one setting "
+        f"changed at a time, and training multiply-adds relative to the base. The base: {base}.",
+        "",
+    ]
     places = sorted({(cell.block, cell.sparsity) for cell in found}, key=lambda place: (place[1], BlockSize.parse(place[0]).area))
-    columns = ["changed", *(f"{BlockSize.parse(block)}, {100 * sparsity:g}%" for block, sparsity in places)]
+    columns = ["changed"]
+    for block, sparsity in places:
+        columns += [f"{BlockSize.parse(block)}, {100 * sparsity:g}%", "multiply-adds"]
     rows = []
-    for number, name in enumerate(names):
-        row = [name]
+    for number, variant in enumerate(settings["variants"]):
+        row = [variant]
         for place in places:
             here = {cell.trial: cell for cell in found if (cell.block, cell.sparsity) == place}
-            own, base = here.get(number), here.get(0)
-            if own is None or base is None:
-                row.append("")
-            elif number == 0:
-                row.append(f"{own.accuracy:.2f} ± {own.spread:.2f}")
-            else:
-                row.append(str(own.against(base)))
+            own, first = here.get(number), here.get(0)
+            if own is None or first is None:
+                row += ["", ""]
+                continue
+            values = list(own.percent(name).values())
+            accuracy = (
+                f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+            )
+            row.append(accuracy if number == 0 else str(own.against(first, name)))
+            row.append(f"{own.mean('training_macs') / first.mean('training_macs'):.2f}")
         rows.append(row)
     return [*lines, *table(columns, rows), ""]
 

@@ -46,10 +46,14 @@ class CellResult:
         self.method, self.block, self.sparsity, self.trial = (first[n] for n in ("method", "block", "sparsity", "trial"))
         self._dense = {row["seed"]: row for row in dense}
 
+    def percent(self, name: str) -> dict[int, float]:
+        """A measured share in percent, by seed."""
+        return {row["seed"]: 100 * row[name] for row in self.rows}
+
     @property
     def accuracies(self) -> dict[int, float]:
         """Test accuracy in percent, by seed."""
-        return {row["seed"]: 100 * row["test_accuracy"] for row in self.rows}
+        return self.percent("test_accuracy")
 
     @property
     def accuracy(self) -> float:
@@ -71,10 +75,11 @@ class CellResult:
         dense = [sum(row[name] for name in names) for row in self._dense.values()]
         return sum(self.mean(name) for name in names) / statistics.fmean(dense) if dense else math.nan
 
-    def against(self, other: CellResult) -> Difference:
-        """Test accuracy minus that of another cell, over the seeds that both have."""
-        shared = [seed for seed in self.accuracies if seed in other.accuracies]
-        return paired([self.accuracies[seed] for seed in shared], [other.accuracies[seed] for seed in shared])
+    def against(self, other: CellResult, name: str = "test_accuracy") -> Difference:
+        """Test accuracy, or another share, minus that of another cell, over the seeds that both have."""
+        own, theirs = self.percent(name), other.percent(name)
+        shared = [seed for seed in own if seed in theirs]
+        return paired([own[seed] for seed in shared], [theirs[seed] for seed in shared])
 
     def summary(self) -> tuple[str, ...]:
         """Cells of a row for the screen."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from kronblocks.experiments.data import FOLDS
 from kronblocks.experiments.models import ModelName, TransformerName
-from kronblocks.experiments.reproduce.ablations import VARIANTS
+from kronblocks.experiments.reproduce.ablations import BASE, VARIANTS
 from kronblocks.experiments.reproduce.trials import Settings, describe, trials
 from kronblocks.experiments.tasks import DataName, TrainConfig
 from kronblocks.methods import Method
@@ -42,12 +42,14 @@ class Study:
         methods: those compared; dense has one cell whatever the blocks.
         cells: (block size, sparsity) pairs.
         tuned_at: sparsity at which every method is tuned, for each block size of its own.
+        tuned_as: block sizes that take the settings of another one instead.
         seeds: of the trainings that are compared: the same for all methods, so that differences are paired.
         folds: 5-fold cross-validation: the training of seed s, with a fresh model, validates on fold s mod 5.
         image_size: pixels of a side, of transformers.
         train_images: how many of them; None: all.
         test_images: how many of them; None: all.
         tuning_seeds: of the trials, others than those.
+        base: settings that all trainings share.
         variants: of the one method, by name, which then is not tuned; None: methods are compared.
         lr: learning rate of all methods, which then are not tuned: for what is too dear to try six times; None: they are.
         threads: of each training; None: torch's own choice, for a machine with a GPU.
@@ -62,12 +64,14 @@ class Study:
     methods: tuple[Method, ...] = METHODS
     cells: tuple[tuple[str, float], ...]
     tuned_at: float = 0.9
+    tuned_as: Mapping[str, str] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (100, 101)
     folds: bool = False
     image_size: int | None = None
     train_images: int | None = None
     test_images: int | None = None
+    base: Settings = field(default_factory=dict)
     variants: Mapping[str, Settings] | None = None
     lr: float | None = None
     threads: int | None = 1
@@ -88,9 +92,11 @@ class Study:
         """Where methods are tuned: once for each block size, at one sparsity."""
         if self.variants is not None or self.lr is not None:
             return []
-        blocks = dict.fromkeys(block for block, _ in self.cells)
-        dense = [Cell("dense", "", 0.0)] * ("dense" in self.methods)
-        return dense + [Cell(method, block, self.tuned_at) for block in blocks for method in self.methods if method != "dense"]
+        return list(dict.fromkeys(self.tuned_for(cell) for cell in self.table()))
+
+    def tuned_for(self, cell: Cell) -> Cell:
+        """Where the settings of a cell were tuned."""
+        return cell if cell.method == "dense" else Cell(cell.method, self.tuned_as.get(cell.block, cell.block), self.tuned_at)
 
     def training(self, cell: Cell, settings: Settings, seed: int, out: Path) -> TrainConfig:
         """One training. Plans are chosen by counts, so that accuracies do not hang on timings."""
@@ -113,7 +119,7 @@ class Study:
             measure_plans=False,
             threads=self.threads,
             **sparse,
-            **settings,
+            **{**self.base, **settings},
         )
 
     def shared(self) -> dict[str, Any]:
@@ -123,6 +129,8 @@ class Study:
             **{name: getattr(self, name) for name in names},
             "widths": list(self.widths) if self.model == "mlp" else [],
             "threads": self.threads,
+            "tuned_as": dict(self.tuned_as),
+            "base": describe(self.base),
             "trials": {method: [describe(each) for each in self.settings_of(method)] for method in self.methods},
             "variants": None if self.variants is None else list(self.variants),
         }
@@ -149,6 +157,7 @@ STUDIES = {
                 *((block, 0.9) for block in ("2", "4", "8", "16")),
                 *((block, sparsity) for sparsity in (0.5, 0.8, 0.95) for block in ("4", "16")),
             ),
+            tuned_as={"2": "4", "8": "16"},
         ),
         Study(
             name="ablation",
@@ -156,6 +165,7 @@ STUDIES = {
             methods=("two-phase",),
             cells=(("4", 0.9), ("16", 0.9)),
             seeds=(0, 1, 2),
+            base=BASE,
             variants=VARIANTS,
         ),
         Study(name="linear-mnist5k", data="mnist5k", model="linear", epochs=20, folds=True, cells=(("2", 0.5), ("2", 0.9))),
