@@ -31,7 +31,7 @@ class ScheduleConfig:
     """When pruning happens, in shares of the whole training; `None` means the method's own default."""
 
     start: float = 0.05
-    end: float | None = None  # 0.5; kron-l1 0.8, rigl 0.75
+    end: float | None = None  # 0.5; two-phase 0.4, kron-l1 0.8, rigl 0.75
     lift_at: float = 2 / 3  # share of the pruning span; two-phase only
     shape: Shape | None = None  # "cubic"; iterative "staircase"
     update_every: int = 50  # optimiser steps between mask updates

@@ -55,6 +55,7 @@ class Own(NamedTuple):
 
 
 OWN: dict[str, Own] = {
+    "two-phase": Own(end=0.4),
     "kron-l1": Own(end=0.8, form="gradient", tile_groups=1, init="spectral", gate=True, score="gate"),
     "rigl": Own(end=0.75, regrow=0.3),
     "iterative": Own(shape="staircase"),

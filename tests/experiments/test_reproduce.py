@@ -67,8 +67,8 @@ def test_variants_of_one_method(tmp_path):
     assert {row["part"] for row in rows} == {"compare"} and len(rows) == 2 * 2
     page = write(tmp_path / "results", tmp_path / "page.md").read_text()
     base, changed = cells(rows)
-    accuracies = base.percent("validation_accuracy").values()
-    assert f"| as it is | {statistics.fmean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} | 1.00 |" in page
+    mean, spread = (of(base.percent("validation_accuracy").values()) for of in (statistics.fmean, statistics.stdev))
+    assert f"| as it is | {mean:.2f} ± {spread:.2f} | 1.00 |" in page
     fewer = changed.mean("training_macs") / base.mean("training_macs")
     assert f"| rank 1 | {changed.against(base, 'validation_accuracy')} | {fewer:.2f} |" in page
 
@@ -105,7 +105,7 @@ def test_page(finished, tmp_path, monkeypatch, capsys):
     page = write(finished / "results", tmp_path / "experiments.md").read_text()
     rows = read(finished / "results/reproduce-tiny.json")["rows"]
     found = {cell.method: cell for cell in cells(rows)}
-    assert f"| {found['rigl'].accuracy:.2f} ± {found['rigl'].spread:.2f} |" in page
+    assert f"| {found['rigl'].spread_of('test_accuracy')} |" in page
     assert str(found["two-phase"].against(found["dense"])) in page
     assert "Effective block sizes: 2x4 4x4." in page and "### 50% zeros, 4x4 blocks" in page
     main(["reproduce", "tables", "--out", str(finished / "results"), "--page", str(tmp_path / "again.md")])

@@ -143,7 +143,7 @@ def test_a_layer_that_nothing_has_reached_keeps_its_plan(clock):
 
 def test_the_quickest_plan_is_taken_after_the_first_step_and_kept(clock):
     clock.seconds["coeff_first"] = lambda p: 0.5
-    training = Training().start().run(13)  # the lift comes after step 14
+    training = Training().start().run(10)  # the lift comes after step 11
     assert changes(training.plans) == {1: "coeff_first"}
 
 
@@ -165,7 +165,7 @@ def test_plans_follow_the_density_at_mask_updates(clock):
 def test_no_plan_is_given_up_for_one_that_is_hardly_quicker(clock):
     clock.seconds["tile_first"] = lambda p: 0.9
     clock.seconds["packed"] = lambda p: 0.9 if p.density == 1 else 0.83
-    training = Training().start().run(13)
+    training = Training().start().run(10)
     assert changes(training.plans) == {1: "tile_first"}
 
 
@@ -177,7 +177,7 @@ def test_after_the_lift_the_choice_is_new(clock):
     assert {p.rank for p in clock.calls} == {2, None}
 
 
-@pytest.mark.parametrize("stop", [1, 5, 13, 14, 15, 20, 30])
+@pytest.mark.parametrize("stop", [1, 5, 10, 11, 12, 20, 30])
 def test_a_resumed_training_replays_decisions_and_timings(clock, stop, tmp_path, monkeypatch):
     """Each measuring gives other times: only replayed ones can lead to the same choices."""
     noise = torch.Generator().manual_seed(0)
@@ -336,8 +336,8 @@ RANKS = """
         seen.append([layer.active_plan for layer in (model[0], model[2])])
     distributed.destroy_process_group()
     assert (asked > 0) == (rank == 0), asked
-    assert seen[:13] == [["coeff_first"] * 2] * 13, seen
-    assert seen[13:] == [["packed"] * 2] * 27, seen
+    assert seen[:10] == [["coeff_first"] * 2] * 10, seen
+    assert seen[10:] == [["packed"] * 2] * 30, seen
 """
 
 

@@ -86,7 +86,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stop", [5, 14, 15, 18, 20, 30])  # the lift comes after step 14, healing after 20 (kron-l1: 32)
+@pytest.mark.parametrize("stop", [5, 11, 12, 16, 20, 30])  # the lift comes after step 11, healing after 16 (others: 20, kron-l1: 32)
 def test_interrupted_and_resumed_equals_uninterrupted(method, stop):
     config = SparsityConfig(method=method, block_size=4, target_sparsity=0.75, **factors(method))
     whole = Training(config).start().run(STEPS)
@@ -116,7 +116,7 @@ def test_two_phase_lifts_compacts_and_never_trains_a_dense_matrix():
         assert held == {id(p) for p in training.model.parameters()}
         assert held >= {id(p) for p in training.optimizer.state}
     lift = training.sparsifier.schedule.lift_step
-    assert lift == 14
+    assert lift == 11
     assert kinds == ["KroneckerBlockLinear"] * (lift - 1) + ["BlockSparseLinear"] * (STEPS - lift + 1)
     assert max(counts) < dense
     live = training.sparsifier.report().live_blocks

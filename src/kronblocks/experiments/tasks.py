@@ -13,6 +13,7 @@ from kronblocks.blocks import BlockSize
 from kronblocks.config import Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig, Storage
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import TRANSFORMERS, ModelName
+from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE
 from kronblocks.methods import CONSTANT, FACTORED, LIFTED, PENALISED, PRUNING, REGROWING, Init, Method, TileGroups
 from kronblocks.sparsity.budget import Distribution, Scope
 from kronblocks.sparsity.targets import Score
@@ -36,8 +37,8 @@ class Recipe(NamedTuple):
     lr: float = 4e-3  # of what is not sparse
     weight_decay: float = 0.0
     factor_weight_decay: float = 0.0
-    factor_lr_scale: float = 1.5  # rate of factors, relative to lr
-    lifted_lr_scale: float = 1.5  # rate of free block values, relative to lr
+    factor_lr_scale: float = FACTOR_LR_SCALE  # rate of factors, relative to lr
+    lifted_lr_scale: float = LIFTED_LR_SCALE  # rate of free block values, relative to lr
 
 
 _PLAIN = Recipe(factor_lr_scale=1.0, lifted_lr_scale=1.0)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from kronblocks.errors import KronblocksError
+
+if TYPE_CHECKING:
+    from kronblocks.experiments.reproduce.studies import Study
 
 What = Literal["mlp", "ablation", "linear", "lenet5", "vit-tiny", "vit-base", "swin-tiny", "all", "tables"]
 SHORT: dict[str, tuple[str, ...]] = {
@@ -78,19 +81,27 @@ def reproduce(config: Annotated[ReproduceConfig, tyro.conf.arg(name="")]) -> Non
         for name in config.names:
             campaign = Campaign(STUDIES[name], config.out, config.work, config.jobs or (1 if config.full else 2))
             results = campaign.run()
-            Console().print(_summary(name, results.rows))
+            Console().print(_summary(STUDIES[name], results.rows))
             Console().print(f"results: {results.path}", soft_wrap=True, highlight=False)
     except KeyboardInterrupt:
         sys.stderr.write("kronblocks: interrupted; what is finished is kept, and the same command goes on from there\n")
         raise SystemExit(130) from None
 
 
-def _summary(name: str, rows: list[dict]) -> Table:
+def _summary(study: Study, rows: list[dict]) -> Table:
+    """What a study found, for the screen: of variants the validation accuracy, which they are judged by."""
     from kronblocks.experiments.reproduce.statistics import cells
 
-    table = Table(title=name, title_justify="left")
-    for column in ("method", "block", "sparsity %", "test accuracy %", "to dense", "training multiply-adds, to dense"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    table = Table(title=study.name, title_justify="left")
+    names = ("method", "block", "sparsity %", "test accuracy %", "to dense", "training multiply-adds, to dense")
+    if study.variants is not None:
+        names = ("changed", "block", "sparsity %", "validation accuracy %")
+    for name in names:
+        table.add_column(name, justify="left" if name in names[:1] else "right")
+    variants = list(study.variants or ())
     for cell in cells(rows):
-        table.add_row(*cell.summary())
+        if variants:
+            table.add_row(variants[cell.trial], *cell.summary("validation_accuracy")[1:4])
+        else:
+            table.add_row(*cell.summary())
     return table

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +57,7 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
         f"## {name}",
         "",
         f"{settings['data']}, {settings['model']}{widths}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
-        f"{len(found[0].accuracies)} seeds; {data['versions']['processor']}, torch {data['versions']['torch']}.",
+        f"{len(found[0].rows)} seeds; {data['versions']['processor']}, torch {data['versions']['torch']}.",
         "",
     ]
     dense = [cell for cell in found if cell.method == "dense"]
@@ -95,11 +93,7 @@ def _ablation(found: Sequence[CellResult], settings: dict[str, Any]) -> list[str
             if own is None or first is None:
                 row += ["", ""]
                 continue
-            values = list(own.percent(name).values())
-            accuracy = (
-                f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
-            )
-            row.append(accuracy if number == 0 else str(own.against(first, name)))
+            row.append(own.spread_of(name) if number == 0 else str(own.against(first, name)))
             row.append(f"{own.mean('training_macs') / first.mean('training_macs'):.2f}")
         rows.append(row)
     return [*lines, *table(columns, rows), ""]
@@ -116,10 +110,9 @@ def _comparison(here: Sequence[CellResult], settings: dict[str, Any]) -> list[st
     for cell in here:
         name = f"**{cell.method}**" if cell is best else cell.method
         difference = "" if ours is None or cell is ours else str(ours.against(cell))
-        accuracy = f"{cell.accuracy:.2f}" + ("" if math.isnan(cell.spread) else f" ± {cell.spread:.2f}")
         line = [
             name,
-            accuracy,
+            cell.spread_of("test_accuracy"),
             difference,
             f"{100 * cell.mean('block_sparsity'):.2f}",
             f"{cell.to_dense('trainable_parameters_max'):.2f}",

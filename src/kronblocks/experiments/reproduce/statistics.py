@@ -50,21 +50,15 @@ class CellResult:
         """A measured share in percent, by seed."""
         return {row["seed"]: 100 * row[name] for row in self.rows}
 
-    @property
-    def accuracies(self) -> dict[int, float]:
-        """Test accuracy in percent, by seed."""
-        return self.percent("test_accuracy")
+    def spread_of(self, name: str) -> str:
+        """Mean and standard deviation between seeds of a measured share, in percent."""
+        values = list(self.percent(name).values())
+        return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
     @property
     def accuracy(self) -> float:
         """Mean test accuracy in percent."""
-        return statistics.fmean(self.accuracies.values())
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of the test accuracy between seeds, in percent; NaN for one seed."""
-        values = list(self.accuracies.values())
-        return statistics.stdev(values) if len(values) > 1 else math.nan
+        return statistics.fmean(self.percent("test_accuracy").values())
 
     def mean(self, name: str) -> float:
         """Mean of a measured number."""
@@ -81,15 +75,16 @@ class CellResult:
         shared = [seed for seed in own if seed in theirs]
         return paired([own[seed] for seed in shared], [theirs[seed] for seed in shared])
 
-    def summary(self) -> tuple[str, ...]:
+    def summary(self, name: str = "test_accuracy") -> tuple[str, ...]:
         """Cells of a row for the screen."""
-        dense = {seed: 100 * row["test_accuracy"] for seed, row in self._dense.items() if seed in self.accuracies}
-        gap = paired([self.accuracies[seed] for seed in dense], list(dense.values())) if dense else None
+        dense = {seed: 100 * row[name] for seed, row in self._dense.items()}
+        own = {seed: value for seed, value in self.percent(name).items() if seed in dense}
+        gap = paired(list(own.values()), [dense[seed] for seed in own]) if own else None
         return (
             self.method,
             self.block,
             f"{100 * self.mean('block_sparsity'):.2f}" if self.block else "",
-            f"{self.accuracy:.2f}" + ("" if math.isnan(self.spread) else f" ± {self.spread:.2f}"),
+            self.spread_of(name),
             "" if gap is None else str(gap),
             f"{self.to_dense('training_macs'):.2f}",
         )

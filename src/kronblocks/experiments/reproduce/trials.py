@@ -21,9 +21,9 @@ def _pruned_until(*ends: float) -> list[Settings]:
 _SECOND: dict[str, list[Settings]] = {  # beside the learning rate, two values of what matters most for the method
     "dense": [{"weight_decay": 0.0}, {"weight_decay": 0.05}],
     "static": [{"weight_decay": 0.0}, {"weight_decay": 0.05}],
-    "two-phase": _pruned_until(0.5, 0.75),
-    "magnitude": _pruned_until(0.5, 0.75),
-    "iterative": _pruned_until(0.5, 0.75),
+    "two-phase": [{"rank": 4}, {"rank": 8}],
+    "magnitude": _pruned_until(0.4, 0.7),
+    "iterative": _pruned_until(0.4, 0.7),
     "group-lasso": _pruned_until(0.5, 0.8),
     "elastic-group-lasso": _pruned_until(0.5, 0.8),
     "rigl": [{"regrow": 0.3}, {"regrow": 0.5}],
