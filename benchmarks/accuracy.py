@@ -17,8 +17,8 @@ from typing import Any
 import tyro
 
 from kronblocks.experiments.compare import train_apart
-from kronblocks.experiments.runs import read_json, write_json
 from kronblocks.experiments.tasks import DataName, TrainConfig
+from kronblocks.files import read_json, write_json
 from kronblocks.methods import Method
 
 KEPT = (

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kronblocks.experiments.bench.page import summary
-from kronblocks.experiments.runs import read_json, write_text
+from kronblocks.files import read_json, write_text
 
 ROOT = Path(__file__).parent.parent
 

@@ -127,9 +127,9 @@ def test_full_rank_is_a_performance_warning():
 
 def test_a_module_in_two_places_is_replaced_in_both():
     shared = nn.Linear(8, 8)
-    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": shared})
     sparsify_(model, config())
-    assert isinstance(model["a"], KroneckerBlockLinear) and model["a"] is model["b"][0]
+    assert isinstance(model["a"], KroneckerBlockLinear) and model["a"] is model["b"][0] is model["c"]
 
 
 def test_frozen_layers_stay_frozen():

@@ -17,6 +17,7 @@ from kronblocks.ops.cost import Cost, Problem, cost
 from kronblocks.ops.kron import block_norms, kron_linear, kron_weight
 from kronblocks.ops.nearest import canonical_form, nearest_kronecker_sum
 from kronblocks.ops.packed import BlockIndex, packed_linear
+from kronblocks.saving import from_pretrained, save_pretrained
 from kronblocks.search.halving import SearchConfig, find_block_size
 from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
 from kronblocks.search.report import SearchReport
@@ -73,12 +74,14 @@ __all__ = [
     "densify_",
     "find_block_size",
     "find_block_size_in_mixture_",
+    "from_pretrained",
     "kron_linear",
     "kron_weight",
     "lift_",
     "nearest_kronecker_sum",
     "packed_linear",
     "parameter_groups",
+    "save_pretrained",
     "select",
     "sparsify_",
     "structure",

@@ -45,7 +45,7 @@ def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
     if old is model:
         raise KronblocksError("the model is itself the layer, which cannot be replaced in place: wrap it in nn.Sequential(...)")
     for parent in model.modules():
-        for child, module in parent.named_children():
+        for child, module in list(parent._modules.items()):  # named_children() would leave out the second of two places
             if module is old:
                 setattr(parent, child, new)
 
@@ -307,37 +307,49 @@ def apply_structure_(model: nn.Module, record: Mapping[str, Any]) -> None:
     Raises:
         KronblocksError: the record is of another version or does not fit the model. Nothing has been changed then.
     """
+    for name, layer in rebuilt(model, record).items():
+        replace_(model, name, layer)
+
+
+def rebuilt(model: nn.Module, record: Mapping[str, Any], device: torch.device | str | None = None) -> dict[str, BlockLayer]:
+    """The layers of a record that the model has not got, by name, not yet in their places.
+
+    Args:
+        model: what they will be put into.
+        record: what `structure` gave.
+        device: where; None: where the model's layers are.
+
+    Raises:
+        KronblocksError: the record is of another version or does not fit the model.
+    """
     if not isinstance(record, Mapping) or not isinstance(record.get("layers"), Mapping):
         raise KronblocksError("this is no structure record: make one with kronblocks.structure(model)")
     if record.get("version") != STRUCTURE_VERSION:
         raise KronblocksError(
             f"the structure record has version {record.get('version')!r}, and this kronblocks reads version {STRUCTURE_VERSION}"
         )
-    new = {name: _rebuild(model, name, each) for name, each in record["layers"].items()}
-    for name, layer in new.items():
-        if layer is not None:
-            replace_(model, name, layer)
-
-
-def _rebuild(model: nn.Module, name: str, entry: Mapping[str, Any]) -> BlockLayer | None:
-    """The layer of a record's entry, None where the model has it already."""
     modules = dict(model.named_modules())
-    old = modules.get(name)
+    new = {name: _rebuild(modules.get(name), name, entry, device) for name, entry in record["layers"].items()}
+    return {name: layer for name, layer in new.items() if layer is not None}
+
+
+def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device | str | None) -> BlockLayer | None:
+    """The layer of a record's entry, None where the model has it already."""
     if not isinstance(old, nn.Linear | BlockLayer):
         raise KronblocksError(
             f"the record has a layer {name!r}, but the model has {type(old).__name__} there: use the same model"
         )
-    settings = dict(entry)
-    kind = KINDS.get(settings.pop("kind", ""))
-    if kind is None:
+    if not isinstance(entry, Mapping) or entry.get("kind") not in KINDS:
         raise KronblocksError(f"the record's layer {name!r} is of an unknown kind: there are {', '.join(KINDS)}")
+    settings = dict(entry)
+    kind = KINDS[settings.pop("kind")]
     if isinstance(old, BlockLayer) and type(old) is kind and old.config() == settings:
         return None
     if (settings.get("in_features"), settings.get("out_features")) != (old.in_features, old.out_features):
         raise KronblocksError(f"the record's layer {name!r} has other sizes than the model's: use the same model")
     weight = next(old.parameters(recurse=False))
     try:
-        layer: BlockLayer = kind(**settings, device=weight.device, dtype=weight.dtype)
+        layer: BlockLayer = kind(**settings, device=weight.device if device is None else device, dtype=weight.dtype)
     except TypeError as error:
         raise KronblocksError(f"the record's layer {name!r} has settings that {kind.__name__} does not know: {error}") from error
     if old.bias is not None and layer.bias is not None:

@@ -12,17 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
-from kronblocks import KronblocksError, PenaltyConfig, ScheduleConfig
+from kronblocks import KronblocksError, PenaltyConfig, ScheduleConfig, from_pretrained
 from kronblocks.cli import main
 from kronblocks.experiments import train as training
 from kronblocks.experiments.models import build_model
 from kronblocks.experiments.report import find_runs, write_report
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
 from kronblocks.methods import FACTORED
-from kronblocks.surgery import apply_structure_
 
 TIMES = {"train_seconds", "peak_memory_bytes", "peak_memory_exact", "history"}
 
@@ -48,9 +46,7 @@ def lasting(result: dict) -> dict:
 def test_every_method_trains_and_tells_the_truth(tmp_path, method):
     result = training.train(config(tmp_path / "run", method=method))
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(json.dumps(result))
-    model = build_model("mlp", (1, 8, 8), 10, (64, 32))
-    apply_structure_(model, result["structure"])
-    model.load_state_dict(safetensors.torch.load_file(tmp_path / "run" / "model.safetensors"))
+    model = from_pretrained(tmp_path / "run" / "model", build_model("mlp", (1, 8, 8), 10, (64, 32)))
     live = total = zero = 0
     for layer, (rows, cols) in zip((model[1], model[3], model[5]), ((8, 8), (8, 8), (2, 8)), strict=True):
         weight = layer.weight.detach()
@@ -104,8 +100,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, met
     torch.manual_seed(12345)
     resumed = training.train(config(tmp_path / "parts", method=method, resume=True))
     assert lasting(resumed) == lasting(whole)
-    for name in ("model.safetensors", "masks.safetensors"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    saved = [{path.name: path.read_bytes() for path in (tmp_path / run / "model").iterdir()} for run in ("parts", "whole")]
+    assert saved[0] == saved[1] and len(saved[0]) == 2
+    assert (tmp_path / "parts/masks.safetensors").read_bytes() == (tmp_path / "whole/masks.safetensors").read_bytes()
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):

@@ -16,8 +16,8 @@ from kronblocks.advice import Advice, LayerAdvice, Way, label, milliseconds, per
 from kronblocks.advise import advise
 from kronblocks.config import Mismatch
 from kronblocks.errors import KronblocksError
-from kronblocks.experiments.runs import write_json
 from kronblocks.experiments.tasks import tile_groups
+from kronblocks.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)

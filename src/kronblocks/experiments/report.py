@@ -19,8 +19,8 @@ from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments import figures, search_figure
 from kronblocks.experiments.figures import COSTS, Cost, number, short
-from kronblocks.experiments.runs import read_json, write_text
 from kronblocks.experiments.tasks import OF_SOME_METHODS, Recipe
+from kronblocks.files import read_json, write_text
 from kronblocks.methods import FACTORED, PENALISED, Method
 from kronblocks.search.report import SearchReport
 

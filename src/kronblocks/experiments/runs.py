@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,38 +12,7 @@ import torch
 
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.tasks import TrainConfig
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old one or the new one, never half of one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write plain values as JSON, atomically."""
-    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        KronblocksError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise KronblocksError(f"cannot read {path}: {error}") from error
+from kronblocks.files import read_json, write_json
 
 
 class RunFolder:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.data import BatchSampler, Dataset, limited, load_data
 from kronblocks.experiments.models import build_model
-from kronblocks.experiments.runs import write_json
 from kronblocks.experiments.search_figure import draw
 from kronblocks.experiments.tasks import ModelAndData, TrainConfig
 from kronblocks.experiments.versions import versions
+from kronblocks.files import write_json
 from kronblocks.methods import Method
 from kronblocks.search.halving import Goal, SearchConfig, find_block_size
 from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_

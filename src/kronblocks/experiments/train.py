@@ -16,10 +16,12 @@ from rich.console import Console
 from kronblocks.experiments import accounting
 from kronblocks.experiments.classifier import Classification
 from kronblocks.experiments.data import BatchSampler, Dataset, limited, load_data, loader
-from kronblocks.experiments.runs import RunFolder, read_json, write_json
+from kronblocks.experiments.runs import RunFolder
 from kronblocks.experiments.search import search_for
 from kronblocks.experiments.tasks import TrainConfig
 from kronblocks.experiments.versions import versions
+from kronblocks.files import read_json, write_json
+from kronblocks.saving import save_pretrained
 from kronblocks.search.report import SearchReport
 from kronblocks.selection import select
 from kronblocks.sparsity.report import SparsityReport, count_blocks
@@ -104,7 +106,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         result = _result(config, module, tested, peak, memory.exact)
         if search is not None:
             result["search"] = search.to_dict()
-        _save_model(module, folder)
+        _save_model(module, folder, result)
         write_json(folder.path / "result.json", result)
     return result
 
@@ -117,10 +119,10 @@ def _search(config: TrainConfig, data: Dataset, folder: RunFolder) -> SearchRepo
     return SearchReport.from_dict(read_json(known))
 
 
-def _save_model(module: Classification, folder: RunFolder) -> None:
-    """The trained weights and the masks, beside the result."""
-    state = {name: value.contiguous() for name, value in module.model.state_dict().items()}
-    safetensors.torch.save_file(state, folder.path / "model.safetensors")
+def _save_model(module: Classification, folder: RunFolder, result: dict[str, Any]) -> None:
+    """The trained model in a folder, and the masks, beside the result."""
+    words = {"data": module.config.data, "test accuracy": f"{result['test_accuracy']:.4f}"}
+    save_pretrained(module.model, folder.path / "model", config=module.sparsity_config, metadata=words)
     masks = {target.name: target.mask.to(torch.uint8).contiguous() for target in module.sparsifier.targets}
     safetensors.torch.save_file(masks, folder.path / "masks.safetensors")
 

@@ -16,12 +16,12 @@ import math
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from kronblocks.files import write_text
 from kronblocks.ops.backends import backend_key
 from kronblocks.ops.cost import Problem
 from kronblocks.ops.kron import PLAN_NAMES
@@ -185,11 +185,4 @@ def _write(key: str, seconds: dict[str, float]) -> None:
         return
     with contextlib.suppress(OSError):  # a folder that cannot be written to is no reason to stop, or to complain
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".json")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump({"version": _VERSION, "key": key, "seconds": seconds}, file)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_text(path, json.dumps({"version": _VERSION, "key": key, "seconds": seconds}))

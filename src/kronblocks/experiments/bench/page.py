@@ -28,7 +28,7 @@ from kronblocks.experiments.bench.tables import (
     values_table,
 )
 from kronblocks.experiments.bench.tables import ms as milliseconds
-from kronblocks.experiments.runs import write_text
+from kronblocks.files import write_text
 
 KINDS = ("ops", "step", "infer", "train")
 _INTRO = """# Benchmarks

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from kronblocks.errors import KronblocksError
-from kronblocks.experiments.runs import read_json, write_text
 from kronblocks.experiments.versions import versions
+from kronblocks.files import read_json, write_text
 
 FORMAT = 1
 TIMED = ("torch", "kronblocks", "processor")

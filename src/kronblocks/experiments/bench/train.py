@@ -13,8 +13,8 @@ from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.settings import TrainSettings
 from kronblocks.experiments.compare import train_apart
 from kronblocks.experiments.data import load_data
-from kronblocks.experiments.runs import read_json
 from kronblocks.experiments.tasks import DataName, TrainConfig
+from kronblocks.files import read_json
 
 MEASURED = (
     *("train_seconds", "peak_memory_bytes", "test_accuracy", "validation_accuracy", "block_sparsity"),

@@ -12,7 +12,7 @@ from kronblocks.experiments.bench.results import read
 from kronblocks.experiments.bench.tables import table
 from kronblocks.experiments.reproduce.published import FOOTNOTE, PUBLISHED
 from kronblocks.experiments.reproduce.statistics import CellResult, cells
-from kronblocks.experiments.runs import write_text
+from kronblocks.files import write_text
 
 OURS = "two-phase"
 BYTES = ("parameters", "gradients", "optimizer_state", "saved_tensors")

@@ -1,0 +1,330 @@
+"""A model in a folder: safetensors with the live blocks only, and a card that says how to build the layers again.
+
+The weights' file has a name of its own for every content, and the card, which names it, is replaced last: a reader sees the old
+model or the new one, whenever the writer stops. Nothing that is read is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from kronblocks.config import SparsityConfig
+from kronblocks.errors import KronblocksError
+from kronblocks.files import read_json, replacing, write_json
+from kronblocks.nn.base import BlockLayer
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.surgery import rebuilt, replace_, structure
+
+FORMAT = 1
+CARD = "kronblocks.json"
+_WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    config: SparsityConfig | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a model into a folder: kronblocks.json, the weights as safetensors, and config.json of a transformers model.
+
+    Of block layers only live blocks are stored. Tied tensors are stored once. A model that is in the folder already is replaced,
+    all of it at once; other files stay.
+
+    Args:
+        model: with block layers or without.
+        folder: made if it is not there.
+        config: what the model was sparsified with, for whoever reads the card.
+        metadata: words of your own, such as the data and the accuracy.
+
+    Returns:
+        The folder.
+
+    Raises:
+        KronblocksError: the folder cannot be written to, or is on a full disk: what was there before is still there. Tensors on
+            the meta device.
+
+    >>> import tempfile
+    >>> from kronblocks import BlockSparseLinear
+    >>> model = nn.Sequential(BlockSparseLinear(8, 6, 2, mask=torch.rand(3, 4) < 0.5))
+    >>> folder = save_pretrained(model, Path(tempfile.mkdtemp()) / "small", metadata={"data": "none"})
+    >>> again = from_pretrained(folder, nn.Sequential(nn.Linear(8, 6)))
+    >>> torch.equal(again[0].weight, model[0].weight)
+    True
+    """
+    folder = Path(folder)
+    tensors, aliases = _stored(model)
+    card = {
+        "format": FORMAT,
+        "model": f"{type(model).__module__}.{type(model).__qualname__}",
+        "structure": _compact_structure(model),
+        "aliases": aliases,
+        "sparsity": None if config is None else config.to_dict(),
+        "metadata": {str(name): str(value) for name, value in (metadata or {}).items()},
+    }
+    weights = _name_of(tensors)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / weights) as temporary:
+            safetensors.torch.save_file(tensors, temporary, {"format": "pt"})
+        if hasattr(getattr(model, "config", None), "save_pretrained"):
+            own: Any = copy.deepcopy(model.config)
+            own.architectures = [type(model).__name__]  # by which the model is built again
+            own.save_pretrained(folder)
+        write_json(folder / CARD, {**card, "weights": weights})
+        for path in folder.glob("model-*.safetensors"):
+            if _WEIGHTS.fullmatch(path.name) and path.name != weights:
+                path.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise KronblocksError(f"cannot save the model into {folder}: {error}. What was there before is as it was") from error
+    return folder
+
+
+def from_pretrained(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Read a model that `save_pretrained` wrote, in eval mode.
+
+    Args:
+        folder: where it is.
+        model: the same model, dense or sparse, or a function that makes it; its block layers are built, and everything is loaded
+            into it, with its own dtype and devices. None: a transformers model, built from the folder's config.json.
+
+    Raises:
+        KronblocksError: no such folder, another format, damaged files, or a model that they do not fit, which then is unchanged.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    if model is None:
+        model = _from_transformers(folder)
+    elif not isinstance(model, nn.Module):
+        model = model()
+    layers = rebuilt(model, card["structure"], device="meta")
+    with _opened(folder / card["weights"]) as file:
+        reader = _Reader(file, model, layers, card, folder)
+        reader.check()
+        reader.fill_()
+    return model.eval()
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """What kronblocks.json holds.
+
+    Raises:
+        KronblocksError: it is missing, damaged or of another format.
+    """
+    path = folder / CARD
+    if not path.exists():
+        raise KronblocksError(f"{folder} holds no {CARD}: name a folder that kronblocks.save_pretrained(model, folder) wrote")
+    card = read_json(path)
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        found = card.get("format") if isinstance(card, dict) else None
+        raise KronblocksError(f"{path} has format {found!r}, and this kronblocks reads format {FORMAT}")
+    kinds = {"weights": str, "structure": dict, "aliases": dict, "metadata": dict}
+    for name, kind in kinds.items():
+        if not isinstance(card.get(name), kind):
+            raise KronblocksError(f"{path} is damaged: {name} is not a {kind.__name__}")
+    if not _WEIGHTS.fullmatch(card["weights"]):
+        raise KronblocksError(f"{path} is damaged: {card['weights']!r} is no name of a weights' file")
+    return card
+
+
+def _compact_structure(model: nn.Module) -> dict[str, Any]:
+    """The structure, with as many slots as there are live blocks."""
+    record = structure(model)
+    for name, entry in record["layers"].items():
+        if "capacity" in entry:
+            entry["capacity"] = int(model.get_submodule(name).get_buffer("block_mask").sum())
+    return record
+
+
+def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the file by name, and for other names of the same tensor the one that it is stored under."""
+    layers = {f"{prefix}.": layer for prefix, layer in model.named_modules() if isinstance(layer, BlockLayer)}
+    packed = {prefix + name: value for prefix, layer in layers.items() for name, value in _pack(layer).items()}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor) or name.endswith(f".{_POSITION}"):
+            continue
+        if tensor.is_meta:
+            raise KronblocksError(f"{name} is on the meta device and has no values to save")
+        where = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and first.setdefault(where, name) != name:
+            aliases[name] = first[where]
+        else:
+            tensors[name] = packed.get(name, tensor).cpu().contiguous()
+    return tensors, aliases
+
+
+_POSITION = "block_position"
+
+
+def _pack(layer: BlockLayer) -> dict[str, Tensor]:
+    """What holds something for each block, of live blocks only, in row-major order; the mask as bits."""
+    mask = layer.block_mask
+    if isinstance(layer, BlockSparseLinear):
+        order = layer.block_position.argsort()
+        parts = {"values": layer.values[order[mask.flatten()[layer.block_position[order]]]]}
+    else:
+        parts = {name: value[mask] for name in ("coeff", "gate") if (value := getattr(layer, name)) is not None}
+    return {**parts, "block_mask": _bits(mask)}
+
+
+@torch.no_grad()
+def _unpack_(layer: BlockLayer, read: Callable[[str], Tensor], mask: Tensor) -> None:
+    """The reverse, into a layer whose sizes fit."""
+    if isinstance(layer, BlockSparseLinear):
+        layer.block_position.copy_(mask.flatten().nonzero().squeeze(1))
+    for name, parameter in layer.named_parameters(recurse=False):
+        if name in ("coeff", "gate"):
+            parameter.zero_()
+            parameter[mask] = read(name).to(parameter)
+        else:
+            parameter.copy_(read(name))
+    layer.block_mask.copy_(mask)
+    layer.mask_changed_()
+    layer.choose_plan_()
+
+
+def _bits(mask: Tensor) -> Tensor:
+    """A mask as uint8, eight blocks each, in row-major order, the first one lowest."""
+    flat = mask.flatten().to(torch.uint8)
+    padded = nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def _mask(bits: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The reverse of `_bits`."""
+    flat = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return flat.flatten()[: shape[0] * shape[1]].bool().view(shape)
+
+
+def _name_of(tensors: dict[str, Tensor]) -> str:
+    """A name for the weights' file that depends on nothing but what it holds."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return f"model-{digest.hexdigest()[:16]}.safetensors"
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise KronblocksError(f"cannot read {path}: {error}") from error
+
+
+class _Reader:
+    """A weights' file beside the model that it is to be loaded into: checks everything first, then fills.
+
+    Args:
+        file: opened safetensors.
+        model: what is loaded into.
+        layers: block layers that will take the places of the model's own, on the meta device.
+        card: what the folder says.
+        folder: for error messages.
+    """
+
+    def __init__(self, file: Any, model: nn.Module, layers: dict[str, BlockLayer], card: Mapping[str, Any], folder: Path) -> None:
+        self._file, self._names, self._model, self._new = file, set(file.keys()), model, layers
+        self._aliases, self._folder = card["aliases"], folder
+        self._blocks: dict[str, Any] = {n: layers.get(n) or model.get_submodule(n) for n in card["structure"]["layers"]}
+        self._masks: dict[str, Tensor] = {}
+        places = {id(model.get_submodule(name)) for name in self._blocks}  # a layer may stand in several
+        modules = model.named_modules(remove_duplicate=False)
+        self._inside = tuple(f"{name}." for name, module in modules if id(module) in places)
+
+    def _other_tensors(self) -> list[tuple[str, Tensor]]:
+        """What of the model's state belongs to no block layer of the folder."""
+        state = self._model.state_dict(keep_vars=True)
+        return [(name, t) for name, t in state.items() if isinstance(t, Tensor) and not name.startswith(self._inside)]
+
+    def check(self) -> None:
+        """Raise unless the file holds just what the model needs, in its sizes."""
+        wanted = {name: tuple(tensor.shape) for name, tensor in self._other_tensors()}
+        for prefix, layer in self._blocks.items():
+            wanted |= self._sizes_of_blocks(prefix, layer)
+        for name, shape in wanted.items():
+            self._compare(name, shape)
+        unknown = self._names - {self._stored_as(name) for name in wanted}
+        if unknown:
+            raise self._wrong(f"{min(unknown)} is in the file, and the model has no place for it")
+
+    def _sizes_of_blocks(self, prefix: str, layer: BlockLayer) -> dict[str, tuple[int, ...]]:
+        bits = f"{prefix}.block_mask"
+        self._compare(bits, (-(-layer.grid.blocks // 8),))
+        mask = _mask(self._read(bits), layer.grid.shape)
+        self._masks[prefix], live = mask, int(mask.sum())
+        if isinstance(layer, BlockSparseLinear) and layer.capacity != live:
+            raise self._wrong(f"{prefix} has {live} live blocks, and the card says {layer.capacity}")
+        sizes: dict[str, tuple[int, ...]] = {bits: (-(-layer.grid.blocks // 8),)}
+        for name, parameter in layer.named_parameters(recurse=False):
+            per_block = {"values": 1, "coeff": 2, "gate": 2}.get(name)  # leading dimensions that number blocks
+            shape = tuple(parameter.shape)
+            sizes[f"{prefix}.{name}"] = shape if per_block is None else (live, *shape[per_block:])
+        return sizes
+
+    def _stored_as(self, name: str) -> str:
+        return name if name in self._names else self._aliases.get(name, name)
+
+    def _compare(self, name: str, shape: tuple[int, ...]) -> None:
+        stored = self._stored_as(name)
+        if stored not in self._names:
+            raise self._wrong(f"{name} is not in the file")
+        found = tuple(self._file.get_slice(stored).get_shape())
+        if found != shape:
+            raise self._wrong(f"{name} is {found} in the file, and {shape} in the model")
+
+    def _wrong(self, what: str) -> KronblocksError:
+        return KronblocksError(f"{self._folder} does not fit the model: {what}. Give the same model, or save it again")
+
+    def _read(self, name: str) -> Tensor:
+        return self._file.get_tensor(self._stored_as(name))
+
+    def fill_(self) -> None:
+        """Put the block layers into their places and load everything."""
+        for prefix, layer in self._new.items():
+            old = self._model.get_submodule(prefix)
+            replace_(self._model, prefix, layer.to_empty(device=next(old.parameters(recurse=False)).device))
+        for prefix, layer in self._blocks.items():
+            _unpack_(layer, lambda name, prefix=prefix: self._read(f"{prefix}.{name}"), self._masks[prefix])
+        with torch.no_grad():
+            for name, tensor in self._other_tensors():
+                tensor.copy_(self._read(name))
+
+
+def _from_transformers(folder: Path) -> nn.Module:
+    """A transformers model of the class and the sizes that config.json names, not yet loaded."""
+    if not (folder / "config.json").exists():
+        raise KronblocksError(
+            f"{folder} holds no config.json of a transformers model, so it does not say how to build the model: give it, "
+            "from_pretrained(folder, model), or a function that makes it"
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise KronblocksError("the folder holds a transformers model: pip install transformers, or give the model") from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise KronblocksError(f"cannot read {folder / 'config.json'}: {error}") from error
+    for name in config.architectures or ():
+        kind = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind(config)
+    raise KronblocksError(f"{folder / 'config.json'} names no class of transformers among its architectures: give the model")
