@@ -92,7 +92,7 @@ def test_types_become_patterns():
         ({"overrides": {"fc": {"rank": 2}}}, "LayerOverride"),
         ({"method": "magnitude", "init": "random"}, "has no init"),
         ({"penalty": PenaltyConfig(strength=1.0)}, "has no penalty"),
-        ({"method": "magnitude", "rank": 2}, "has no rank: leave rank=4"),
+        ({"method": "magnitude", "rank": 2}, "has no rank: leave rank=None"),
         ({"method": "static", "overrides": {"fc": LayerOverride(rank=2)}}, r"overrides\['fc'\] can set block_size only"),
         ({"method": "kron-l1", "schedule": ScheduleConfig(lift_at=0.5)}, "never lifted"),
         ({"method": "group-lasso", "penalty": PenaltyConfig(growth=2.0)}, "does not grow"),

@@ -135,3 +135,12 @@ def test_weights_that_are_not_finite_are_named():
 def test_lazy_layers_wait():
     report = select(nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8)), SparsityConfig(block_size=4))
     assert "LazyLinear" in reasons(report)["1"]
+
+
+@pytest.mark.parametrize(("block", "rank"), [(2, 1), (4, 4), (8, 8), (16, 8), ("2x4", 2)])
+def test_the_rank_follows_the_block_size_where_none_is_set(block, rank):
+    model = nn.Sequential(nn.Linear(64, 32))
+    (selected,) = select(model, SparsityConfig(block_size=block)).selected
+    assert selected.rank == rank
+    (selected,) = select(model, SparsityConfig(block_size=block, rank=3)).selected
+    assert selected.rank == 3

@@ -14,7 +14,7 @@ from torch import nn
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
-from kronblocks.methods import FACTORED
+from kronblocks.methods import FACTORED, own_rank
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 
 
@@ -126,7 +126,8 @@ def _select_one(name: str, module: nn.Module, names: _Names, config: SparsityCon
         groups = math.gcd(groups, block_rows)
     if block_rows % groups:
         return LeftDense(name, f"tile_groups={groups} does not divide its {block_rows} block rows")
-    return Selected(name, grid, min(settings["rank"], grid.block.area), groups, note)
+    rank = own_rank(grid.block.area) if settings["rank"] is None else min(settings["rank"], grid.block.area)
+    return Selected(name, grid, rank, groups, note)
 
 
 def _why_not(name: str, module: nn.Module, shared: dict[int, list[str]], names: _Names, config: SparsityConfig) -> str | None:

@@ -193,10 +193,10 @@ def test_compare_gives_settings_to_the_methods_that_have_them(tmp_path):
     runs = CompareConfig(out=tmp_path, methods=("dense", "two-phase", "kron-l1", "group-lasso"), **settings).runs()
     found = [(run.rank, run.schedule.end, run.schedule.lift_at, run.penalty.strength, run.penalty.growth) for run in runs]
     assert found == [
-        (4, 0.7, 2 / 3, None, 3.0),
+        (None, 0.7, 2 / 3, None, 3.0),
         (2, 0.7, 0.5, None, 3.0),
         (2, 0.7, 2 / 3, 2.0, 5.0),
-        (4, 0.7, 2 / 3, 2.0, 3.0),
+        (None, 0.7, 2 / 3, 2.0, 3.0),
     ]
     with pytest.raises(KronblocksError, match="none of --methods dense magnitude .*rank"):
         CompareConfig(out=tmp_path, methods=("dense", "magnitude"), rank=2)

@@ -180,7 +180,8 @@ class Row:
         self.spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None  # of a sample
         self.sparsity = statistics.fmean(run.result["block_sparsity"] for run in runs)
         self.live = statistics.median_low(run.result["live_blocks"] for run in runs)
-        rank = f"rank {runs[0].config['rank']}, " * (self.method in FACTORED)
+        asked = runs[0].config["rank"]
+        rank = f"rank {'by block size' if asked is None else asked}, " * (self.method in FACTORED)
         self.about = f"{rank}target {100 * runs[0].config['sparsity']:g} %" * (self.method != "dense")
         surgery = runs[0].result["surgery"]
         odd = [f"layer {e['name']} is left dense: {e['reason']}" for e in surgery["left_dense"]]

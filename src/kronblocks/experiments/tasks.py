@@ -83,8 +83,8 @@ class ModelAndData:
     """Train on so many of the training images only."""
     test_images: int | None = None
     """Validate and test on so many of those images only."""
-    rank: int = 4
-    """Kronecker terms of a layer."""
+    rank: int | None = None
+    """Kronecker terms of a layer; unset: a quarter of a block's weights, up to 8."""
     sparsity: float = 0.9
     """Share of the weights that ends in blocks of exact zeros."""
     epochs: int = 8

@@ -26,6 +26,8 @@ from kronblocks.surgery import replace_
 Criterion = Literal["removal", "penalty"]
 Weights = Literal["time", "equal"]
 
+_RANK = 4  # of all candidates, where the config names none
+
 
 @dataclass(frozen=True)
 class MixtureConfig:
@@ -128,7 +130,7 @@ class _MixtureTraining:
                 linear = model.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
                 sizes = {str(c.block): c.layers[position].grid.block for c in kept}
-                mixture = BlockMixtureLinear.like(linear, sizes, config.rank, per_row=config.tiles == "per-row")
+                mixture = BlockMixtureLinear.like(linear, sizes, config.rank or _RANK, per_row=config.tiles == "per-row")
                 replace_(model, name, mixture)
                 self._mixtures[name] = mixture
         self._seconds = {str(c.block): c.estimated_seconds for c in kept}
