@@ -20,7 +20,7 @@ def _pruned_until(*ends: float) -> list[Settings]:
 
 _SECOND: dict[str, list[Settings]] = {  # beside the learning rate, two values of what matters most for the method
     "dense": [{"weight_decay": 0.0}, {"weight_decay": 0.05}],
-    "static": [{"weight_decay": 0.0}, {"weight_decay": 0.05}],
+    "static": [{"factor_weight_decay": 0.0}, {"factor_weight_decay": 0.05}],  # of its free values
     "two-phase": [{"rank": 4}, {"rank": 8}],
     "magnitude": _pruned_until(0.4, 0.7),
     "iterative": _pruned_until(0.4, 0.7),
