@@ -174,3 +174,15 @@ def test_values_compare_hash_and_copy():
     assert copy.deepcopy(one) == one
     assert one != BlockGrid(6, 8, BlockSize(2, 2))
     assert str(one) == "6x8 in 3x2 blocks"
+
+
+def test_norms_of_zero_blocks_have_no_gradient_and_nothing_hides_a_nan():
+    grid = BlockGrid(4, 6, BlockSize(2, 3))
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    weight[:2, :3] = 0
+    weight.requires_grad_()
+    (grid.norms(weight) * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+    expected = weight.detach() / grid.expand(grid.norms(weight.detach())) * grid.expand(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, expected.nan_to_num(0))
+    assert torch.isnan(grid.norms(torch.full((4, 6), torch.nan))).all()

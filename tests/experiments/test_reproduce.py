@@ -16,8 +16,9 @@ from kronblocks.experiments.reproduce import campaign, studies
 from kronblocks.experiments.reproduce import trials as trials_module
 from kronblocks.experiments.reproduce.campaign import Campaign, best_trial
 from kronblocks.experiments.reproduce.commands import ReproduceConfig
-from kronblocks.experiments.reproduce.page import write
-from kronblocks.experiments.reproduce.statistics import cells, paired
+from kronblocks.experiments.reproduce.figures import draw
+from kronblocks.experiments.reproduce.page import summary, write
+from kronblocks.experiments.reproduce.statistics import CellResult, cells, paired
 from kronblocks.experiments.reproduce.studies import METHODS, STUDIES, Cell, Study
 from kronblocks.experiments.reproduce.trials import trials
 
@@ -112,6 +113,20 @@ def test_page(finished, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "again.md").read_text() == page and "again.md" in capsys.readouterr().out
     with pytest.raises(KronblocksError, match=r"no reproduce-\*\.json"):
         write(tmp_path, tmp_path / "none.md")
+
+
+def test_the_short_table_and_the_picture(finished, tmp_path):
+    rows = read(finished / "results/reproduce-tiny.json")["rows"]
+    found = {cell.method: cell for cell in cells(rows)}
+    table = "\n".join(summary(finished / "results", "tiny", ("4",), 0.5))
+    best = max((found["two-phase"], found["rigl"]), key=lambda cell: cell.accuracy)
+    assert f"**{best.spread_of('test_accuracy')}**" in table and table.count("**") == 2
+    assert str(found["two-phase"].against(found["dense"])) in table and "2 seeds" in table
+    with pytest.raises(KronblocksError, match="two-phase was not run with blocks of 8 at 50%"):
+        summary(finished / "results", "tiny", ("8",), 0.5)
+    several = [CellResult([{**row, "sparsity": s} for row in found["rigl"].rows], []) for s in (0.5, 0.9)]
+    draw([found["dense"], *several], tmp_path / "figures" / "picture.png", "a title")
+    assert (tmp_path / "figures/picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_block_size_can_take_the_settings_of_another():

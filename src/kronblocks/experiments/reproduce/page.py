@@ -10,6 +10,7 @@ from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.results import read
 from kronblocks.experiments.bench.tables import table
+from kronblocks.experiments.reproduce.figures import draw
 from kronblocks.experiments.reproduce.published import FOOTNOTE, PUBLISHED
 from kronblocks.experiments.reproduce.statistics import CellResult, cells
 from kronblocks.files import write_text
@@ -42,9 +43,60 @@ def write(results: Path, page: Path) -> Path:
         raise KronblocksError(f"{results} holds no reproduce-*.json: run kronblocks reproduce mlp first, or name another folder")
     parts = [_INTRO]
     for file in files:
-        parts += _study(file.stem.removeprefix("reproduce-"), read(file))
+        name, data = file.stem.removeprefix("reproduce-"), read(file)
+        parts += _study(name, data)
+        if picture := _picture(name, data, page):
+            parts += [f"![Test accuracy over sparsity]({picture})", ""]
     write_text(page, "\n".join(parts).rstrip() + "\n")
     return page
+
+
+def _picture(name: str, data: dict[str, Any], page: Path) -> str | None:
+    """The figure of a study with several sparsities, beside the page; its address there."""
+    found = cells(data["rows"])
+    if data["settings"]["variants"] or len({cell.sparsity for cell in found if cell.block}) < 3:
+        return None
+    about = f"{data['settings']['data']}, {data['settings']['model']}, {len(found[0].rows)} seeds"
+    draw(found, page.parent / "figures" / f"experiments-{name}.png", about)
+    return f"figures/experiments-{name}.png"
+
+
+def summary(results: Path, study: str = "mlp", blocks: Sequence[str] = ("4", "16"), sparsity: float = 0.9) -> list[str]:
+    """The lines of a short table: every method of a study at some block sizes and one sparsity."""
+    data = read(results / f"reproduce-{study}.json")
+    found, settings = cells(data["rows"]), data["settings"]
+    columns = ["method"]
+    for block in blocks:
+        size = BlockSize.parse(block)
+        columns += [f"{size}: test accuracy %", f"{OURS} minus it", "parameters, most", "multiply-adds", "seconds"]
+    rows = []
+    for method in dict.fromkeys(cell.method for cell in found):
+        row = [method]
+        for block in blocks:
+            own, ours = (_at(found, name, block, sparsity) for name in (method, OURS))
+            best = max(cell.accuracy for cell in found if (cell.block, cell.sparsity) == (block, sparsity))
+            accuracy = own.spread_of("test_accuracy")
+            row += [f"**{accuracy}**" if own.block and own.accuracy == best else accuracy]
+            row += ["" if own is ours else str(ours.against(own))]
+            row += [f"{own.to_dense(name):.2f}" for name in ("trainable_parameters_max", "training_macs", "train_seconds")]
+        rows.append(row)
+    widths = "-".join(map(str, settings["widths"]))
+    about = (
+        f"{settings['data']}, MLP with hidden layers {widths}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
+        f"{100 * sparsity:g}% of the weights in zero blocks, mean ± standard deviation of {len(found[0].rows)} seeds; differences"
+        " in points with their 95% interval over pairs of the same seed. Parameters that are trained at the most, multiply-adds "
+        "and seconds of training are relative to dense (one thread; trainings ran two at a time). Every method had six trials "
+        f"on validation; torch {data['versions']['torch']}."
+    )
+    return [*table(columns, rows), "", about]
+
+
+def _at(found: Sequence[CellResult], method: str, block: str, sparsity: float) -> CellResult:
+    place = ("", 0.0) if method == "dense" else (block, sparsity)
+    for cell in found:
+        if (cell.method, cell.block, cell.sparsity) == (method, *place):
+            return cell
+    raise KronblocksError(f"{method} was not run with blocks of {block} at {100 * sparsity:g}%: run kronblocks reproduce mlp")
 
 
 def _study(name: str, data: dict[str, Any]) -> list[str]:

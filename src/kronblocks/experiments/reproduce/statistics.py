@@ -60,6 +60,12 @@ class CellResult:
         """Mean test accuracy in percent."""
         return statistics.fmean(self.percent("test_accuracy").values())
 
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the test accuracy between seeds, in percent; 0 for one seed."""
+        values = list(self.percent("test_accuracy").values())
+        return statistics.stdev(values) if len(values) > 1 else 0.0
+
     def mean(self, name: str) -> float:
         """Mean of a measured number."""
         return statistics.fmean(row[name] for row in self.rows)
