@@ -8,6 +8,7 @@ from kronblocks.advise import advise
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import LayerOverride, PenaltyConfig, ScheduleConfig, SparsityConfig
 from kronblocks.errors import KronblocksError, KronblocksWarning, NativeFallbackWarning, OpenMPConflictWarning, PerformanceWarning
+from kronblocks.export import Exported, export
 from kronblocks.groups import parameter_groups
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
@@ -42,6 +43,7 @@ __all__ = [
     "BlockSparseLinear",
     "BlockTarget",
     "Cost",
+    "Exported",
     "KronblocksError",
     "KronblocksWarning",
     "KroneckerBlockLinear",
@@ -72,6 +74,7 @@ __all__ = [
     "choose_plan",
     "cost",
     "densify_",
+    "export",
     "find_block_size",
     "find_block_size_in_mixture_",
     "from_pretrained",

@@ -282,12 +282,20 @@ def densify_(model: nn.Module) -> list[str]:
     """Replace every block layer by an nn.Linear of the same weight, zeros included, in place; returns their names."""
     layers = _layers(model, BlockLayer)
     for name, old in layers.items():
-        weight = old.dense_weight()
-        new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta", dtype=weight.dtype)
-        new.weight = nn.Parameter(weight)
-        new.bias = old.bias
-        replace_(model, name, new.train(old.training))
+        replace_(model, name, plain_linear(old))
     return list(layers)
+
+
+@torch.no_grad()
+def plain_linear(layer: BlockLayer) -> nn.Linear:
+    """An nn.Linear with the weight of a block layer, zeros included, and its bias."""
+    weight, bias = layer.dense_weight(), layer.bias
+    assert bias is None or isinstance(bias, nn.Parameter)
+    new = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta", dtype=weight.dtype)
+    new.weight = nn.Parameter(weight)
+    if bias is not None:
+        new.bias = bias
+    return new.train(layer.training)
 
 
 def structure(model: nn.Module) -> dict[str, Any]:

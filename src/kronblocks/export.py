@@ -1,0 +1,291 @@
+"""A finished model in the form that runs fastest: each block layer dense, packed, factored or torch BSR, and checked."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kronblocks.checks import number, one_of
+from kronblocks.errors import KronblocksError
+from kronblocks.files import write_json
+from kronblocks.nn.base import BlockLayer
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.nn.bsr_linear import BsrLinear
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.ops.choice import VALUES, choose_deployed
+from kronblocks.ops.cost import possible_plans
+from kronblocks.saving import save_pretrained
+from kronblocks.sparsity.sparsifier import Sparsifier
+from kronblocks.surgery import plain_linear, replace_
+
+Form = Literal["auto", "dense", "packed", "factored", "bsr"]
+MANIFEST = "manifest.json"
+_FACTORED = ("tile_first", "coeff_first")
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """What became of a block layer."""
+
+    name: str
+    form: str  # dense, packed, factored or bsr
+    out_features: int
+    in_features: int
+    block_size: str
+    density: float
+    rows: int  # of the example's x
+    bytes: int  # of what it stores
+    why: str
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported model. Print it for a table.
+
+    Args:
+        model: a copy in eval mode, without gradients.
+        layers: the block layers, in the model's order.
+        error: largest difference of its outputs to the model's on the example, relative to the largest output.
+    """
+
+    model: nn.Module
+    layers: tuple[ExportedLayer, ...]
+    error: float
+
+    def manifest(self) -> dict[str, Any]:
+        """What was exported, as plain values."""
+        return {"version": 1, "error": self.error, "layers": [asdict(layer) for layer in self.layers]}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model (see `save_pretrained`) and manifest.json into a folder.
+
+        Raises:
+            KronblocksError: a layer is in torch's BSR form, or the folder cannot be written to.
+        """
+        sparse = [layer.name for layer in self.layers if layer.form == "bsr"]
+        if sparse:
+            raise KronblocksError(
+                f"{sparse[0]} is in torch's BSR form, which has no file format of its own: export with form='packed', save that, "
+                "and call to_torch_bsr() on its layers after loading"
+            )
+        folder = save_pretrained(self.model, folder)
+        try:
+            write_json(folder / MANIFEST, self.manifest())
+        except OSError as error:
+            raise KronblocksError(f"cannot write into {folder}: {error.strerror}") from error
+        return folder
+
+    def __str__(self) -> str:
+        rows = [("layer", "form", "shape", "blocks", "density", "KiB", "why")]
+        for each in self.layers:
+            shape = f"{each.out_features}x{each.in_features}"
+            size = f"{each.bytes / 1024:,.1f}"
+            rows.append((each.name, each.form, shape, each.block_size, f"{each.density:.3f}", size, each.why))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"largest difference to the model: {self.error:.1e} of the largest output"])
+
+
+def export(
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    *,
+    form: Form = "auto",
+    sparsifier: Sparsifier | None = None,
+    tolerance: float = 1e-4,
+) -> Exported:
+    """Copy a finished model into the form that is fastest in inference, and check the copy against the model.
+
+    Args:
+        model: trained; it stays as it is.
+        example: what it is called with: a tensor, a tuple of arguments, or a dict of keyword arguments. Its number of rows is
+            what forms are timed with.
+        form: "auto": for each layer the fastest on this machine, timed; or one form for all: "dense" (plain nn.Linear), "packed"
+            (live blocks), "factored" (Kronecker factors; layers of free values are packed then), "bsr" (torch's own block-sparse
+            layout).
+        sparsifier: of a method that works on nn.Linear itself, so that its layers can be packed too.
+        tolerance: how far outputs may differ, relative to the largest.
+
+    Returns:
+        The copy, what became of each layer, and the difference.
+
+    Raises:
+        KronblocksError: there is no block layer, or outputs differ by more than the tolerance.
+
+    >>> model = nn.Sequential(BlockSparseLinear(32, 16, 4, mask=torch.eye(4, 8).bool()), nn.ReLU())
+    >>> exported = export(model, torch.randn(5, 32), form="dense")
+    >>> exported.model
+    Sequential(
+      (0): Linear(in_features=32, out_features=16, bias=True)
+      (1): ReLU()
+    )
+    >>> exported.layers[0].form, exported.error < 1e-6
+    ('dense', True)
+    """
+    one_of("form", form, Form)
+    number("tolerance", tolerance, 0, float("inf"), "a share of the largest output, from 0 on")
+    training = model.training
+    model.eval()
+    try:
+        expected = list(_tensors(_call(model, example)))
+        new = copy.deepcopy(model).requires_grad_(False)
+    finally:
+        model.train(training)
+    if sparsifier is not None:
+        _pack_masked(new, sparsifier)
+    rows = _rows(new, example)
+    names = [name for name, module in new.named_modules() if isinstance(module, BlockLayer)]
+    if not names:
+        raise KronblocksError(
+            "the model has no block layer to export: give the model that sparsify_ made, or sparsifier= where its method works "
+            "on nn.Linear itself"
+        )
+    if isinstance(new, BlockLayer):
+        new = nn.Sequential(new)
+        names, rows = ["0"], {"0": rows[""]}
+    layers = tuple(_export_layer(new, name, rows.get(name, 0), form) for name in names)
+    error = _difference(list(_tensors(_call(new, example))), expected)
+    if not error <= tolerance:
+        raise KronblocksError(
+            f"the exported model's outputs differ by {error:.1e} of the largest output, more than tolerance={tolerance:g}: does "
+            "the model in eval mode give the same at every call?"
+        )
+    return Exported(new, layers, error)
+
+
+@torch.no_grad()
+def _call(model: nn.Module, example: Any) -> Any:
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The floating point tensors of whatever a model returns, in order."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output.detach().clone()
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        return float("inf")
+    largest = max((float(t.abs().max()) for t in theirs if t.numel()), default=0.0)
+    most = max((float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True) if a.numel()), default=0.0)
+    return most / largest if largest > 0 else most
+
+
+def _rows(model: nn.Module, example: Any) -> dict[str, int]:
+    """How many rows reach each block layer."""
+    rows: dict[str, int] = {}
+
+    def watch(name: str):
+        return lambda module, args: rows.update({name: args[0].shape[:-1].numel()})
+
+    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, BlockLayer)]
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in blocks]
+    try:
+        _call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
+
+
+def _pack_masked(model: nn.Module, sparsifier: Sparsifier) -> None:
+    """Put packed layers into the places of those plain ones that the sparsifier has killed blocks of."""
+    for target in sparsifier.targets:
+        linear = model.get_submodule(target.name)
+        if type(linear) is nn.Linear:
+            mask = target.mask.to(linear.weight.device)
+            replace_(model, target.name, BlockSparseLinear.from_dense(linear, block_size=target.grid.block, mask=mask))
+
+
+class _Chosen(NamedTuple):
+    form: str
+    plan: str
+    why: str
+
+
+def _choose(layer: BlockLayer, rows: int, form: Form) -> _Chosen:
+    factored = layer.rank is not None
+    if form != "auto":
+        if form == "factored" and not factored:
+            return _Chosen("packed", "packed", "asked for; it has no factors")
+        return _Chosen(form, _best_factored(layer, rows) if form == "factored" else "packed", "asked for")
+    if not rows:
+        return _Chosen("packed", "packed", "the example does not reach it")
+    plan = choose_deployed(layer.problem(rows=rows, training=False))
+    if plan == "dense":
+        return _Chosen("dense", plan, f"fastest on this machine at {rows} rows")
+    if factored and plan in _FACTORED:
+        return _Chosen("factored", plan, f"fastest on this machine at {rows} rows ({plan})")
+    why = "live blocks multiplied out of the factors: " if plan == VALUES else ""
+    return _Chosen("packed", "packed", f"{why}fastest on this machine at {rows} rows")
+
+
+def _best_factored(layer: BlockLayer, rows: int) -> str:
+    plan = layer.choose_plan_(rows or None).plan
+    return plan if plan in _FACTORED else next(each for each in possible_plans(layer.rank) if each in _FACTORED)
+
+
+@torch.no_grad()
+def _export_layer(model: nn.Module, name: str, rows: int, form: Form) -> ExportedLayer:
+    old = model.get_submodule(name)
+    assert isinstance(old, BlockLayer)
+    chosen = _choose(old, rows, form)
+    new = _in_form(old, chosen).eval().requires_grad_(False)
+    replace_(model, name, new)
+    stored = sum(t.numel() * t.element_size() for t in new.state_dict().values())
+    size, grid = (old.out_features, old.in_features), old.grid
+    return ExportedLayer(name, chosen.form, *size, str(grid.block), old.density, rows, stored, chosen.why)
+
+
+def _in_form(layer: BlockLayer, chosen: _Chosen) -> nn.Module:
+    if chosen.form == "dense":
+        return plain_linear(layer)
+    if chosen.form == "factored":
+        assert isinstance(layer, KroneckerBlockLinear)
+        if layer.gate is not None:
+            layer.coeff.copy_(layer.effective_coeff())
+            layer.gate = None
+        layer.plan = chosen.plan
+        layer.use_plan_(chosen.plan)
+        return layer
+    packed = BlockSparseLinear.from_kron(layer) if isinstance(layer, KroneckerBlockLinear) else layer
+    assert isinstance(packed, BlockSparseLinear)
+    packed.compact_()
+    if chosen.form == "bsr":
+        return BsrLinear.from_block_sparse(packed)
+    packed.plan = "packed"
+    packed.use_plan_("packed")
+    return packed
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """What `Exported.save` wrote beside the model.
+
+    Raises:
+        KronblocksError: it is missing or damaged.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["version"] == 1 and isinstance(manifest["layers"], list):
+            return manifest
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise KronblocksError(f"cannot read {path}: {error}") from error
+    raise KronblocksError(f"{path} is no manifest of version 1")

@@ -1,0 +1,65 @@
+"""A finished linear layer on torch's own block-sparse (BSR) products."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from kronblocks.errors import KronblocksError
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+
+
+class BsrLinear(nn.Module):
+    """y = x W^T + bias with W in torch's BSR layout, for inference; see `torch.sparse_bsr_tensor`.
+
+    Buffers: `crow` (m1 + 1,), `col` (live,), `values` (live, b, b), `bias` (m,) or None.
+
+    Args:
+        weight: (m, n), BSR.
+        bias: (m,).
+
+    Raises:
+        KronblocksError: blocks that are not square, on a CPU, whose library (MKL) multiplies with square blocks only.
+    """
+
+    crow: Tensor
+    col: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        rows, cols = weight.values().shape[1:]
+        if weight.device.type == "cpu" and rows != cols:
+            raise KronblocksError(
+                f"torch's BSR products on a CPU take square blocks, not {rows}x{cols}: export with form='packed' instead"
+            )
+        self.register_buffer("crow", weight.crow_indices())
+        self.register_buffer("col", weight.col_indices())
+        self.register_buffer("values", weight.values())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @classmethod
+    def from_block_sparse(cls, layer: BlockSparseLinear) -> Self:
+        """The live blocks of a layer."""
+        return cls(layer.to_torch_bsr(), layer.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in BSR layout, (m, n), without a copy."""
+        with warnings.catch_warnings():  # torch says once a process that BSR is in beta
+            warnings.filterwarnings("ignore", message="Sparse BSR tensor support")
+            size = (self.out_features, self.in_features)
+            return torch.sparse_bsr_tensor(self.crow, self.col, self.values, size, check_invariants=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (self.weight @ x.reshape(-1, self.in_features).t()).t().reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        live, rows, cols = self.values.shape
+        return f"in_features={self.in_features}, out_features={self.out_features}, block_size={rows}x{cols}, live={live}"

@@ -1,0 +1,156 @@
+"""Exported models compute what the model computes, in every form, and say what became of each layer."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from kronblocks import (
+    BlockSparseLinear,
+    KronblocksError,
+    KroneckerBlockLinear,
+    SparsityConfig,
+    export,
+    from_pretrained,
+    sparsify_,
+)
+from kronblocks.export import read_manifest
+from kronblocks.nn.bsr_linear import BsrLinear
+from kronblocks.ops import timing
+from kronblocks.ops.timing_cache import forget_timings
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(timing, "BUDGET", 0.0)
+    forget_timings()
+    yield
+    forget_timings()
+
+
+def dense() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 12, bias=False), nn.Dropout(0.5), nn.Linear(12, 5))
+
+
+def sparse() -> nn.Sequential:
+    """Factors with gates, free values with dead slots, and a dense layer; in training mode."""
+    torch.manual_seed(0)
+    model = dense()
+    model[0] = KroneckerBlockLinear(24, 16, 4, rank=2, tile_groups=4, gate=True)
+    with torch.no_grad():
+        model[0].gate.uniform_(0.5, 2)
+    model[0].set_block_mask_(torch.rand(4, 6) < 0.5)
+    model[2] = BlockSparseLinear(16, 12, 4, mask=torch.rand(3, 4) < 0.8, bias=False)
+    model[2].set_block_mask_(model[2].block_mask & (torch.rand(3, 4) < 0.7))
+    return model
+
+
+KINDS = {
+    "dense": (nn.Linear, nn.Linear),
+    "packed": (BlockSparseLinear, BlockSparseLinear),
+    "factored": (KroneckerBlockLinear, BlockSparseLinear),
+    "bsr": (BsrLinear, BsrLinear),
+}
+
+
+@pytest.mark.parametrize("form", [*KINDS, "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_form_computes_the_same_and_leaves_the_model_alone(form, dtype):
+    model, x = sparse().to(dtype), torch.randn(3, 7, 24, dtype=dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exported = export(model, x, form=form)
+    torch.testing.assert_close(exported.model(x), model.eval()(x))
+    model.train()
+    assert exported.error < 1e-5 and not exported.model.training
+    assert not any(p.requires_grad for p in exported.model.parameters())
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert [layer.name for layer in exported.layers] == ["0", "2"] and [layer.rows for layer in exported.layers] == [21, 21]
+    assert [layer.density for layer in exported.layers] == [model[0].density, model[2].density]
+    if form != "auto":
+        assert tuple(type(exported.model[i]) for i in (0, 2)) == KINDS[form]
+        assert exported.layers[0].form == form and exported.layers[0].why == "asked for"
+    assert "largest difference" in str(exported)
+
+
+def test_the_fastest_form_is_taken(monkeypatch):
+    forms = {16: "values", 12: "dense"}
+    module = importlib.import_module("kronblocks.export")
+    monkeypatch.setattr(module, "choose_deployed", lambda problem: forms[problem.grid.out_features])
+    exported = export(sparse(), torch.randn(7, 24))
+    assert [layer.form for layer in exported.layers] == ["packed", "dense"]
+    assert "multiplied out" in exported.layers[0].why and "at 7 rows" in exported.layers[1].why
+    forms |= {16: "coeff_first", 12: "packed"}
+    exported = export(sparse(), torch.randn(7, 24))
+    assert [layer.form for layer in exported.layers] == ["factored", "packed"]
+    assert exported.model[0].active_plan == "coeff_first" and exported.model[0].gate is None
+
+
+def test_only_live_blocks_are_stored():
+    exported = export(sparse(), torch.randn(7, 24), form="packed")
+    live = int(sparse()[2].block_mask.sum())
+    assert exported.model[2].capacity == live
+    assert exported.layers[1].bytes == live * (16 * 4 + 8) + 12  # values, positions, the mask
+
+
+def test_saved_and_loaded(tmp_path):
+    x = torch.randn(7, 24)
+    exported = export(sparse(), x, form="factored")
+    folder = exported.save(tmp_path / "out")
+    torch.testing.assert_close(from_pretrained(folder, dense())(x), exported.model(x))
+    assert read_manifest(folder) == json.loads(json.dumps(exported.manifest()))
+    (folder / "manifest.json").write_text("[")
+    with pytest.raises(KronblocksError, match="cannot read"):
+        read_manifest(folder)
+    with pytest.raises(KronblocksError, match="export with form='packed'"):
+        export(sparse(), x, form="bsr").save(tmp_path / "bsr")
+
+
+def test_methods_on_plain_layers_are_packed_by_their_masks():
+    model = dense()
+    sparsifier = sparsify_(model, SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.5))
+    for target in sparsifier.targets:
+        target.set_mask_(torch.rand(target.grid.shape) < 0.5)
+    x = torch.randn(7, 24)
+    with pytest.raises(KronblocksError, match="no block layer to export"):
+        export(model, x)
+    exported = export(model, x, sparsifier=sparsifier, form="packed")
+    assert isinstance(exported.model[0], BlockSparseLinear) and isinstance(model[0], nn.Linear)
+    torch.testing.assert_close(exported.model(x), model.eval()(x))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = BlockSparseLinear(8, 8, 2, mask=torch.eye(4).bool())
+        self.b, self.unused = self.a, BlockSparseLinear(8, 8, 2)
+
+    def forward(self, x, *, scale):
+        return {"sum": self.b(self.a(x)) * scale, "parts": (x, [x.argmax()])}
+
+
+def test_keyword_arguments_nested_outputs_shared_and_unused_layers():
+    exported = export(Pair(), {"x": torch.randn(2, 8), "scale": 2.0}, form="dense")
+    assert exported.model.a is exported.model.b and len(exported.layers) == 2
+    assert export(Pair(), {"x": torch.randn(2, 8), "scale": 2.0}).layers[1].why == "the example does not reach it"
+
+
+def test_a_single_layer_and_wrong_arguments():
+    layer = BlockSparseLinear(8, 8, 2)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(export(layer, x, form="dense").model(x), layer(x))
+    with pytest.raises(KronblocksError, match="write one of 'auto', 'dense'"):
+        export(layer, x, form="fast")
+    with pytest.raises(KronblocksError, match="differ by"):
+        export(nn.Sequential(layer, Noise()), x)
+    with pytest.raises(KronblocksError, match="square blocks, not 2x4"):
+        export(BlockSparseLinear(8, 8, "2x4"), x, form="bsr")
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
