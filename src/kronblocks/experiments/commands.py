@@ -1,4 +1,4 @@
-"""The subcommands `train`, `compare`, `report` and `advise`; those of `bench` and `reproduce` have files of their own."""
+"""The subcommands of `kronblocks`; those of `bench` and `reproduce` have files of their own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.experiments.advise import AdviseConfig
 from kronblocks.experiments.advise import run as run_advise
 from kronblocks.experiments.bench.commands import bench
+from kronblocks.experiments.deploy import ExportConfig, inspect, run_export
 from kronblocks.experiments.reproduce.commands import reproduce
 from kronblocks.experiments.search import FindConfig
 from kronblocks.experiments.search import run as run_search
@@ -72,6 +73,11 @@ def search(config: Annotated[FindConfig, tyro.conf.arg(name="")]) -> None:
     run_search(config)
 
 
+def export(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> None:
+    """Write a finished training's model in the form that runs fastest here."""
+    run_export(config)
+
+
 def _say_where(path: Path) -> None:
     Console().print(f"report: {path.resolve()}", soft_wrap=True, highlight=False)
 
@@ -84,6 +90,8 @@ def run(args: list[str] | None = None) -> None:
         "report": report,
         "search": search,
         "advise": advise,
+        "export": export,
+        "inspect": inspect,
         "bench": bench,
         "reproduce": reproduce,
     }

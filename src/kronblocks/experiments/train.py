@@ -16,6 +16,7 @@ from rich.console import Console
 from kronblocks.experiments import accounting
 from kronblocks.experiments.classifier import Classification
 from kronblocks.experiments.data import BatchSampler, Dataset, limited, load_data, loader
+from kronblocks.experiments.deploy import CLASSES, SHAPE
 from kronblocks.experiments.runs import RunFolder
 from kronblocks.experiments.search import search_for
 from kronblocks.experiments.tasks import TrainConfig
@@ -106,7 +107,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         result = _result(config, module, tested, peak, memory.exact)
         if search is not None:
             result["search"] = search.to_dict()
-        _save_model(module, folder, result)
+        _save_model(module, folder, result, data)
         write_json(folder.path / "result.json", result)
     return result
 
@@ -119,9 +120,10 @@ def _search(config: TrainConfig, data: Dataset, folder: RunFolder) -> SearchRepo
     return SearchReport.from_dict(read_json(known))
 
 
-def _save_model(module: Classification, folder: RunFolder, result: dict[str, Any]) -> None:
+def _save_model(module: Classification, folder: RunFolder, result: dict[str, Any], data: Dataset) -> None:
     """The trained model in a folder, and the masks, beside the result."""
     words = {"data": module.config.data, "test accuracy": f"{result['test_accuracy']:.4f}"}
+    words |= {SHAPE: "x".join(map(str, data.image_shape)), CLASSES: str(data.classes)}
     save_pretrained(module.model, folder.path / "model", config=module.sparsity_config, metadata=words)
     masks = {target.name: target.mask.to(torch.uint8).contiguous() for target in module.sparsifier.targets}
     safetensors.torch.save_file(masks, folder.path / "masks.safetensors")

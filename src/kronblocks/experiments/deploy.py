@@ -1,0 +1,128 @@
+"""`kronblocks export` and `kronblocks inspect`: a finished training as a model to run, and what a saved model holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from kronblocks.errors import KronblocksError
+from kronblocks.experiments.models import build_model
+from kronblocks.export import Exported, Form, export
+from kronblocks.files import read_json
+from kronblocks.saving import CARD, from_pretrained, read_card
+
+SHAPE, CLASSES = "image shape", "classes"
+"""Words of a trained model's card by which it is built again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a finished training's model in the form that runs fastest here, checked against the trained one."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of `kronblocks train`."""
+    out: Path
+    """Folder for the exported model and its manifest.json."""
+    form: Form = "auto"
+    """For every layer the fastest (auto), or one for all."""
+    rows: int = 256
+    """Images of a batch, for which forms are timed."""
+    threads: int | None = None
+    """Threads that torch uses; unset: its own choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise KronblocksError(f"--{name} must be at least 1, not {value}")
+
+
+def trained_model(folder: Path) -> tuple[nn.Module, tuple[int, ...]]:
+    """The model of a finished training, and the shape of its images, (C, H, W).
+
+    Raises:
+        KronblocksError: the folder is none of a finished training.
+    """
+    if not (folder / "model" / CARD).exists():
+        raise KronblocksError(f"{folder} holds no trained model: name a folder that kronblocks train has finished")
+    words, settings = read_card(folder / "model")["metadata"], read_json(folder / "config.json")
+    try:
+        shape = tuple(int(side) for side in words[SHAPE].split("x"))
+        channels, height, width = shape
+        model = build_model(
+            settings["model"], (channels, height, width), int(words[CLASSES]), settings["widths"], settings["image_size"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise KronblocksError(f"{folder} does not say how to build its model ({error!r}): train again") from error
+    return from_pretrained(folder / "model", model), shape
+
+
+def run_export(config: ExportConfig) -> Exported:
+    """Export, show what became of each layer, and write it."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model, shape = trained_model(config.run)
+    exported = export(model, torch.randn(config.rows, *shape, generator=torch.Generator().manual_seed(0)), form=config.form)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(str(exported), markup=False)
+    console.print(f"exported: {exported.save(config.out).resolve()}")
+    return exported
+
+
+def inspect(path: tyro.conf.Positional[Path]) -> None:
+    """Show what a saved model holds: layers, blocks, tensors and bytes.
+
+    Args:
+        path: a folder of save_pretrained, export or train, or a .safetensors file.
+    """
+    console = Console(soft_wrap=True, highlight=False)
+    if (path / "model" / CARD).exists():
+        path = path / "model"
+    if path.is_dir():
+        card = read_card(path)
+        console.print(_layers(card))
+        for name, value in {"model": card.get("model"), **card["metadata"]}.items():
+            console.print(f"{name}: {value}", markup=False)
+        path = path / card["weights"]
+    console.print(_tensors(path))
+
+
+def _layers(card: dict[str, Any]) -> Table:
+    table = Table(title="block layers", title_justify="left")
+    for name in ("layer", "kind", "shape", "blocks", "live", "rank"):
+        table.add_column(name, justify="left" if name in ("layer", "kind") else "right")
+    for name, layer in card["structure"].get("layers", {}).items():
+        shape = f"{layer.get('out_features')}x{layer.get('in_features')}"
+        cells = (name, layer.get("kind"), shape, layer.get("block_size"), layer.get("capacity", ""), layer.get("rank", ""))
+        table.add_row(*map(str, cells))
+    return table
+
+
+def _tensors(path: Path) -> Table:
+    table = Table(title=str(path), title_justify="left")
+    for name in ("tensor", "type", "shape", "KiB", "zeros %"):
+        table.add_column(name, justify="left" if name == "tensor" else "right")
+    total = 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118: no dict
+                tensor = file.get_tensor(name)
+                size, zeros = (
+                    tensor.numel() * tensor.element_size(),
+                    float((tensor == 0).float().mean()) if tensor.numel() else 0.0,
+                )
+                shape, total = "x".join(map(str, tensor.shape)), total + size
+                table.add_row(name, str(tensor.dtype).removeprefix("torch."), shape, f"{size / 1024:,.1f}", f"{100 * zeros:.1f}")
+    except (OSError, SafetensorError) as error:
+        raise KronblocksError(f"cannot read {path}: {error}") from error
+    table.add_section()
+    table.add_row("together", "", "", f"{total / 1024:,.1f}", "")
+    return table

@@ -1,0 +1,57 @@
+"""`kronblocks export` and `kronblocks inspect` on a real training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from kronblocks import BlockSparseLinear, KronblocksError
+from kronblocks.cli import main
+from kronblocks.experiments.deploy import ExportConfig, run_export, trained_model
+from kronblocks.experiments.tasks import TrainConfig
+from kronblocks.experiments.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deploy") / "run"
+    train(TrainConfig(out=folder, data="digits", widths=(32,), epochs=3, batch_size=64, block_size="4", progress=False))
+    return folder
+
+
+def test_a_training_is_exported_and_inspected(run, tmp_path, capsys):
+    main(["export", str(run), "--out", str(tmp_path / "out"), "--form", "packed", "--rows", "9"])
+    said = capsys.readouterr().out
+    assert "asked for" in said and "exported: " in said
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert [layer["form"] for layer in manifest["layers"]] == ["packed", "packed"] and manifest["layers"][0]["rows"] == 9
+    main(["inspect", str(tmp_path / "out")])
+    assert "BlockSparseLinear" in (said := capsys.readouterr().out) and "values" in said and "together" in said
+    main(["inspect", str(run)])
+    assert "test accuracy: " in capsys.readouterr().out
+    (weights,) = (tmp_path / "out").glob("*.safetensors")
+    main(["inspect", str(weights)])
+    assert "block_mask" in capsys.readouterr().out
+
+
+def test_the_trained_model_comes_back(run):
+    model, shape = trained_model(run)
+    assert shape == (1, 8, 8) and sum(isinstance(each, BlockSparseLinear) for each in model.modules()) == 2
+    exported = run_export(ExportConfig(run=run, out=run.parent / "again", form="dense", rows=5))
+    x = torch.randn(5, *shape)
+    torch.testing.assert_close(exported.model(x), model(x))
+
+
+def test_folders_that_hold_nothing_of_the_kind(run, tmp_path, capsys):
+    with pytest.raises(KronblocksError, match="holds no trained model"):
+        trained_model(tmp_path)
+    for line, says in (
+        (["inspect", str(tmp_path)], "holds no kronblocks.json"),
+        (["inspect", str(run / "config.json")], "cannot read"),
+        (["export", str(run), "--out", str(tmp_path / "x"), "--rows", "0"], "--rows must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(line)
+        assert says in capsys.readouterr().err
