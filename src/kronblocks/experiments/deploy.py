@@ -113,12 +113,10 @@ def _tensors(path: Path) -> Table:
     total = 0
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118: no dict
+            names: list[str] = file.keys()
+            for name in names:
                 tensor = file.get_tensor(name)
-                size, zeros = (
-                    tensor.numel() * tensor.element_size(),
-                    float((tensor == 0).float().mean()) if tensor.numel() else 0.0,
-                )
+                size, zeros = tensor.numel() * tensor.element_size(), int((tensor == 0).sum()) / max(1, tensor.numel())
                 shape, total = "x".join(map(str, tensor.shape)), total + size
                 table.add_row(name, str(tensor.dtype).removeprefix("torch."), shape, f"{size / 1024:,.1f}", f"{100 * zeros:.1f}")
     except (OSError, SafetensorError) as error:
