@@ -15,7 +15,7 @@ SHORT = {"tile_first": "tile", "coeff_first": "coeff", "packed": "packed", "dens
 def table(columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
     """A table whose first columns are text and whose others are numbers."""
     rule = ["---" if number < left else "---:" for number in range(len(columns))]
-    return [f"| {' | '.join(cells)} |" for cells in (columns, rule, *lines)]
+    return [f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |" for cells in (columns, rule, *lines)]
 
 
 def ratio(value: float) -> str:
