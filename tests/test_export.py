@@ -62,7 +62,7 @@ KINDS = {
 def test_every_form_computes_the_same_and_leaves_the_model_alone(form, dtype):
     model, x = sparse().to(dtype), torch.randn(3, 7, 24, dtype=dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    exported = export(model, x, form=form)
+    exported = export(model, x, form=form, slim=False)
     torch.testing.assert_close(exported.model(x), model.eval()(x))
     model.train()
     assert exported.error < 1e-5 and not exported.model.training
@@ -81,17 +81,17 @@ def test_the_fastest_form_is_taken(monkeypatch):
     forms = {16: "values", 12: "dense"}
     module = importlib.import_module("kronblocks.export")
     monkeypatch.setattr(module, "choose_deployed", lambda problem: forms[problem.grid.out_features])
-    exported = export(sparse(), torch.randn(7, 24))
+    exported = export(sparse(), torch.randn(7, 24), slim=False)
     assert [layer.form for layer in exported.layers] == ["packed", "dense"]
     assert "multiplied out" in exported.layers[0].why and "at 7 rows" in exported.layers[1].why
     forms |= {16: "coeff_first", 12: "packed"}
-    exported = export(sparse(), torch.randn(7, 24))
+    exported = export(sparse(), torch.randn(7, 24), slim=False)
     assert [layer.form for layer in exported.layers] == ["factored", "packed"]
     assert exported.model[0].active_plan == "coeff_first" and exported.model[0].gate is None
 
 
 def test_only_live_blocks_are_stored():
-    exported = export(sparse(), torch.randn(7, 24), form="packed")
+    exported = export(sparse(), torch.randn(7, 24), form="packed", slim=False)
     live = int(sparse()[2].block_mask.sum())
     assert exported.model[2].capacity == live
     assert exported.layers[1].bytes == live * (16 * 4 + 8) + 12  # values, positions, the mask

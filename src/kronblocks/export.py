@@ -22,6 +22,7 @@ from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.ops.choice import VALUES, choose_deployed
 from kronblocks.ops.cost import possible_plans
 from kronblocks.saving import save_pretrained
+from kronblocks.slimming import Slimmed, remove_dead_features_
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.surgery import plain_linear, replace_
 
@@ -52,16 +53,21 @@ class Exported:
     Args:
         model: a copy in eval mode, without gradients.
         layers: the block layers, in the model's order.
+        slimmed: where features were removed, so that layers are narrower than the model's.
+        remark: why none could be removed, if so.
         error: largest difference of its outputs to the model's on the example, relative to the largest output.
     """
 
     model: nn.Module
     layers: tuple[ExportedLayer, ...]
+    slimmed: tuple[Slimmed, ...]
+    remark: str
     error: float
 
     def manifest(self) -> dict[str, Any]:
         """What was exported, as plain values."""
-        return {"version": 1, "error": self.error, "layers": [asdict(layer) for layer in self.layers]}
+        layers, slimmed = [asdict(layer) for layer in self.layers], [asdict(each) for each in self.slimmed]
+        return {"version": 1, "error": self.error, "layers": layers, "slimmed": slimmed, "remark": self.remark}
 
     def save(self, folder: str | Path) -> Path:
         """Write the model (see `save_pretrained`) and manifest.json into a folder.
@@ -75,7 +81,8 @@ class Exported:
                 f"{sparse[0]} is in torch's BSR form, which has no file format of its own: export with form='packed', save that, "
                 "and call to_torch_bsr() on its layers after loading"
             )
-        folder = save_pretrained(self.model, folder)
+        resized = dict.fromkeys(name for each in self.slimmed for name in (each.producer, each.consumer))
+        folder = save_pretrained(self.model, folder, resized=resized)
         try:
             write_json(folder / MANIFEST, self.manifest())
         except OSError as error:
@@ -90,6 +97,10 @@ class Exported:
             rows.append((each.name, each.form, shape, each.block_size, f"{each.density:.3f}", size, each.why))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [
+            f"{each.producer} -> {each.consumer}: {each.removed} dead features removed, {each.left} left" for each in self.slimmed
+        ]
+        lines += [self.remark] * bool(self.remark)
         return "\n".join([*lines, f"largest difference to the model: {self.error:.1e} of the largest output"])
 
 
@@ -98,6 +109,7 @@ def export(
     example: Tensor | tuple[Any, ...] | Mapping[str, Any],
     *,
     form: Form = "auto",
+    slim: bool = True,
     sparsifier: Sparsifier | None = None,
     tolerance: float = 1e-4,
 ) -> Exported:
@@ -110,6 +122,8 @@ def export(
         form: "auto": for each layer the fastest on this machine, timed; or one form for all: "dense" (plain nn.Linear), "packed"
             (live blocks), "factored" (Kronecker factors; layers of free values are packed then), "bsr" (torch's own block-sparse
             layout).
+        slim: remove features that are constant or unread between two layers, see `kronblocks.slimming`; needs a model that
+            `torch.export` can trace.
         sparsifier: of a method that works on nn.Linear itself, so that its layers can be packed too.
         tolerance: how far outputs may differ, relative to the largest.
 
@@ -140,16 +154,16 @@ def export(
         model.train(training)
     if sparsifier is not None:
         _pack_masked(new, sparsifier)
-    rows = _rows(new, example)
+    if isinstance(new, BlockLayer):
+        new = nn.Sequential(new)
     names = [name for name, module in new.named_modules() if isinstance(module, BlockLayer)]
     if not names:
         raise KronblocksError(
             "the model has no block layer to export: give the model that sparsify_ made, or sparsifier= where its method works "
             "on nn.Linear itself"
         )
-    if isinstance(new, BlockLayer):
-        new = nn.Sequential(new)
-        names, rows = ["0"], {"0": rows[""]}
+    slimmed, remark = remove_dead_features_(new, *_arguments(example)) if slim else ([], "")
+    rows = _rows(new, example)
     layers = tuple(_export_layer(new, name, rows.get(name, 0), form) for name in names)
     error = _difference(list(_tensors(_call(new, example))), expected)
     if not error <= tolerance:
@@ -157,14 +171,19 @@ def export(
             f"the exported model's outputs differ by {error:.1e} of the largest output, more than tolerance={tolerance:g}: does "
             "the model in eval mode give the same at every call?"
         )
-    return Exported(new, layers, error)
+    return Exported(new, layers, tuple(slimmed), remark, error)
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), example
+    return (example if isinstance(example, tuple) else (example,)), {}
 
 
 @torch.no_grad()
 def _call(model: nn.Module, example: Any) -> Any:
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
+    args, kwargs = _arguments(example)
+    return model(*args, **kwargs)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

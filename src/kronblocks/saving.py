@@ -10,7 +10,7 @@ import contextlib
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def save_pretrained(
     *,
     config: SparsityConfig | None = None,
     metadata: Mapping[str, str] | None = None,
+    resized: Iterable[str] = (),
 ) -> Path:
     """Write a model into a folder: kronblocks.json, the weights as safetensors, and config.json of a transformers model.
 
@@ -48,6 +49,7 @@ def save_pretrained(
         folder: made if it is not there.
         config: what the model was sparsified with, for whoever reads the card.
         metadata: words of your own, such as the data and the accuracy.
+        resized: names of linear layers that have other sizes than in the model's code.
 
     Returns:
         The folder.
@@ -71,6 +73,7 @@ def save_pretrained(
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "structure": _compact_structure(model),
         "aliases": aliases,
+        "resized": {name: _sizes(model.get_submodule(name)) for name in resized},
         "sparsity": None if config is None else config.to_dict(),
         "metadata": {str(name): str(value) for name, value in (metadata or {}).items()},
     }
@@ -109,7 +112,8 @@ def from_pretrained(folder: str | Path, model: nn.Module | Callable[[], nn.Modul
         model = _from_transformers(folder)
     elif not isinstance(model, nn.Module):
         model = model()
-    layers = rebuilt(model, card["structure"], device="meta")
+    resized = _resized(model, card["resized"], folder)
+    layers = {**resized, **rebuilt(model, card["structure"], "meta", resized)}
     with _opened(folder / card["weights"]) as file:
         reader = _Reader(file, model, layers, card, folder)
         reader.check()
@@ -130,13 +134,35 @@ def read_card(folder: Path) -> dict[str, Any]:
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         found = card.get("format") if isinstance(card, dict) else None
         raise KronblocksError(f"{path} has format {found!r}, and this kronblocks reads format {FORMAT}")
-    kinds = {"weights": str, "structure": dict, "aliases": dict, "metadata": dict}
+    card.setdefault("resized", {})
+    kinds = {"weights": str, "structure": dict, "aliases": dict, "metadata": dict, "resized": dict}
     for name, kind in kinds.items():
         if not isinstance(card.get(name), kind):
             raise KronblocksError(f"{path} is damaged: {name} is not a {kind.__name__}")
     if not _WEIGHTS.fullmatch(card["weights"]):
         raise KronblocksError(f"{path} is damaged: {card['weights']!r} is no name of a weights' file")
     return card
+
+
+def _sizes(layer: Any) -> list[int]:
+    """What `_resized` needs to make a linear layer of the same sizes."""
+    return [layer.out_features, layer.in_features, int(layer.bias is not None)]
+
+
+def _resized(model: nn.Module, sizes: Mapping[str, Any], folder: Path) -> dict[str, nn.Linear]:
+    """Linear layers of other sizes than the model's, on the meta device."""
+    modules, layers = dict(model.named_modules()), {}
+    for name, entry in sizes.items():
+        old = modules.get(name)
+        if not isinstance(old, nn.Linear | BlockLayer):
+            raise KronblocksError(f"{folder} resizes a layer {name!r}, but the model has {type(old).__name__} there")
+        match entry:
+            case [int(rows), int(cols), int(bias)] if 0 < rows < 2**31 and 0 < cols < 2**31:
+                dtype = next(old.parameters(recurse=False)).dtype
+                layers[name] = nn.Linear(cols, rows, bias=bool(bias), device="meta", dtype=dtype)
+            case _:
+                raise KronblocksError(f"{folder} is damaged: {entry!r} are no sizes of layer {name!r}")
+    return layers
 
 
 def _compact_structure(model: nn.Module) -> dict[str, Any]:
@@ -235,28 +261,30 @@ class _Reader:
     Args:
         file: opened safetensors.
         model: what is loaded into.
-        layers: block layers that will take the places of the model's own, on the meta device.
+        layers: those that will take the places of the model's own, on the meta device.
         card: what the folder says.
         folder: for error messages.
     """
 
-    def __init__(self, file: Any, model: nn.Module, layers: dict[str, BlockLayer], card: Mapping[str, Any], folder: Path) -> None:
+    def __init__(self, file: Any, model: nn.Module, layers: Mapping[str, Any], card: Mapping[str, Any], folder: Path) -> None:
         self._file, self._names, self._model, self._new = file, set(file.keys()), model, layers
         self._aliases, self._folder = card["aliases"], folder
         self._blocks: dict[str, Any] = {n: layers.get(n) or model.get_submodule(n) for n in card["structure"]["layers"]}
         self._masks: dict[str, Tensor] = {}
-        places = {id(model.get_submodule(name)) for name in self._blocks}  # a layer may stand in several
+        self._plain = {name: layer for name, layer in layers.items() if name not in self._blocks}
+        places = {id(model.get_submodule(name)) for name in (*self._blocks, *layers)}  # a layer may stand in several
         modules = model.named_modules(remove_duplicate=False)
         self._inside = tuple(f"{name}." for name, module in modules if id(module) in places)
 
-    def _other_tensors(self) -> list[tuple[str, Tensor]]:
-        """What of the model's state belongs to no block layer of the folder."""
+    def _plain_tensors(self) -> list[tuple[str, Tensor]]:
+        """What of the model's state, as it will be, belongs to no block layer of the folder."""
         state = self._model.state_dict(keep_vars=True)
-        return [(name, t) for name, t in state.items() if isinstance(t, Tensor) and not name.startswith(self._inside)]
+        others = [(name, t) for name, t in state.items() if isinstance(t, Tensor) and not name.startswith(self._inside)]
+        return others + [(f"{prefix}.{name}", p) for prefix, layer in self._plain.items() for name, p in layer.named_parameters()]
 
     def check(self) -> None:
         """Raise unless the file holds just what the model needs, in its sizes."""
-        wanted = {name: tuple(tensor.shape) for name, tensor in self._other_tensors()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in self._plain_tensors()}
         for prefix, layer in self._blocks.items():
             wanted |= self._sizes_of_blocks(prefix, layer)
         for name, shape in wanted.items():
@@ -304,7 +332,7 @@ class _Reader:
         for prefix, layer in self._blocks.items():
             _unpack_(layer, lambda name, prefix=prefix: self._read(f"{prefix}.{name}"), self._masks[prefix])
         with torch.no_grad():
-            for name, tensor in self._other_tensors():
+            for name, tensor in self._plain_tensors():
                 tensor.copy_(self._read(name))
 
 

@@ -319,13 +319,19 @@ def apply_structure_(model: nn.Module, record: Mapping[str, Any]) -> None:
         replace_(model, name, layer)
 
 
-def rebuilt(model: nn.Module, record: Mapping[str, Any], device: torch.device | str | None = None) -> dict[str, BlockLayer]:
+def rebuilt(
+    model: nn.Module,
+    record: Mapping[str, Any],
+    device: torch.device | str | None = None,
+    instead: Mapping[str, nn.Linear] | None = None,
+) -> dict[str, BlockLayer]:
     """The layers of a record that the model has not got, by name, not yet in their places.
 
     Args:
         model: what they will be put into.
         record: what `structure` gave.
         device: where; None: where the model's layers are.
+        instead: layers that the model will have in the places of its own, by name.
 
     Raises:
         KronblocksError: the record is of another version or does not fit the model.
@@ -336,7 +342,7 @@ def rebuilt(model: nn.Module, record: Mapping[str, Any], device: torch.device | 
         raise KronblocksError(
             f"the structure record has version {record.get('version')!r}, and this kronblocks reads version {STRUCTURE_VERSION}"
         )
-    modules = dict(model.named_modules())
+    modules = {**dict(model.named_modules()), **(instead or {})}
     new = {name: _rebuild(modules.get(name), name, entry, device) for name, entry in record["layers"].items()}
     return {name: layer for name, layer in new.items() if layer is not None}
 
