@@ -148,7 +148,7 @@ def export(
     training = model.training
     model.eval()
     try:
-        expected = list(_tensors(_call(model, example)))
+        expected = list(tensors(call(model, example)))
         new = copy.deepcopy(model).requires_grad_(False)
     finally:
         model.train(training)
@@ -162,10 +162,10 @@ def export(
             "the model has no block layer to export: give the model that sparsify_ made, or sparsifier= where its method works "
             "on nn.Linear itself"
         )
-    slimmed, remark = remove_dead_features_(new, *_arguments(example)) if slim else ([], "")
+    slimmed, remark = remove_dead_features_(new, *arguments(example)) if slim else ([], "")
     rows = _rows(new, example)
     layers = tuple(_export_layer(new, name, rows.get(name, 0), form) for name in names)
-    error = _difference(list(_tensors(_call(new, example))), expected)
+    error = difference(list(tensors(call(new, example))), expected)
     if not error <= tolerance:
         raise KronblocksError(
             f"the exported model's outputs differ by {error:.1e} of the largest output, more than tolerance={tolerance:g}: does "
@@ -174,32 +174,35 @@ def export(
     return Exported(new, layers, tuple(slimmed), remark, error)
 
 
-def _arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+def arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Positional and keyword arguments of an example."""
     if isinstance(example, Mapping):
         return (), example
     return (example if isinstance(example, tuple) else (example,)), {}
 
 
 @torch.no_grad()
-def _call(model: nn.Module, example: Any) -> Any:
-    args, kwargs = _arguments(example)
+def call(model: nn.Module, example: Any) -> Any:
+    """The model's output for an example, without gradients."""
+    args, kwargs = arguments(example)
     return model(*args, **kwargs)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors(output: Any) -> Iterator[Tensor]:
     """The floating point tensors of whatever a model returns, in order."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output.detach().clone()
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _tensors(value)
+            yield from tensors(value)
     elif isinstance(output, list | tuple):
         for value in output:
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
-def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Largest difference, relative to the largest of theirs; infinite where the shapes differ."""
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         return float("inf")
     largest = max((float(t.abs().max()) for t in theirs if t.numel()), default=0.0)
@@ -217,7 +220,7 @@ def _rows(model: nn.Module, example: Any) -> dict[str, int]:
     blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, BlockLayer)]
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in blocks]
     try:
-        _call(model, example)
+        call(model, example)
     finally:
         for handle in handles:
             handle.remove()

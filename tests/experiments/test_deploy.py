@@ -22,9 +22,22 @@ def run(tmp_path_factory):
 
 
 def test_a_training_is_exported_and_inspected(run, tmp_path, capsys):
-    main(["export", str(run), "--out", str(tmp_path / "out"), "--form", "packed", "--rows", "9"])
+    main(
+        [
+            "export",
+            str(run),
+            "--out",
+            str(tmp_path / "out"),
+            "--form",
+            "packed",
+            "--rows",
+            "9",
+            "--onnx",
+            str(tmp_path / "x.onnx"),
+        ]
+    )
     said = capsys.readouterr().out
-    assert "asked for" in said and "exported: " in said
+    assert "asked for" in said and "exported: " in said and "onnx: " in said and (tmp_path / "x.onnx").exists()
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert [layer["form"] for layer in manifest["layers"]] == ["packed", "packed"] and manifest["layers"][0]["rows"] == 9
     main(["inspect", str(tmp_path / "out")])

@@ -17,6 +17,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import build_model
 from kronblocks.export import Exported, Form, export
 from kronblocks.files import read_json
+from kronblocks.integrations.onnx import save_onnx
 from kronblocks.saving import CARD, from_pretrained, read_card
 
 SHAPE, CLASSES = "image shape", "classes"
@@ -33,6 +34,8 @@ class ExportConfig:
     """Folder for the exported model and its manifest.json."""
     form: Form = "auto"
     """For every layer the fastest (auto), or one for all."""
+    onnx: Path | None = None
+    """An ONNX file to write as well, of dense layers, checked in onnxruntime."""
     rows: int = 256
     """Images of a batch, for which forms are timed."""
     threads: int | None = None
@@ -70,10 +73,14 @@ def run_export(config: ExportConfig) -> Exported:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model, shape = trained_model(config.run)
-    exported = export(model, torch.randn(config.rows, *shape, generator=torch.Generator().manual_seed(0)), form=config.form)
+    example = torch.randn(config.rows, *shape, generator=torch.Generator().manual_seed(0))
+    exported = export(model, example, form=config.form)
     console = Console(soft_wrap=True, highlight=False)
     console.print(str(exported), markup=False)
     console.print(f"exported: {exported.save(config.out).resolve()}")
+    if config.onnx is not None:
+        made = save_onnx(model, example, config.onnx)
+        console.print(f"onnx: {made.path.resolve()}, largest difference {made.error:.1e} of the largest output")
     return exported
 
 
