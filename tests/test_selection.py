@@ -137,7 +137,7 @@ def test_lazy_layers_wait():
     assert "LazyLinear" in reasons(report)["1"]
 
 
-@pytest.mark.parametrize(("block", "rank"), [(2, 1), (4, 4), (8, 8), (16, 8), ("2x4", 2)])
+@pytest.mark.parametrize(("block", "rank"), [(2, 2), (4, 4), (8, 8), (16, 8), ("2x4", 2)])
 def test_the_rank_follows_the_block_size_where_none_is_set(block, rank):
     model = nn.Sequential(nn.Linear(64, 32))
     (selected,) = select(model, SparsityConfig(block_size=block)).selected

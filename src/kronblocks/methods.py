@@ -64,11 +64,11 @@ OWN: dict[str, Own] = {
 
 
 def own_rank(area: int) -> int:
-    """Kronecker terms for blocks of this many weights, where the user sets none: a quarter of them, up to 8.
+    """Kronecker terms for blocks of this many weights, where the user sets none: a quarter of them, from 2 to 8.
 
     Measured (docs/experiments.md): at 16x16 a rank of 8 is better than 4, at 4x4 it is not, and costs twice the parameters.
 
     >>> own_rank(4), own_rank(16), own_rank(256)
-    (1, 4, 8)
+    (2, 4, 8)
     """
-    return max(1, min(8, area // 4))
+    return min(area, max(2, min(8, area // 4)))

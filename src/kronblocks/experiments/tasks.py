@@ -84,7 +84,7 @@ class ModelAndData:
     test_images: int | None = None
     """Validate and test on so many of those images only."""
     rank: int | None = None
-    """Kronecker terms of a layer; unset: a quarter of a block's weights, up to 8."""
+    """Kronecker terms of a layer; unset: a quarter of a block's weights, 2 to 8."""
     sparsity: float = 0.9
     """Share of the weights that ends in blocks of exact zeros."""
     epochs: int = 8

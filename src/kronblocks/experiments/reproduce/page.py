@@ -119,6 +119,11 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
     for block, sparsity in sorted(groups, key=lambda key: (key[1], BlockSize.parse(key[0]).area)):
         here = [cell for cell in found if (cell.block, cell.sparsity) == (block, sparsity)]
         lines += [f"### {100 * sparsity:g}% zeros, {BlockSize.parse(block)} blocks", ""]
+        seeds = max(len(cell.rows) for cell in found)
+        missing = len(settings["trials"]) * seeds - sum(len(cell.rows) for cell in [*dense, *here])
+        if missing:
+            lines += [f"Not finished: {missing} trainings are missing.", ""]
+            continue
         lines += [*_comparison([*dense, *here], settings), "", *_sizes(here)]
     return lines + _trials(data)
 
@@ -126,7 +131,7 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
 _DECIDED = """Few intervals leave 0 out: one bank of tiles, three times the rate for factors, a linear or a staircase schedule and
 pruning until late lose; the rest is noise at three seeds. So the base stayed but for three settings: factors train at the rate
 of the dense weights (no worse, and further from the collapse at three times the rate), pruning ends at 0.4 of the training (no
-worse, and cheaper), and the rank is a quarter of a block's weights up to 8 (at 16x16 a rank of 8 is better than 4 here and in
+worse, and cheaper), and the rank is a quarter of a block's weights from 2 to 8 (at 16x16 a rank of 8 is better than 4 here and in
 the trials of the comparison of methods, at 4x4 it is not). Rows that begin with A combine several."""
 
 

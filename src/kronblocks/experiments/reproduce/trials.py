@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from kronblocks.config import PenaltyConfig, ScheduleConfig
+from kronblocks.config import ScheduleConfig
 
 Settings = dict[str, Any]  # of a TrainConfig
 
@@ -27,7 +27,7 @@ _SECOND: dict[str, list[Settings]] = {  # beside the learning rate, two values o
     "group-lasso": _pruned_until(0.5, 0.8),
     "elastic-group-lasso": _pruned_until(0.5, 0.8),
     "rigl": [{"regrow": 0.3}, {"regrow": 0.5}],
-    "kron-l1": [{"penalty": PenaltyConfig(strength=1.0)}, {"penalty": PenaltyConfig(strength=10.0)}],
+    "kron-l1": [{"rank": 4}, {"rank": 8}],
 }
 
 
