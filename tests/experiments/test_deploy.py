@@ -22,20 +22,8 @@ def run(tmp_path_factory):
 
 
 def test_a_training_is_exported_and_inspected(run, tmp_path, capsys):
-    main(
-        [
-            "export",
-            str(run),
-            "--out",
-            str(tmp_path / "out"),
-            "--form",
-            "packed",
-            "--rows",
-            "9",
-            "--onnx",
-            str(tmp_path / "x.onnx"),
-        ]
-    )
+    files = ["--out", str(tmp_path / "out"), "--onnx", str(tmp_path / "x.onnx")]
+    main(["export", str(run), "--form", "packed", "--rows", "9", *files])
     said = capsys.readouterr().out
     assert "asked for" in said and "exported: " in said and "onnx: " in said and (tmp_path / "x.onnx").exists()
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
