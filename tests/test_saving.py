@@ -100,6 +100,14 @@ def test_tied_layers_are_stored_once_and_stay_tied(tmp_path):
     assert torch.equal(again["b"].weight, model["a"].weight) and torch.equal(again["d"].weight, model["c"].weight)
 
 
+def test_parameters_that_are_parts_of_one_tensor(tmp_path):
+    whole, model = torch.randn(6, 4), nn.ModuleDict({"a": nn.Linear(4, 2, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    model["a"].weight, model["b"].weight = nn.Parameter(whole[:2]), nn.Parameter(whole[2:])
+    new = nn.ModuleDict({"a": nn.Linear(4, 2, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    again = from_pretrained(save_pretrained(model, tmp_path), new)
+    assert torch.equal(torch.cat([again["a"].weight, again["b"].weight]), whole)
+
+
 def test_saving_again_replaces_all_of_it_and_leaves_other_files(folder):
     (folder / "notes.txt").write_text("mine")
     before = weights_of(folder)

@@ -190,7 +190,9 @@ def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         if tensor.numel() and first.setdefault(where, name) != name:
             aliases[name] = first[where]
         else:
-            tensors[name] = packed.get(name, tensor).cpu().contiguous()
+            value = packed.get(name, tensor).cpu().contiguous()
+            whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+            tensors[name] = value if whole else value.clone()  # safetensors refuses to store parts of one piece of memory
     return tensors, aliases
 
 
