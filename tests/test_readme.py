@@ -10,6 +10,7 @@ import torch
 
 import kronblocks
 from kronblocks.experiments.bench.page import write
+from kronblocks.experiments.reproduce.page import write as write_experiments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -44,6 +45,11 @@ def test_commands_are_targets_of_the_makefile():
 def test_the_benchmark_page_is_what_the_results_say(tmp_path):
     page = write(ROOT / "benchmarks/results", tmp_path / "benchmarks.md")
     assert page.read_text() == (ROOT / "docs/benchmarks.md").read_text(), "run kronblocks bench tables"
+
+
+def test_the_page_of_the_experiments_is_what_the_results_say(tmp_path):
+    page = write_experiments(ROOT / "benchmarks/results", tmp_path / "experiments.md")
+    assert page.read_text() == (ROOT / "docs/experiments.md").read_text(), "run kronblocks reproduce tables"
 
 
 def test_everything_public_is_exported_and_documented():
