@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from kronblocks.experiments.figures import Picture, panel
 from kronblocks.search.report import SearchReport
@@ -39,7 +40,10 @@ def _candidates(axes: Axes, report: SearchReport) -> None:
 
 def _losses(axes: Axes, report: SearchReport) -> None:
     """Held-out loss against the time of a step, a point for each round; the winner is filled."""
-    for colour, path in zip(COLOURS, report.paths, strict=False):
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    for number, (colour, path) in enumerate(zip(COLOURS, report.paths, strict=False)):
         rungs = [rung for rung in path.rungs if math.isfinite(rung.loss)]
         if not rungs:
             continue
@@ -48,7 +52,8 @@ def _losses(axes: Axes, report: SearchReport) -> None:
         face = colour if path.block == report.winner else "white"
         errors = [rung.gap_error for rung in rungs]
         axes.errorbar(times, losses, yerr=errors, fmt="o", color=colour, markerfacecolor=face, capsize=3)
-        axes.annotate(str(path.block), (times[-1], losses[-1]), xytext=(7, 5), textcoords="offset points", color=colour)
+        place = (7, 5 if number % 2 else -14)  # neighbours are often close together
+        axes.annotate(str(path.block), (times[-1], losses[-1]), xytext=place, textcoords="offset points", color=colour)
     axes.set_xlabel("milliseconds a training step")
     axes.set_ylabel("held-out loss, after each round")
 
