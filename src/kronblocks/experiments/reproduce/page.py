@@ -22,13 +22,13 @@ _INTRO = """# Experiments
 <!-- written by `kronblocks reproduce tables` from benchmarks/results: do not edit -->
 
 Every method has the same number of trials on the same task (three learning rates times two values of its own second setting,
-two seeds each, other seeds than those below), and the trial with the best mean **validation** accuracy is the one that is
-compared. Test images decide nothing. Accuracies are of the last epoch. Zeros are counted exactly, in blocks. Differences are
-paired by seed, with their 95% interval (Student's t). The best sparse method of a comparison is bold, whoever it is.
-Multiply-adds are those of products in forward and backward, as each layer computed at that density, growth scores included;
-"parameters" are those trained at the most and at the end; "bytes" are parameters, gradients, optimiser state and tensors kept
-for backward at their largest; all relative to dense. Trainings ran two at a time on one thread each, so seconds compare methods
-with each other; for speed see [benchmarks](benchmarks.md).
+with other seeds than those below), and the trial with the best mean **validation** accuracy is the one that is compared. Test
+images decide nothing. Accuracies are of the last epoch. Zeros are counted exactly, in blocks. Differences are paired by seed,
+with their 95% interval (Student's t). The best sparse method of a comparison is bold, whoever it is. Multiply-adds are those of
+products in forward and backward, as each layer computed at that density, growth scores included; "parameters" are those trained
+at the most and at the end; "bytes" are parameters, gradients, optimiser state and tensors kept for backward at their largest;
+all relative to dense. Trainings ran two at a time on one thread each, so seconds compare methods with each other; for speed see
+[benchmarks](benchmarks.md).
 """
 
 
@@ -54,7 +54,7 @@ def write(results: Path, page: Path) -> Path:
 def _picture(name: str, data: dict[str, Any], page: Path) -> str | None:
     """The figure of a study with several sparsities, beside the page; its address there."""
     found = cells(data["rows"])
-    if data["settings"]["variants"] or len({cell.sparsity for cell in found if cell.block}) < 3:
+    if data["settings"]["variants"] or len({cell.sparsity for cell in found if cell.block}) < 2:
         return None
     about = f"{data['settings']['data']}, {data['settings']['model']}, {len(found[0].rows)} seeds"
     draw(found, page.parent / "figures" / f"experiments-{name}.png", about)
@@ -204,11 +204,14 @@ def _trials(data: dict[str, Any]) -> list[str]:
     chosen: dict[tuple[str, str], int] = {}
     for row in data["rows"]:
         if row["part"] == "compare":
-            chosen[row["method"], row["block"]] = row["trial"]
+            chosen[row["block"], row["method"]] = row["trial"]
+    tried = {row["seed"] for row in data["rows"] if row["part"] == "tune"}
+    if not tried:
+        return []
+    trials = data["settings"]["trials"]
     lines = []
-    for (method, block), trial in chosen.items():
-        settings = data["settings"]["trials"][method][trial]
-        words = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+    for block, method in sorted(chosen, key=lambda key: (BlockSize.parse(key[0]).area if key[0] else 0, [*trials].index(key[1]))):
+        words = ", ".join(f"{name} {value:g}" for name, value in trials[method][chosen[block, method]].items())
         lines.append([method, str(BlockSize.parse(block)) if block else "", words])
-    title = ["### Settings chosen on validation", ""]
-    return [*title, *table(["method", "block", "settings"], lines, left=3), ""]
+    title = f"### Settings chosen on validation, of {len(next(iter(trials.values())))} trials with {len(tried)} seeds"
+    return [title.replace("1 seeds", "1 seed"), "", *table(["method", "block", "settings"], lines, left=3), ""]

@@ -171,6 +171,13 @@ STUDIES = {
         Study(name="linear-mnist5k", data="mnist5k", model="linear", epochs=20, folds=True, cells=(("2", 0.5), ("2", 0.9))),
         Study(name="linear-fashion", data="fashion-mnist", model="linear", epochs=8, folds=True, cells=(("2", 0.5), ("2", 0.9))),
         Study(name="lenet5-mnist5k", data="mnist5k", model="lenet5", epochs=20, cells=(("4", 0.5), ("4", 0.9))),
-        Study(name="lenet5-fashion", data="fashion-mnist", model="lenet5", epochs=8, cells=(("4", 0.5), ("4", 0.9))),
+        Study(
+            name="lenet5-fashion",
+            data="fashion-mnist",
+            model="lenet5",
+            epochs=8,
+            cells=(("4", 0.5), ("4", 0.9)),
+            tuning_seeds=(100,),  # a minute a training
+        ),
     )
 }
