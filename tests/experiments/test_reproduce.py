@@ -18,6 +18,8 @@ from kronblocks.experiments.reproduce.campaign import Campaign, best_trial
 from kronblocks.experiments.reproduce.commands import ReproduceConfig
 from kronblocks.experiments.reproduce.figures import draw
 from kronblocks.experiments.reproduce.page import summary, write
+from kronblocks.experiments.reproduce.searches import SearchStudy
+from kronblocks.experiments.reproduce.searches import page as searches_page
 from kronblocks.experiments.reproduce.statistics import CellResult, cells, paired
 from kronblocks.experiments.reproduce.studies import METHODS, STUDIES, Cell, Study
 from kronblocks.experiments.reproduce.trials import trials
@@ -163,6 +165,33 @@ def test_paired_differences_and_their_interval():
     half = 4.30265 * math.sqrt(7 / 3) / math.sqrt(3)
     assert difference.low == pytest.approx(7 / 3 - half, rel=1e-4) and difference.high == pytest.approx(7 / 3 + half, rel=1e-4)
     assert paired([1.0], [0.0]).low == -math.inf
+
+
+def test_searches_beside_trainings_of_every_size(tmp_path, monkeypatch):
+    task = {"data": "digits", "model": "mlp", "widths": (16,), "epochs": 2, "batch_size": 8, "sparsity": 0.5}
+    study = SearchStudy({"digits": task}, sizes=("2", "4"), seeds=(0,), threads=1)
+    results = study.run(tmp_path / "results", tmp_path / "work")
+    assert [(row["part"], row["size"]) for row in results.rows] == [("apart", "2"), ("apart", "4"), ("search", "auto")]
+    assert results.rows[2]["found"] in ("2x2", "4x4") and results.rows[1]["blocks"] == "2x4 4x4"
+    monkeypatch.setattr(SearchStudy, "_search", lambda self, key: pytest.fail("run again"))
+    study.run(tmp_path / "results", tmp_path / "work")
+    assert "## Search" in (write(tmp_path / "results", tmp_path / "page.md")).read_text()
+
+
+def test_what_a_search_should_have_found():
+    def row(size, seed, accuracy, seconds):
+        key = {"part": "apart", "task": "a task", "size": size, "seed": seed, "blocks": f"{size}x{size}"}
+        return {**key, "test_accuracy": accuracy, "seconds": seconds}
+
+    apart = [row(*each) for each in (("2", 0, 0.90, 9), ("2", 1, 0.88, 9), ("4", 0, 0.889, 4), ("4", 1, 0.889, 4))]
+    apart += [row("8", 0, 0.8, 1), row("8", 1, 0.8, 1)]
+    search = {"part": "search", "task": "a task", "size": "auto", "seed": 0, "found": "4x4", "seconds": 5}
+    text = "\n".join(searches_page({"versions": {"processor": "a", "torch": "b"}, "rows": [*apart, search]}))
+    assert (
+        "| **4x4** | 4x4 | 88.90 ± 0.00 | yes | 4.0 | 1 of 1 |" in text
+        and "| 8x8 | 8x8 | 80.00 ± 0.00 | no | 1.0 | 0 of 1 |" in text
+    )
+    assert "A search took 5.0 s, 1.25 of a training with 4x4 blocks." in text
 
 
 def test_names_of_the_command_are_studies():

@@ -16,7 +16,7 @@ from kronblocks.errors import KronblocksError
 if TYPE_CHECKING:
     from kronblocks.experiments.reproduce.studies import Study
 
-What = Literal["mlp", "ablation", "linear", "lenet5", "vit-tiny", "vit-base", "swin-tiny", "all", "tables"]
+What = Literal["mlp", "ablation", "linear", "lenet5", "vit-tiny", "vit-base", "swin-tiny", "search", "all", "tables"]
 SHORT: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp",),
     "ablation": ("ablation",),
@@ -39,7 +39,8 @@ class ReproduceConfig:
     """
 
     what: tyro.conf.Positional[What]
-    """Which: a model of the paper, our own MLP, what the default method is made of (ablation), or all; tables: write the page."""
+    """Which: a model of the paper, our own MLP, what the default method is made of (ablation), whether the block-size search
+    finds what it should (search), or all; tables: write the page."""
     out: Path = Path("benchmarks/results")
     """Folder of the results files."""
     page: Path = Path("docs/experiments.md")
@@ -55,7 +56,7 @@ class ReproduceConfig:
         if self.jobs is not None and self.jobs < 1:
             raise KronblocksError(f"--jobs must be at least 1, not {self.jobs}")
         groups = FULL if self.full else SHORT
-        if self.what not in (*groups, "all", "tables"):
+        if self.what not in (*groups, "all", "tables", *(() if self.full else ("search",))):
             raise KronblocksError(
                 f"{self.what} {'has no other form: leave --full out' if self.full else 'is too large for a CPU: add --full'}"
             )
@@ -63,7 +64,7 @@ class ReproduceConfig:
     @property
     def names(self) -> tuple[str, ...]:
         """The studies."""
-        groups = FULL if self.full else SHORT
+        groups = {"search": (), **(FULL if self.full else SHORT)}
         return groups[self.what] if self.what != "all" else tuple(name for group in groups.values() for name in group)
 
 
@@ -82,6 +83,11 @@ def reproduce(config: Annotated[ReproduceConfig, tyro.conf.arg(name="")]) -> Non
             campaign = Campaign(STUDIES[name], config.out, config.work, config.jobs or (1 if config.full else 2))
             results = campaign.run()
             Console().print(_summary(STUDIES[name], results.rows))
+            Console().print(f"results: {results.path}", soft_wrap=True, highlight=False)
+        if config.what in ("search", "all") and not config.full:
+            from kronblocks.experiments.reproduce.searches import SEARCHES
+
+            results = SEARCHES.run(config.out, config.work)
             Console().print(f"results: {results.path}", soft_wrap=True, highlight=False)
     except KeyboardInterrupt:
         sys.stderr.write("kronblocks: interrupted; what is finished is kept, and the same command goes on from there\n")

@@ -29,7 +29,7 @@ def draw(found: Sequence[CellResult], path: Path, title: str) -> None:
         axes.set_title(f"{BlockSize.parse(block)} blocks", loc="left", fontsize=10)
     panels[0].set_ylabel("test accuracy, %")
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=8.5)
+    figure.legend(handles, names, loc="outside lower center", ncols=min(5, 3 * len(blocks)), frameon=False, fontsize=8.5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)

@@ -10,6 +10,7 @@ from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.results import read
 from kronblocks.experiments.bench.tables import table
+from kronblocks.experiments.reproduce import searches
 from kronblocks.experiments.reproduce.figures import draw
 from kronblocks.experiments.reproduce.published import FOOTNOTE, PUBLISHED
 from kronblocks.experiments.reproduce.statistics import CellResult, cells
@@ -38,8 +39,8 @@ def write(results: Path, page: Path) -> Path:
     Raises:
         KronblocksError: there are no results.
     """
-    files = sorted(results.glob("reproduce-*.json"))
-    if not files:
+    files, searched = sorted(results.glob("reproduce-*.json")), results / f"{searches.NAME}.json"
+    if not files and not searched.exists():
         raise KronblocksError(f"{results} holds no reproduce-*.json: run kronblocks reproduce mlp first, or name another folder")
     parts = [_INTRO]
     for file in files:
@@ -47,6 +48,8 @@ def write(results: Path, page: Path) -> Path:
         parts += _study(name, data)
         if picture := _picture(name, data, page):
             parts += [f"![Test accuracy over sparsity]({picture})", ""]
+    if searched.exists():
+        parts += searches.page(read(searched))
     write_text(page, "\n".join(parts).rstrip() + "\n")
     return page
 

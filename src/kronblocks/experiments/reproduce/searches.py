@@ -1,0 +1,147 @@
+"""Whether the block-size search finds what training every size apart would have found, and for how much less time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from kronblocks.experiments.bench.results import Results, Row, significant
+from kronblocks.experiments.bench.tables import table
+from kronblocks.experiments.tasks import TrainConfig
+
+NAME = "search"
+KEY = ("part", "task", "size", "seed")
+COLUMNS = (*KEY, "found", "test_accuracy", "block_sparsity", "seconds", "steps", "blocks")
+SIZES = ("2", "4", "8", "16", "32")
+SEEDS = (0, 1, 2, 3, 4)
+
+TASKS: dict[str, dict[str, Any]] = {
+    "MLP, Fashion-MNIST, 90%": {"data": "fashion-mnist", "model": "mlp", "widths": (512, 256), "epochs": 8, "sparsity": 0.9},
+    "MLP, Fashion-MNIST, 50%": {"data": "fashion-mnist", "model": "mlp", "widths": (512, 256), "epochs": 8, "sparsity": 0.5},
+    "linear, MNIST-5k, 90%": {"data": "mnist5k", "model": "linear", "epochs": 20, "batch_size": 64, "sparsity": 0.9},
+}
+
+
+@dataclass(frozen=True)
+class SearchStudy:
+    """Every size trained apart with several seeds, and as many searches, one after the other on an idle machine.
+
+    Args:
+        tasks: settings of their trainings, by name.
+        sizes: the candidates.
+        seeds: of trainings and searches.
+        threads: of all of them; None: torch's own choice.
+    """
+
+    tasks: dict[str, dict[str, Any]]
+    sizes: tuple[str, ...] = SIZES
+    seeds: tuple[int, ...] = SEEDS
+    threads: int | None = None
+
+    def run(self, out: Path, work: Path) -> Results:
+        """Run what is missing; returns the results."""
+        shared = {"tasks": {name: _plain(task) for name, task in self.tasks.items()}, "sizes": list(self.sizes)}
+        results = Results.open(out / f"{NAME}.json", NAME, COLUMNS, KEY, {**shared, "threads": self.threads})
+        missing = results.missing(self._keys())
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("search", total=len(missing))
+            for key in missing:
+                progress.update(bar, description=" ".join(str(value) for value in key.values()))
+                results.add([{**key, **(self._apart(key, work) if key["part"] == "apart" else self._search(key))}])
+                progress.advance(bar)
+        return results
+
+    def _keys(self) -> Iterator[Row]:
+        for task in self.tasks:
+            for seed in self.seeds:
+                yield from ({"part": "apart", "task": task, "size": size, "seed": seed} for size in self.sizes)
+                yield {"part": "search", "task": task, "size": "auto", "seed": seed}
+
+    def _config(self, key: Row, out: Path) -> TrainConfig:
+        shared = {"method": "two-phase", "resume": True, "progress": False, "threads": self.threads, "seed": key["seed"]}
+        return TrainConfig(out=out, block_size=key["size"], **self.tasks[key["task"]], **shared)
+
+    def _apart(self, key: Row, work: Path) -> Row:
+        from kronblocks.experiments.train import train
+
+        folder = "-".join(str(value) for value in key.values()).replace(", ", "-").replace(" ", "-").replace("%", "")
+        result = train(self._config(key, work / NAME / folder))
+        return {
+            "found": None,
+            **{name: result[name] for name in ("test_accuracy", "block_sparsity")},
+            "seconds": significant(result["train_seconds"]),
+            "steps": None,
+            "blocks": " ".join(sorted({layer["block_size"] for layer in result["layers"]})),
+        }
+
+    def _search(self, key: Row) -> Row:
+        from kronblocks.experiments.data import load_data
+        from kronblocks.experiments.search import search_for
+        from kronblocks.search.halving import SearchConfig
+
+        config = self._config(key, Path())
+        found = search_for(config, load_data(config.data), SearchConfig(sizes=self.sizes, seed=key["seed"]))
+        blocks = " ".join(sorted(set(found.chosen.values())))
+        return {"found": str(found.winner), "seconds": significant(found.seconds), "steps": found.steps, "blocks": blocks}
+
+
+SEARCHES = SearchStudy(TASKS)
+
+
+def _plain(task: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in task.items()}
+
+
+_ABOUT = """Every block size trained apart with two-phase, and the block-size search as `block_size="auto"` runs it before a
+training, on validation data. A size is as good as the best one if its mean test accuracy is at most one standard deviation (of
+the best one's seeds) below; the cheapest of these, by the measured time of a training, is what a search should find (bold).
+Searches and trainings ran one after the other on an idle machine; seconds are medians."""
+
+
+def page(data: dict[str, Any]) -> list[str]:
+    """The section of the experiments' page."""
+    versions = data["versions"]
+    lines = ["## Search for the block size", "", _ABOUT, "", f"{versions['processor']}, torch {versions['torch']}.", ""]
+    for task in dict.fromkeys(row["task"] for row in data["rows"]):
+        rows = [row for row in data["rows"] if row["task"] == task]
+        lines += [
+            f"### {task}",
+            "",
+            *_task([r for r in rows if r["part"] == "apart"], [r for r in rows if r["part"] == "search"]),
+        ]
+    return lines
+
+
+def _task(apart: Sequence[Row], searches: Sequence[Row]) -> list[str]:
+    groups: dict[str, list[Row]] = {}
+    for row in apart:
+        groups.setdefault(row["size"], []).append(row)
+    best = max(groups.values(), key=_accuracy)
+    spread = statistics.stdev(row["test_accuracy"] for row in best) if len(best) > 1 else 0.0
+    good = [size for size, rows in groups.items() if _accuracy(rows) >= _accuracy(best) - spread]
+    seconds = {size: statistics.median(row["seconds"] for row in rows) for size, rows in groups.items()}
+    wanted = min(good, key=seconds.__getitem__)
+    body = []
+    for size, rows in groups.items():
+        accuracies = [100 * row["test_accuracy"] for row in rows]
+        deviation = f" ± {statistics.stdev(accuracies):.2f}" if len(rows) > 1 else ""
+        times = sum(row["found"].split("x")[0] == size for row in searches)
+        name = f"**{size}x{size}**" if size == wanted else f"{size}x{size}"
+        body.append([name, rows[0]["blocks"], f"{statistics.fmean(accuracies):.2f}{deviation}", "yes" if size in good else "no"])
+        body[-1] += [f"{seconds[size]:.1f}", f"{times} of {len(searches)}"]
+    columns = ["block size", "in the layers", "test accuracy %", "as good as the best", "seconds", "found by searches"]
+    lines = [*table(columns, body, left=2), ""]
+    if searches:
+        took = statistics.median(row["seconds"] for row in searches)
+        lines += [f"A search took {took:.1f} s, {took / seconds[wanted]:.2f} of a training with {wanted}x{wanted} blocks.", ""]
+    return lines
+
+
+def _accuracy(rows: Sequence[Row]) -> float:
+    return statistics.fmean(row["test_accuracy"] for row in rows)
