@@ -11,6 +11,7 @@ from torch.optim import LBFGS, Optimizer
 
 from kronblocks.errors import KronblocksError
 from kronblocks.sparsity.budget import Scope
+from kronblocks.sparsity.carried import CarriedState
 from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.report import SparsityReport, count_blocks
 from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState
@@ -92,12 +93,15 @@ class Sparsifier:
         self._loaded_total_steps: int | None = None
         self._has_dead = any(not bool(t.mask.all()) for t in self.targets if not t.mask.is_meta)
 
-    def attach(self, optimizers: Optimizer | Sequence[Optimizer], *, total_steps: int) -> Attachment:
+    def attach(self, optimizers: Optimizer | Sequence[Optimizer], *, total_steps: int, add_penalty: bool = False) -> Attachment:
         """Follow these optimisers' steps from now on.
 
         Args:
             optimizers: one, or several that each step once per training step; together they hold every targeted parameter.
+                Optimisers in the wrappers of Accelerate and Lightning are found.
             total_steps: optimiser steps of the whole training, what a learning-rate schedule would be given too.
+            add_penalty: add the penalty's gradient to the parameters' before each step, after clipping, for a training loop
+                whose loss is out of reach; leave `penalty()` out of the loss then.
 
         Returns:
             A handle whose `remove()` undoes it.
@@ -106,7 +110,8 @@ class Sparsifier:
             KronblocksError: LBFGS, a targeted parameter in none of the optimisers, attached already, or another number of
                 steps than a loaded state had.
         """
-        optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        optimizers = [optimizers] if not isinstance(optimizers, Sequence) else optimizers
+        optimizers = [_unwrapped(optimizer) for optimizer in optimizers]
         self._check_optimizers(optimizers)
         if self._loaded_total_steps not in (None, total_steps):
             raise KronblocksError(
@@ -117,6 +122,8 @@ class Sparsifier:
         self._optimizers = optimizers
         self._pending = {id(optimizer) for optimizer in optimizers}
         handles: list[Any] = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        if add_penalty and self.rule.has_penalty:
+            handles += [optimizer.register_step_pre_hook(self._add_penalty) for optimizer in optimizers]
         for target in self.targets:
             handles += target.hook_gradients()
         handles += self._planner.watch(self.targets)
@@ -178,6 +185,19 @@ class Sparsifier:
         wanted = self.rule.has_penalty and self.targets
         term = self.rule.penalty(self.targets, self._context(self.step)) if wanted else None
         return torch.zeros((), device=next(self.model.parameters()).device) if term is None else term
+
+    def _add_penalty(self, optimizer: Optimizer, *_: Any) -> None:
+        """Add the penalty's gradient to those of an optimiser's parameters; a fused one may hold scaled gradients."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        with torch.enable_grad():
+            term = self.penalty()
+        if not parameters or not term.requires_grad:
+            return
+        scale = getattr(optimizer, "grad_scale", None)
+        gradients = torch.autograd.grad(term, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad.add_(gradient if scale is None else gradient * scale)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
@@ -260,6 +280,12 @@ class Sparsifier:
         rate = {id(p): group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
         return tuple(float(rate.get(id(target.parameters()[0]), 0.0)) for target in self.targets)
 
+    def save_with_model(self) -> CarriedState:
+        """Keep the state in `model.state_dict()` from now on, as the tensor "kronblocks_state", and restore it, layers included,
+        in `model.load_state_dict(...)`: for trainers that save and load the model only. `remove()` on the handle ends it.
+        """
+        return CarriedState(self.model, self)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs beside the model's and the optimiser's state: plain values and tensors."""
         return {
@@ -317,3 +343,9 @@ class Sparsifier:
             raise KronblocksError(
                 f"the state is of a training of {state['total_steps']} steps, but attach was told {self.schedule.total_steps}"
             )
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimiser whose steps run hooks: Accelerate and Lightning keep it in `optimizer` of their wrappers."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _unwrapped(inner) if isinstance(inner, Optimizer) else optimizer

@@ -1,0 +1,87 @@
+"""A sparsifier's state inside its model's state_dict, for trainers that save and load nothing else."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kronblocks.errors import KronblocksError
+from kronblocks.sparsity.targets import LayerTarget
+
+KEY = "kronblocks_state"
+
+
+class _Stateful(Protocol):
+    targets: Any
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def pack(state: Mapping[str, Any]) -> Tensor:
+    """Plain values and tensors as one uint8 tensor."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def unpack(packed: Any) -> dict[str, Any]:
+    """What `pack` was given. Nothing but plain values and tensors is read.
+
+    Raises:
+        KronblocksError: it is something else.
+    """
+    try:
+        return torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), weights_only=True)
+    except Exception as error:
+        raise KronblocksError(f"{KEY} in the state_dict holds no state of a Sparsifier: {str(error).splitlines()[0]}") from error
+
+
+class CarriedState:
+    """Adds the state whenever the model's state_dict is made, and takes it out, first of all, when one is loaded."""
+
+    def __init__(self, model: nn.Module, sparsifier: _Stateful) -> None:
+        self._model, self._sparsifier = model, sparsifier
+        self._saving = model.register_state_dict_post_hook(lambda *args: self._add(*args))  # torch marks what it gets
+        self._loading = model.register_load_state_dict_pre_hook(self._take)
+
+    def stop_saving(self) -> None:
+        """Leave later state_dicts alone; those that hold a state can still be loaded."""
+        self._saving.remove()
+
+    def remove(self) -> None:
+        """Leave state_dicts alone altogether."""
+        self._saving.remove()
+        self._loading.remove()
+
+    def _add(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        if model is self._model:  # a copy, as for an average of weights, has the hook too
+            state_dict[prefix + KEY] = pack(self._sparsifier.state_dict())
+
+    def _take(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        packed = state_dict.pop(prefix + KEY, None)
+        if model is not self._model:
+            return
+        if packed is not None:
+            self._sparsifier.load_state_dict(unpack(packed))
+        else:
+            self._check_fits(state_dict, prefix)
+
+    def _check_fits(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Weights of other layers would be passed over in silence where loading is not strict."""
+        for target in self._sparsifier.targets:
+            if not isinstance(target, LayerTarget):
+                continue
+            place = f"{prefix}{target.name}."
+            found = {name.removeprefix(place) for name in state_dict if name.startswith(place)}
+            if found and found != set(target.module.state_dict()):
+                raise KronblocksError(
+                    f"the state_dict holds {', '.join(sorted(found))} of {target.name}, which is now a "
+                    f"{type(target.module).__name__}, and no {KEY} that says how to change that: load weights of a dense model "
+                    "before sparsify_, and checkpoints of a block-sparse training with the state that was saved in them"
+                )
