@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from kronblocks.errors import KronblocksError
 from kronblocks.sparsity.budget import Scope
 from kronblocks.sparsity.carried import CarriedState
+from kronblocks.sparsity.distributed import agreed, averaged, follow_replaced_parameters, is_shared
 from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.report import SparsityReport, count_blocks
 from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState
@@ -121,6 +122,9 @@ class Sparsifier:
         self.schedule = self._make_schedule(total_steps)
         self._optimizers = optimizers
         self._pending = {id(optimizer) for optimizer in optimizers}
+        if is_shared():
+            for target in self.targets:
+                target.share_mask_()
         handles: list[Any] = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         if add_penalty and self.rule.has_penalty:
             handles += [optimizer.register_step_pre_hook(self._add_penalty) for optimizer in optimizers]
@@ -225,9 +229,11 @@ class Sparsifier:
         if self.step == schedule.lift_step:
             self._surgeon.lift([target.name for target in self.targets], self._optimizers)
             self._retarget()
+            follow_replaced_parameters(self.model)
             self._planner.forget_choices()
         if self.step == schedule.end_step:
             self._surgeon.compact([target.name for target in self.targets], self._optimizers)
+            follow_replaced_parameters(self.model)
         if update or self.step == 1:  # by the end of the first step every layer has seen what it has to do
             self._planner.decide(self.targets)
         self._prepare_probes()
@@ -235,8 +241,8 @@ class Sparsifier:
     def _apply_rule(self, update: bool) -> None:
         lifted = self.schedule is not None and self.schedule.lift_step is not None and self.step > self.schedule.lift_step
         kind = "norm" if lifted and self.rule.score == "gate" else self.rule.score  # free values have no gates any more
-        scores = [target.scores(kind) for target in self.targets]
-        growth = [target.read_probe() for target in self.targets] if update and self.rule.needs_growth else None
+        scores = agreed([target.scores(kind) for target in self.targets], self.step)
+        growth = averaged([target.read_probe() for target in self.targets]) if update and self.rule.needs_growth else None
         multipliers, self._rule_state = self.rule.propose(scores, growth, self._rule_state, self._context(self.step))
         for target, multiplier in zip(self.targets, multipliers, strict=True):
             multiplier = multiplier.to(target.mask.device)

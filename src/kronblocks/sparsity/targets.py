@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
 from kronblocks.ops.cost import Problem
+from kronblocks.sparsity.distributed import broadcast_
 
 Score = Literal["norm", "gate", "taylor"]
 
@@ -168,6 +169,10 @@ class BlockTarget:
         """Make exactly these blocks live."""
         raise NotImplementedError
 
+    def share_mask_(self) -> None:
+        """Take rank 0's mask, where several processes train."""
+        self.set_mask_(broadcast_(self.mask.clone()))
+
     def enforce_zeros_(self) -> None:
         """Put dead blocks back to exactly 0, after an optimiser step may have moved them."""
         raise NotImplementedError
@@ -248,6 +253,11 @@ class LayerTarget(BlockTarget):
 
     def set_mask_(self, mask: Tensor) -> None:
         self._layer.set_block_mask_(mask)
+
+    def share_mask_(self) -> None:
+        for buffer in self.module.buffers():  # which slot holds which block, too
+            broadcast_(buffer)
+        self._layer.set_block_mask_(self.mask.clone())
 
     def enforce_zeros_(self) -> None:
         self._layer.enforce_zeros_()
