@@ -26,6 +26,7 @@ def parameter_groups(
     factor_lr_scale: float = FACTOR_LR_SCALE,
     lifted_lr_scale: float = LIFTED_LR_SCALE,
     factor_weight_decay: float = 0.0,
+    keep_empty: bool = True,
 ) -> list[dict[str, Any]]:
     """Four groups for an optimiser: "dense", "no-decay" (biases, norms), "factors", and "lifted", which is empty till the lift.
 
@@ -39,6 +40,7 @@ def parameter_groups(
         factor_lr_scale: rate of `coeff`, `tiles` and `gate`, relative to `lr`.
         lifted_lr_scale: rate of `values`, relative to `lr`.
         factor_weight_decay: of `coeff` and `tiles` (the gate gets none), and of `values`.
+        keep_empty: False leaves groups without parameters out: torch's distributed checkpoints refuse more than one of them.
 
     >>> model = nn.Sequential(KroneckerBlockLinear(8, 6, 2, rank=1), nn.Linear(6, 3))
     >>> [(group["name"], len(group["params"])) for group in parameter_groups(model, lr=1e-3, weight_decay=0.1)]
@@ -64,6 +66,7 @@ def parameter_groups(
     return [
         {"params": [p for p in params if p.requires_grad], "lr": lr * scale, "weight_decay": decay, "name": name}
         for name, params, scale, decay in groups
+        if params or keep_empty
     ]
 
 

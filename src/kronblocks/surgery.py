@@ -303,7 +303,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
     layers = _layers(model, BlockLayer)
     return {
         "version": STRUCTURE_VERSION,
-        "layers": {name: {"kind": type(layer).__name__, **layer.config()} for name, layer in layers.items()},
+        "layers": {name: {"kind": layer.kind, **layer.config()} for name, layer in layers.items()},
     }
 
 
@@ -356,14 +356,15 @@ def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device 
     if not isinstance(entry, Mapping) or entry.get("kind") not in KINDS:
         raise KronblocksError(f"the record's layer {name!r} is of an unknown kind: there are {', '.join(KINDS)}")
     settings = dict(entry)
-    kind = KINDS[settings.pop("kind")]
-    if isinstance(old, BlockLayer) and type(old) is kind and old.config() == settings:
+    kind: type[BlockLayer] = KINDS[settings.pop("kind")]
+    if isinstance(old, kind) and old.config() == settings:
         return None
     if (settings.get("in_features"), settings.get("out_features")) != (old.in_features, old.out_features):
         raise KronblocksError(f"the record's layer {name!r} has other sizes than the model's: use the same model")
     weight = next(old.parameters(recurse=False))
     try:
-        layer: BlockLayer = kind(**settings, device=weight.device if device is None else device, dtype=weight.dtype)
+        where: Any = {"device": weight.device if device is None else device, "dtype": weight.dtype}
+        layer = kind(**settings, **where)
     except TypeError as error:
         raise KronblocksError(f"the record's layer {name!r} has settings that {kind.__name__} does not know: {error}") from error
     if old.bias is not None and layer.bias is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,26 +43,43 @@ def two(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory) -> Path:
-    return launched("four", 4, tmp_path_factory.mktemp("four"))
+def four(two, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("four")
+    shutil.copytree(two, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("rendezvous", "ddp-*", "fsdp-*"))
+    return launched("four", 4, folder)
 
 
 EXACT = ("two-phase", "kron-l1", "group-lasso", "magnitude", "static")  # rigl grows by norms of each rank's own gradient
+ALL = (*EXACT, "rigl")
+RUNS = [
+    *((2, "ddp", method) for method in (*ALL, "elastic-group-lasso")),
+    *((2, "fsdp", method) for method in ALL),
+    *((4, way, method) for way in ("ddp", "fsdp") for method in ("two-phase", "rigl")),
+]
 
 
-@pytest.mark.parametrize("method", [*EXACT, "rigl"])
-@pytest.mark.parametrize("world", [2, 4])
-def test_ddp(worker, two, four, method, world):
+@pytest.mark.parametrize(("world", "way", "method"), RUNS)
+def test_processes_do_what_one_does(worker, two, four, way, method, world):
     folder = {2: two, 4: four}[world]
-    found = [torch.load(folder / f"ddp-{method}-{rank}.pt", weights_only=True) for rank in range(world)]
+    found = [torch.load(folder / f"{way}-{method}-{rank}.pt", weights_only=True) for rank in range(world)]
     for other in found[1:]:
         assert torch.equal(other["masks"], found[0]["masks"]) and torch.equal(other["losses"], found[0]["losses"])
     assert found[0]["sparsity"] == pytest.approx(0.75, abs=0.02)
-    if method in EXACT:
+    if method != "rigl":
         model, sparsifier = worker.make(method)
         alone = worker.train(model, sparsifier, 0, 1)
         assert torch.equal(alone["masks"], found[0]["masks"])
         assert torch.allclose(alone["losses"], found[0]["losses"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["two-phase", "magnitude"])
+def test_a_sharded_checkpoint_goes_on_with_another_number_of_processes(worker, four, method):
+    found = [torch.load(four / f"resumed-{method}-{rank}.pt", weights_only=True) for rank in range(4)]
+    model, sparsifier = worker.make(method)
+    alone = worker.train(model, sparsifier, 0, 1)
+    for each in found:
+        assert torch.equal(each["masks"], alone["masks"][worker.STOP :])
+        assert torch.allclose(each["losses"], alone["losses"][worker.STOP :], rtol=0, atol=1e-9)
 
 
 def test_ranks_that_train_apart_are_an_error(two):

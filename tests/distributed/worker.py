@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,21 +11,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from kronblocks import KronblocksError, SparsityConfig, parameter_groups, sparsify_
+from kronblocks import KronblocksError, PenaltyConfig, SparsityConfig, parameter_groups, sparsify_
+from kronblocks.integrations.fsdp import lifted_anew
 
 STEPS = 50
 BATCH = 16
 
+PROXIMAL = PenaltyConfig(form="proximal")
 METHODS: dict[str, dict[str, Any]] = {
     "two-phase": {"rank": 2},
-    "kron-l1": {"rank": 2},
-    "group-lasso": {},
+    "kron-l1": {"rank": 2, "penalty": PROXIMAL},
+    "group-lasso": {"penalty": PROXIMAL},
+    "elastic-group-lasso": {"penalty": PenaltyConfig(form="gradient")},
     "magnitude": {},
     "static": {},
     "rigl": {},
 }
+
+
+FEW = ("two-phase", "rigl")
 
 
 def make(method: str, seed: int = 0) -> tuple[nn.Module, Any]:
@@ -45,12 +61,26 @@ def masks(sparsifier: Any) -> Tensor:
     return torch.cat([target.mask.flatten() for target in sparsifier.targets]).clone()
 
 
-def train(model: nn.Module, sparsifier: Any, rank: int, world: int, steps: range = range(STEPS)) -> dict[str, Any]:
+def optimizer_of(model: nn.Module, keep_empty: bool = True) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameter_groups(model, lr=1e-2, keep_empty=keep_empty))
+
+
+def train(
+    model: nn.Module,
+    sparsifier: Any,
+    rank: int,
+    world: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    last: int = STEPS,
+    until_lift: bool = False,
+) -> dict[str, Any]:
     """Losses of the whole batch, masks after every step."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    optimizer = optimizer or optimizer_of(model)
     sparsifier.attach(optimizer, total_steps=STEPS)
     losses, seen = [], []
-    for step in steps:
+    for step in range(sparsifier.step, last):
+        if until_lift and sparsifier.lift_due:
+            break
         x, y = batch(step, rank, world)
         loss = (model(x) - y).square().mean()
         optimizer.zero_grad()
@@ -66,9 +96,72 @@ def train(model: nn.Module, sparsifier: Any, rank: int, world: int, steps: range
 
 def ddp(rank: int, world: int, folder: Path) -> None:
     """Every method; random choices of the ranks differ, until they are shared."""
-    for method in METHODS:
+    for method in METHODS if world == 2 else FEW:
         bare, sparsifier = make(method, seed=0 if method in ("two-phase", "kron-l1") else rank)
         torch.save(train(DistributedDataParallel(bare), sparsifier, rank, world), folder / f"ddp-{method}-{rank}.pt")
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    for layer in model:
+        if next(layer.parameters(), None) is not None:
+            fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def fsdp(rank: int, world: int, folder: Path) -> None:
+    """Every method under fully_shard; two-phase is lifted between two halves."""
+    for method in METHODS if world == 2 else FEW:
+        model, sparsifier = make(method)
+        if method == "elastic-group-lasso":
+            try:
+                train(sharded(model), sparsifier, rank, world)
+            except KronblocksError as error:
+                (folder / f"penalty-{rank}.txt").write_text(str(error))
+            continue
+        optimizer = optimizer_of(sharded(model))
+        found = train(model, sparsifier, rank, world, optimizer, until_lift=True)
+        if sparsifier.lift_due:
+            found = continued(found, sparsifier, optimizer, functools.partial(make, method), rank, world)
+        torch.save(found, folder / f"fsdp-{method}-{rank}.pt")
+
+
+STOP = 12  # before the lift
+
+
+def saved(rank: int, world: int, folder: Path) -> None:
+    """The first steps, and a sharded checkpoint."""
+    for method in ("two-phase", "magnitude"):
+        model, sparsifier = make(method)
+        optimizer = optimizer_of(sharded(model), keep_empty=False)
+        train(model, sparsifier, rank, world, optimizer, last=STOP)
+        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        checkpoint.save(state, checkpoint_id=folder / f"{method}-checkpoint")
+        if rank == 0:
+            torch.save(sparsifier.state_dict(), folder / f"{method}-sparsifier.pt")
+
+
+def resumed(rank: int, world: int, folder: Path) -> None:
+    """The other steps, on another number of processes."""
+    for method in ("two-phase", "magnitude"):
+        model, sparsifier = make(method)
+        sparsifier.load_state_dict(torch.load(folder / f"{method}-sparsifier.pt", weights_only=True))
+        optimizer = optimizer_of(sharded(model), keep_empty=False)
+        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        checkpoint.load(state, checkpoint_id=folder / f"{method}-checkpoint")
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        found = train(model, sparsifier, rank, world, optimizer, until_lift=True)
+        if sparsifier.lift_due:
+            found = continued(found, sparsifier, optimizer, functools.partial(make, method), rank, world)
+        torch.save(found, folder / f"resumed-{method}-{rank}.pt")
+
+
+def continued(found: Any, sparsifier: Any, optimizer: Any, build: Any, rank: int, world: int) -> dict[str, Any]:
+    """The rest of a training whose lift is due."""
+    model, sparsifier, optimizer = lifted_anew(sparsifier, optimizer, build=build, shard=sharded, make_optimizer=optimizer_of)
+    rest = train(model, sparsifier, rank, world, optimizer)
+    return {**rest, **{name: torch.cat([found[name], rest[name]]) for name in ("losses", "masks")}}
 
 
 def unwrapped(rank: int, world: int, folder: Path) -> None:
@@ -80,7 +173,10 @@ def unwrapped(rank: int, world: int, folder: Path) -> None:
         (folder / f"unwrapped-{rank}.txt").write_text(str(error))
 
 
-SCENARIOS: dict[str, tuple[Callable[[int, int, Path], None], ...]] = {"two": (ddp, unwrapped), "four": (ddp,)}
+SCENARIOS: dict[str, tuple[Callable[[int, int, Path], None], ...]] = {
+    "two": (ddp, fsdp, unwrapped, saved),
+    "four": (ddp, fsdp, resumed),
+}
 
 
 def main(scenario: str, rank: int, world: int, folder: Path) -> None:
@@ -88,7 +184,8 @@ def main(scenario: str, rank: int, world: int, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     for run in SCENARIOS[scenario]:
         run(rank, world, folder)
-    distributed.destroy_process_group()
+    distributed.barrier()
+    os._exit(0)  # gloo's threads may outlive the group that wrappers still hold
 
 
 if __name__ == "__main__":

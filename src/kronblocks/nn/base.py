@@ -32,6 +32,7 @@ class IndexHolder(nn.Module):
 class BlockLayer(nn.Module):
     """Base of `KroneckerBlockLinear` and `BlockSparseLinear`. Subclasses store the blocks and compute with them."""
 
+    kind: str  # the class's name, also where fully_shard has made a class of its own
     block_mask: Tensor  # (m1, n1) bool, True = live
 
     def __init__(self, grid: BlockGrid, rank: int | None, tile_groups: int, plan: str, capacity: int, device) -> None:
@@ -133,6 +134,11 @@ class BlockLayer(nn.Module):
     def block_norms(self) -> Tensor:
         """Frobenius norm of every block, (m1, n1)."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def nonzero_blocks(self) -> Tensor:
+        """Which blocks of the weight hold a value other than exactly 0, (m1, n1) bool."""
+        return (self.grid.to_blocks(self.dense_weight()) != 0).flatten(2).any(2)
 
     def block_parameters(self) -> list[nn.Parameter]:
         """The parameters that hold the blocks, the bias not among them."""

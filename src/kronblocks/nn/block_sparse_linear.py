@@ -13,6 +13,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer, reset_bias_
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.ops.packed import BlockIndex, autocast, check_product, packed_linear
+from kronblocks.shards import assembled, is_sharded, rows_here
 
 
 class BlockSparseLinear(BlockLayer):
@@ -39,6 +40,8 @@ class BlockSparseLinear(BlockLayer):
     """
 
     block_position: Tensor  # (capacity,) int64
+
+    kind = "BlockSparseLinear"
 
     def __init__(
         self,
@@ -157,8 +160,17 @@ class BlockSparseLinear(BlockLayer):
 
     @torch.no_grad()
     def block_norms(self) -> Tensor:
-        norms = torch.linalg.vector_norm(self.values, dim=(1, 2), dtype=torch.promote_types(self.values.dtype, torch.float32))
+        values = rows_here(self.values).local
+        norms = torch.linalg.vector_norm(values, dim=(1, 2), dtype=torch.promote_types(values.dtype, torch.float32))
+        norms = assembled(norms, self.values)
         return norms.new_zeros(self.grid.blocks).index_copy(0, self.block_position, norms).view(self.grid.shape)
+
+    @torch.no_grad()
+    def nonzero_blocks(self) -> Tensor:
+        values, rows = rows_here(self.values)
+        found = (values.masked_fill(self._dead_slots()[rows], 0) != 0).flatten(1).any(1).to(torch.uint8)
+        found = assembled(found, self.values)
+        return (found.new_zeros(self.grid.blocks).index_copy(0, self.block_position, found) > 0).view(self.grid.shape)
 
     def block_parameters(self) -> list[nn.Parameter]:
         return [self.values]
@@ -167,16 +179,18 @@ class BlockSparseLinear(BlockLayer):
         return [(self.values, blocks.flatten()[self.block_position])]
 
     def block_inner_products(self) -> Tensor:
-        assert self.values.grad is not None
-        products = (self.values * self.values.grad).float().sum((1, 2))
+        products = (rows_here(self.values).local * rows_here(self.values.grad).local).float().sum((1, 2))
+        products = assembled(products, self.values)
         return products.new_zeros(self.grid.blocks).index_copy(0, self.block_position, products).view(self.grid.shape)
 
     @torch.no_grad()
     def enforce_zeros_(self) -> None:
-        self.values.masked_fill_(self._dead_slots(), 0)
+        values, rows = rows_here(self.values)
+        values.masked_fill_(self._dead_slots()[rows], 0)
 
     def _multiply_(self, multipliers: Tensor) -> None:
-        self.values.mul_(multipliers.flatten()[self.block_position].view(-1, 1, 1).to(self.values.dtype))
+        values, rows = rows_here(self.values)
+        values.mul_(multipliers.flatten()[self.block_position[rows]].view(-1, 1, 1).to(values.dtype))
 
     @torch.no_grad()
     def set_block_mask_(self, mask: Tensor) -> None:
@@ -194,7 +208,9 @@ class BlockSparseLinear(BlockLayer):
                 "BlockSparseLinear.from_dense(linear, block_size=..., mask=...)"
             )
         slots = free[: len(homeless)]
-        self.values[slots] = 0
+        values, rows = rows_here(self.values)
+        fresh = torch.zeros(self.capacity, dtype=torch.bool, device=values.device).index_fill_(0, slots, True)
+        values.masked_fill_(fresh[rows].view(-1, 1, 1), 0)
         self.block_position[slots] = homeless
         super().set_block_mask_(mask)
 
@@ -202,9 +218,14 @@ class BlockSparseLinear(BlockLayer):
     def compact_(self) -> Tensor:
         """Give up the slots of dead blocks: `values` becomes a new, smaller parameter.
 
+        Raises:
+            KronblocksError: they are sharded.
+
         Returns:
             (new capacity,) the slots that were kept, for whoever holds state per slot (an optimiser).
         """
+        if is_sharded(self.values):
+            raise KronblocksError("values are sharded and keep their slots: call compact_() before fully_shard")
         kept = (~self._dead_slots()).flatten().nonzero().squeeze(1)
         self.values = nn.Parameter(self.values[kept], requires_grad=self.values.requires_grad)
         self.block_position = self.block_position[kept]

@@ -13,6 +13,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer, reset_bias_
 from kronblocks.ops import kron
 from kronblocks.ops.nearest import nearest_kronecker_sum
+from kronblocks.shards import assembled, is_sharded, rows_here, whole
 
 
 class KroneckerBlockLinear(BlockLayer):
@@ -42,6 +43,8 @@ class KroneckerBlockLinear(BlockLayer):
     >>> layer(torch.ones(5, 8)).shape
     torch.Size([5, 6])
     """
+
+    kind = "KroneckerBlockLinear"
 
     def __init__(
         self,
@@ -148,13 +151,34 @@ class KroneckerBlockLinear(BlockLayer):
 
     @torch.no_grad()
     def block_norms(self) -> Tensor:
-        return kron.block_norms(self.effective_coeff(), self.tiles)
+        coeff, tiles, _ = self._factors_here()
+        return assembled(kron.block_norms(coeff, tiles) if len(coeff) else coeff[..., 0], self.coeff)
+
+    def _factors_here(self) -> tuple[Tensor, Tensor, slice]:
+        """Coefficients, gate included, of the block rows that this process holds, tiles that go with them, and which rows."""
+        coeff, rows = rows_here(self.coeff)
+        if self.gate is not None:
+            coeff = coeff * rows_here(self.gate).local.unsqueeze(-1)
+        tiles = self.tiles
+        if is_sharded(tiles):  # a bank for each of the rows here
+            per_bank = self.grid.shape[0] // self.tile_groups
+            tiles = rows_here(tiles).local if per_bank == 1 else whole(tiles).repeat_interleave(per_bank, 0)[rows]
+        return coeff, tiles, rows
+
+    @torch.no_grad()
+    def nonzero_blocks(self) -> Tensor:
+        coeff, tiles, rows = self._factors_here()
+        coeff = coeff.masked_fill(~self.block_mask[rows].unsqueeze(-1), 0)
+        (_, n1), (bm, bn) = self.grid.shape, self.grid.block
+        blocks = kron.kron_weight(coeff, tiles).view(len(coeff), bm, n1, bn) if len(coeff) else coeff.new_zeros(0, bm, n1, bn)
+        return assembled((blocks != 0).any(3).any(1).to(torch.uint8), self.coeff) > 0
 
     @torch.no_grad()
     def set_block_mask_(self, mask: Tensor) -> None:
         self._check_mask(mask)
         if self.gate is not None:  # a block whose gate and coefficients are both 0 would get no gradient and could not grow
-            self.gate.masked_fill_(mask & ~self.block_mask, 1)
+            gate, rows = rows_here(self.gate)
+            gate.masked_fill_((mask & ~self.block_mask)[rows], 1)
         super().set_block_mask_(mask)
 
     def block_parameters(self) -> list[nn.Parameter]:
@@ -165,19 +189,21 @@ class KroneckerBlockLinear(BlockLayer):
 
     def block_inner_products(self) -> Tensor:
         """W is linear in the coefficients of a block, so <dW, W> is their inner product with their own gradient."""
-        assert self.coeff.grad is not None
-        return (self.coeff * self.coeff.grad).float().sum(-1).masked_fill(~self.block_mask, 0)
+        products = (rows_here(self.coeff).local * rows_here(self.coeff.grad).local).float().sum(-1)
+        return assembled(products, self.coeff).masked_fill(~self.block_mask, 0)
 
     @torch.no_grad()
     def enforce_zeros_(self) -> None:
-        dead = ~self.block_mask
-        self.coeff.masked_fill_(dead.unsqueeze(-1), 0)
+        coeff, rows = rows_here(self.coeff)
+        dead = ~self.block_mask[rows]
+        coeff.masked_fill_(dead.unsqueeze(-1), 0)
         if self.gate is not None:
-            self.gate.masked_fill_(dead, 0)
+            rows_here(self.gate).local.masked_fill_(dead, 0)
 
     def _multiply_(self, multipliers: Tensor) -> None:
-        target = self.coeff if self.gate is None else self.gate
-        target.mul_((multipliers.unsqueeze(-1) if self.gate is None else multipliers).to(target.dtype))
+        target, rows = rows_here(self.coeff if self.gate is None else self.gate)
+        multipliers = multipliers[rows].to(target.dtype)
+        target.mul_(multipliers.unsqueeze(-1) if self.gate is None else multipliers)
 
     def config(self) -> dict:
         return {

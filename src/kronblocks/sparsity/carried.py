@@ -82,6 +82,6 @@ class CarriedState:
             if found and found != set(target.module.state_dict()):
                 raise KronblocksError(
                     f"the state_dict holds {', '.join(sorted(found))} of {target.name}, which is now a "
-                    f"{type(target.module).__name__}, and no {KEY} that says how to change that: load weights of a dense model "
-                    "before sparsify_, and checkpoints of a block-sparse training with the state that was saved in them"
+                    f"{getattr(target.module, 'kind', 'Linear')}, and no {KEY} that says how to change that: load weights of a "
+                    "dense model before sparsify_, and checkpoints of a block-sparse training with the state saved in them"
                 )

@@ -80,14 +80,11 @@ def count_blocks(targets: Sequence[BlockTarget]) -> SparsityReport:
     """Count, from the weights themselves and not from the masks, the blocks whose every value is exactly zero."""
     layers, zero, weights = [], 0, 0
     for target in targets:
-        weight = target.module.weight
-        assert isinstance(weight, torch.Tensor)
-        live = int((target.grid.to_blocks(weight) != 0).flatten(2).any(2).sum())
-        grid = target.grid
+        live, grid = int(target.nonzero_blocks().sum()), target.grid
         layers.append(
             LayerSparsity(
                 target.name,
-                type(target.module).__name__,
+                getattr(target.module, "kind", "Linear"),
                 grid.out_features,
                 grid.in_features,
                 str(grid.block),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import KronblocksError, KronblocksWarning
+from kronblocks.shards import is_sharded
 from kronblocks.sparsity.budget import Scope
 from kronblocks.sparsity.carried import CarriedState
 from kronblocks.sparsity.distributed import agreed, averaged, follow_replaced_parameters, is_shared
@@ -20,6 +22,13 @@ from kronblocks.sparsity.schedule import Phase, SparsitySchedule
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget
 
 STATE_VERSION = 2
+
+
+_LIFT_WAITS = (
+    "the lift is due, but the parameters are sharded and cannot be replaced: training goes on with factors until you call "
+    "kronblocks.integrations.fsdp.lifted_anew, or save a checkpoint, build model and sparsifier anew, load, call "
+    "sparsifier.lift_(), and shard the model again"
+)
 
 
 class Surgeon(Protocol):
@@ -119,6 +128,11 @@ class Sparsifier:
                 f"the loaded state is of a training of {self._loaded_total_steps} steps, so total_steps={total_steps} would move "
                 f"its schedule: write total_steps={self._loaded_total_steps}"
             )
+        if self._is_sharded and self.rule.has_penalty:
+            raise KronblocksError(
+                'the penalty is taken from whole weights, and these are sharded: use PenaltyConfig(form="proximal"), which '
+                "acts on the blocks after each step"
+            )
         self.schedule = self._make_schedule(total_steps)
         self._optimizers = optimizers
         self._pending = {id(optimizer) for optimizer in optimizers}
@@ -163,6 +177,36 @@ class Sparsifier:
     def phase(self) -> Phase:
         """ "discover", "refine" or "heal"; "discover" before `attach`."""
         return "discover" if self.schedule is None else self.schedule.phase_at(self.step)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(parameter) for target in self.targets for parameter in target.parameters())
+
+    @property
+    def lift_due(self) -> bool:
+        """Whether the lift waits for the parameters to be whole again, under `fully_shard`: see `lift_`."""
+        lift_step = self.schedule.lift_step if self.schedule is not None else None
+        return lift_step is not None and self.step >= lift_step and any(target.is_factored for target in self.targets)
+
+    def lift_(self) -> None:
+        """Replace factors by free block values, in the model and in the optimisers that are followed.
+
+        The two-phase method does this by itself at the right step, but for sharded parameters, which nothing can replace: there
+        save a checkpoint when `lift_due` says so, build the model anew, load, call this, and then shard it.
+
+        Raises:
+            KronblocksError: the parameters are sharded.
+        """
+        if self._is_sharded:
+            raise KronblocksError(_LIFT_WAITS)
+        self._surgeon.lift([target.name for target in self.targets], self._optimizers)
+        self._retarget()
+        follow_replaced_parameters(self.model)
+        self._planner.forget_choices()
+
+    def _compact(self) -> None:
+        self._surgeon.compact([target.name for target in self.targets], self._optimizers)
+        follow_replaced_parameters(self.model)
 
     @property
     def sparsity(self) -> float:
@@ -227,13 +271,12 @@ class Sparsifier:
         if update or (self.rule.every_step and schedule.start_step < self.step < schedule.end_step):
             self._apply_rule(update)
         if self.step == schedule.lift_step:
-            self._surgeon.lift([target.name for target in self.targets], self._optimizers)
-            self._retarget()
-            follow_replaced_parameters(self.model)
-            self._planner.forget_choices()
-        if self.step == schedule.end_step:
-            self._surgeon.compact([target.name for target in self.targets], self._optimizers)
-            follow_replaced_parameters(self.model)
+            if self._is_sharded:
+                warnings.warn(_LIFT_WAITS, KronblocksWarning, stacklevel=2)
+            else:
+                self.lift_()
+        if self.step == schedule.end_step and not self._is_sharded:
+            self._compact()
         if update or self.step == 1:  # by the end of the first step every layer has seen what it has to do
             self._planner.decide(self.targets)
         self._prepare_probes()

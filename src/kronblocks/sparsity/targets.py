@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
 from kronblocks.ops.cost import Problem
+from kronblocks.shards import is_sharded, rows_here, summed, whole
 from kronblocks.sparsity.distributed import broadcast_
 
 Score = Literal["norm", "gate", "taylor"]
@@ -33,6 +34,7 @@ class HasBlocks(Protocol):
 
     def use_plan_(self, plan: str) -> None: ...
     def block_norms(self) -> Tensor: ...
+    def nonzero_blocks(self) -> Tensor: ...
     def scale_blocks_(self, multipliers: Tensor) -> None: ...
     def enforce_zeros_(self) -> None: ...
     def set_block_mask_(self, mask: Tensor) -> None: ...
@@ -100,12 +102,21 @@ class BlockTarget:
         raise NotImplementedError
 
     @property
+    def is_factored(self) -> bool:
+        """Whether blocks are held as mixtures of tiles."""
+        return getattr(self.module, "rank", None) is not None
+
+    @property
     def gate(self) -> Tensor | None:
         """The trained gate S, (m1, n1), where the layer has one."""
         return getattr(self.module, "gate", None)
 
     def norms(self) -> Tensor:
         """Frobenius norm of every block, (m1, n1)."""
+        raise NotImplementedError
+
+    def nonzero_blocks(self) -> Tensor:
+        """Which blocks of the weight itself, whatever the mask says, hold a value other than exactly 0, (m1, n1) bool."""
         raise NotImplementedError
 
     def differentiable_norms(self) -> Tensor:
@@ -129,7 +140,7 @@ class BlockTarget:
                 raise KronblocksError(
                     f'layer {self.name!r} has no gate: use score="norm", or method="kron-l1", which makes gates'
                 )
-            scores = self.gate.detach().abs().float()
+            scores = whole(self.gate.detach()).abs().float()
         elif kind == "taylor":
             scores = self.inner_products().abs() / self.area
         else:
@@ -207,6 +218,9 @@ class LayerTarget(BlockTarget):
     def norms(self) -> Tensor:
         return self._layer.block_norms()
 
+    def nonzero_blocks(self) -> Tensor:
+        return self._layer.nonzero_blocks()
+
     @property
     def plan(self) -> str:
         """How the layer computes now."""
@@ -249,7 +263,8 @@ class LayerTarget(BlockTarget):
     def forget_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
         for parameter, where in self._layer.block_entries(blocks):
             for moment in _moments(optimizers, parameter):
-                moment[where] = 0
+                local, rows = rows_here(moment)
+                local[where[rows]] = 0
 
     def set_mask_(self, mask: Tensor) -> None:
         self._layer.set_block_mask_(mask)
@@ -268,9 +283,11 @@ class WeightTarget(BlockTarget):
 
     def __init__(self, name: str, module: nn.Linear, grid: BlockGrid) -> None:
         super().__init__(name, module, grid)
-        assert isinstance(module.weight, nn.Parameter)
-        self._weight = module.weight
         self._mask = torch.ones(grid.shape, dtype=torch.bool, device=module.weight.device)
+
+    @property
+    def _weight(self) -> nn.Parameter:
+        return self.module.get_parameter("weight")  # another object once the model is sharded
 
     @property
     def mask(self) -> Tensor:
@@ -278,7 +295,14 @@ class WeightTarget(BlockTarget):
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        return self.grid.norms(self._weight)
+        if not is_sharded(self._weight):
+            return self.grid.norms(self._weight)
+        rows = rows_here(self._weight).local
+        return self._sums(rows.to(torch.promote_types(rows.dtype, torch.float32)).square()).sqrt()
+
+    @torch.no_grad()
+    def nonzero_blocks(self) -> Tensor:
+        return self._sums((rows_here(self._weight).local != 0).float()) > 0
 
     def parameters(self) -> list[nn.Parameter]:
         return [self._weight]
@@ -286,13 +310,12 @@ class WeightTarget(BlockTarget):
     @torch.no_grad()
     def inner_products(self) -> Tensor:
         _check_gradients(self.name, [self._weight])
-        assert self._weight.grad is not None
-        return self.grid.to_blocks(self._weight * self._weight.grad).float().sum((2, 3))
+        return self._sums((rows_here(self._weight).local * rows_here(self._weight.grad).local).float())
 
     @torch.no_grad()
     def apply_(self, multipliers: Tensor) -> bool:
-        blocks = self.grid.to_blocks(self._weight)
-        blocks.mul_(multipliers.to(blocks.dtype)[..., None, None])
+        rows, factors = self._beside(self._weight, multipliers)
+        rows.mul_(factors.to(rows.dtype))
         died = self._mask & (multipliers == 0)
         self._mask = multipliers != 0
         return bool(died.any())
@@ -300,10 +323,11 @@ class WeightTarget(BlockTarget):
     @torch.no_grad()
     def forget_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
         for moment in _moments(optimizers, self._weight):
-            self.grid.to_blocks(moment).masked_fill_(blocks[..., None, None], 0)
+            rows, chosen = self._beside(moment, blocks)
+            rows.masked_fill_(chosen, 0)
 
     def set_mask_(self, mask: Tensor) -> None:
-        self._mask = mask.to(self._weight.device, torch.bool).clone()
+        self._mask = mask.to(self._mask.device, torch.bool).clone()
         self.enforce_zeros_()
 
     @torch.no_grad()
@@ -319,7 +343,23 @@ class WeightTarget(BlockTarget):
         return [self._weight.register_post_accumulate_grad_hook(zero)]
 
     def _zero_dead_blocks(self, weight: Tensor) -> None:
-        self.grid.to_blocks(weight).masked_fill_(~self._mask.to(weight.device)[..., None, None], 0)
+        rows, dead = self._beside(weight, ~self._mask)
+        rows.masked_fill_(dead, 0)
+
+    def _beside(self, weight: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of a weight that this process holds, as (rows, n1, bn), and a grid's values for them, (rows, n1, 1)."""
+        local, where = rows_here(weight)
+        if isinstance(local, nn.Parameter):
+            local = local.detach()
+        spread = grid.to(local.device).repeat_interleave(self.grid.block.rows, 0)[where]
+        return local.unflatten(1, (self.grid.shape[1], self.grid.block.cols)), spread.unsqueeze(-1)
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        """Sums over each block, (m1, n1), of a tensor like the rows that this process holds."""
+        where = rows_here(self._weight).where
+        block_row = torch.arange(where.start, where.stop, device=rows.device) // self.grid.block.rows
+        sums = rows.unflatten(1, (self.grid.shape[1], self.grid.block.cols)).sum(-1)
+        return summed(sums.new_zeros(self.grid.shape).index_add(0, block_row, sums), self._weight)
 
 
 def _check_gradients(name: str, parameters: Sequence[nn.Parameter]) -> None:

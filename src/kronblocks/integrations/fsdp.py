@@ -1,0 +1,78 @@
+"""The lift of a model under `fully_shard`, whose parameters cannot be replaced: built anew, between two training steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kronblocks.errors import KronblocksError
+from kronblocks.shards import rows_here, whole
+from kronblocks.sparsity.sparsifier import Sparsifier
+
+
+@torch.no_grad()
+def lifted_anew(
+    sparsifier: Sparsifier,
+    optimizer: Optimizer,
+    *,
+    build: Callable[[], tuple[nn.Module, Sparsifier]],
+    shard: Callable[[nn.Module], Any],
+    make_optimizer: Callable[[nn.Module], Optimizer],
+) -> tuple[nn.Module, Sparsifier, Optimizer]:
+    """The lift, when `sparsifier.lift_due` says so: gather the weights, build the model anew, lift it, shard it again.
+
+    Parameters that are still there keep their moments, and groups of the same name their learning rates and other options, so
+    a learning-rate scheduler goes on when it is made anew and given the old one's state. Every rank holds the whole model in its
+    own memory for a moment. Call `attach` on the new sparsifier afterwards.
+
+    Args:
+        sparsifier: of the sharded model.
+        optimizer: the one in use.
+        build: makes the model and its sparsifier as at first, not sharded.
+        shard: calls `fully_shard`, as at first.
+        make_optimizer: makes the optimiser as at first.
+
+    Returns:
+        The model, its sparsifier and its optimiser.
+
+    Raises:
+        KronblocksError: no lift is due.
+    """
+    if not sparsifier.lift_due:
+        raise KronblocksError("no lift is due: call this when sparsifier.lift_due is True, and not before")
+    old = sparsifier.model
+    weights = {name: whole(tensor).cpu() for name, tensor in old.state_dict().items()}
+    names = {id(parameter): name for name, parameter in old.named_parameters()}
+    memory = {names[id(p)]: {key: _whole(value) for key, value in state.items()} for p, state in optimizer.state.items()}
+    options = {group.get("name"): {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups}
+
+    model, new = build()
+    new.load_state_dict(sparsifier.state_dict())
+    model.load_state_dict(weights)
+    new.lift_()
+    shard(model)
+    following = make_optimizer(model)
+    for group in following.param_groups:
+        group.update(options.get(group.get("name"), {}))
+    for name, parameter in model.named_parameters():
+        if name in memory:
+            following.state[parameter] = {key: _like(value, parameter) for key, value in memory[name].items()}
+    return model, new, following
+
+
+def _whole(value: Any) -> Any:
+    return whole(value).cpu() if isinstance(value, Tensor) else value
+
+
+def _like(value: Any, parameter: Tensor) -> Any:
+    """A moment as its parameter is sharded; other state as it is."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    moment = torch.zeros_like(parameter)
+    local, rows = rows_here(moment)
+    local.copy_(value[rows])
+    return moment
