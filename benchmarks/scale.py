@@ -14,7 +14,7 @@ class Layer(NamedTuple):
 
     out_features: int
     in_features: int
-    count: int
+    number: int
 
 
 LAYERS = 80
@@ -39,14 +39,14 @@ def trained(phase: str) -> float:
         rows, columns = layer.out_features // BLOCK, layer.in_features // BLOCK
         factors = rows * columns * RANK + rows * RANK * BLOCK**2  # coefficients, and a bank of tiles for each block row
         total += (
-            layer.count * {"dense": weights, "discover": factors, "refine": AT_LIFT * weights, "heal": TARGET * weights}[phase]
+            layer.number * {"dense": weights, "discover": factors, "refine": AT_LIFT * weights, "heal": TARGET * weights}[phase]
         )
     return total
 
 
 def blocks() -> int:
     """Blocks of the model."""
-    return sum(layer.count * layer.out_features * layer.in_features // BLOCK**2 for layer in LINEAR)
+    return sum(layer.number * layer.out_features * layer.in_features // BLOCK**2 for layer in LINEAR)
 
 
 def table() -> list[str]:

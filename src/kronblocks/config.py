@@ -108,6 +108,7 @@ class SparsityConfig:
             of the layer or of a module around it ("type:MLP"). Classes may be given and become "type:" patterns.
         exclude: the same, for layers to leave dense.
         overrides: pattern to `LayerOverride`; later ones win.
+        convolutions: take nn.Conv1d and nn.Conv2d too, as linear layers over patches: blocks never cut across kernel positions.
         on_mismatch: a block size that does not divide a layer, or tile groups that do not divide its block rows: leave it
             "dense", or take the "nearest" that does.
         tile_groups: "per-row", or the number of tile banks of each layer; None: the method's own, "per-row" for two-phase and
@@ -144,6 +145,7 @@ class SparsityConfig:
     layers: tuple[str | type, ...] = ("*",)
     exclude: tuple[str | type, ...] = ()
     overrides: Mapping[str, LayerOverride] = field(default_factory=dict)
+    convolutions: bool = False
     on_mismatch: Mismatch = "dense"
     tile_groups: TileGroups | None = None
     gate: bool | None = None
@@ -172,8 +174,9 @@ class SparsityConfig:
         _check_factors(self.rank, self.tile_groups)
         if self.rows is not None:
             whole("rows", self.rows, "the rows of x per step")
-        if not isinstance(self.measure_plans, bool):
-            raise KronblocksError(f"measure_plans is True or False, not {self.measure_plans!r}")
+        for name in ("measure_plans", "convolutions"):
+            if not isinstance(getattr(self, name), bool):
+                raise KronblocksError(f"{name} is True or False, not {getattr(self, name)!r}")
         what = "the share of blocks that end as zeros, from 0 to below 1 (0.9 means 90%)"
         number("target_sparsity", self.target_sparsity, 0, 1, what)
         if self.block_size != "auto":

@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from kronblocks.checks import number, one_of
 from kronblocks.errors import KronblocksError
 from kronblocks.files import write_json
+from kronblocks.modules import replace_
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.bsr_linear import BsrLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.nn.unfolded import Unfolded
 from kronblocks.ops.choice import VALUES, choose_deployed
 from kronblocks.ops.cost import possible_plans
 from kronblocks.saving import save_pretrained
 from kronblocks.slimming import Slimmed, remove_dead_features_
 from kronblocks.sparsity.sparsifier import Sparsifier
-from kronblocks.surgery import plain_linear, replace_
+from kronblocks.surgery import plain_linear
 
 Form = Literal["auto", "dense", "packed", "factored", "bsr"]
 MANIFEST = "manifest.json"
@@ -271,6 +273,9 @@ def _export_layer(model: nn.Module, name: str, rows: int, form: Form) -> Exporte
     chosen = _choose(old, rows, form)
     new = _in_form(old, chosen).eval().requires_grad_(False)
     replace_(model, name, new)
+    around = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(around, Unfolded) and chosen.form == "dense":
+        replace_(model, name.rpartition(".")[0], around.folded())
     stored = sum(t.numel() * t.element_size() for t in new.state_dict().values())
     size, grid = (old.out_features, old.in_features), old.grid
     return ExportedLayer(name, chosen.form, *size, str(grid.block), old.density, rows, stored, chosen.why)

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.files import read_json, replacing, write_json
+from kronblocks.modules import replace_, unfolding
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
-from kronblocks.surgery import rebuilt, replace_, structure
+from kronblocks.surgery import rebuilt, structure, unfolded_names
 
 FORMAT = 1
 CARD = "kronblocks.json"
@@ -112,12 +113,13 @@ def from_pretrained(folder: str | Path, model: nn.Module | Callable[[], nn.Modul
         model = _from_transformers(folder)
     elif not isinstance(model, nn.Module):
         model = model()
-    resized = _resized(model, card["resized"], folder)
-    layers = {**resized, **rebuilt(model, card["structure"], "meta", resized)}
-    with _opened(folder / card["weights"]) as file:
-        reader = _Reader(file, model, layers, card, folder)
-        reader.check()
-        reader.fill_()
+    with unfolding(model, unfolded_names(card["structure"])):
+        resized = _resized(model, card["resized"], folder)
+        layers = {**resized, **rebuilt(model, card["structure"], "meta", resized)}
+        with _opened(folder / card["weights"]) as file:
+            reader = _Reader(file, model, layers, card, folder)
+            reader.check()
+            reader.fill_()
     return model.eval()
 
 

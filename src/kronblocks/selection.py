@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.methods import FACTORED, own_rank
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.nn.unfolded import Unfolded
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class SurgeryReport:
     selected: tuple[Selected, ...]
     left_dense: tuple[LeftDense, ...]
 
+    def folded(self, left: Iterable[str], found: Mapping[str, str]) -> SurgeryReport:
+        """The same once unfolded layers that were not selected have been put back, with the reasons of those never unfolded."""
+        names = {f"{name}.linear": name for name in left}
+        dense = [LeftDense(names.get(each.name, each.name), each.reason) for each in self.left_dense]
+        return SurgeryReport(self.selected, (*dense, *(LeftDense(name, reason) for name, reason in found.items() if reason)))
+
     def __str__(self) -> str:
         lines = [f"sparse: {each.name}: {each.grid}{f' ({each.note})' if each.note else ''}" for each in self.selected]
         lines += [f"dense:  {each.name}: {each.reason}" for each in self.left_dense]
@@ -62,7 +70,17 @@ class _Names:
         paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
         return {kind.__qualname__ for path in paths for kind in type(self.modules[path]).__mro__[:-1]}
 
+    def unfolded(self, name: str) -> Unfolded | None:
+        """What is around a layer that is the linear one of an unfolded one."""
+        parent = self.modules[name.rpartition(".")[0]] if "." in name else None
+        return parent if isinstance(parent, Unfolded) else None
+
     def matches(self, name: str, pattern: str) -> bool:
+        if self.unfolded(name) is not None and self.matches_name(name.rpartition(".")[0], pattern):
+            return True  # under the name that the convolution has
+        return self.matches_name(name, pattern)
+
+    def matches_name(self, name: str, pattern: str) -> bool:
         if pattern.startswith("re:"):
             return re.fullmatch(pattern[3:], name) is not None
         if pattern.startswith("type:"):
@@ -91,16 +109,16 @@ def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
     return {key: names for key, names in owners.items() if len(names) > 1}
 
 
-def _fit(module: nn.Linear, wanted: BlockSize, on_mismatch: str) -> tuple[BlockGrid | None, str]:
-    out_features, in_features = module.out_features, module.in_features
-    if out_features % wanted.rows == 0 and in_features % wanted.cols == 0:
-        return BlockGrid(out_features, in_features, wanted), ""
-    fitted = BlockGrid.fit(out_features, in_features, wanted)
-    if fitted.block.area == 1:
-        return None, f"{wanted} does not divide {out_features}x{in_features}, and nothing above 1x1 divides both"
+def _fit(module: nn.Linear, wanted: BlockSize, on_mismatch: str, around: Unfolded | None) -> tuple[BlockGrid | None, str]:
+    rows, cols = module.out_features, module.in_features if around is None else around.block_cols_divide
+    if rows % wanted.rows == 0 and cols % wanted.cols == 0:
+        return BlockGrid(rows, module.in_features, wanted), ""
+    fitted = BlockGrid.fit(rows, cols, wanted).block
+    if fitted.area == 1:
+        return None, f"{wanted} does not divide {rows}x{cols}, and nothing above 1x1 divides both"
     if on_mismatch == "nearest":
-        return fitted, f"{wanted} does not divide, {fitted.block} does"
-    return None, f"{wanted} does not divide {out_features}x{in_features} (on_mismatch='nearest' would take {fitted.block})"
+        return BlockGrid(rows, module.in_features, fitted), f"{wanted} does not divide, {fitted} does"
+    return None, f"{wanted} does not divide {rows}x{cols} (on_mismatch='nearest' would take {fitted})"
 
 
 def _settings(name: str, names: _Names, config: SparsityConfig) -> dict:
@@ -117,7 +135,7 @@ def _select_one(name: str, module: nn.Module, names: _Names, config: SparsityCon
         return Selected(name, module.grid, module.rank, module.tile_groups, "a Kronecker layer already, taken as it is")
     assert isinstance(module, nn.Linear)
     settings = _settings(name, names, config)
-    grid, note = _fit(module, settings["block_size"], config.on_mismatch)
+    grid, note = _fit(module, settings["block_size"], config.on_mismatch, names.unfolded(name))
     if grid is None:
         return LeftDense(name, note)
     block_rows = grid.shape[0]

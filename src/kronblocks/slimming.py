@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from kronblocks.modules import replace_
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
-from kronblocks.surgery import densify_, replace_
+from kronblocks.surgery import densify_
 
 _aten = torch.ops.aten
 _LINEAR = _aten.linear.default

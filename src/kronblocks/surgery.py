@@ -15,9 +15,11 @@ from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError, PerformanceWarning
 from kronblocks.groups import keep_slots_, replace_parameters_
 from kronblocks.methods import CONSTANT, FACTORED, LIFTED
+from kronblocks.modules import fold_, replace_, unfoldable, unfolding
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.nn.unfolded import Unfolded
 from kronblocks.selection import Selected, SurgeryReport, select
 from kronblocks.sparsity.budget import choose_dead, random_masks
 from kronblocks.sparsity.planning import Planner
@@ -33,21 +35,6 @@ from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
 
 STRUCTURE_VERSION = 1
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (KroneckerBlockLinear, BlockSparseLinear)}
-
-
-def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module at every place where the one of this name stands.
-
-    Raises:
-        KronblocksError: the model itself is the module.
-    """
-    old = model.get_submodule(name)
-    if old is model:
-        raise KronblocksError("the model is itself the layer, which cannot be replaced in place: wrap it in nn.Sequential(...)")
-    for parent in model.modules():
-        for child, module in list(parent._modules.items()):  # named_children() would leave out the second of two places
-            if module is old:
-                setattr(parent, child, new)
 
 
 def _layers(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
@@ -187,7 +174,19 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None) -> Sparsif
         raise KronblocksError(
             f"sparsify_ wants a SparsityConfig, not {type(config).__name__}: SparsityConfig(block_size=16, ...)"
         )
-    report = SurgeryReport((), ()) if config.method == "dense" else select(model, config)
+    if config.method == "dense":
+        return _sparsified(model, config, SurgeryReport((), ()))
+    found = unfoldable(model, config.convolutions)
+    with unfolding(model, [name for name, reason in found.items() if not reason]) as originals:
+        report = select(model, config)
+        taken = {each.name for each in report.selected}
+        left = {name: old for name, old in originals.items() if f"{name}.linear" not in taken}
+        fold_(model, left)
+        return _sparsified(model, config, report.folded(left, found))
+
+
+def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport) -> Sparsifier:
+    """Replace the layers of a selection."""
     grids = [torch.zeros(each.grid.shape) for each in report.selected]
     areas = [each.grid.block.area for each in report.selected]
     if grids:
@@ -279,10 +278,14 @@ def lift_(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] = ()) -> 
 
 @torch.no_grad()
 def densify_(model: nn.Module) -> list[str]:
-    """Replace every block layer by an nn.Linear of the same weight, zeros included, in place; returns their names."""
+    """Replace every block layer by an nn.Linear (or a convolution) of the same weight, zeros included, in place; returns their
+    names.
+    """
     layers = _layers(model, BlockLayer)
     for name, old in layers.items():
         replace_(model, name, plain_linear(old))
+    for name, around in _layers(model, Unfolded).items():
+        replace_(model, name, around.folded())
     return list(layers)
 
 
@@ -300,11 +303,12 @@ def plain_linear(layer: BlockLayer) -> nn.Linear:
 
 def structure(model: nn.Module) -> dict[str, Any]:
     """The kind and sizes of every block layer, as plain values: what `apply_structure_` needs before weights can be loaded."""
-    layers = _layers(model, BlockLayer)
-    return {
+    layers, around = _layers(model, BlockLayer), _layers(model, Unfolded)
+    record = {
         "version": STRUCTURE_VERSION,
         "layers": {name: {"kind": layer.kind, **layer.config()} for name, layer in layers.items()},
     }
+    return {**record, "unfolded": list(around)} if around else record
 
 
 def apply_structure_(model: nn.Module, record: Mapping[str, Any]) -> None:
@@ -315,8 +319,21 @@ def apply_structure_(model: nn.Module, record: Mapping[str, Any]) -> None:
     Raises:
         KronblocksError: the record is of another version or does not fit the model. Nothing has been changed then.
     """
-    for name, layer in rebuilt(model, record).items():
-        replace_(model, name, layer)
+    with unfolding(model, unfolded_names(record)):
+        for name, layer in rebuilt(model, record).items():
+            replace_(model, name, layer)
+
+
+def unfolded_names(record: Any) -> list[str]:
+    """Names of the layers of a record that stand in convolutions.
+
+    Raises:
+        KronblocksError: it is no structure record.
+    """
+    names = record.get("unfolded", []) if isinstance(record, Mapping) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise KronblocksError("this is no structure record: make one with kronblocks.structure(model)")
+    return names
 
 
 def rebuilt(

@@ -48,7 +48,7 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=16))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"vit": vit, "bert": bert, "t5": t5}
+MODELS: dict[str, Callable[[], nn.Module]] = {"vit": vit, "bert": bert, "t5": t5, "gpt2": gpt2}
 
 
 def made(name: str) -> nn.Module:

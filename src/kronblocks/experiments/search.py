@@ -86,8 +86,8 @@ class FindConfig(ModelAndData):
     """How candidates are judged: short trainings side by side, or all in one model by removal or by the paper's penalty."""
     per_layer: bool = False
     """A size for each layer; with --criterion removal or penalty."""
-    budget: float = 0.5
-    """Steps of the search, as a share of the training's."""
+    budget: float | None = None
+    """Steps of the search, as a share of the training's; unset: 1 with --criterion halving, 0.5 with the others."""
     tolerance: float = SearchConfig.tolerance
     """Share of the best held-out loss that counts as nothing; with --criterion halving."""
     seed: int = 0
@@ -115,14 +115,14 @@ def run(config: FindConfig) -> SearchReport:
     training = config.training()
     data = limited(load_data(config.data, data_dir=config.data_dir), config.train_images, config.test_images)
     if config.criterion == "halving":
-        search = SearchConfig(
-            sizes=config.sizes, goal=config.goal, budget=config.budget, tolerance=config.tolerance, seed=config.seed
-        )
+        budget = SearchConfig.budget if config.budget is None else config.budget
+        search = SearchConfig(sizes=config.sizes, goal=config.goal, budget=budget, tolerance=config.tolerance, seed=config.seed)
         report = search_for(training, data, search)
     else:
         torch.manual_seed(config.seed)
         model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size)
-        mixture = MixtureConfig(criterion=config.criterion, per_layer=config.per_layer, budget=config.budget, seed=config.seed)
+        budget = MixtureConfig.budget if config.budget is None else config.budget
+        mixture = MixtureConfig(criterion=config.criterion, per_layer=config.per_layer, budget=budget, seed=config.seed)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("looking for the block size", total=1.0)
             report = find_block_size_in_mixture_(

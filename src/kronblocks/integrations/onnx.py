@@ -19,9 +19,9 @@ from kronblocks.checks import number, one_of
 from kronblocks.errors import KronblocksError
 from kronblocks.export import arguments, call, difference, export, tensors
 from kronblocks.files import replacing
+from kronblocks.modules import replace_
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
-from kronblocks.surgery import replace_
 
 OnnxForm = Literal["dense", "factored"]
 

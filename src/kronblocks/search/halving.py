@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,19 +33,20 @@ class SearchConfig:
         goal: what counts among candidates that lose nothing: "step-time" (of training), "inference-time", or "accuracy" (the
             least held-out loss, whatever it costs).
         budget: steps of all trials together, as a share of the training that follows.
-        rounds: after each of which losers go.
+        rounds: after each of which about half of the candidates go. Each has other batches and factors, and what counts is a
+            candidate's mean over all its rounds: two trainings that differ in nothing else end a percent or two apart.
         most: candidates that are tried at all.
         tolerance: share of the best held-out loss by which another candidate may be worse and still lose nothing. The standard
-            error of the difference comes on top.
+            error of the difference, over held-out examples, comes on top.
         seed: of the batches and the factors.
     """
 
     sizes: tuple[BlockSizeLike, ...] | None = None
     goal: Goal = "step-time"
-    budget: float = 0.5
-    rounds: int = 2
+    budget: float = 1.0
+    rounds: int = 3
     most: int = 6
-    tolerance: float = 0.01
+    tolerance: float = 0.02
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,9 +70,9 @@ def find_block_size(
     """The cheapest block size that loses nothing, found by short trainings of copies of the model.
 
     In each round every candidate left is trained from the start with the method's whole course (warm-up, pruning, lift, healing)
-    in a share of `total_steps`, all in turns on the same batches, then judged on held-out data. A candidate goes when another is
-    at least as good and as cheap, or when it is worse than the better half by more than the tolerance. The steps of
-    all rounds together are `budget * total_steps`.
+    in a share of `total_steps`, all in turns on the same batches, then judged on held-out data. The better half goes on: the best
+    one, then those that lose nothing, the cheapest first, then the others by their loss. The steps of all rounds together
+    are `budget * total_steps`.
 
     Args:
         model: dense; it stays as it is.
@@ -103,7 +104,7 @@ def find_block_size(
     search = search or SearchConfig()
     start = time.perf_counter()
     kept, paths = entrants(model, config, search.sizes, search.most, rows)
-    made = 0
+    made, history = 0, []
     for turn in range(search.rounds):
         if len(kept) == 1:
             break
@@ -114,11 +115,13 @@ def find_block_size(
                 "are needed: give a larger budget, fewer sizes=, or train longer"
             )
         tell = _teller(progress, f"round {turn + 1} of {search.rounds}: {steps} steps of", turn, search.rounds)
-        results = _round(model, config, task, kept, steps, search, tell)
+        results = _round(model, config, task, kept, steps, search.goal, search.seed + turn, tell)
         made += steps * len(kept)
-        kept = _judge(results, kept, paths, steps, search, last=turn == search.rounds - 1)
+        history.append(results)
+        _note(results, paths, steps)
+        kept = _judge(history, kept, paths, search, last=turn == search.rounds - 1)
     winner = kept[0]
-    paths[str(winner.block)].why = _why_won(paths, winner, search)
+    paths[str(winner.block)].why = paths[str(winner.block)].why or "won: no other candidate was left"
     seconds = time.perf_counter() - start
     return SearchReport("halving", search.goal, list(paths.values()), winner.sizes, winner.block, seconds, made)
 
@@ -139,6 +142,7 @@ class _Result:
     losses: Tensor  # (N,)
     seconds_per_step: float
     cost: float
+    steps: int
 
 
 def _round(
@@ -147,14 +151,15 @@ def _round(
     task: SearchTask,
     kept: Sequence[Candidate],
     steps: int,
-    search: SearchConfig,
+    goal: Goal,
+    seed: int,
     tell: _Tell,
 ) -> dict[str, _Result]:
     """Train all candidates side by side: at each step each takes its turn with the same batch."""
-    trials = {str(c.block): Trial(model, with_block(config, c.block), task, steps, search.seed) for c in kept}
+    trials = {str(c.block): Trial(model, with_block(config, c.block), task, steps, seed) for c in kept}
     diverged: set[str] = set()
     names = ", ".join(trials)
-    batches = task.stream(search.seed)
+    batches = task.stream(seed)
     for step in range(steps):
         batch: Any = next(batches)
         for name, trial in trials.items():
@@ -170,7 +175,7 @@ def _round(
     results = {}
     for name, trial in trials.items():
         losses = torch.full((1,), torch.inf) if name in diverged else task.judge(trial.model)
-        results[name] = _Result(losses, trial.seconds_per_step, _cost(trial, search.goal))
+        results[name] = _Result(losses, trial.seconds_per_step, _cost(trial, goal), steps)
     return results
 
 
@@ -182,73 +187,120 @@ def _cost(trial: Trial, goal: Goal) -> float:
     return sum(deployed_seconds(dataclasses.replace(layer.problem(), training=False)) for layer in layers)
 
 
-def _judge(
-    results: dict[str, _Result], kept: list[Candidate], paths: dict[str, Path], steps: int, search: SearchConfig, *, last: bool
-) -> list[Candidate]:
-    """Note what came out, and give the candidates that go on, the winner alone after the last round."""
+def _note(results: dict[str, _Result], paths: dict[str, Path], steps: int) -> None:
+    """Write a round into the candidates' paths.
+
+    Raises:
+        KronblocksError: every candidate diverged.
+    """
     means = {name: float(result.losses.mean()) for name, result in results.items()}
     best = min(means, key=means.__getitem__)
     if not math.isfinite(means[best]):
         raise KronblocksError("every candidate diverged: lower the learning rate of the task")
-    rungs = {}
     for name, result in results.items():
-        gap, error = math.inf, 0.0
-        if math.isfinite(means[name]):
-            difference = result.losses - results[best].losses
-            gap, error = float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
-        rungs[name] = Rung(steps, means[name], gap, error, result.seconds_per_step, result.cost)
-        paths[name].rungs.append(rungs[name])
-    fine = [name for name in results if loses_nothing(rungs[name], means[best], search.tolerance)]
-    wins, stay = None, set()
+        gap, error = _difference(result, results[best])
+        paths[name].rungs.append(Rung(steps, means[name], gap, error, result.seconds_per_step, result.cost))
+
+
+def _difference(own: _Result, other: _Result) -> tuple[float, float]:
+    """Mean difference of held-out losses, example by example, and its standard error."""
+    difference = own.losses - other.losses if torch.isfinite(own.losses).all() else None
+    if difference is None:
+        return math.inf, 0.0
+    return float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
+
+
+class Standing(NamedTuple):
+    """A candidate's place after some rounds, which count by their steps.
+
+    Args:
+        gap: how much worse than the best, as a share of the best one's loss.
+        error: standard error of that, over held-out examples.
+        cost: what the goal counts, in seconds.
+    """
+
+    gap: float
+    error: float
+    cost: float
+
+    def loses_nothing(self, tolerance: float) -> bool:
+        """Whether it is as good as the best one, as far as it can be told."""
+        return self.gap <= tolerance + self.error
+
+
+def standings(history: Sequence[dict[str, _Result]], names: Sequence[str]) -> dict[str, Standing]:
+    """Where candidates that were in every round stand, the best one first."""
+    steps = [next(iter(results.values())).steps for results in history]
+    weights = [each / sum(steps) for each in steps]
+    costs = {name: sum(w * results[name].cost for w, results in zip(weights, history, strict=True)) for name in names}
+
+    def against(reference: str) -> dict[str, Standing]:
+        found = {}
+        for name in names:
+            gap, variance = 0.0, 0.0
+            for weight, results in zip(weights, history, strict=True):
+                mean, error = _difference(results[name], results[reference])
+                scale = weight / float(results[reference].losses.mean())
+                gap, variance = gap + scale * mean, variance + (scale * error) ** 2
+            found[name] = Standing(gap, math.sqrt(variance), costs[name])
+        return found
+
+    finite = [name for name in names if all(torch.isfinite(results[name].losses).all() for results in history)]
+    best = min(finite, key=lambda name: against(finite[0])[name].gap)
+    found = against(best)
+    return {name: found[name] for name in sorted(names, key=lambda name: found[name].gap)}
+
+
+def _judge(
+    history: Sequence[dict[str, _Result]],
+    kept: Sequence[Candidate],
+    paths: dict[str, Path],
+    search: SearchConfig,
+    *,
+    last: bool,
+) -> list[Candidate]:
+    """The candidates that go on, the winner alone after the last round, and why the others lost."""
+    places = standings(history, [str(candidate.block) for candidate in kept])
+    best = next(iter(places))
+    fine = [name for name, place in places.items() if place.loses_nothing(search.tolerance)]
     if last:
-        order = means if search.goal == "accuracy" else {name: rungs[name].cost for name in fine}
-        wins = min(order, key=order.__getitem__)
+        least = min(places[name].cost for name in fine)
+        cheap = [name for name in fine if places[name].cost <= least / _CLEARLY]  # the best of these comes first
+        stay = [best if search.goal == "accuracy" else cheap[0]]
     else:
-        ranked = sorted(means, key=means.__getitem__)
-        stay = {*fine, *ranked[: math.ceil(len(ranked) / 2)]} & {name for name in means if math.isfinite(means[name])}
-        if search.goal != "accuracy":
-            stay = {name for name in stay if not _beaten(name, stay, rungs)}
-    going_on = [c for c in kept if (str(c.block) == wins if last else str(c.block) in stay)]
-    for candidate in kept:
-        if candidate not in going_on:
-            paths[str(candidate.block)].why = _why_lost(str(candidate.block), rungs, best, fine, wins, search)
-    return going_on
-
-
-def loses_nothing(rung: Rung, best: float, tolerance: float) -> bool:
-    """Whether a candidate is as good as the best one, as far as it can be told."""
-    return rung.gap <= tolerance * best + rung.gap_error
-
-
-def _beaten(name: str, others: set[str], rungs: dict[str, Rung]) -> bool:
-    """Whether another candidate is better and cheaper, both clearly."""
-    own = rungs[name]
-    rest = [rungs[other] for other in others if other != name]
-    return any(rung.loss < own.loss - own.gap_error and rung.cost < _CLEARLY * own.cost for rung in rest)
+        order = [best, *sorted(fine, key=lambda name: places[name].cost), *places]
+        ranked = [
+            name for name in dict.fromkeys(places if search.goal == "accuracy" else order) if math.isfinite(places[name].gap)
+        ]
+        stay = ranked[: max(2, math.ceil(len(places) / 2))]  # two compete to the end
+    for name in places:
+        if name not in stay:
+            paths[name].why = _why_lost(places[name], best, name in fine, stay, places[stay[0]].cost, search)
+        elif last:
+            paths[name].why = _why_won(places[name], search)
+    return [candidate for candidate in kept if str(candidate.block) in stay]
 
 
 _CLEARLY = 0.95  # of a measured time: less of a difference is noise
 
 
-def _why_lost(name: str, rungs: dict[str, Rung], best: str, fine: list[str], wins: str | None, search: SearchConfig) -> str:
-    rung = rungs[name]
-    if not math.isfinite(rung.loss):
+def _worse(place: Standing) -> str:
+    return f"held-out loss {100 * place.gap:+.1f} ± {100 * place.error:.1f}%"
+
+
+def _why_lost(place: Standing, best: str, fine: bool, stay: Sequence[str], least: float, search: SearchConfig) -> str:
+    if not math.isfinite(place.gap):
         return "lost: its training diverged"
-    if name not in fine:
-        return f"lost: held-out loss {rung.gap:+.4f} ± {rung.gap_error:.4f} against {best}, more than {100 * search.tolerance:g}%"
-    if wins is not None and search.goal != "accuracy":
-        return f"lost: loses nothing, but costs {1e3 * rung.cost:.3g} ms against {1e3 * rungs[wins].cost:.3g} ms of {wins}"
-    if wins is not None:
-        return f"lost: held-out loss {rung.gap:+.4f} against {best}"
-    return "lost: another candidate is both better and cheaper"
+    if not fine:
+        return f"lost: {_worse(place)} against {best}, more than {100 * search.tolerance:g}%"
+    if search.goal == "accuracy" or len(stay) > 1:
+        return f"lost: {_worse(place)} against {best}, and {' and '.join(stay)} are better or cheaper"
+    cheaper = f"takes {1e3 * least:.3g} ms and not {1e3 * place.cost:.3g} ms" if least < place.cost else "is as cheap and better"
+    return f"lost: loses nothing ({_worse(place)} against {best}), but {stay[0]} {cheaper}"
 
 
-def _why_won(paths: dict[str, Path], winner: Candidate, search: SearchConfig) -> str:
-    rungs = paths[str(winner.block)].rungs
-    if not rungs:
-        return "won: no other candidate was left to try"
-    rung = rungs[-1]
+def _why_won(place: Standing, search: SearchConfig) -> str:
     if search.goal == "accuracy":
         return "won: least held-out loss"
     what = "a training step" if search.goal == "step-time" else "inference"
-    return f"won: the cheapest ({1e3 * rung.cost:.3g} ms for {what}) of those that lose nothing ({rung.gap:+.4f} to the best)"
+    return f"won: the cheapest ({1e3 * place.cost:.3g} ms for {what}) of those that lose nothing ({_worse(place)} to the best)"

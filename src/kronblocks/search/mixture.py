@@ -17,11 +17,11 @@ from kronblocks.checks import number, one_of, whole
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.groups import FACTOR_LR_SCALE, drop_parameters_
+from kronblocks.modules import replace_
 from kronblocks.nn.mixture import BlockMixtureLinear
 from kronblocks.search.candidates import Candidate, entrants
 from kronblocks.search.report import Path, SearchReport
 from kronblocks.search.task import SearchTask
-from kronblocks.surgery import replace_
 
 Criterion = Literal["removal", "penalty"]
 Weights = Literal["time", "equal"]

@@ -1,0 +1,83 @@
+"""Putting modules into the places of others, in every place where they stand."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import nn
+
+from kronblocks.errors import KronblocksError
+from kronblocks.nn.unfolded import Unfolded, UnfoldedConv, is_transposed, unfolded
+
+
+def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module at every place where the one of this name stands.
+
+    Raises:
+        KronblocksError: the model itself is the module.
+    """
+    old = model.get_submodule(name)
+    if old is model:
+        raise KronblocksError("the model is itself the layer, which cannot be replaced in place: wrap it in nn.Sequential(...)")
+    for parent in model.modules():
+        for child, module in list(parent._modules.items()):  # named_children() would leave out the second of two places
+            if module is old:
+                setattr(parent, child, new)
+
+
+@contextlib.contextmanager
+def unfolding(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Module]]:
+    """Convolutions of these names become linear layers over patches, transformers' Conv1D plain ones; on an error, all back.
+
+    Gives the modules that stood there, by name.
+
+    Raises:
+        KronblocksError: one of them is none of these.
+    """
+    originals: dict[str, nn.Module] = {}
+    try:
+        for name in names:
+            old = dict(model.named_modules()).get(name)
+            if isinstance(old, Unfolded):
+                continue
+            new = unfolded(old, convolutions=True) if old is not None else None
+            if old is None or new is None:
+                raise KronblocksError(f"{name!r} is a {type(old).__name__} in the model, and no convolution: use the same model")
+            replace_(model, name, new)
+            originals[name] = old
+        yield originals
+    except BaseException:
+        fold_(model, originals)
+        raise
+
+
+def fold_(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
+    """Put modules back where they stood."""
+    for name, old in originals.items():
+        replace_(model, name, old)
+
+
+def unfoldable(model: nn.Module, convolutions: bool) -> dict[str, str]:
+    """Names of convolutions and of transformers' Conv1D, each with the reason why it cannot be unfolded, or an empty one.
+
+    Args:
+        model: any model.
+        convolutions: whether convolutions are wanted at all.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or not (is_transposed(module) or isinstance(module, nn.modules.conv._ConvNd)):
+            continue
+        if not is_transposed(module) and not convolutions:
+            found[name] = "a convolution: convolutions=True takes them as linear layers over patches"
+        elif owners[id(weight)] > 1:
+            found[name] = "its weight is tied to another one's"
+        else:
+            found[name] = "" if is_transposed(module) else UnfoldedConv.why_not(module)
+    return found

@@ -1,0 +1,188 @@
+"""Layers with a linear layer inside: convolutions, over patches, and transformers' Conv1D, with its weight transposed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronblocks.errors import KronblocksError
+
+
+class Unfolded(nn.Module):
+    """Base of the two: a module whose weight is that of `linear`, which algorithms see as an ordinary linear layer.
+
+    Attributes:
+        linear: nn.Linear, or the block layer in its place.
+        block_cols_divide: columns of blocks must divide this.
+    """
+
+    linear: Any
+    block_cols_divide: int
+
+    def folded(self) -> nn.Module:
+        """The ordinary module again, with the weight of `linear`."""
+        raise NotImplementedError
+
+    def _dense(self) -> tuple[Tensor, nn.Parameter | None]:
+        with torch.no_grad():
+            return self.linear.weight.detach(), self.linear.bias
+
+
+class UnfoldedConv(Unfolded):
+    """A convolution as a linear layer over patches: the weight is (out_channels, kh * kw * in_channels).
+
+    Columns are ordered by kernel position, then by input channel, so that blocks whose columns divide the input channels never
+    cut across kernel positions. Where `linear` computes with a dense weight, so does the convolution; otherwise patches are
+    copied out (kh * kw times the input's memory) and multiplied.
+
+    Args:
+        conv: nn.Conv1d or nn.Conv2d with one group and zeros for padding. Its bias stays the same parameter.
+
+    Raises:
+        KronblocksError: another convolution; see `why_not`.
+    """
+
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d) -> None:
+        super().__init__()
+        if reason := self.why_not(conv):
+            raise KronblocksError(reason)
+        one = isinstance(conv, nn.Conv1d)
+        self.one_dimensional = one
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.kernel_size, self.stride, self.dilation = (
+            _two(each, one, 1) for each in (conv.kernel_size, conv.stride, conv.dilation)
+        )
+        self.padding: Any = conv.padding if isinstance(conv.padding, str) else _two(conv.padding, one, 0)
+        self.block_cols_divide = conv.in_channels
+        weight = conv.weight.detach().unflatten(2, (1, -1)) if one else conv.weight.detach()
+        rows = weight.permute(0, 2, 3, 1).flatten(1)
+        self.linear = _linear(rows, conv.bias, conv.weight.requires_grad)
+        self.train(conv.training)
+
+    @staticmethod
+    def why_not(conv: nn.Module) -> str:
+        """Why a convolution cannot be unfolded, empty if it can."""
+        if type(conv) not in (nn.Conv1d, nn.Conv2d):
+            return f"{type(conv).__name__} is not nn.Conv1d or nn.Conv2d"
+        if conv.groups != 1:
+            return f"its {conv.groups} groups have small weights of their own"
+        if conv.padding_mode != "zeros":
+            return f"padding_mode={conv.padding_mode!r} is not supported"
+        return ""
+
+    def folded(self) -> nn.Conv1d | nn.Conv2d:
+        weight, bias = self._dense()
+        last = slice(1, None) if self.one_dimensional else slice(None)
+        kind: Any = nn.Conv1d if self.one_dimensional else nn.Conv2d
+        conv = kind(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size[last],
+            stride=self.stride[last],
+            padding=self.padding if isinstance(self.padding, str) else self.padding[last],
+            dilation=self.dilation[last],
+            bias=bias is not None,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        kernel = self._kernel(weight)
+        conv.weight = nn.Parameter(kernel.squeeze(2) if self.one_dimensional else kernel)
+        if bias is not None:
+            conv.bias = bias
+        return conv.train(self.training)
+
+    def _kernel(self, weight: Tensor) -> Tensor:
+        """The weight as (out_channels, in_channels, kh, kw)."""
+        return weight.unflatten(1, (*self.kernel_size, self.in_channels)).permute(0, 3, 1, 2).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unsqueeze(-2) if self.one_dimensional else x
+        batched = x.dim() == 4
+        x = x if batched else x.unsqueeze(0)
+        y = self._convolve(x) if self._is_dense() else self.linear(self._patches(x)).permute(0, 3, 1, 2)
+        y = y if batched else y.squeeze(0)
+        return y.squeeze(-2) if self.one_dimensional else y
+
+    def _is_dense(self) -> bool:
+        watched = self.linear._forward_hooks or self.linear._forward_pre_hooks  # who watches the linear layer wants its rows
+        return not watched and getattr(self.linear, "active_plan", "dense") == "dense"
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        settings: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return nn.functional.conv2d(x, self._kernel(self.linear.weight), self.linear.bias, **settings)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, H', W', kh * kw * C)."""
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
+        top, bottom, left, right = self._margins()
+        x = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, left, right, top, bottom))
+        if (kh, kw) == (1, 1):
+            return x[:, ::sh, ::sw]
+        windows = x.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]  # (N, H', W', C, kh, kw)
+        return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+
+    def _margins(self) -> tuple[int, int, int, int]:
+        if self.padding == "valid":
+            return 0, 0, 0, 0
+        if self.padding == "same":
+            (height, width) = (d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True))
+            return height // 2, height - height // 2, width // 2, width - width // 2
+        height, width = self.padding
+        return height, height, width, width
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
+
+
+class Transposed(Unfolded):
+    """transformers' Conv1D, as GPT-2 has it: a linear layer whose weight is stored as (in_features, out_features).
+
+    Args:
+        conv: that layer. Its bias stays the same parameter.
+    """
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        self.block_cols_divide, self.nf = conv.nx, conv.nf
+        self._kind = [type(conv)]  # in a list: it is no submodule
+        self.linear = _linear(conv.weight.detach().t(), conv.bias, conv.weight.requires_grad)
+        self.train(conv.training)
+
+    def folded(self) -> nn.Module:
+        weight, bias = self._dense()
+        with torch.device("meta"):
+            conv = self._kind[0](self.nf, self.block_cols_divide)
+        conv.weight = nn.Parameter(weight.t().contiguous())
+        conv.bias = bias
+        return conv.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def unfolded(module: nn.Module, convolutions: bool) -> Unfolded | None:
+    """A module as an unfolded one; None for those that are no such thing."""
+    if is_transposed(module):
+        return Transposed(module)
+    if convolutions and not UnfoldedConv.why_not(module):
+        return UnfoldedConv(module)  # pyright: ignore[reportArgumentType]
+    return None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, which need not be installed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _linear(weight: Tensor, bias: Any, requires_grad: bool) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad)
+    if bias is not None:
+        linear.bias = bias
+    return linear
+
+
+def _two(sizes: Any, one: bool, first: int) -> tuple[int, int]:
+    return (first, *sizes) if one else tuple(sizes)
