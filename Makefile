@@ -6,12 +6,13 @@ RUNS := runs
 NATIVE := $(wildcard src/native/*.cpp src/native/*.h src/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench docs clean
 
 help:
 	@echo "make demo   train dense and two-phase side by side on real data and write a report"
 	@echo "make test   lint, types, layer rules, tests, doctests, README snippets"
 	@echo "make lint   the first three of these"
+	@echo "make docs   build the site into build/site, every link checked"
 	@echo "make bench  measure speed and memory against dense (hours), write benchmarks/results/ and docs/benchmarks.md"
 
 $(BIN)/python:
@@ -44,6 +45,12 @@ lint: $(VENV)/.dev
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# what every test run builds too, so a link that leads nowhere is found at once
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "docs: build/site/index.html"
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +72,9 @@ def main() -> None:
     text = PAGE.read_text()
     head, rest = text.split(f"<!-- begin {MARK} -->\n")
     tail = rest.split(f"<!-- end {MARK} -->")[1]
-    PAGE.write_text(f"{head}<!-- begin {MARK} -->\n" + "\n".join(table()) + f"\n<!-- end {MARK} -->{tail}")
+    Path(sys.argv[1] if len(sys.argv) > 1 else PAGE).write_text(
+        f"{head}<!-- begin {MARK} -->\n" + "\n".join(table()) + f"\n<!-- end {MARK} -->{tail}"
+    )
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ class SparsityConfig:
         block_size: 16, "16x4" or (16, 4), rows first; "auto" for `kronblocks train`, which then searches.
         rank: number of Kronecker terms, for the methods that have them; None: a quarter of a block's weights, 2 to 8.
         target_sparsity: share of the blocks that end as exact zeros, in [0, 1).
-        layers: which nn.Linear layers: patterns on the name ("encoder.*"), regular expressions ("re:.*fc[12]"), or types
-            of the layer or of a module around it ("type:MLP"). Classes may be given and become "type:" patterns.
+        layers: which nn.Linear layers: patterns on the name (`"encoder.*"`), regular expressions (`"re:.*fc[12]"`), or types
+            of the layer or of a module around it (`"type:MLP"`). Classes may be given and become "type:" patterns.
         exclude: the same, for layers to leave dense.
         overrides: pattern to `LayerOverride`; later ones win.
         convolutions: take nn.Conv1d and nn.Conv2d too, as linear layers over patches: blocks never cut across kernel positions.

@@ -1,0 +1,30 @@
+"""Shows the examples in docstrings as code: an extension of griffe, which reads them for the site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import griffe
+
+
+def fenced(text: str) -> str:
+    """A docstring with its doctests, each up to the next empty line, between fences."""
+    lines, inside = [], False
+    for line in text.splitlines():
+        if not inside and line.lstrip().startswith(">>> "):
+            lines.append("```pycon")
+            inside = True
+        elif inside and not line.strip():
+            lines.append("```")
+            inside = False
+        lines.append(line)
+    return "\n".join([*lines, "```"] if inside else lines)
+
+
+class Doctests(griffe.Extension):
+    """Fences the doctests of everything."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Change a docstring once it has been read."""
+        if obj.docstring is not None:
+            obj.docstring.value = fenced(obj.docstring.value)

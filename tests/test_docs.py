@@ -1,0 +1,34 @@
+"""The code on the pages of the docs runs, from top to bottom of each page, and their generated tables are up to date."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text()]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "design.md"], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page):
+    torch.manual_seed(0)
+    scope: dict = {"__name__": page.stem}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+            exec(compile(snippet, str(page), "exec"), scope)
+    if page.stem == "tutorial":
+        assert scope["accuracy"](scope["model"]) > 0.93 and scope["sparsifier"].sparsity >= 0.9
+
+
+def test_the_tables_on_paper_are_what_the_formulas_say(tmp_path):
+    page = ROOT / "docs" / "scale.md"
+    before = page.read_text()
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "scale.py"), str(tmp_path / "scale.md")], check=True)
+    assert (tmp_path / "scale.md").read_text() == before, "run python benchmarks/scale.py"
