@@ -6,12 +6,13 @@ RUNS := runs
 NATIVE := $(wildcard src/native/*.cpp src/native/*.h src/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test lint format bench docs reliability clean
 
 help:
 	@echo "make demo   train dense and two-phase side by side on real data and write a report"
 	@echo "make test   lint, types, layer rules, tests, doctests, README snippets"
 	@echo "make lint   the first three of these"
+	@echo "make reliability  try every fault many times (half an hour), write docs/reliability.md"
 	@echo "make docs   build the site into build/site, every link checked"
 	@echo "make bench  measure speed and memory against dense (hours), write benchmarks/results/ and docs/benchmarks.md"
 
@@ -55,6 +56,10 @@ docs: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reliability: $(VENV)/.dev
+	KRONBLOCKS_RELIABILITY=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reliability
+	$(BIN)/python benchmarks/reliability.py
 
 bench: $(VENV)/.experiments
 	$(BIN)/kronblocks bench ops

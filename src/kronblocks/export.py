@@ -150,7 +150,7 @@ def export(
     training = model.training
     model.eval()
     try:
-        expected = list(tensors(call(model, example)))
+        expected = list(tensors(_called(model, example)))
         new = copy.deepcopy(model).requires_grad_(False)
     finally:
         model.train(training)
@@ -188,6 +188,16 @@ def call(model: nn.Module, example: Any) -> Any:
     """The model's output for an example, without gradients."""
     args, kwargs = arguments(example)
     return model(*args, **kwargs)
+
+
+def _called(model: nn.Module, example: Any) -> Any:
+    try:
+        return call(model, example)
+    except Exception as error:  # whatever the model's own code makes of what it was given
+        raise KronblocksError(
+            f"the model cannot be called with the example ({type(error).__name__}: {error}): give what its forward takes, a "
+            "tensor, a tuple of arguments, or a dict of keyword arguments"
+        ) from error
 
 
 def tensors(output: Any) -> Iterator[Tensor]:

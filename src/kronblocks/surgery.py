@@ -370,7 +370,7 @@ def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device 
         raise KronblocksError(
             f"the record has a layer {name!r}, but the model has {type(old).__name__} there: use the same model"
         )
-    if not isinstance(entry, Mapping) or entry.get("kind") not in KINDS:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("kind"), str) or entry["kind"] not in KINDS:
         raise KronblocksError(f"the record's layer {name!r} is of an unknown kind: there are {', '.join(KINDS)}")
     settings = dict(entry)
     kind: type[BlockLayer] = KINDS[settings.pop("kind")]
@@ -382,7 +382,9 @@ def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device 
     try:
         where: Any = {"device": weight.device if device is None else device, "dtype": weight.dtype}
         layer = kind(**settings, **where)
-    except TypeError as error:
+    except KronblocksError:
+        raise
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise KronblocksError(f"the record's layer {name!r} has settings that {kind.__name__} does not know: {error}") from error
     if old.bias is not None and layer.bias is not None:
         layer.bias = old.bias

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -13,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
+from kronblocks.errors import KronblocksError
 from kronblocks.experiments import accounting
 from kronblocks.experiments.classifier import Classification
 from kronblocks.experiments.data import BatchSampler, Dataset, limited, load_data, loader
@@ -88,7 +92,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     data = limited(data, config.train_images, config.test_images)
     memory = accounting.PeakMemory()
     module = None if config.block_size == "auto" else Classification(config, data)  # before anything is written
-    with RunFolder.open(config) as folder:
+    with RunFolder.open(config) as folder, _writing_into(folder.path):
         if folder.result is not None:
             return folder.result
         search = None
@@ -110,6 +114,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         _save_model(module, folder, result, data)
         write_json(folder.path / "result.json", result)
     return result
+
+
+@contextlib.contextmanager
+def _writing_into(path: Path) -> Iterator[None]:
+    """A full disk, or a folder that is taken away, is one clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise KronblocksError(
+            f"cannot write into {path}: {error.strerror or error}; make room and add --resume: what is finished is kept"
+        ) from error
 
 
 def _search(config: TrainConfig, data: Dataset, folder: RunFolder) -> SearchReport:

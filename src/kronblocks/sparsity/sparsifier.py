@@ -375,7 +375,7 @@ class Sparsifier:
         if version not in (None, STATE_VERSION):
             raise KronblocksError(f"the state has version {version}, and this kronblocks reads version {STATE_VERSION}")
         wanted = {"version", "rule", "step", "total_steps", "rule_state", "structure", "plans", "planner", "masks"}
-        if not isinstance(state, dict) or not wanted <= state.keys():
+        if not isinstance(state, dict) or not wanted <= state.keys() or not _is_whole(state):
             raise KronblocksError("this is no state of a Sparsifier: save sparsifier.state_dict() and load that")
         if state["rule"] != type(self.rule).__name__:
             raise KronblocksError(
@@ -385,13 +385,25 @@ class Sparsifier:
         names = {*state["plans"], *state["masks"]}
         if names != {target.name for target in self.targets}:
             raise KronblocksError(
-                f"the state targets {sorted(names)}, but this model's targets are {[t.name for t in self.targets]}: "
+                f"the state targets {sorted(map(str, names))}, but this model's targets are {[t.name for t in self.targets]}: "
                 "use the same model and SparsityConfig"
             )
         if self.schedule is not None and state["total_steps"] not in (None, self.schedule.total_steps):
             raise KronblocksError(
                 f"the state is of a training of {state['total_steps']} steps, but attach was told {self.schedule.total_steps}"
             )
+
+
+def _is_whole(state: dict[str, Any]) -> bool:
+    """Whether the parts of a state are of the kinds that they should be."""
+    dicts = ("rule_state", "structure", "plans", "planner", "masks")
+    steps = (state["step"], 0 if state["total_steps"] is None else state["total_steps"])
+    return (
+        all(isinstance(state[name], dict) for name in dicts)
+        and all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps)
+        and all(isinstance(plan, str) for plan in state["plans"].values())
+        and all(isinstance(mask, Tensor) for mask in state["masks"].values())
+    )
 
 
 def _unwrapped(optimizer: Any) -> Any:

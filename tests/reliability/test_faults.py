@@ -1,0 +1,176 @@
+"""What goes wrong around a training: it is killed, the disk is full, two of them want one folder, it runs for very long."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kronblocks import KronblocksError, SparsityConfig, from_pretrained, parameter_groups, save_pretrained, sparsify_
+
+SETTINGS = "--data digits --epochs 10 --widths 64 32 --block-size 8 --rank 2 --batch-size 64 --progress False --threads 1"
+LASTING = ("test_accuracy", "test_loss", "validation_loss", "block_sparsity", "training_macs", "trainable_parameters_end")
+
+
+def command(out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "kronblocks", "train", "--out", str(out), *SETTINGS.split(), *more]
+
+
+def outcome(out: Path) -> tuple:
+    """What must be the same, however often a training was interrupted: numbers, masks and every bit of the model."""
+    result = json.loads((out / "result.json").read_text())
+    files = [*sorted((out / "model").iterdir()), out / "masks.safetensors"]
+    return [result[name] for name in LASTING], len(result["history"]), [(path.name, path.read_bytes()) for path in files]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, float]:
+    """A training that nothing happens to, and its seconds."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    start = time.perf_counter()
+    subprocess.run(command(out), check=True, capture_output=True)
+    return out, time.perf_counter() - start
+
+
+def test_killed_at_random_moments(whole, tmp_path, times, record):
+    expected, kills, runs = outcome(whole[0]), 0, 0
+    generator = random.Random(0)
+    wanted = times(2, 50)
+    while kills < wanted:
+        out = tmp_path / f"run-{runs}"
+        while not (out / "result.json").exists():
+            log = tmp_path / "log.txt"
+            with log.open("w") as file:
+                process = subprocess.Popen(command(out, "--resume"), stdout=file, stderr=file)
+            try:
+                process.wait(timeout=generator.uniform(0.4, 1.1) * whole[1] if kills < wanted else None)
+                assert process.returncode == 0, log.read_text()
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+        runs += 1
+        assert outcome(out) == expected
+    record(
+        "training killed (SIGKILL)",
+        f"{kills} times at random moments of {runs} trainings, each resumed until it ended",
+        "every training ended with the same numbers, masks and model, bit for bit",
+    )
+
+
+def test_two_trainings_into_one_folder(whole, tmp_path, record):
+    out = tmp_path / "run"
+    both = [
+        subprocess.Popen(command(out, "--resume"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    codes = sorted(process.returncode for process in both)
+    assert codes[0] == 0 and (codes[1] == 0 or any("another process is training" in text for text in said)), said
+    assert outcome(out) == outcome(whole[0])
+    record(
+        "two trainings into one folder",
+        "started at the same moment",
+        "one is refused by name or finds the other's finished result; the result is that of one alone",
+    )
+
+
+def limited(size: int):
+    """Files cannot grow beyond this many bytes, as on a full disk."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+def test_no_room_for_a_checkpoint(whole, tmp_path, times, record):
+    out = tmp_path / "run"
+    sizes = [20_000, 500, 2_000, 8_000, 40_000, 60_000][: times(1, 6)]
+    for size in sizes:
+        failed = subprocess.run(command(out, "--resume"), capture_output=True, text=True, preexec_fn=limited(size))
+        assert failed.returncode not in (0, -signal.SIGSEGV), size
+        assert "Traceback" not in failed.stderr, failed.stderr
+    subprocess.run(command(out, "--resume"), check=True, capture_output=True)
+    assert outcome(out) == outcome(whole[0])
+    record(
+        "no room for a file while training",
+        f"{len(sizes)} limits of file size, one after the other in one folder, then none",
+        "one sentence each time; with room again it goes on to the same bits",
+    )
+
+
+def test_no_room_for_a_model(tmp_path, record):
+    script = """
+import sys, torch
+from torch import nn
+import kronblocks
+model = nn.Sequential(kronblocks.BlockSparseLinear(256, 256, 16), nn.Linear(256, 256))
+try:
+    kronblocks.save_pretrained(model, sys.argv[1])
+except kronblocks.KronblocksError as error:
+    sys.exit(f"refused: {error}")
+"""
+    model = nn.Sequential(nn.Linear(8, 8))
+    folder = save_pretrained(model, tmp_path / "saved")
+    failed = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, preexec_fn=limited(50_000)
+    )
+    assert "refused: cannot save the model" in failed.stderr and "as it was" in failed.stderr
+    assert torch.equal(from_pretrained(folder, nn.Sequential(nn.Linear(8, 8)))[0].weight, model[0].weight)
+    assert not list(folder.glob(".*")), "a half-written file was left"
+    record("no room for a file in save_pretrained", "a limit of file size", "refused; the model that was there before is whole")
+
+
+def test_a_folder_that_cannot_be_written_to(record):
+    for place in ("/dev/null/run",):
+        with pytest.raises(KronblocksError, match="cannot save the model"):
+            save_pretrained(nn.Sequential(nn.Linear(4, 4)), place)
+        failed = subprocess.run(command(Path(place)), capture_output=True, text=True)
+        assert failed.returncode == 2 and "cannot write into" in failed.stderr and "Traceback" not in failed.stderr
+    record("a folder that cannot be written to", "save_pretrained and kronblocks train", "one sentence before any work is done")
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("method", ["two-phase", "rigl", "group-lasso"])
+def test_memory_does_not_grow(method, times, record):
+    steps = times(400, 10_000)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 16))
+    sparsifier = sparsify_(model, SparsityConfig(method=method, block_size=8, target_sparsity=0.75, measure_plans=False))
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3))
+    sparsifier.attach(optimizer, total_steps=steps)
+    sizes, tensors = [], []
+    for step in range(steps):
+        x = torch.randn(32, 64)
+        loss = (model(x) - x[:, :16]).square().mean() + sparsifier.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in (steps // 2, steps - 1):  # pruning is over, buffers have their sizes
+            gc.collect()
+            sizes.append(resident())
+            tensors.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
+    assert tensors[1] <= tensors[0]
+    grown = (sizes[1] - sizes[0]) / 2**20
+    assert grown < 4
+    record(
+        "a very long training",
+        f"{method}, {steps:,} steps",
+        f"memory grew by {max(grown, 0):.1f} MiB over the second half, tensors by none",
+    )
