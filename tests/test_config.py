@@ -26,6 +26,7 @@ FULL = SparsityConfig(
     penalty=PenaltyConfig(strength=0.3, growth=2.0),
     rows=64,
     measure_plans=False,
+    convolutions=True,
 )
 OTHERS = (  # what kron-l1 in its gradient form has not got
     SparsityConfig(schedule=ScheduleConfig(lift_at=0.5)),

@@ -1,0 +1,52 @@
+"""Every example trains to its sparsity, and its saved model gives the same outputs in a new process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CHECK = """
+import importlib.util, sys, torch, kronblocks
+spec = importlib.util.spec_from_file_location("example", sys.argv[1])
+example = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(example)
+make = getattr(example, "make", None)
+image = torch.linspace(-1, 1, 64)
+x = image.view(1, 1, 8, 8) if sys.argv[1].endswith("hf_trainer.py") else image.view(1, 64)
+own = kronblocks.from_pretrained(sys.argv[2]) if x.dim() == 4 else kronblocks.from_pretrained(sys.argv[2], make)
+with torch.no_grad():
+    y = own(x)
+print(getattr(y, "logits", y).double().sum().item())
+"""
+RUNS = {path.name: [sys.executable, str(path)] for path in sorted(EXAMPLES.glob("*.py"))}
+RUNS["torchrun_ddp.py"] = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    str(EXAMPLES / "torchrun_ddp.py"),
+]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_example(name, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KRONBLOCKS_MEASURE": "0"}
+    run = subprocess.run([*RUNS[name], str(tmp_path / "saved")], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    found = re.search(r"([\d.]+)% of the weights in zero blocks, test accuracy ([\d.]+)", run.stdout)
+    assert found is not None, run.stdout
+    sparsity, accuracy = float(found[1]), float(found[2])
+    assert sparsity >= (80 if name == "hf_trainer.py" else 90) and accuracy > (0.75 if name == "hf_trainer.py" else 0.88), (
+        run.stdout
+    )
+    command = [sys.executable, "-c", CHECK, str(EXAMPLES / name), str(tmp_path / "saved")]
+    outputs = {subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout for _ in range(2)}
+    assert len(outputs) == 1 and float(outputs.pop()) != 0
