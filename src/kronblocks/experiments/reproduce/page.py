@@ -132,14 +132,17 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
 
 
 _WHERE_BASELINES_WIN = {
-    "mlp": """Where a baseline wins: at 50% with 16x16 blocks `magnitude`, by 0.19 points: half of the blocks carry the weight, and
-`two-phase` trains their free values only from the lift on, after about a quarter of the training. At 2x2 `kron-l1` of rank 8, with
-more parameters than dense. `static` is level at 80% with 16x16 blocks: random live blocks are enough there, and train from the first
-step; at 95% it falls apart.""",
-    "linear-mnist5k": """Where baselines win: at 50% both lassos, `iterative`, `magnitude`, `rigl` and `kron-l1`, by 0.2 to 0.7 points. A few
-hundred steps are few for one layer: every method takes the largest rate that is tried, and what trains free values from the first
-step gets further. At 90%, where the choice of blocks matters more, `two-phase` is the best.""",
-    "linear-fashion": """Where a baseline wins: at 90% `kron-l1` and `magnitude`, by about 0.1 point, with intervals that include 0.""",
+    "mlp": """Where a baseline wins: at 50% with 16x16 blocks `magnitude`, by 0.19 points: half of the blocks carry the
+weight, and `two-phase` trains their free values only from the lift on, after about a quarter of the training.
+At 2x2 `kron-l1` of rank 8, with more parameters than dense. `static` is level at 80% with 16x16 blocks: random
+live blocks are enough there, and train from the first step; at 95% it falls apart.""",
+    "linear-mnist5k": """Where baselines
+win: at 50% both lassos, `iterative`, `magnitude`, `rigl` and `kron-l1`, by 0.2 to 0.7 points. A
+few hundred steps are few for one layer: every method takes the largest rate that is tried, and what trains free
+values from the first step gets further. At 90%, where the choice of blocks matters more, `two-phase` is the
+best.""",
+    "linear-fashion": """Where a baseline
+wins: at 90% `kron-l1` and `magnitude`, by about 0.1 point, with intervals that include 0.""",
 }
 """What the tables show against the default method, and why."""
 
