@@ -7,7 +7,7 @@ import json
 import pytest
 from torch import nn
 
-from kronblocks import KronblocksError, LayerOverride, PenaltyConfig, ScheduleConfig, SparsityConfig
+from kronblocks import KronblocksError, LayerOverride, PenaltyConfig, RankChoice, ScheduleConfig, SparsityConfig
 
 FULL = SparsityConfig(
     method="kron-l1",
@@ -110,7 +110,10 @@ def test_types_become_patterns():
         ({"method": "rigl", "schedule": ScheduleConfig(shape="cubic")}, "sparse from the first step"),
         ({"method": "rigl", "scope": "layer"}, "has a distribution="),
         ({"method": "magnitude", "distribution": "erk"}, "has no distribution"),
-        ({"method": "magnitude", "storage": "packed"}, "no choice of storage"),
+        ({"method": "group-lasso", "storage": "packed"}, "no choice of storage"),
+        ({"method": "magnitude", "init": "nearest"}, "starts from the weights that are there"),
+        ({"method": "rigl", "init": "spectral"}, "is for factors"),
+        ({"rank": RankChoice(max_error=0.1)}, "set init='nearest'"),
         ({"method": "dense", "regrow": 0.1}, "brings no dead blocks back"),
     ],
 )

@@ -7,6 +7,7 @@ from kronblocks.advice import Advice
 from kronblocks.advise import advise
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import LayerOverride, PenaltyConfig, ScheduleConfig, SparsityConfig
+from kronblocks.distillation import Distillation
 from kronblocks.errors import KronblocksError, KronblocksWarning, NativeFallbackWarning, OpenMPConflictWarning, PerformanceWarning
 from kronblocks.export import Exported, export
 from kronblocks.groups import parameter_groups
@@ -18,6 +19,7 @@ from kronblocks.ops.cost import Cost, Problem, cost
 from kronblocks.ops.kron import block_norms, kron_linear, kron_weight
 from kronblocks.ops.nearest import canonical_form, nearest_kronecker_sum
 from kronblocks.ops.packed import BlockIndex, packed_linear
+from kronblocks.ranks import RankChoice
 from kronblocks.saving import from_pretrained, save_pretrained
 from kronblocks.search.halving import SearchConfig, find_block_size
 from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
@@ -43,6 +45,7 @@ __all__ = [
     "BlockSparseLinear",
     "BlockTarget",
     "Cost",
+    "Distillation",
     "Exported",
     "KronblocksError",
     "KronblocksWarning",
@@ -56,6 +59,7 @@ __all__ = [
     "PerformanceWarning",
     "PlanChoice",
     "Problem",
+    "RankChoice",
     "Rule",
     "RuleContext",
     "ScheduleConfig",

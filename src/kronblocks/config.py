@@ -13,7 +13,22 @@ from typing import Any, Literal
 from kronblocks.blocks import BlockSize
 from kronblocks.checks import number, one_of, whole
 from kronblocks.errors import KronblocksError
-from kronblocks.methods import CONSTANT, FACTORED, LIFTED, OWN, PENALISED, PRUNING, REGROWING, Init, Method, Own, TileGroups
+from kronblocks.methods import (
+    CONSTANT,
+    FACTORED,
+    LIFTED,
+    OWN,
+    PENALISED,
+    PRUNING,
+    REGROWING,
+    STORED,
+    Init,
+    Method,
+    Own,
+    TileGroups,
+)
+from kronblocks.ranks import RankChoice
+from kronblocks.settings import BlockSizeLike, LayerOverride, PenaltyConfig, ScheduleConfig, check_factors
 from kronblocks.sparsity.budget import Distribution, Scope
 from kronblocks.sparsity.rules.base import Form
 from kronblocks.sparsity.schedule import Shape
@@ -23,74 +38,6 @@ CONFIG_VERSION = 1
 
 Storage = Literal["dense", "packed"]
 Mismatch = Literal["dense", "nearest"]
-BlockSizeLike = BlockSize | int | str | tuple[int, int]
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """When pruning happens, in shares of the whole training; `None` means the method's own default."""
-
-    start: float = 0.05
-    end: float | None = None  # 0.5; two-phase 0.4, kron-l1 0.8, rigl 0.75
-    lift_at: float = 2 / 3  # share of the pruning span; two-phase only
-    shape: Shape | None = None  # "cubic"; iterative "staircase"
-    update_every: int = 50  # optimiser steps between mask updates
-    stages: int = 5  # of the staircase shape
-
-    def __post_init__(self) -> None:
-        if self.shape is not None:
-            one_of("schedule.shape", self.shape, Shape)
-        number("schedule.start", self.start, 0, 1, "the share of the training before pruning, from 0 to below 1")
-        if self.end is not None:
-            number("schedule.end", self.end, 0, 1 + 1e-12, "the share of the training at which pruning ends, up to 1")
-            if self.end <= self.start:
-                raise KronblocksError(f"schedule.end={self.end} must be above schedule.start={self.start}")
-        number("schedule.lift_at", self.lift_at, 0, 1 + 1e-12, "a share of the pruning span, from 0 to 1")
-        whole("schedule.update_every", self.update_every, "the optimiser steps between mask updates")
-        whole("schedule.stages", self.stages, "the number of stages of the staircase")
-        if self.shape not in ("staircase", None) and self.stages != ScheduleConfig.stages:
-            raise KronblocksError(f"schedule.stages={self.stages} is for shape='staircase', and the shape is {self.shape!r}")
-
-
-@dataclass(frozen=True)
-class PenaltyConfig:
-    """Strength of a penalty; `None` means 1 for a penalty in the loss, and a controller for a proximal one."""
-
-    strength: float | None = None
-    growth: float = 3.0  # in the loss: how many times the strength at the end
-    form: Form | None = None  # in the loss ("gradient"), or as a proximal step; None: kron-l1 "gradient", the others "proximal"
-    ridge: float = 1.0  # elastic-group-lasso: strength of the squared norm, relative to that of the norm
-
-    def __post_init__(self) -> None:
-        if self.form is not None:
-            one_of("penalty.form", self.form, Form)
-        if self.strength is not None:
-            number("penalty.strength", self.strength, 0, float("inf"), "a number from 0 on, or None")
-        number("penalty.growth", self.growth, 0, float("inf"), "a number from 0 on")
-        number("penalty.ridge", self.ridge, 0, float("inf"), "a number from 0 on")
-        if self.form == "proximal" and self.growth != PenaltyConfig.growth:
-            raise KronblocksError(f"penalty.growth={self.growth} is for form='gradient': a proximal penalty does not grow")
-
-
-@dataclass(frozen=True)
-class LayerOverride:
-    """Other settings for the layers that match a pattern; `None` leaves a setting as it is."""
-
-    block_size: BlockSizeLike | None = None
-    rank: int | None = None
-    tile_groups: TileGroups | None = None
-
-    def __post_init__(self) -> None:
-        if self.block_size is not None:
-            object.__setattr__(self, "block_size", BlockSize.parse(self.block_size))
-        _check_factors(self.rank, self.tile_groups)
-
-
-def _check_factors(rank: int | None, tile_groups: TileGroups | None) -> None:
-    if rank is not None:
-        whole("rank", rank, "the number of Kronecker terms")
-    if tile_groups is not None and tile_groups != "per-row":
-        whole("tile_groups", tile_groups, '"per-row", or the number of tile banks')
 
 
 @dataclass(frozen=True)
@@ -102,7 +49,8 @@ class SparsityConfig:
             "elastic-group-lasso", "magnitude" and "iterative", from a sparse start "rigl" and "static", or "dense" (nothing, so
             that experiments need no `if`).
         block_size: 16, "16x4" or (16, 4), rows first; "auto" for `kronblocks train`, which then searches.
-        rank: number of Kronecker terms, for the methods that have them; None: a quarter of a block's weights, 2 to 8.
+        rank: number of Kronecker terms, for the methods that have them; None: a quarter of a block's weights, 2 to 8. For a
+            trained model also `RankChoice(max_error=0.3)` or `RankChoice(max_parameters=0.5)`: by its weights, layer by layer.
         target_sparsity: share of the blocks that end as exact zeros, in [0, 1).
         layers: which nn.Linear layers: patterns on the name (`"encoder.*"`), regular expressions (`"re:.*fc[12]"`), or types
             of the layer or of a module around it (`"type:MLP"`). Classes may be given and become "type:" patterns.
@@ -114,16 +62,18 @@ class SparsityConfig:
         tile_groups: "per-row", or the number of tile banks of each layer; None: the method's own, "per-row" for two-phase and
             1 for kron-l1, as in the paper.
         gate: a trained gate for each block, the paper's S; None: the method's own, True for kron-l1.
-        init: "random" (orthonormal tiles, nn.Linear's variance), "spectral" (nearest to the layer's present weights, with the
-            variance put right), "nearest" (nearest to the present weights: for trained models); None: the method's own.
+        init: of factors "random" (orthonormal tiles, nn.Linear's variance), "spectral" (nearest to the layer's present weights,
+            with the variance put right) or "nearest" (nearest to the present weights: for trained models); None: the method's
+            own. Of rigl's and static's live blocks "random" (the default) or "nearest": those of greatest norm, over all layers.
         score: what blocks are compared by: "norm" (their norm), "gate" (|S|) or "taylor" (gradient times weight); None: the
             method's own, "gate" for kron-l1.
         regrow: share of the live blocks that is exchanged, at the first mask update, for the dead ones of greatest gradient; it
             falls to 0 by a cosine. None: the method's own, 0.3 for rigl and 0 for the others that can.
         scope: one budget over all layers ("global"), or the same sparsity in each ("layer").
-        distribution: of rigl's and static's live blocks over the layers: "erk" (Erdos-Renyi: small layers denser; the default) or
-            "uniform".
-        storage: rigl and static on live blocks only ("packed", the default: their cost is real) or on the nn.Linear ("dense").
+        distribution: of rigl's and static's live blocks over the layers: "erk" (Erdos-Renyi: small layers denser; the default
+            with random blocks) or "uniform".
+        storage: live blocks only ("packed", the default of rigl and static: their cost is real), or the nn.Linear ("dense", the
+            default of magnitude and iterative, which start with all blocks live).
         schedule: when pruning happens.
         penalty: for the methods that have one.
         rows: rows of x per step (batch, times tokens) that plans are chosen for; None: what reaches each layer in the first step.
@@ -140,7 +90,7 @@ class SparsityConfig:
 
     method: Method = "two-phase"
     block_size: BlockSizeLike = 16
-    rank: int | None = None
+    rank: int | RankChoice | None = None
     target_sparsity: float = 0.9
     layers: tuple[str | type, ...] = ("*",)
     exclude: tuple[str | type, ...] = ()
@@ -171,7 +121,7 @@ class SparsityConfig:
             raise KronblocksError(f"gate is True, False or None, not {self.gate!r}")
         if self.regrow is not None:
             number("regrow", self.regrow, 0, 1, "a share of the live blocks, from 0 to below 1")
-        _check_factors(self.rank, self.tile_groups)
+        check_factors(self.rank, self.tile_groups)
         if self.rows is not None:
             whole("rows", self.rows, "the rows of x per step")
         for name in ("measure_plans", "convolutions"):
@@ -193,11 +143,12 @@ class SparsityConfig:
         method = self.method
         linear = f"method {method!r} works on nn.Linear itself and has no"
         for name, allowed, reason in (
-            *((name, method in FACTORED, linear) for name in ("init", "tile_groups", "rank", "gate")),
+            *((name, method in FACTORED, linear) for name in ("tile_groups", "rank", "gate")),
+            ("init", method in FACTORED | CONSTANT, f"method {method!r} starts from the weights that are there and has no"),
             ("score", method in PRUNING, f"method {method!r} has no choice of"),
             ("regrow", method in REGROWING, f"method {method!r} brings no dead blocks back and has no"),
             ("distribution", method in CONSTANT, f"method {method!r} has no"),
-            ("storage", method in CONSTANT, f"method {method!r} has no choice of"),
+            ("storage", method in STORED, f"method {method!r} has no choice of"),
             ("scope", method not in CONSTANT, f"method {method!r} has a distribution= of its blocks and no"),
         ):
             if not allowed and getattr(self, name) != _DEFAULTS[name]:
@@ -228,6 +179,12 @@ class SparsityConfig:
             raise KronblocksError(f"method {method!r} is sparse from the first step: leave schedule.shape=None")
         if self.shape != "staircase" and schedule.stages != ScheduleConfig.stages:
             raise KronblocksError(f"schedule.stages={schedule.stages} is for a staircase, and {method!r} is {self.shape}")
+        if method in CONSTANT and self.init == "spectral":
+            raise KronblocksError(f"init='spectral' is for factors, and {method!r} has none: write init='random' or 'nearest'")
+        if isinstance(self.rank, RankChoice) and self.chosen_init == "random":
+            raise KronblocksError(
+                "RankChoice goes by the weights that are there, and init='random' drops them: set init='nearest'"
+            )
         if self.chosen_score == "gate" and not self.has_gate:
             raise KronblocksError(f"score='gate' needs gates, and method {method!r} has none: set gate=True, or score='norm'")
 
@@ -255,6 +212,16 @@ class SparsityConfig:
     def has_gate(self) -> bool:
         """Whether blocks have trained gates."""
         return self.own.gate if self.gate is None else self.gate
+
+    @property
+    def chosen_init(self) -> Init:
+        """How factors or live blocks start."""
+        return self.init or self.own.init
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a method of free values keeps live blocks only."""
+        return self.method in STORED and (self.storage or ("packed" if self.method in CONSTANT else "dense")) == "packed"
 
     @property
     def chosen_score(self) -> Score:
@@ -309,6 +276,8 @@ class SparsityConfig:
         for name, kind in nested.items():
             if name in values:
                 values[name] = _build(kind, values[name], name)
+        if isinstance(values.get("rank"), Mapping):
+            values["rank"] = _build(RankChoice, values["rank"], "rank")
         if "overrides" in values:
             values["overrides"] = {
                 key: _build(LayerOverride, each, f"overrides[{key!r}]")

@@ -34,6 +34,9 @@ PENALISED: frozenset[str] = frozenset({"kron-l1", "group-lasso", "elastic-group-
 CONSTANT: frozenset[str] = frozenset({"rigl", "static"})
 """Methods that have the target sparsity from the first step."""
 
+STORED: frozenset[str] = CONSTANT | {"magnitude", "iterative"}
+"""Methods of free values that can work on the nn.Linear itself or on live blocks only."""
+
 PRUNING: frozenset[str] = frozenset({"two-phase", "magnitude", "iterative"})
 """Methods that kill the blocks of least score at each mask update."""
 

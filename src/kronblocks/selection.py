@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 import math
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import SparsityConfig
@@ -18,6 +20,10 @@ from kronblocks.errors import KronblocksError
 from kronblocks.methods import FACTORED, own_rank
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
+from kronblocks.ranks import RankChoice, choose_ranks
+
+_BY_WEIGHT = 0
+"""The rank of a layer whose weight decides it."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,13 @@ class Selected:
     rank: int
     tile_groups: int
     note: str = ""  # where the block size is not the one asked for
+    error: float | None = None  # |W - start| / |W| where the layer starts from a weight W that was there; None: it starts anew
+
+    def __str__(self) -> str:
+        words = [self.note] * bool(self.note)
+        if self.error is not None:
+            words.append(f"start within {self.error:.3f} of the weight, relatively")
+        return f"{self.name}: {self.grid}" + (f" ({'; '.join(words)})" if words else "")
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class SurgeryReport:
         return SurgeryReport(self.selected, (*dense, *(LeftDense(name, reason) for name, reason in found.items() if reason)))
 
     def __str__(self) -> str:
-        lines = [f"sparse: {each.name}: {each.grid}{f' ({each.note})' if each.note else ''}" for each in self.selected]
+        lines = [f"sparse: {each}" for each in self.selected]
         lines += [f"dense:  {each.name}: {each.reason}" for each in self.left_dense]
         return "\n".join(lines)
 
@@ -144,12 +157,38 @@ def _select_one(name: str, module: nn.Module, names: _Names, config: SparsityCon
         groups = math.gcd(groups, block_rows)
     if block_rows % groups:
         return LeftDense(name, f"tile_groups={groups} does not divide its {block_rows} block rows")
-    rank = own_rank(grid.block.area) if settings["rank"] is None else min(settings["rank"], grid.block.area)
-    return Selected(name, grid, rank, groups, note)
+    if settings["rank"] is None:
+        return Selected(name, grid, own_rank(grid.block.area), groups, note)
+    if isinstance(settings["rank"], RankChoice):
+        return Selected(name, grid, _BY_WEIGHT, groups, note)
+    return Selected(name, grid, min(settings["rank"], grid.block.area), groups, note)
+
+
+def _with_ranks(selected: list[Selected], linears: Mapping[str, nn.Module], config: SparsityConfig) -> list[Selected]:
+    """Put the ranks in that the weights decide."""
+    undecided = [each for each in selected if each.rank == _BY_WEIGHT]
+    if not undecided:
+        return selected
+    assert isinstance(config.rank, RankChoice)
+    weights = [next(linears[each.name].parameters(recurse=False)) for each in undecided]
+    if any(weight.is_meta for weight in weights):
+        raise KronblocksError(
+            "RankChoice goes by the weights, and the model is on the meta device: load it first, or give a rank"
+        )
+    layers = [(weight, each.grid, each.tile_groups) for weight, each in zip(weights, undecided, strict=True)]
+    ranks = dict(zip((each.name for each in undecided), choose_ranks(config.rank, layers), strict=True))
+    return [
+        dataclasses.replace(each, rank=ranks[each.name], note="; ".join(filter(None, (each.note, f"rank {ranks[each.name]}"))))
+        if each.name in ranks
+        else each
+        for each in selected
+    ]
 
 
 def _why_not(name: str, module: nn.Module, shared: dict[int, list[str]], names: _Names, config: SparsityConfig) -> str | None:
     """The reason for leaving an nn.Linear dense before its sizes are looked at, or None."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return _ATTENTION
     if type(module) not in (nn.Linear, KroneckerBlockLinear):
         return f"{type(module).__name__} is a subclass of nn.Linear, whose code may need its weight as it is"
     weight = next(module.parameters(recurse=False))
@@ -187,8 +226,11 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
         reason = _why_not(name, module, shared, names, config)
         decision = LeftDense(name, reason) if reason else _select_one(name, module, names, config)
         (selected if isinstance(decision, Selected) else left).append(decision)
-    report = SurgeryReport(tuple(selected), tuple(left))
+    left += [
+        LeftDense(f"{name}.in_proj".lstrip("."), _ATTENTION) for name, each in names.modules.items() if _has_fused_input(each)
+    ]
     if not selected:
+        report = SurgeryReport((), tuple(left))
         raise KronblocksError(f"no layer was selected, so nothing would be sparse:\n{report}")
     for each in selected:
         weight = next(linears[each.name].parameters(recurse=False))
@@ -196,4 +238,14 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
             raise KronblocksError(
                 f"the weight of {each.name} has values that are not finite (NaN or infinity): mend or reload it"
             )
-    return report
+    return SurgeryReport(tuple(_with_ranks(selected, linears, config)), tuple(left))
+
+
+_ATTENTION = (
+    "nn.MultiheadAttention hands its weights to one fused function and calls no layer; write the attention with nn.Linear layers "
+    "and scaled_dot_product_attention, as transformers does, and they are taken"
+)
+
+
+def _has_fused_input(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention)

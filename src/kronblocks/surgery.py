@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,16 +12,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from kronblocks.config import SparsityConfig
-from kronblocks.errors import KronblocksError, PerformanceWarning
+from kronblocks.errors import KronblocksError
 from kronblocks.groups import keep_slots_, replace_parameters_
-from kronblocks.methods import CONSTANT, FACTORED, LIFTED
+from kronblocks.initial import factored, first_masks, packed, relative_error, warn_of_dropped_weights, warn_of_rank
+from kronblocks.methods import FACTORED, LIFTED
 from kronblocks.modules import fold_, replace_, unfoldable, unfolding
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
 from kronblocks.selection import Selected, SurgeryReport, select
-from kronblocks.sparsity.budget import choose_dead, random_masks
+from kronblocks.sparsity.budget import choose_dead
 from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.rules.base import Rule
 from kronblocks.sparsity.rules.fixed import Fixed
@@ -39,49 +40,6 @@ KINDS: dict[str, Any] = {kind.__name__: kind for kind in (KroneckerBlockLinear, 
 
 def _layers(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
-
-
-def _factor(linear: nn.Module, selected: Selected, config: SparsityConfig) -> KroneckerBlockLinear:
-    """The Kronecker layer that takes a dense one's place, initialised as the config says; one that is there already stays."""
-    if isinstance(linear, KroneckerBlockLinear):
-        if config.has_gate and linear.gate is None:
-            linear.gate = nn.Parameter(torch.ones_like(linear.coeff[..., 0]))
-            linear.enforce_zeros_()
-        return linear
-    assert isinstance(linear, nn.Linear)
-    init = config.init or config.own.init
-    weight = linear.weight
-    shape: dict[str, Any] = {"rank": selected.rank, "tile_groups": selected.tile_groups, "gate": config.has_gate}
-    if init == "random" or weight.is_meta:
-        layer = KroneckerBlockLinear(
-            linear.in_features,
-            linear.out_features,
-            selected.grid.block,
-            bias=linear.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-            **shape,
-        )
-    else:
-        layer = KroneckerBlockLinear.from_linear(linear, block_size=selected.grid.block, **shape)
-        if init == "spectral":
-            layer.match_variance_()
-    layer.bias = linear.bias
-    if config.rows is not None:
-        layer.choose_plan_(config.rows)
-    return layer.train(linear.training).requires_grad_(weight.requires_grad)
-
-
-def _warn_of_rank(report: SurgeryReport) -> None:
-    for each in report.selected:
-        if each.rank >= each.grid.block.area:
-            warnings.warn(
-                f"rank {each.rank} in blocks of {each.grid.block} ({each.name}) trains as many factors as there are weights: "
-                "take a lower rank or larger blocks",
-                PerformanceWarning,
-                stacklevel=4,
-            )
-            return
 
 
 def _rule(config: SparsityConfig) -> Rule:
@@ -191,58 +149,52 @@ def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport)
     areas = [each.grid.block.area for each in report.selected]
     if grids:
         choose_dead(grids, areas, config.target_sparsity, config.scope)
+    warn_of_dropped_weights(model, report, config)
+    masks = first_masks(model, report, config)
     if config.method in FACTORED:
-        _warn_of_rank(report)
-        targets = _replaced(model, report, lambda linear, each, _: _factor(linear, each, config))
-    elif config.method in CONSTANT:
-        targets = _sparse_from_the_start(model, report, config)
-    else:
-        targets = weight_targets(model, report)
+        warn_of_rank(report)
+        report = _replace_layers(model, report, config, lambda linear, each: factored(linear, each, config))
+    elif config.is_packed:
+        report = _replace_layers(model, report, config, lambda linear, each: packed(linear, each, masks[each.name], config))
+    targets = [_target(model, each) for each in report.selected]
+    for target in targets:
+        if isinstance(target, WeightTarget):
+            target.set_mask_(masks[target.name])
     planner = Planner(measure=config.measure_plans, rows=config.rows)
     surgeon = ModelSurgeon(model, report)
     return Sparsifier(model, targets, _rule(config), _schedule(config), surgeon, scope=config.scope, planner=planner)
 
 
-def _replaced(
-    model: nn.Module, report: SurgeryReport, make: Callable[[nn.Module, Selected, int], BlockLayer]
-) -> list[BlockTarget]:
-    """Put a block layer, made from the present one, its selection and its number, in the place of every selected layer."""
-    for number, each in enumerate(report.selected):
-        replace_(model, each.name, make(model.get_submodule(each.name), each, number))
-    return [LayerTarget(each.name, model.get_submodule(each.name)) for each in report.selected]
+def _replace_layers(
+    model: nn.Module, report: SurgeryReport, config: SparsityConfig, make: Callable[[nn.Module, Selected], BlockLayer]
+) -> SurgeryReport:
+    """Put a block layer, made from the present one and its selection, in the place of every selected layer.
+
+    Returns:
+        The report, with the errors of layers that start from the present weights.
+    """
+    selected = []
+    for each in report.selected:
+        old = model.get_submodule(each.name)
+        new = make(old, each)
+        replace_(model, each.name, new)
+        if isinstance(old, nn.Linear) and config.chosen_init == "nearest" and not old.weight.is_meta:
+            selected.append(dataclasses.replace(each, error=relative_error(old, new)))
+        else:
+            selected.append(each)
+    return dataclasses.replace(report, selected=tuple(selected))
 
 
-def _sparse_from_the_start(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> list[BlockTarget]:
-    """Targets with random masks that have the target sparsity already."""
-    grids = [each.grid for each in report.selected]
-    shapes, areas = [grid.shape for grid in grids], [grid.block.area for grid in grids]
-    masks = random_masks(shapes, areas, config.target_sparsity, config.distribution or "erk")
-    if config.storage == "dense":
-        targets = weight_targets(model, report)
-        for target, mask in zip(targets, masks, strict=True):
-            target.set_mask_(mask)
-        return list(targets)
-
-    def pack(linear: nn.Module, selected: Selected, number: int) -> BlockLayer:
-        assert isinstance(linear, nn.Linear)
-        layer = BlockSparseLinear.from_dense(linear, block_size=selected.grid.block, mask=masks[number])
-        layer.bias = linear.bias
-        layer.values.requires_grad_(linear.weight.requires_grad)
-        layer.choose_plan_(config.rows)
-        return layer
-
-    return _replaced(model, report, pack)
+def _target(model: nn.Module, selected: Selected) -> BlockTarget:
+    layer = model.get_submodule(selected.name)
+    if isinstance(layer, nn.Linear):
+        return WeightTarget(selected.name, layer, selected.grid)
+    return LayerTarget(selected.name, layer)
 
 
 def weight_targets(model: nn.Module, report: SurgeryReport) -> list[BlockTarget]:
-    """The selected layers as they are, plain nn.Linear with a mask beside them."""
-    return [WeightTarget(each.name, _linear(model, each.name), each.grid) for each in report.selected]
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
+    """The selected layers of a model that has not been changed, plain nn.Linear with a mask beside them."""
+    return [_target(model, each) for each in report.selected]
 
 
 def _lift(model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimizer]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from kronblocks.config import SparsityConfig
+from kronblocks.distillation import Distillation
+from kronblocks.errors import KronblocksError
 from kronblocks.experiments import accounting
 from kronblocks.experiments.data import Dataset
+from kronblocks.experiments.deploy import trained_model
 from kronblocks.experiments.models import build_model
 from kronblocks.experiments.tasks import TrainConfig
 from kronblocks.groups import parameter_groups
-from kronblocks.surgery import sparsify_
+from kronblocks.surgery import densify_, sparsify_
 
 WARM_UP = 0.1
 
@@ -43,6 +47,9 @@ class Classification(LightningModule):
         self.config = config
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size)
+        self.distillation, self._teacher_macs = None, 0
+        if config.start_from is not None:
+            self._start_from(config.start_from, data)
         self.sparsity_config = sparsity or config.sparsity_config()
         self.sparsifier = sparsify_(self.model, self.sparsity_config)
         self.total_steps = config.epochs * math.ceil(len(data.train) / config.batch_size)
@@ -56,6 +63,20 @@ class Classification(LightningModule):
         self.most_bytes: dict[str, int] = {}
         self.parameters_start = self.parameters_max = accounting.trainable_parameters(self.model)
         self._random_state: Tensor | None = None
+
+    def _start_from(self, folder: Path, data: Dataset) -> None:
+        """Take the weights of a finished training, and its model as the teacher where one is wanted."""
+        trained, _ = trained_model(folder)
+        densify_(trained)
+        try:
+            self.model.load_state_dict(trained.state_dict())
+        except RuntimeError as error:
+            raise KronblocksError(
+                f"{folder} holds no {self.config.model} for {self.config.data}: give the --model and --data it was trained with"
+            ) from error
+        if self.config.distill is not None:
+            self._teacher_macs = accounting.MacCounter(trained, data.train.images[:2]).inference_macs()
+            self.distillation = Distillation(trained, weight=self.config.distill)
 
     def configure_optimizers(self) -> Any:
         recipe = self.config.recipe
@@ -85,7 +106,7 @@ class Classification(LightningModule):
             loss = self._loss(images, labels)
         if len(images) not in self._step_macs:
             self._step_macs[len(images)] = self.counter.training_macs(len(images))
-        self.macs += self._step_macs[len(images)]
+        self.macs += self._step_macs[len(images)] + self._teacher_macs * len(images)
         if self.sparsifier.measures_growth:
             weights = {target.name: target.grid.weights for target in self.sparsifier.targets}
             self.macs += self.counter.growth_macs(len(images), weights)
@@ -93,7 +114,11 @@ class Classification(LightningModule):
         return loss
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self.model(images), labels) + self.sparsifier.penalty()
+        logits = self.model(images)
+        loss = nn.functional.cross_entropy(logits, labels)
+        if self.distillation is not None:
+            loss = self.distillation(loss, logits, images)
+        return loss + self.sparsifier.penalty()
 
     def _keep_most(self, measured: dict[str, int]) -> None:
         for name, value in measured.items():

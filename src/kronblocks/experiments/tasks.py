@@ -14,16 +14,18 @@ from kronblocks.config import Mismatch, PenaltyConfig, ScheduleConfig, SparsityC
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import TRANSFORMERS, ModelName
 from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE
-from kronblocks.methods import CONSTANT, FACTORED, LIFTED, PENALISED, PRUNING, REGROWING, Init, Method, TileGroups
+from kronblocks.methods import CONSTANT, FACTORED, LIFTED, PENALISED, PRUNING, REGROWING, STORED, Init, Method, TileGroups
 from kronblocks.sparsity.budget import Distribution, Scope
 from kronblocks.sparsity.targets import Score
 
 OF_SOME_METHODS: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("rank", "tile_groups", "init", "gate", "factor_lr_scale"), FACTORED),
-    **dict.fromkeys(("factor_weight_decay", "lifted_lr_scale"), FACTORED | CONSTANT),
+    **dict.fromkeys(("rank", "tile_groups", "gate", "factor_lr_scale"), FACTORED),
+    "init": FACTORED | CONSTANT,
+    **dict.fromkeys(("factor_weight_decay", "lifted_lr_scale"), FACTORED | STORED),
     "score": PRUNING,
     "regrow": REGROWING,
-    **dict.fromkeys(("distribution", "storage"), CONSTANT),
+    "distribution": CONSTANT,
+    "storage": STORED,
     "scope": frozenset(get_args(Method)) - CONSTANT - {"dense"},
 }
 """Settings that only some methods have, and which."""
@@ -128,7 +130,7 @@ class TaskConfig(ModelAndData):
     tile_groups: str | None = None
     """Tile banks of a layer: per-row, or a number; unset: the method's own (two-phase per-row, kron-l1 1)."""
     init: Init | None = None
-    """Of factors; unset: the method's own (two-phase random, kron-l1 spectral)."""
+    """Of factors and sparse starts; unset: nearest with --start-from, else the method's own (kron-l1 spectral, others random)."""
     gate: bool | None = None
     """A trained gate for each block; unset: the method's own (kron-l1 only)."""
     score: Score | None = None
@@ -140,13 +142,17 @@ class TaskConfig(ModelAndData):
     distribution: Distribution | None = None
     """Of live blocks over the layers, for methods that are sparse from the start; unset: erk."""
     storage: Storage | None = None
-    """Of methods that are sparse from the start: live blocks only (packed; the default), or dense."""
+    """Of methods of free values: live blocks only (packed; rigl and static unless set), or dense (magnitude and iterative)."""
     on_mismatch: Mismatch = "nearest"
     """Layers that the block size does not divide: nearest size that does, or left dense."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     measure_plans: bool = True
     """Choose how layers compute by timings of this machine; False: by counted costs alone."""
+    start_from: Path | None = None
+    """Start from the weights of a finished training: its folder."""
+    distill: float | None = None
+    """Share of the distance to that model's outputs in the loss, 0 to 1; unset: learn from the labels only."""
     resume: bool = False
     """Go on from the last checkpoint in the folder."""
     progress: Annotated[bool, tyro.conf.FlagConversionOff] = True
@@ -156,6 +162,12 @@ class TaskConfig(ModelAndData):
         super().__post_init__()
         if self.tile_groups is not None:
             tile_groups(self.tile_groups)
+        if self.distill is not None and self.start_from is None:
+            raise KronblocksError("--distill learns from a trained model: name its folder with --start-from")
+        if self.distill is not None and not 0 <= self.distill <= 1:
+            raise KronblocksError(f"--distill is the share of the trained model in the loss, 0 to 1, not {self.distill}")
+        if self.start_from is not None and self.block_size == "auto":
+            raise KronblocksError("--block-size auto searches with new models: with --start-from name a size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +201,7 @@ class TrainConfig(TaskConfig):
             target_sparsity=self.sparsity,
             on_mismatch=self.on_mismatch,
             gate=self.gate,
-            init=self.init,
+            init="nearest" if self.init is None and self.start_from and self.method in FACTORED | CONSTANT else self.init,
             score=self.score,
             regrow=self.regrow,
             scope=self.scope,
@@ -207,6 +219,7 @@ class TrainConfig(TaskConfig):
         data = dataclasses.asdict(self)
         for name in ("out", "resume", "progress", "data_dir"):
             del data[name]
+        data["start_from"] = None if self.start_from is None else str(self.start_from)
         return {**data, "widths": list(self.widths), "recipe": self.recipe._asdict()}
 
 

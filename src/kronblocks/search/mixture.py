@@ -124,13 +124,14 @@ class _MixtureTraining:
         self._model, self._task, self._search, self.steps = model, task, search, steps
         self._mixtures: dict[str, BlockMixtureLinear] = {}
         names = [layer.name for layer in kept[0].layers]
+        rank = config.rank if isinstance(config.rank, int) else _RANK
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(search.seed)
             for position, name in enumerate(names):
                 linear = model.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
                 sizes = {str(c.block): c.layers[position].grid.block for c in kept}
-                mixture = BlockMixtureLinear.like(linear, sizes, config.rank or _RANK, per_row=config.tiles == "per-row")
+                mixture = BlockMixtureLinear.like(linear, sizes, rank, per_row=config.tiles == "per-row")
                 replace_(model, name, mixture)
                 self._mixtures[name] = mixture
         self._seconds = {str(c.block): c.estimated_seconds for c in kept}

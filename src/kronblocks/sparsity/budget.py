@@ -120,12 +120,27 @@ def random_masks(
     Returns:
         One (m1, n1) bool grid a layer, True = live.
     """
-    blocks = [m1 * n1 for m1, n1 in shapes]
+    drawn = [torch.randperm(m1 * n1).neg().view(m1, n1) for m1, n1 in shapes]
+    return strongest_masks(drawn, areas, sparsity, distribution)
+
+
+def strongest_masks(norms: Sequence[Tensor], areas: Sequence[int], sparsity: float, distribution: Distribution) -> list[Tensor]:
+    """The blocks of greatest norm, as many in each layer as a distribution wants; see `random_masks`.
+
+    Args:
+        norms: one (m1, n1) grid a layer.
+        areas: weights per block, a number a layer.
+        sparsity: share to be dead, in [0, 1).
+        distribution: "erk", or "uniform": every layer alike.
+    """
+    blocks = [grid.numel() for grid in norms]
     weights = [number * area for number, area in zip(blocks, areas, strict=True)]
-    density = [1 - sparsity] * len(shapes)
+    density = [1 - sparsity] * len(norms)
     if distribution == "erk":
+        shapes = [(grid.shape[0], grid.shape[1]) for grid in norms]
         density = erdos_renyi(shapes, weights, 1 - sparsity)
     scores = []  # above 1 for the blocks of least rank: as many in each layer as its density wants
-    for shape, number, wanted in zip(shapes, blocks, density, strict=True):
-        scores.append(wanted * number / (torch.randperm(number).double() + 0.5).view(shape))
+    for grid, number, wanted in zip(norms, blocks, density, strict=True):
+        order = grid.detach().flatten().argsort(descending=True, stable=True).argsort().to("cpu", torch.float64)
+        scores.append(wanted * number / (order.view(grid.shape) + 0.5))
     return [~dead for dead in choose_dead(scores, areas, sparsity)]

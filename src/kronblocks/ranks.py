@@ -1,0 +1,112 @@
+"""How many Kronecker terms each layer of a trained model needs, by the spectrum of its rearranged weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronblocks.blocks import BlockGrid
+from kronblocks.checks import number
+from kronblocks.errors import KronblocksError
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """Ranks chosen for a trained model instead of given: exactly one of the two.
+
+    Args:
+        max_error: each layer takes the least rank whose Kronecker sum is this near to its weight, |W - sum| / |W| in Frobenius
+            norms.
+        max_parameters: the factors of all layers together have at most this share of their weights; each further term goes to
+            the layer where it removes most error per parameter.
+
+    >>> RankChoice(max_error=0.3)
+    RankChoice(max_error=0.3, max_parameters=None)
+    """
+
+    max_error: float | None = None
+    max_parameters: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.max_error is None) == (self.max_parameters is None):
+            raise KronblocksError(
+                "RankChoice takes one of max_error=, a relative error of each layer, and max_parameters=, a share of the weights"
+            )
+        if self.max_error is not None:
+            number("max_error", self.max_error, 0, 1, "the relative error of each layer's start, from 0 to below 1")
+        if self.max_parameters is not None:
+            number("max_parameters", self.max_parameters, 0, math.inf, "the factors' share of the weights, above 0")
+
+
+@torch.no_grad()
+def spectrum(weight: Tensor, grid: BlockGrid, tile_groups: int) -> Tensor:
+    """Squared error that each Kronecker term removes, largest first, as shares of |W|^2; (at most bm*bn,) float64.
+
+    From the eigenvalues of each group's second moments, (bm*bn, bm*bn): no SVD of the whole weight.
+    """
+    blocks = grid.to_blocks(weight.detach()).reshape(tile_groups, -1, grid.block.area).double()
+    wide = blocks.shape[1] < blocks.shape[2]
+    moments = blocks @ blocks.transpose(1, 2) if wide else blocks.transpose(1, 2) @ blocks
+    squares = torch.linalg.eigvalsh(moments).clamp_min(0).flip(1).sum(0)
+    total = squares.sum()
+    return squares / total if total > 0 else squares
+
+
+def _errors(squares: Tensor) -> list[float]:
+    """Relative error with 1, 2, ... terms."""
+    return [math.sqrt(max(0.0, float(squares[rank:].sum()))) for rank in range(1, len(squares) + 1)]
+
+
+def _least_rank(squares: Tensor, max_error: float) -> int:
+    """The least rank within an error; rounding of the spectrum (float64, squared) is forgiven."""
+    return next((rank for rank, error in enumerate(_errors(squares), 1) if error <= max_error + 1e-7), len(squares))
+
+
+def _within_budget(spectra: Sequence[Tensor], costs: Sequence[int], budget: float) -> list[int]:
+    """Terms given out one by one where they remove most squared error per parameter."""
+    ranks = [1] * len(spectra)
+    left = budget - sum(costs)
+    if left < 0:
+        raise KronblocksError(
+            f"one Kronecker term in every layer has {sum(costs)} parameters already, above the {int(budget)} that max_parameters "
+            "allows: raise it, or take larger blocks or fewer tile groups"
+        )
+    while True:
+        gains = [
+            (float(squares[rank]) / cost, -index)
+            for index, (squares, rank, cost) in enumerate(zip(spectra, ranks, costs, strict=True))
+            if rank < len(squares) and cost <= left
+        ]
+        if not gains or max(gains)[0] <= 0:
+            return ranks
+        best = -max(gains)[1]
+        ranks[best] += 1
+        left -= costs[best]
+
+
+def choose_ranks(choice: RankChoice, layers: Sequence[tuple[Tensor, BlockGrid, int]]) -> list[int]:
+    """The rank of each layer.
+
+    A budget counts errors relative to each layer's own weight, so that no layer is neglected for being small.
+
+    Args:
+        choice: by what.
+        layers: weight (out_features, in_features), how it is cut, and tile banks of each.
+
+    Raises:
+        KronblocksError: not even one term a layer fits the budget.
+
+    >>> weight = torch.kron(torch.eye(4), torch.eye(2)) + torch.kron(torch.ones(4, 4), torch.ones(2, 2))
+    >>> choose_ranks(RankChoice(max_error=0.01), [(weight, BlockGrid.fit(8, 8, BlockSize(2, 2)), 1)])
+    [2]
+    """
+    spectra = [spectrum(*layer) for layer in layers]
+    if choice.max_error is not None:
+        return [_least_rank(squares, choice.max_error) for squares in spectra]
+    assert choice.max_parameters is not None
+    costs = [grid.blocks + tile_groups * grid.block.area for _, grid, tile_groups in layers]
+    return _within_budget(spectra, costs, choice.max_parameters * sum(grid.weights for _, grid, _ in layers))
