@@ -153,8 +153,9 @@ def test_live_blocks_of_greatest_norm_in_each_layer(distribution):
 @pytest.mark.parametrize("method", ["magnitude", "iterative"])
 def test_pruning_live_blocks_is_pruning_the_dense_layer(method):
     results = []
+    torch.manual_seed(1)
+    x, y = torch.randn(64, 16, dtype=torch.float64), torch.randn(64, 8, dtype=torch.float64)
     for storage in ("dense", "packed"):
-        torch.manual_seed(0)
         model = trained(16, 32, 8).double()
         schedule = ScheduleConfig(update_every=3)
         config = SparsityConfig(method=method, block_size=4, target_sparsity=0.8, storage=storage, schedule=schedule)
@@ -162,7 +163,6 @@ def test_pruning_live_blocks_is_pruning_the_dense_layer(method):
         assert isinstance(model[0], BlockSparseLinear if storage == "packed" else nn.Linear)
         optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2, lifted_lr_scale=1.0))
         sparsifier.attach(optimizer, total_steps=40)
-        x, y = torch.randn(64, 16, dtype=torch.float64), torch.randn(64, 8, dtype=torch.float64)
         for _ in range(40):
             optimizer.zero_grad()
             nn.functional.mse_loss(model(x), y).backward()
