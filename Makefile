@@ -65,6 +65,7 @@ bench: $(VENV)/.experiments
 	$(BIN)/kronblocks bench ops
 	$(BIN)/kronblocks bench step
 	$(BIN)/kronblocks bench infer
+	$(BIN)/kronblocks bench deploy
 	$(BIN)/kronblocks bench train
 	$(BIN)/kronblocks bench tables
 

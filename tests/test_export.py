@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -154,3 +156,35 @@ def test_a_single_layer_and_wrong_arguments():
 class Noise(nn.Module):
     def forward(self, x):
         return x + torch.randn_like(x)
+
+
+@pytest.mark.parametrize("form", ["dense", "packed", "factored"])
+def test_through_torch_export_to_a_file_and_a_new_process(form, tmp_path):
+    model, x = sparse().eval(), torch.randn(7, 24)
+    exported = export(model, x, form=form)
+    rows = torch.export.Dim("rows", min=2, max=512)
+    program = torch.export.export(exported.model, (x,), dynamic_shapes=({0: rows},))
+    for size in (7, 2, 65):
+        x = torch.randn(size, 24)
+        torch.testing.assert_close(program.module()(x), model(x).detach(), rtol=1e-5, atol=1e-5)
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.save({"x": x, "y": model(x).detach()}, tmp_path / "expected.pt")
+    script = """
+import sys, torch, kronblocks
+program = torch.export.load(sys.argv[1] + "/model.pt2")
+expected = torch.load(sys.argv[1] + "/expected.pt", weights_only=True)
+torch.testing.assert_close(program.module()(expected["x"]), expected["y"], rtol=1e-5, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("form", ["dense", "packed", "factored"])
+def test_through_torch_compile_without_a_break(form):
+    torch.compiler.reset()
+    model, x = sparse().eval(), torch.randn(7, 24)
+    exported = export(model, x, form=form)
+    compiled = torch.compile(exported.model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for size in (7, 9):
+            x = torch.randn(size, 24)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)

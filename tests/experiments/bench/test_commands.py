@@ -33,7 +33,7 @@ def without_fastkron():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The files of all four benchmarks, each run once; the trainings in this process, which is faster."""
+    """The files of all benchmarks, each run once; the trainings in this process, which is faster."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainings, "train_apart", train)
@@ -41,6 +41,7 @@ def results(tmp_path_factory):
             f"ops {TINY} {GRID}",
             f"infer {TINY} {GRID}",
             f"step {TINY} --rows 16 --width 64 --cases r=1 90% --loss-steps 2 --no-memory",
+            f"deploy {TINY} --rows 16 --width 64 --layers 2 --blocks 4 8",
             f"train --quick --threads 1 --data digits --widths 32 --block-size 8 --epochs 1 --work {folder / 'runs'}",
         ):
             main(["bench", *line.split(), "--out", str(folder)])
@@ -74,6 +75,24 @@ def test_ops_rows(results):
     assert forward["dense"]["speed"] == 1
     assert data["settings"]["threads"] == 1 and data["machine"]["product_gflops"] > 0
     assert data["skipped"]["pyfastkron"] == "it is not installed" and "square" in data["skipped"]["torch BSR F.linear"]
+
+
+def test_deploy_rows(results):
+    rows = {row["case"]: row for row in read(results / "bench-deploy.json")["rows"]}
+    dense, packed = rows["dense"], rows["exported, 90% zeros, 8x8"]
+    assert dense["speed"] == 1 and dense["bytes"] == 4 * (2 * (64 * 64 + 64) + 10 * 64 + 10)
+    assert "exported, 90% zeros, 4x4" in rows and all(
+        0 <= row["error"] < 1e-5 for name, row in rows.items() if "int8" not in name
+    )
+    assert packed["forms"] and packed["bytes"] <= dense["bytes"]
+    assert packed["speed"] == pytest.approx(dense["ms"] / packed["ms"], rel=2e-3)
+
+
+@pytest.mark.parametrize("wrong", ["--device cuda", "--rows 0", "--blocks 7", "--sparsity 1", "--layers 0"])
+def test_deploy_refuses(wrong, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "deploy", *wrong.split(), "--out", str(tmp_path)])
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_auto_is_the_time_of_the_plan_that_it_chose(results):

@@ -9,12 +9,13 @@ import tyro
 from rich.console import Console
 
 from kronblocks.experiments.bench.grids import InferSettings, OpsSettings
-from kronblocks.experiments.bench.settings import StepSettings, TablesSettings, TrainSettings
+from kronblocks.experiments.bench.settings import DeploySettings, StepSettings, TablesSettings, TrainSettings
 
 Bench = (
     Annotated[OpsSettings, tyro.conf.subcommand("ops")]
     | Annotated[StepSettings, tyro.conf.subcommand("step")]
     | Annotated[InferSettings, tyro.conf.subcommand("infer")]
+    | Annotated[DeploySettings, tyro.conf.subcommand("deploy")]
     | Annotated[TrainSettings, tyro.conf.subcommand("train")]
     | Annotated[TablesSettings, tyro.conf.subcommand("tables")]
 )
@@ -47,6 +48,11 @@ def _run(settings: Bench) -> None:
 
             results = step.run(settings)
             console.print(step.summary(results))
+        case DeploySettings():
+            from kronblocks.experiments.bench import deploy
+
+            results = deploy.run(settings)
+            console.print(deploy.summary(results))
         case TrainSettings():
             from kronblocks.experiments.bench import train
 

@@ -30,7 +30,7 @@ from kronblocks.experiments.bench.tables import (
 from kronblocks.experiments.bench.tables import ms as milliseconds
 from kronblocks.files import write_text
 
-KINDS = ("ops", "step", "infer", "train")
+KINDS = ("ops", "step", "infer", "deploy", "train")
 _INTRO = """# Benchmarks
 
 <!-- written by `kronblocks bench tables` from benchmarks/results: do not edit -->
@@ -47,6 +47,7 @@ pip install 'kronblocks[experiments]'
 kronblocks bench ops    # one layer, forward and forward + backward: the longest, an hour and more
 kronblocks bench step   # whole training steps of an MLP, and their peak memory
 kronblocks bench infer  # one layer in inference
+kronblocks bench deploy # a whole exported model
 kronblocks bench train  # whole trainings on the clock
 kronblocks bench tables # this page
 ```
@@ -278,6 +279,29 @@ def _infer_part(data: dict[str, Any]) -> list[str]:
     return text
 
 
+def _deploy_part(data: dict[str, Any]) -> list[str]:
+    settings, lines = data["settings"], []
+    dense = {row["rows"]: row for row in data["rows"] if row["case"] == "dense"}
+    for row in data["rows"]:
+        forms = f" ({row['forms']})" if row["forms"] else ""
+        size = ratio(row["bytes"] / dense[row["rows"]]["bytes"])
+        cells = [milliseconds(row["ms"]), spread(row), size, f"{row['error']:.0e}"]
+        lines.append([f"{row['rows']:,}", f"{row['case']}{forms}", *cells])
+    columns = ["rows", "model", "ms", "ratio to dense", "bytes to dense", "largest error, to float64"]
+    return [
+        "## A whole exported model",
+        "",
+        f"MLP of {count(settings['layers'], 'layer')} of {settings['width']}x{settings['width']}, ReLU between, and a dense one "
+        "of 10 outputs; `export` chose the forms; live blocks at random places, `torch.inference_mode`. The int8 model is PyTorch's "
+        "dynamic quantisation of the dense one: no zeros needed, but other outputs.",
+        "",
+        _where(data),
+        "",
+        *table(columns, lines),
+        "",
+    ]
+
+
 def write(folder: Path, page: Path) -> Path:
     """Write the page, and its figures beside it; returns the page.
 
@@ -294,6 +318,8 @@ def write(folder: Path, page: Path) -> Path:
         text += _step_part(parts["step"], figures)
     if "train" in parts:
         text += _train_part(parts["train"])
+    if "deploy" in parts:
+        text += _deploy_part(parts["deploy"])
     if "ops" in parts:
         text += _ops_part(parts["ops"], figures)
     if "infer" in parts:

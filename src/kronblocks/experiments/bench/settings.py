@@ -117,6 +117,44 @@ class StepSettings(TimedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeploySettings(TimedSettings):
+    """Time a whole MLP as `export` ships it, beside the dense one and PyTorch's int8 form of that."""
+
+    rows: tuple[int, ...] | None = None
+    """Batch sizes; unset: 1 16 256 2048, and 256 with --quick."""
+    width: int = 1024
+    """Inputs, and size of the hidden layers."""
+    layers: int = 3
+    """Block-sparse layers; a dense one of 10 outputs follows."""
+    blocks: tuple[int, ...] = (4, 16, 64)
+    """Block sizes."""
+    sparsity: float = 0.9
+
+    kind = "deploy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device != "cpu":
+            raise KronblocksError("bench deploy measures on a CPU: leave --device out")
+        if min(self.batches, default=0) < 1 or self.layers < 1:
+            raise KronblocksError("--rows and --layers are numbers from 1 on")
+        if min(self.blocks, default=0) < 1 or any(self.width % block for block in self.blocks):
+            raise KronblocksError(f"--blocks {self.blocks} must divide --width {self.width}")
+        if not 0 <= self.sparsity < 1:
+            raise KronblocksError(f"--sparsity is a share from 0 to below 1, not {self.sparsity}")
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes."""
+        return self.rows if self.rows is not None else ((256,) if self.quick else (1, 16, 256, 2048))
+
+    def shared(self) -> dict[str, Any]:
+        """What all rows of a file have in common."""
+        own = {"width": self.width, "layers": self.layers, "blocks": list(self.blocks), "sparsity": self.sparsity}
+        return {**super().shared(), **own}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings(BenchSettings):
     """Whole trainings on the clock: dense and two-phase, the same epochs, in turns, each in a process of its own."""
 
