@@ -292,8 +292,8 @@ def _deploy_part(data: dict[str, Any]) -> list[str]:
         "## A whole exported model",
         "",
         f"MLP of {count(settings['layers'], 'layer')} of {settings['width']}x{settings['width']}, ReLU between, and a dense one "
-        "of 10 outputs; `export` chose the forms; live blocks at random places, `torch.inference_mode`. The int8 model is PyTorch's "
-        "dynamic quantisation of the dense one: no zeros needed, but other outputs.",
+        "of 10 outputs; `export` chose the forms; live blocks at random places, `torch.inference_mode`. The int8 model is "
+        "PyTorch's dynamic quantisation of the dense one: no zeros needed, but other outputs.",
         "",
         _where(data),
         "",

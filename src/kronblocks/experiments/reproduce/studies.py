@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from kronblocks.config import ScheduleConfig
 from kronblocks.experiments.data import FOLDS
 from kronblocks.experiments.models import ModelName, TransformerName
 from kronblocks.experiments.reproduce.ablations import BASE, VARIANTS
@@ -136,9 +137,9 @@ class Study:
         }
 
 
-_SHORT_TRANSFORMER: dict[str, Any] = {
-    **{"data": "fashion-mnist", "image_size": 32, "train_images": 4000, "test_images": 2000, "epochs": 4, "batch_size": 64},
-    **{"cells": (("4", 0.5), ("16", 0.8)), "seeds": (0, 1), "lr": 1e-3},
+_SHORT_TRANSFORMER: dict[str, Any] = {  # some minutes a training
+    **{"data": "fashion-mnist", "image_size": 32, "train_images": 1000, "test_images": 2000, "epochs": 5, "batch_size": 16},
+    **{"cells": (("16", 0.8),), "seeds": (0, 1), "lr": 5e-4, "base": {"schedule": ScheduleConfig(update_every=10)}},
 }
 _WHOLE_TRANSFORMER: dict[str, Any] = {
     **{"data": "cifar100", "epochs": 100, "batch_size": 256, "cells": (("4", 0.5), ("32", 0.8), ("32", 0.9))},
@@ -177,6 +178,7 @@ STUDIES = {
             model="lenet5",
             epochs=8,
             cells=(("4", 0.5), ("4", 0.9)),
+            seeds=(0, 1, 2),
             tuning_seeds=(100,),  # a minute a training
         ),
     )
