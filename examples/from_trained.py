@@ -1,4 +1,4 @@
-"""A trained transformer made 80% block-sparse: its own weights, its own outputs as teacher. python examples/from_trained.py FOLDER"""
+"""A trained transformer made 80% block-sparse, its own outputs as teacher. python examples/from_trained.py FOLDER"""
 
 import math
 import sys

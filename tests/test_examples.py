@@ -18,12 +18,13 @@ example = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(example)
 make = getattr(example, "make", None)
 image = torch.linspace(-1, 1, 64)
-x = image.view(1, 1, 8, 8) if sys.argv[1].endswith("hf_trainer.py") else image.view(1, 64)
+x = image.view(1, 1, 8, 8) if sys.argv[1].endswith(("hf_trainer.py", "from_trained.py")) else image.view(1, 64)
 own = kronblocks.from_pretrained(sys.argv[2]) if x.dim() == 4 else kronblocks.from_pretrained(sys.argv[2], make)
 with torch.no_grad():
     y = own(x)
 print(getattr(y, "logits", y).double().sum().item())
 """
+TRANSFORMERS = ("hf_trainer.py", "from_trained.py")
 RUNS = {path.name: [sys.executable, str(path)] for path in sorted(EXAMPLES.glob("*.py"))}
 RUNS["torchrun_ddp.py"] = [
     sys.executable,
@@ -44,9 +45,11 @@ def test_example(name, tmp_path):
     found = re.search(r"([\d.]+)% of the weights in zero blocks, test accuracy ([\d.]+)", run.stdout)
     assert found is not None, run.stdout
     sparsity, accuracy = float(found[1]), float(found[2])
-    assert sparsity >= (80 if name == "hf_trainer.py" else 90) and accuracy > (0.75 if name == "hf_trainer.py" else 0.88), (
-        run.stdout
-    )
+    least = (80, 0.75) if name in TRANSFORMERS else (90, 0.88)
+    assert sparsity >= least[0] and accuracy > least[1], run.stdout
+    if name == "from_trained.py":
+        dense = re.search(r"dense: test accuracy ([\d.]+)", run.stdout)
+        assert dense is not None and accuracy > float(dense[1]) - 0.05  # of 397 images; docs/pretrained.md has the measurement
     command = [sys.executable, "-c", CHECK, str(EXAMPLES / name), str(tmp_path / "saved")]
     outputs = {subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout for _ in range(2)}
     assert len(outputs) == 1 and float(outputs.pop()) != 0

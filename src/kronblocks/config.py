@@ -64,14 +64,14 @@ class SparsityConfig:
         gate: a trained gate for each block, the paper's S; None: the method's own, True for kron-l1.
         init: of factors "random" (orthonormal tiles, nn.Linear's variance), "spectral" (nearest to the layer's present weights,
             with the variance put right) or "nearest" (nearest to the present weights: for trained models); None: the method's
-            own. Of rigl's and static's live blocks "random" (the default) or "nearest": those of greatest norm, over all layers.
+            own. Of rigl's and static's live blocks "random" (the default) or "nearest": those of greatest norm in each layer.
         score: what blocks are compared by: "norm" (their norm), "gate" (|S|) or "taylor" (gradient times weight); None: the
             method's own, "gate" for kron-l1.
         regrow: share of the live blocks that is exchanged, at the first mask update, for the dead ones of greatest gradient; it
             falls to 0 by a cosine. None: the method's own, 0.3 for rigl and 0 for the others that can.
         scope: one budget over all layers ("global"), or the same sparsity in each ("layer").
-        distribution: of rigl's and static's live blocks over the layers: "erk" (Erdos-Renyi: small layers denser; the default
-            with random blocks) or "uniform".
+        distribution: of rigl's and static's live blocks over the layers: "erk" (Erdos-Renyi: small layers denser; the default) or
+            "uniform".
         storage: live blocks only ("packed", the default of rigl and static: their cost is real), or the nn.Linear ("dense", the
             default of magnitude and iterative, which start with all blocks live).
         schedule: when pruning happens.

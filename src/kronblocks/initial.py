@@ -17,7 +17,7 @@ from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.selection import Selected, SurgeryReport
 from kronblocks.shards import whole
-from kronblocks.sparsity.budget import choose_dead, random_masks, strongest_masks
+from kronblocks.sparsity.budget import random_masks, strongest_masks
 
 
 def factored(linear: nn.Module, selected: Selected, config: SparsityConfig) -> KroneckerBlockLinear:
@@ -64,17 +64,15 @@ def first_masks(model: nn.Module, report: SurgeryReport, config: SparsityConfig)
     """The blocks of each layer that are live at first: of methods that are constantly sparse as many as in the end, else all."""
     names = [each.name for each in report.selected]
     shapes, areas = [each.grid.shape for each in report.selected], [each.grid.block.area for each in report.selected]
+    distribution = config.distribution or "erk"
     if config.method not in CONSTANT:
         masks = [torch.ones(shape, dtype=torch.bool) for shape in shapes]
     elif config.chosen_init == "random":
-        masks = random_masks(shapes, areas, config.target_sparsity, config.distribution or "erk")
+        masks = random_masks(shapes, areas, config.target_sparsity, distribution)
     else:
         weights = [next(model.get_submodule(name).parameters(recurse=False)).detach() for name in names]
         norms = [each.grid.norms(weight) for each, weight in zip(report.selected, weights, strict=True)]
-        if config.distribution is None:
-            masks = [~dead for dead in choose_dead(norms, areas, config.target_sparsity)]
-        else:
-            masks = strongest_masks(norms, areas, config.target_sparsity, config.distribution)
+        masks = strongest_masks(norms, areas, config.target_sparsity, distribution)
     return dict(zip(names, masks, strict=True))
 
 

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from kronblocks import (
     BlockSparseLinear,
+    Distillation,
     KronblocksError,
     KroneckerBlockLinear,
     PenaltyConfig,
@@ -194,3 +195,31 @@ def test_a_state_dict_carries_the_state(tmp_path):
         fresh.load_state_dict({**before, "kronblocks_state": torch.zeros(8, dtype=torch.uint8)})
     carried.remove()
     assert "kronblocks_state" not in model.state_dict()
+
+
+class Distilling(Trainer):
+    distillation: Distillation
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = self.distillation(loss, outputs, **inputs)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_trainer_that_learns_from_the_trained_model(tmp_path):
+    teacher = bert()
+    with torch.no_grad():
+        teacher.classifier.weight.mul_(50)  # sure of its answers
+    batch = {name: torch.stack([example[name] for example in examples()]) for name in ("input_ids", "attention_mask")}
+    distances = []
+    for weight in (0.0, 1.0):
+        model = copy.deepcopy(teacher)
+        callback = SparsityCallback(config(method="rigl", init="nearest", rank=None))
+        trainer = Distilling(model, arguments(tmp_path), train_dataset=examples(), callbacks=[callback])
+        trainer.distillation = Distillation.of(teacher, weight=weight)
+        trainer.train()
+        assert count_blocks(callback.sparsifier.targets).block_sparsity >= 0.75
+        with torch.no_grad():
+            whole = Distillation.of(teacher, weight=1)(torch.zeros(()), model.eval()(**batch), **batch)
+        distances.append(float(whole))
+    assert distances[1] < 0.5 * distances[0]
