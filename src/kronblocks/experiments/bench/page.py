@@ -104,6 +104,12 @@ def _step_summary(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
+def _deploy_summary(rows: Sequence[Row]) -> list[list[str]]:
+    dense = {row["rows"]: row["ms"] for row in rows if row["case"] == "dense"}
+    sparse = [row for row in rows if row["case"].startswith("exported") and row["rows"] == 256]
+    return [against_dense({**row, "dense_ms": dense[256]}, f"whole model, {row['case']}, 256 rows") for row in sparse]
+
+
 def _train_medians(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Medians over the seeds, by method."""
     methods = dict.fromkeys(row["method"] for row in rows)
@@ -134,7 +140,8 @@ def summary(folder: Path) -> list[str]:
 
 
 def _summary_table(parts: dict[str, dict[str, Any]]) -> list[str]:
-    makers = {"step": _step_summary, "ops": _ops_summary, "infer": _infer_summary, "train": _train_summary}
+    makers = {"step": _step_summary, "ops": _ops_summary, "infer": _infer_summary}
+    makers |= {"deploy": _deploy_summary, "train": _train_summary}
     lines = [line for kind, make in makers.items() if kind in parts for line in make(parts[kind]["rows"])]
     return table(["what", "ms", "dense, ms", "ratio (of the repeats)", "limit"], lines) if lines else []
 
