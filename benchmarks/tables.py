@@ -48,13 +48,13 @@ def from_trained() -> list[str]:
         cells += [_over_seeds(gained, "+.2f"), "" if own is on else _over_seeds(lost, "+.2f")]
         zeros = statistics.fmean(100 * row["sparsity"] for row in own.values())
         lines.append([case, f"{zeros:.1f}", *cells])
-    size, patch = settings["image_size"], settings["patch_size"]
+    size, patch, block, epochs = (settings[name] for name in ("image_size", "patch_size", "block_size", "epochs"))
     about = (
-        f"{settings['data']}, a ViT of {settings['layers']} layers, width {settings['hidden_size']}, {size}x{size} images in patches of "
-        f"{patch}x{patch}: {settings['epochs']} epochs dense, then {settings['epochs']} more; blocks of {settings['block_size']}x"
-        f"{settings['block_size']}, the classifier and the patches dense, the teacher with half of the loss unless it says so. Test "
-        f"accuracy in percent and points, mean ± standard deviation of {len(on)} seeds; torch {data['versions']['torch']}. The "
-        "examples' code trains (`examples/from_trained.py`), `benchmarks/from_trained.py` measures."
+        f"{settings['data']}, a ViT of {settings['layers']} layers, width {settings['hidden_size']}, {size}x{size} images in "
+        f"patches of {patch}x{patch}: {epochs} epochs dense, then {epochs} more; blocks of {block}x{block}, the classifier and "
+        "the patches dense, the teacher with half of the loss unless it says so. Test accuracy in percent and points, mean ± "
+        f"standard deviation of {len(on)} seeds; torch {data['versions']['torch']}. The code of `examples/from_trained.py` "
+        "trains, `benchmarks/from_trained.py` measures."
     )
     columns = ["how", "zeros %", "right after", "in the end", "against the dense model", "against it trained on"]
     return [*table(columns, lines), "", about]
