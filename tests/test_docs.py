@@ -27,8 +27,8 @@ def test_the_code_of_a_page_runs(page):
         assert scope["accuracy"](scope["model"]) > 0.93 and scope["sparsifier"].sparsity >= 0.9
 
 
-def test_the_tables_on_paper_are_what_the_formulas_say(tmp_path):
-    page = ROOT / "docs" / "scale.md"
-    before = page.read_text()
-    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "scale.py"), str(tmp_path / "scale.md")], check=True)
-    assert (tmp_path / "scale.md").read_text() == before, "run python benchmarks/scale.py"
+@pytest.mark.parametrize("name", ["scale", "reliability"])
+def test_a_generated_page_is_what_its_program_writes(name, tmp_path):
+    before = (ROOT / "docs" / f"{name}.md").read_text()
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), str(tmp_path / "page.md")], check=True)
+    assert (tmp_path / "page.md").read_text() == before, f"run python benchmarks/{name}.py"
