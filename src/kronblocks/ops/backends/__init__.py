@@ -13,20 +13,25 @@ from torch import Tensor
 
 def pick(tensor: Tensor) -> ModuleType:
     """The fastest backend for tensors of this device and dtype."""
-    from kronblocks.ops.backends import native, torch
+    from kronblocks.ops.backends import native, torch, triton
 
-    return native if native.serves(tensor.device.type, tensor.dtype) else torch
+    where = tensor.device.type, tensor.dtype
+    return native if native.serves(*where) else triton if triton.serves(*where) else torch
 
 
 def name(device: str, dtype) -> str:
     """The name of the backend that `pick` gives for a device type and dtype. Asking is no use: it warns of no fallback."""
-    from kronblocks.ops.backends import library, native
+    from kronblocks.ops.backends import library, native, triton
 
-    return "native" if native.knows(device, dtype) and library.unavailable_reason() is None else "torch"
+    if native.knows(device, dtype) and library.unavailable_reason() is None:
+        return "native"
+    return "triton" if triton.serves(device, dtype) else "torch"
 
 
 def backend_key(device: str, dtype) -> str:
     """Name and build of the backend that `pick` gives: timings of another one do not count."""
-    from kronblocks.ops.backends import native
+    from kronblocks.ops.backends import native, triton
 
-    return f"native {native.build()}" if name(device, dtype) == "native" else "torch"
+    found = name(device, dtype)
+    builds = {"native": native.build, "triton": triton.build}
+    return f"{found} {builds[found]()}" if found in builds else found
