@@ -100,6 +100,7 @@ def choose_ranks(choice: RankChoice, layers: Sequence[tuple[Tensor, BlockGrid, i
     Raises:
         KronblocksError: not even one term a layer fits the budget.
 
+    >>> from kronblocks.blocks import BlockSize
     >>> weight = torch.kron(torch.eye(4), torch.eye(2)) + torch.kron(torch.ones(4, 4), torch.ones(2, 2))
     >>> choose_ranks(RankChoice(max_error=0.01), [(weight, BlockGrid.fit(8, 8, BlockSize(2, 2)), 1)])
     [2]
