@@ -6,7 +6,7 @@ RUNS := runs
 NATIVE := $(wildcard src/native/*.cpp src/native/*.h src/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs reliability clean
+.PHONY: help demo test test-gpu lint format bench docs reliability clean
 
 help:
 	@echo "make demo   train dense and two-phase side by side on real data and write a report"
@@ -56,6 +56,9 @@ docs: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+test-gpu: $(VENV)/.dev
+	TRITON_INTERPRET=0 KRONBLOCKS_TRITON=1 $(BIN)/python -m pytest tests/gpu
 
 reliability: $(VENV)/.dev
 	KRONBLOCKS_RELIABILITY=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reliability

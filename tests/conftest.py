@@ -8,7 +8,7 @@ from hypothesis import settings
 
 # in the processes that tests start, too: plans by counts, so that no test depends on the clock; nothing in the user's cache
 os.environ["KRONBLOCKS_MEASURE"] = os.environ["KRONBLOCKS_CACHE"] = "off"
-os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels run on the CPU; it must be known before triton is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU; it must be known before triton is imported
 
 # no deadline: nothing here is a timed assertion; derandomised: a failure is the same on every machine
 settings.register_profile("kronblocks", deadline=None, derandomize=True, max_examples=60)

@@ -188,3 +188,33 @@ def test_through_torch_compile_without_a_break(form):
         for size in (7, 9):
             x = torch.randn(size, 24)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class Outputs(nn.Module):
+    """Whatever a model may return beside numbers."""
+
+    def __init__(self, make):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.norm, self.make = BlockSparseLinear(32, 16, 4, mask=torch.eye(4, 8).bool()), nn.BatchNorm1d(16), make
+
+    def forward(self, x):
+        return self.make(self.norm(self.layer(x)))
+
+
+def test_what_is_compared():
+    x = torch.randn(5, 32)
+    with pytest.raises(KronblocksError, match="no floating point tensors"):
+        export(Outputs(lambda y: y.argmax(1)), x)
+    masked = export(Outputs(lambda y: y.masked_fill(y < 0, float("-inf"))), x, form="packed", slim=False)
+    assert masked.error < 1e-5
+    calls = iter([0.0, *[float("nan")] * 9])
+    with pytest.raises(KronblocksError, match="differ by inf"):
+        export(Outputs(lambda y: (y, y.sum() * 0 + next(calls))), x, form="packed", slim=False)
+
+
+def test_frozen_layers_stay_frozen():
+    model = Outputs(lambda y: y).train()
+    model.norm.eval()
+    export(model, torch.randn(5, 32), form="packed")
+    assert model.training and model.layer.training and not model.norm.training

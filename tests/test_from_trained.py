@@ -211,7 +211,7 @@ def test_distillation_is_its_formula(shape):
     torch.testing.assert_close(given, wanted)
     ours, theirs = (torch.autograd.grad(each, student.weight, retain_graph=True)[0] for each in (given, wanted))
     torch.testing.assert_close(ours, theirs)
-    assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters()), "the copy is asked, not the model"
 
 
 def test_the_teacher_is_the_model_as_it_was_and_stays_out_of_it():
@@ -252,3 +252,40 @@ def test_distillation_that_cannot_be():
     for wrong in ({"weight": 1.5}, {"weight": -0.1}, {"temperature": 0.0}):
         with pytest.raises(KronblocksError, match=next(iter(wrong))):
             Distillation(nn.Linear(4, 3), **wrong)
+    with pytest.raises(KronblocksError, match="at least two classes"):
+        Distillation(nn.Linear(4, 1))(torch.zeros(()), torch.zeros(2, 1), x)
+    with pytest.raises(KronblocksError, match="must be a model"):
+        Distillation(lambda x: x)  # type: ignore[arg-type]
+    empty = distillation(torch.zeros(()), torch.zeros(0, 3), torch.zeros(0, 4))
+    assert float(empty) == 0
+
+
+def test_the_model_itself_may_be_the_teacher():
+    """A copy is asked: the student is not frozen by it."""
+    model = trained(16, 32, 4)
+    distillation = Distillation(model)
+    sparsify_(model, SparsityConfig(block_size=4, target_sparsity=0.5, init="nearest"))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    distillation(torch.zeros(()), model(torch.randn(8, 16)), torch.randn(8, 16)).backward()
+    assert model[0].coeff.grad is not None
+
+
+def test_what_the_weights_must_decide_they_must_be_there_for():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(32, 32))
+    with pytest.raises(KronblocksError, match="on the meta device"):
+        sparsify_(model, SparsityConfig(method="rigl", init="nearest", block_size=8))
+    with pytest.raises(KronblocksError, match="a RankChoice is for all layers"):
+        LayerOverride(rank=RankChoice(max_error=0.1))  # type: ignore[arg-type]
+
+
+def test_a_layer_wrapped_after_surgery_is_not_lifted_in_silence():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    sparsifier = sparsify_(model, SparsityConfig(block_size=4, rank=2, target_sparsity=0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer, total_steps=6)
+    model[0] = nn.Sequential(model[0])
+    with pytest.raises(KronblocksError, match="wrap layers"):
+        for _ in range(6):
+            model(torch.randn(4, 16)).square().mean().backward()
+            optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,12 @@ def test_the_benchmark_page_is_what_the_results_say(tmp_path):
 def test_the_page_of_the_experiments_is_what_the_results_say(tmp_path):
     page = write_experiments(ROOT / "benchmarks/results", tmp_path / "experiments.md")
     assert page.read_text() == (ROOT / "docs/experiments.md").read_text(), "run kronblocks reproduce tables"
+
+
+def test_tables_of_the_pages_are_what_the_results_say():
+    found = runpy.run_path(str(ROOT / "benchmarks/tables.py"))["pages"]()
+    for path, content in found.items():
+        assert content == path.read_text(), f"run python benchmarks/tables.py: {path.name} is out of date"
 
 
 def test_everything_public_is_exported_and_documented():

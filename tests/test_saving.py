@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from kronblocks import BlockSparseLinear, KronblocksError, KroneckerBlockLinear, SparsityConfig, from_pretrained, save_pretrained
+from kronblocks import (
+    BlockSparseLinear,
+    KronblocksError,
+    KroneckerBlockLinear,
+    SparsityConfig,
+    from_pretrained,
+    save_pretrained,
+    sparsify_,
+)
 from kronblocks import saving as module
 from kronblocks.saving import CARD, _bits, _mask
 
@@ -265,3 +274,106 @@ def test_what_format_1_wrote_is_read_for_ever():
     expected = safetensors.torch.load_file(STORED / "expected.safetensors")
     torch.testing.assert_close(model(expected["x"]), expected["y"])
     assert [int(model[i].block_mask.sum()) for i in (0, 2)] == expected["live"].tolist()
+
+
+def test_two_writers_and_a_reader_in_one_folder(tmp_path):
+    """Each is whole, whoever comes last: nobody reads a card whose weights are gone."""
+    folder = save_pretrained(sparse(), tmp_path / "model")
+    stop, models = threading.Event(), [sparse(seed) for seed in (1, 2)]
+
+    def write(model: nn.Module) -> None:
+        while not stop.is_set():
+            save_pretrained(model, folder)
+
+    writers = [threading.Thread(target=write, args=(model,)) for model in models]
+    for writer in writers:
+        writer.start()
+    try:
+        found = [from_pretrained(folder, dense) for _ in range(40)]
+    finally:
+        stop.set()
+        for writer in writers:
+            writer.join()
+    assert len(found) == 40
+    assert any(same_weights(from_pretrained(folder, dense), model) for model in models)
+
+
+def vit(**settings):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(**{**sizes, "image_size": 8, "patch_size": 4, "num_labels": 3, **settings})
+    return transformers.ViTForImageClassification(config).eval()
+
+
+def test_a_transformers_model_keeps_its_dtype_and_the_old_one_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    old = vit().bfloat16()
+    folder = save_pretrained(old, tmp_path / "vit")
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_json", fail)
+    with pytest.raises(KronblocksError, match="No space left on device"):
+        save_pretrained(vit(hidden_size=48), folder)
+    again = from_pretrained(folder)
+    assert again.dtype == torch.bfloat16 and again.config.hidden_size == 32
+    x = torch.randn(2, 3, 8, 8, dtype=torch.bfloat16)
+    assert torch.equal(again(x).logits, old(x).logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "evil"},
+        {"patch_size": 0},
+        {"architectures": ["BertModel"]},
+        {"architectures": ["os"]},
+        {"architectures": None},
+        {"intermediate_size": 2_000_000_000},
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": "many"},
+        {"model_type": "nothing"},
+        {"dtype": "evil"},
+    ],
+    ids=str,
+)
+def test_a_hostile_config_is_an_error_before_anything_is_allocated(tmp_path, change):
+    folder = save_pretrained(vit(), tmp_path / "vit")
+    card = json.loads((folder / CARD).read_text())
+    card["transformers"].update(change)
+    (folder / CARD).write_text(json.dumps(card))
+    with pytest.raises(KronblocksError):
+        from_pretrained(folder)
+
+
+def test_what_cannot_be_loaded_into(folder):
+    with pytest.raises(KronblocksError, match="on the meta device"), torch.device("meta"):
+        from_pretrained(folder, dense())
+    for wrong in ("model", lambda: None):
+        with pytest.raises(KronblocksError, match="wants a model"):
+            from_pretrained(folder, wrong)
+
+
+def test_methods_on_plain_layers_store_live_blocks_too(tmp_path):
+    model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.ReLU(), nn.Linear(256, 128, bias=False))
+    sparsifier = sparsify_(model, SparsityConfig(method="magnitude", storage="dense", block_size=16, target_sparsity=0.75))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer, total_steps=8)
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(4, 256)).square().mean().backward()
+        optimizer.step()
+    saved = save_pretrained(model, tmp_path / "magnitude", sparsifier=sparsifier)
+    assert isinstance(model[0], nn.Linear), "the model itself stays as it is"
+    assert weights_of(saved).stat().st_size < (0.25 + 0.03) * 4 * 256 * (256 + 128)
+    again = from_pretrained(saved, nn.Sequential(nn.Linear(256, 256, bias=False), nn.ReLU(), nn.Linear(256, 128, bias=False)))
+    torch.testing.assert_close(again[0].weight, model[0].weight, rtol=0, atol=0)
+
+
+def test_of_wrapped_models_the_one_inside_is_saved_without_what_it_carries(tmp_path):
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
+    sparsifier = sparsify_(model, SparsityConfig(block_size=8, rank=2, target_sparsity=0.5))
+    sparsifier.save_with_model()
+    folder = save_pretrained(torch.compile(model), tmp_path / "model")
+    again = from_pretrained(folder, nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16)))
+    assert torch.equal(again[0].weight, model[0].weight)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kronblocks.checks import number, one_of
 from kronblocks.errors import KronblocksError
 from kronblocks.files import write_json
-from kronblocks.modules import replace_
+from kronblocks.modules import bare, replace_
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.bsr_linear import BsrLinear
@@ -26,7 +26,7 @@ from kronblocks.ops.cost import possible_plans
 from kronblocks.saving import save_pretrained
 from kronblocks.slimming import Slimmed, remove_dead_features_
 from kronblocks.sparsity.sparsifier import Sparsifier
-from kronblocks.surgery import plain_linear
+from kronblocks.surgery import pack_masked_, plain_linear
 
 Form = Literal["auto", "dense", "packed", "factored", "bsr"]
 MANIFEST = "manifest.json"
@@ -147,15 +147,18 @@ def export(
     """
     one_of("form", form, Form)
     number("tolerance", tolerance, 0, float("inf"), "a share of the largest output, from 0 on")
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         expected = list(tensors(_called(model, example)))
-        new = copy.deepcopy(model).requires_grad_(False)
+        new = copy.deepcopy(bare(model)).requires_grad_(False)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
+    if not expected:
+        raise KronblocksError("the model gives no floating point tensors for the example, by which the copy could be checked")
     if sparsifier is not None:
-        _pack_masked(new, sparsifier)
+        pack_masked_(new, sparsifier)
     if isinstance(new, BlockLayer):
         new = nn.Sequential(new)
     names = [name for name, module in new.named_modules() if isinstance(module, BlockLayer)]
@@ -214,11 +217,17 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Largest difference, relative to the largest of theirs; infinite where the shapes differ."""
+    """Largest difference, relative to the largest finite number of theirs; infinite where shapes, NaNs or infinities differ."""
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         return float("inf")
-    largest = max((float(t.abs().max()) for t in theirs if t.numel()), default=0.0)
-    most = max((float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True) if a.numel()), default=0.0)
+    largest = most = 0.0
+    for own, other in zip(ours, theirs, strict=True):
+        finite = other.isfinite()
+        if not torch.equal(own[~finite].nan_to_num(nan=0.5), other[~finite].nan_to_num(nan=0.5)):
+            return float("inf")
+        if finite.any():
+            gap = (own[finite] - other[finite]).abs().max()
+            largest, most = max(largest, float(other[finite].abs().max())), max(most, float(gap.nan_to_num(nan=float("inf"))))
     return most / largest if largest > 0 else most
 
 
@@ -237,15 +246,6 @@ def _rows(model: nn.Module, example: Any) -> dict[str, int]:
         for handle in handles:
             handle.remove()
     return rows
-
-
-def _pack_masked(model: nn.Module, sparsifier: Sparsifier) -> None:
-    """Put packed layers into the places of those plain ones that the sparsifier has killed blocks of."""
-    for target in sparsifier.targets:
-        linear = model.get_submodule(target.name)
-        if type(linear) is nn.Linear:
-            mask = target.mask.to(linear.weight.device)
-            replace_(model, target.name, BlockSparseLinear.from_dense(linear, block_size=target.grid.block, mask=mask))
 
 
 class _Chosen(NamedTuple):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from kronblocks.errors import KronblocksError
 
@@ -32,6 +35,14 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, so that whoever else on this machine wants to write into it waits; nothing is left in it."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    with FileLock(Path(tempfile.gettempdir()) / f"kronblocks-{name}.lock", mode=0o666):
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronblocks.config import SparsityConfig
-from kronblocks.errors import KronblocksWarning, PerformanceWarning
+from kronblocks.errors import KronblocksError, KronblocksWarning, PerformanceWarning
 from kronblocks.methods import CONSTANT, FACTORED
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
@@ -70,7 +70,11 @@ def first_masks(model: nn.Module, report: SurgeryReport, config: SparsityConfig)
     elif config.chosen_init == "random":
         masks = random_masks(shapes, areas, config.target_sparsity, distribution)
     else:
-        weights = [next(model.get_submodule(name).parameters(recurse=False)).detach() for name in names]
+        weights = [whole(next(model.get_submodule(name).parameters(recurse=False)).detach()) for name in names]
+        if any(weight.is_meta for weight in weights):
+            raise KronblocksError(
+                "init='nearest' goes by the weights, and the model is on the meta device: load it first, or write init='random'"
+            )
         norms = [each.grid.norms(weight) for each, weight in zip(report.selected, weights, strict=True)]
         masks = strongest_masks(norms, areas, config.target_sparsity, distribution)
     return dict(zip(names, masks, strict=True))
@@ -96,7 +100,7 @@ def warn_of_dropped_weights(model: nn.Module, report: SurgeryReport, config: Spa
                 f"the weight of {each.name} looks trained, and method {config.method!r} {what}: write "
                 "SparsityConfig(init='nearest') to start from the present weights, or init='random' to start anew",
                 KronblocksWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
             return
 

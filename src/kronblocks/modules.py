@@ -6,9 +6,17 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.unfolded import Unfolded, UnfoldedConv, is_transposed, unfolded
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model.get_submodule("_orig_mod")
+    return model
 
 
 def replace_(model: nn.Module, name: str, new: nn.Module) -> None:

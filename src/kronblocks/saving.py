@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,11 +22,14 @@ from torch import Tensor, nn
 
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
-from kronblocks.files import read_json, replacing, write_json
-from kronblocks.modules import replace_, unfolding
+from kronblocks.files import locked, read_json, replacing, write_json, write_text
+from kronblocks.modules import bare, replace_, unfolding
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
-from kronblocks.surgery import rebuilt, structure, unfolded_names
+from kronblocks.shards import is_sharded
+from kronblocks.sparsity import carried
+from kronblocks.sparsity.sparsifier import Sparsifier
+from kronblocks.surgery import pack_masked_, rebuilt, structure, unfolded_names
 
 FORMAT = 1
 CARD = "kronblocks.json"
@@ -39,11 +43,12 @@ def save_pretrained(
     config: SparsityConfig | None = None,
     metadata: Mapping[str, str] | None = None,
     resized: Iterable[str] = (),
+    sparsifier: Sparsifier | None = None,
 ) -> Path:
     """Write a model into a folder: kronblocks.json, the weights as safetensors, and config.json of a transformers model.
 
     Of block layers only live blocks are stored. Tied tensors are stored once. A model that is in the folder already is replaced,
-    all of it at once; other files stay.
+    all of it at once; other files stay. Of a compiled model, or one in DistributedDataParallel, the model inside is stored.
 
     Args:
         model: with block layers or without.
@@ -51,13 +56,14 @@ def save_pretrained(
         config: what the model was sparsified with, for whoever reads the card.
         metadata: words of your own, such as the data and the accuracy.
         resized: names of linear layers that have other sizes than in the model's code.
+        sparsifier: of a method that works on nn.Linear itself, so that of its layers, too, live blocks only are stored.
 
     Returns:
         The folder.
 
     Raises:
         KronblocksError: the folder cannot be written to, or is on a full disk: what was there before is still there. Tensors on
-            the meta device.
+            the meta device, or of which this process holds a part.
 
     >>> import tempfile
     >>> from kronblocks import BlockSparseLinear
@@ -67,8 +73,12 @@ def save_pretrained(
     >>> torch.equal(again[0].weight, model[0].weight)
     True
     """
-    folder = Path(folder)
+    folder, model = Path(folder), bare(model)
+    if sparsifier is not None and sparsifier.masks_linears:
+        model = copy.deepcopy(model)
+        pack_masked_(model, sparsifier)
     tensors, aliases = _stored(model)
+    own = _own_config(model)
     card = {
         "format": FORMAT,
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -77,20 +87,20 @@ def save_pretrained(
         "resized": {name: _sizes(model.get_submodule(name)) for name in resized},
         "sparsity": None if config is None else config.to_dict(),
         "metadata": {str(name): str(value) for name, value in (metadata or {}).items()},
+        "transformers": None if own is None else json.loads(own),
     }
     weights = _name_of(tensors)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / weights) as temporary:
-            safetensors.torch.save_file(tensors, temporary, {"format": "pt"})
-        if hasattr(getattr(model, "config", None), "save_pretrained"):
-            own: Any = copy.deepcopy(model.config)
-            own.architectures = [type(model).__name__]  # by which the model is built again
-            own.save_pretrained(folder)
-        write_json(folder / CARD, {**card, "weights": weights})
-        for path in folder.glob("model-*.safetensors"):
-            if _WEIGHTS.fullmatch(path.name) and path.name != weights:
-                path.unlink(missing_ok=True)
+        with locked(folder):
+            with replacing(folder / weights) as temporary:
+                safetensors.torch.save_file(tensors, temporary, {"format": "pt"})
+            write_json(folder / CARD, {**card, "weights": weights})
+            if own is not None:  # for whoever looks for it there: we read the card
+                write_text(folder / "config.json", own)
+            for path in folder.glob("model-*.safetensors"):
+                if _WEIGHTS.fullmatch(path.name) and path.name != weights:
+                    path.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise KronblocksError(f"cannot save the model into {folder}: {error}. What was there before is as it was") from error
     return folder
@@ -108,19 +118,37 @@ def from_pretrained(folder: str | Path, model: nn.Module | Callable[[], nn.Modul
         KronblocksError: no such folder, another format, damaged files, or a model that they do not fit, which then is unchanged.
     """
     folder = Path(folder)
-    card = read_card(folder)
-    if model is None:
-        model = _from_transformers(folder)
-    elif not isinstance(model, nn.Module):
-        model = model()
+    with _opened(folder) as (card, file):
+        if model is None:
+            with torch.device("meta"):
+                outline = _from_transformers(card, folder)
+            _load(file, outline, card, folder, fill=False)  # a config may say anything: nothing is allocated before it is checked
+            model = _from_transformers(card, folder)
+        elif not isinstance(model, nn.Module):
+            model = model() if callable(model) else model
+            if not isinstance(model, nn.Module):
+                raise KronblocksError(
+                    f"from_pretrained wants a model, or a function that makes one, not {type(model).__name__}: "
+                    "from_pretrained(folder, model)"
+                )
+        _load(file, model, card, folder, fill=True)
+    return model.eval()
+
+
+def _load(file: Any, model: nn.Module, card: dict[str, Any], folder: Path, *, fill: bool) -> None:
+    """Check that a weights' file fits a model and then load it, or only check."""
+    on_meta = [name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor) and tensor.is_meta]
+    if fill and on_meta:
+        raise KronblocksError(
+            f"{on_meta[0]} of the model is on the meta device, where nothing can be loaded: model.to_empty(device=...) first"
+        )
     with unfolding(model, unfolded_names(card["structure"])):
         resized = _resized(model, card["resized"], folder)
         layers = {**resized, **rebuilt(model, card["structure"], "meta", resized)}
-        with _opened(folder / card["weights"]) as file:
-            reader = _Reader(file, model, layers, card, folder)
-            reader.check()
+        reader = _Reader(file, model, layers, card, folder)
+        reader.check()
+        if fill:
             reader.fill_()
-    return model.eval()
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -143,6 +171,8 @@ def read_card(folder: Path) -> dict[str, Any]:
             raise KronblocksError(f"{path} is damaged: {name} is not a {kind.__name__}")
     if not _WEIGHTS.fullmatch(card["weights"]):
         raise KronblocksError(f"{path} is damaged: {card['weights']!r} is no name of a weights' file")
+    if not all(isinstance(name, str) for name in card["aliases"].values()):
+        raise KronblocksError(f"{path} is damaged: aliases are no names of tensors")
     return card
 
 
@@ -184,10 +214,15 @@ def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor) or name.endswith(f".{_POSITION}"):
+        if not isinstance(tensor, Tensor) or name.endswith(f".{_POSITION}") or name == carried.KEY:
             continue
         if tensor.is_meta:
             raise KronblocksError(f"{name} is on the meta device and has no values to save")
+        if is_sharded(tensor):
+            raise KronblocksError(
+                f"of {name} this process holds a part: save a whole model, made on one process from "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True (docs/scaling.md)"
+            )
         where = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and first.setdefault(where, name) != name:
             aliases[name] = first[where]
@@ -251,10 +286,22 @@ def _name_of(tensors: dict[str, Tensor]) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+    """The card and the weights that it names; again, where a writer has put others in their place in between."""
+    card = read_card(folder)
+    while True:
+        path = folder / card["weights"]
+        try:
+            file = safe_open(path, framework="pt")
+            break
+        except (OSError, SafetensorError) as error:
+            newer = read_card(folder)
+            if newer["weights"] == card["weights"]:
+                raise KronblocksError(f"cannot read {path}: {error}") from error
+            card = newer
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        with file:
+            yield card, file
     except (OSError, SafetensorError) as error:
         raise KronblocksError(f"cannot read {path}: {error}") from error
 
@@ -340,9 +387,22 @@ class _Reader:
                 tensor.copy_(self._read(name))
 
 
-def _from_transformers(folder: Path) -> nn.Module:
-    """A transformers model of the class and the sizes that config.json names, not yet loaded."""
-    if not (folder / "config.json").exists():
+def _own_config(model: nn.Module) -> str | None:
+    """config.json of a transformers model, with all that it takes to build the model again."""
+    if not hasattr(getattr(model, "config", None), "to_json_string"):
+        return None
+    own: Any = copy.deepcopy(model.config)
+    own.architectures, own.dtype = [type(model).__name__], getattr(model, "dtype", None)
+    return own.to_json_string(use_diff=True)
+
+
+_MOST_LAYERS = 10_000
+"""Of any kind that a config may ask for: building is refused, before it takes for ever."""
+
+
+def _from_transformers(card: dict[str, Any], folder: Path) -> nn.Module:
+    """A transformers model of the class and the sizes that the card names, not yet loaded."""
+    if card.get("transformers") is None and not (folder / "config.json").exists():
         raise KronblocksError(
             f"{folder} holds no config.json of a transformers model, so it does not say how to build the model: give it, "
             "from_pretrained(folder, model), or a function that makes it"
@@ -351,12 +411,27 @@ def _from_transformers(folder: Path) -> nn.Module:
         import transformers
     except ImportError as error:
         raise KronblocksError("the folder holds a transformers model: pip install transformers, or give the model") from error
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise KronblocksError(f"cannot read {folder / 'config.json'}: {error}") from error
-    for name in config.architectures or ():
+    own = card.get("transformers") or read_json(folder / "config.json")  # of folders from before the card held it
+    if not isinstance(own, dict) or not isinstance(own.get("architectures"), list):
+        raise KronblocksError(f"{folder} names no class of transformers among its architectures: give the model")
+    for name, value in own.items():
+        if ("layer" in name or "depth" in name) and any(number > _MOST_LAYERS for number in _whole_numbers(value)):
+            raise KronblocksError(f"{folder} asks for {name}={value!r}, more than {_MOST_LAYERS:,}")
+    for name in own["architectures"]:
         kind = getattr(transformers, str(name), None)
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-            return kind(config)
-    raise KronblocksError(f"{folder / 'config.json'} names no class of transformers among its architectures: give the model")
+            try:  # whatever the classes of transformers make of what they find
+                config = transformers.AutoConfig.for_model(**own)
+                model: Any = kind(config)
+                return model.to(dtype=config.dtype or torch.get_default_dtype())
+            except Exception as error:
+                what = f"{type(error).__name__}: {error}"
+                raise KronblocksError(f"{folder} says how to build {name}, but that fails: {what}") from error
+    raise KronblocksError(f"{folder} names no class of transformers among its architectures: give the model")
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    """Those in a setting, or in a list of it."""
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, int):
+            yield each

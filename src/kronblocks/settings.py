@@ -72,6 +72,10 @@ class LayerOverride:
     def __post_init__(self) -> None:
         if self.block_size is not None:
             object.__setattr__(self, "block_size", BlockSize.parse(self.block_size))
+        if isinstance(self.rank, RankChoice):
+            raise KronblocksError(
+                "a RankChoice is for all layers: write SparsityConfig(rank=RankChoice(...)), and numbers in overrides"
+            )
         check_factors(self.rank, self.tile_groups)
 
 

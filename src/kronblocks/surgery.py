@@ -35,6 +35,7 @@ from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
 
 STRUCTURE_VERSION = 1
+_MOST_FACTORS = 64  # times the weights of a layer: no more is allocated for a record that asks for it
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (KroneckerBlockLinear, BlockSparseLinear)}
 
 
@@ -192,6 +193,15 @@ def _target(model: nn.Module, selected: Selected) -> BlockTarget:
     return LayerTarget(selected.name, layer)
 
 
+def pack_masked_(model: nn.Module, sparsifier: Sparsifier) -> None:
+    """Put packed layers into the places of those plain ones that a sparsifier keeps masks of, in this model or a copy of it."""
+    for target in sparsifier.targets:
+        linear = model.get_submodule(target.name)
+        if type(linear) is nn.Linear:
+            mask = target.mask.to(linear.weight.device)
+            replace_(model, target.name, BlockSparseLinear.from_dense(linear, block_size=target.grid.block, mask=mask))
+
+
 def weight_targets(model: nn.Module, report: SurgeryReport) -> list[BlockTarget]:
     """The selected layers of a model that has not been changed, plain nn.Linear with a mask beside them."""
     return [_target(model, each) for each in report.selected]
@@ -201,8 +211,13 @@ def _lift(model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimizer
     lifted = []
     for name in names:
         old = model.get_submodule(name)
-        if not isinstance(old, KroneckerBlockLinear):
+        if isinstance(old, BlockSparseLinear):
             continue
+        if not isinstance(old, KroneckerBlockLinear):
+            raise KronblocksError(
+                f"the lift is due, and {name} is now a {type(old).__name__} around the layer that sparsify_ made: wrap layers "
+                "(checkpoint_wrapper, LoRA) before sparsify_, or choose a method without a lift"
+            )
         new = BlockSparseLinear.from_kron(old)
         new.values.requires_grad_(old.coeff.requires_grad)
         replace_(model, name, new)
@@ -333,6 +348,10 @@ def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device 
     weight = next(old.parameters(recurse=False))
     try:
         where: Any = {"device": weight.device if device is None else device, "dtype": weight.dtype}
+        outline = kind(**settings, **{**where, "device": "meta"})
+        most = _MOST_FACTORS * (old.in_features + 1) * (old.out_features + 1)
+        if str(where["device"]) != "meta" and sum(t.numel() for t in outline.parameters()) > most:
+            raise ValueError(f"rank {settings.get('rank')} in a layer of {old.out_features}x{old.in_features}")
         layer = kind(**settings, **where)
     except KronblocksError:
         raise

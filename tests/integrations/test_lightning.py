@@ -111,3 +111,13 @@ def test_what_cannot_be_is_said(tmp_path):
     plain.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(KronblocksError, match="without SparsityCallback"):
         trainer(tmp_path, SparsityCallback(config())).fit(Module(), data(), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_penalty_and_manual_optimisation_do_not_go_together(tmp_path):
+    module = Module()
+    module.automatic_optimization = False
+    with pytest.raises(KronblocksError, match="manual optimisation"):
+        trainer(tmp_path, SparsityCallback(config(method="group-lasso", rank=None, penalty=PenaltyConfig(form="gradient")))).fit(
+            module, data()
+        )

@@ -24,7 +24,7 @@ from kronblocks import (
     sparsify_,
 )
 from kronblocks.errors import KronblocksWarning
-from kronblocks.integrations.transformers import SparsityCallback
+from kronblocks.integrations.transformers import DistillingTrainer, SparsityCallback
 from kronblocks.sparsity.report import count_blocks
 
 STEPS = 24
@@ -197,15 +197,6 @@ def test_a_state_dict_carries_the_state(tmp_path):
     assert "kronblocks_state" not in model.state_dict()
 
 
-class Distilling(Trainer):
-    distillation: Distillation
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = self.distillation(loss, outputs, **inputs)
-        return (loss, outputs) if return_outputs else loss
-
-
 def test_a_trainer_that_learns_from_the_trained_model(tmp_path):
     teacher = bert()
     with torch.no_grad():
@@ -215,11 +206,35 @@ def test_a_trainer_that_learns_from_the_trained_model(tmp_path):
     for weight in (0.0, 1.0):
         model = copy.deepcopy(teacher)
         callback = SparsityCallback(config(method="rigl", init="nearest", rank=None))
-        trainer = Distilling(model, arguments(tmp_path), train_dataset=examples(), callbacks=[callback])
-        trainer.distillation = Distillation.of(teacher, weight=weight)
+        distillation = Distillation.of(teacher, weight=weight)
+        trainer = DistillingTrainer(
+            model, arguments(tmp_path), train_dataset=examples(), callbacks=[callback], distillation=distillation
+        )
         trainer.train()
         assert count_blocks(callback.sparsifier.targets).block_sparsity >= 0.75
         with torch.no_grad():
             whole = Distillation.of(teacher, weight=1)(torch.zeros(()), model.eval()(**batch), **batch)
         distances.append(float(whole))
     assert distances[1] < 0.5 * distances[0]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_distilling_over_several_batches_is_distilling_over_one(tmp_path, weight):
+    teacher = bert()
+    with torch.no_grad():
+        teacher.classifier.weight.mul_(50)
+    found = []
+    for batch, several in ((32, 1), (8, 4)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": several, "max_steps": 1}
+        settings = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+        model = bert().eval()
+        for module in model.modules():  # no dropout, so that batches can be compared
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        distillation = Distillation(teacher, weight=weight)
+        trainer = DistillingTrainer(
+            model, arguments(tmp_path, **sizes, **settings), train_dataset=examples(32), distillation=distillation
+        )
+        trainer.train()
+        found.append(model.classifier.weight.detach().clone())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)

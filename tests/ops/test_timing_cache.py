@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from kronblocks import BlockGrid, BlockSize, Problem, choose_plan
-from kronblocks.ops import timing_cache
+from kronblocks.ops import kept, timing_cache
+from kronblocks.ops.kept import cache_folder
 from kronblocks.ops.timing import REFERENCE
-from kronblocks.ops.timing_cache import cache_folder, forget_timings, load_tables, timings
+from kronblocks.ops.timing_cache import forget_timings, load_tables, timings
 
 PROBLEM = Problem(BlockGrid(64, 64, BlockSize(4, 4)), rank=2, rows=100, density=0.5)
 SECONDS = {REFERENCE: 4.0, "dense": 5.0, "packed": 1.0}
@@ -205,9 +206,9 @@ def test_where_the_folder_is(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     for platform, place in (("linux", ".cache"), ("darwin", "Library/Caches")):
-        monkeypatch.setattr(timing_cache.sys, "platform", platform)
+        monkeypatch.setattr(kept.sys, "platform", platform)
         assert cache_folder() == tmp_path / place / "kronblocks"
-    monkeypatch.setattr(timing_cache.sys, "platform", "win32")
+    monkeypatch.setattr(kept.sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     assert cache_folder() == tmp_path / "local" / "kronblocks"
 

@@ -16,6 +16,7 @@ from kronblocks import BlockIndex
 from kronblocks.ops import backends
 from kronblocks.ops.backends import torch as plain
 from kronblocks.ops.backends import triton as backend
+from kronblocks.ops.backends.triton import fused, packed, tuning
 
 DTYPES = (torch.float64, torch.float32, torch.float16)  # the interpreter multiplies the bits of bfloat16
 BLOCKS = ((16, 16), (16, 32), (32, 16), (20, 24), (48, 16), (128, 64), (4, 4), (3, 5), (8, 160))
@@ -38,15 +39,18 @@ def index_of(mask: torch.Tensor, spare: int) -> BlockIndex:
     return BlockIndex.from_mask(mask, position[torch.randperm(len(position))])
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, size: torch.Tensor, terms: int) -> None:
-    """Within the rounding of a float32 (or float64) sum of so many products that add up to `size`, rounded once to the dtype."""
-    sums = torch.promote_types(actual.dtype, torch.float32)
-    bound = (terms + 8) * torch.finfo(sums).eps * size + torch.finfo(actual.dtype).eps * expected.abs()
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, size: torch.Tensor, terms: int, rounded: int = 0) -> None:
+    """Within the rounding of a float32 (or float64) sum of so many products that add up to `size`, rounded once to the dtype.
+
+    So many intermediates of the sum are rounded to the dtype too.
+    """
+    sums, own = (torch.finfo(dtype).eps for dtype in (torch.promote_types(actual.dtype, torch.float32), actual.dtype))
+    bound = ((terms + 8) * sums + rounded * own) * size + own * expected.abs()
     assert ((actual.double() - expected).abs() <= bound).all(), (actual.double() - expected).abs().max()
 
 
 def both(function, *tensors):
-    """A bilinear formula in float64, and on absolute values."""
+    """A multilinear formula in float64, and on absolute values."""
     return function(*(t.double() for t in tensors)), function(*(t.double().abs() for t in tensors))
 
 
@@ -80,7 +84,7 @@ def test_packed_products():
 
 
 def test_sums_over_many_rows_are_split(monkeypatch):
-    monkeypatch.setattr(backend, "_SPLIT_ROWS", 32)
+    monkeypatch.setattr(packed, "_SPLIT_ROWS", 32)
     index = BlockIndex.from_mask(torch.tensor([[True, False], [True, True]]))
     for rows in (31, 64, 97, 200):
         x, dy = torch.randn(rows, 32), torch.randn(rows, 48)
@@ -111,70 +115,160 @@ def test_live_blocks_and_their_gradient(rank, groups):
         assert not found[0][~mask].any()
 
 
+FACTORS = [  # m1, n1, bm, bn, rank, groups, rows, share of live blocks or None
+    (3, 2, 16, 16, 1, 1, 5, None),
+    (4, 5, 8, 8, 2, 1, 17, None),
+    (4, 5, 8, 16, 2, 2, 9, 0.4),
+    (4, 3, 3, 5, 3, 4, 6, 0.5),
+    (20, 3, 4, 20, 2, 1, 10, 0.3),
+    (5, 4, 20, 3, 1, 5, 7, None),
+    (70, 35, 2, 2, 1, 1, 9, 0.2),
+    (6, 18, 32, 8, 2, 3, 20, 0.0),
+    (2, 2, 8, 8, 2, 1, 0, 0.5),
+]
+
+
+@pytest.mark.parametrize("plan", ["coeff_first", "tile_first", "dense"])
+@pytest.mark.parametrize("case", FACTORS, ids=str)
+def test_products_with_factors(case, plan, monkeypatch):
+    """Fused: the intermediate is rounded to the dtype once, and sums over rows are split."""
+    monkeypatch.setattr(fused, "_ENOUGH", 4)  # programs: a few large ones, which an interpreter prefers
+    m1, n1, bm, bn, rank, groups, rows, share = case
+    torch.manual_seed(0)
+    live = None if share is None else torch.rand(m1, n1) < share
+    for dtype in DTYPES:
+        x, dy, bias = torch.randn(rows, n1 * bn).to(dtype), torch.randn(rows, m1 * bm).to(dtype), torch.randn(m1 * bm).to(dtype)
+        coeff, tiles = torch.randn(m1, n1, rank).to(dtype), torch.randn(groups, rank, bm, bn).to(dtype)
+        size = max(m1 * bm, n1 * bn, rows) * rank
+        y = backend.kron_linear(x, coeff, tiles, bias, live, plan)
+        exact, magnitude = both(lambda x, c, t, b: plain.kron_linear(x, c, t, b, live, plan), x, coeff, tiles, bias)
+        assert_close(y, exact, magnitude, size, rounded=1)
+        exact, magnitude = both(lambda dy, x, c, t: plain.kron_backward(dy, x, c, t, live, plan, True), dy, x, coeff, tiles)
+        for input_grad in (True, False):
+            found = backend.kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
+            assert (found[0] is not None) == input_grad
+            for own, other, scale in zip(found, exact, magnitude, strict=True):
+                if own is not None:
+                    assert own.dtype == dtype
+                    assert_close(own, other, scale, size, rounded=1)
+            assert live is None or not found[1][~live].any()
+
+
+def test_sums_are_the_same_whatever_the_sizes(monkeypatch):
+    """Tuning may choose any sizes: all give the product."""
+    x, dy, coeff, tiles = torch.randn(40, 60), torch.randn(40, 32), torch.randn(4, 10, 2), torch.randn(1, 2, 8, 6)
+    exact = plain.kron_linear(*(t.double() for t in (x, coeff, tiles)), None, None, "coeff_first")
+    gradients = plain.kron_backward(*(t.double() for t in (dy, x, coeff, tiles)), None, "coeff_first", True)
+    chosen = fused._Factors.of(coeff, tiles, None)
+    default = chosen._sizes(40)
+    others = [default, *chosen._others(default)]
+    assert len(others) == len(set(others)) >= 8
+    for sizes in others[:: len(others) // 4]:
+        monkeypatch.setattr(fused._Factors, "_sizes", lambda self, rows, sizes=sizes: sizes)
+        torch.testing.assert_close(
+            backend.kron_linear(x, coeff, tiles, None, None, "coeff_first").double(), exact, rtol=1e-5, atol=1e-5
+        )
+        for own, other in zip(backend.kron_backward(dy, x, coeff, tiles, None, "coeff_first", True), gradients, strict=True):
+            assert own is not None and other is not None
+            torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-4)
+
+
+def test_the_quickest_sizes_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("KRONBLOCKS_CACHE", str(tmp_path))
+    seconds = {1: 3.0, 2: 1.0, 4: 2.0}
+    default, *others = (tuning.Sizes(16, rows, 16, 4, 2) for rows in (1, 2, 4, 8))
+    ran: list[tuning.Sizes] = []
+
+    def run(sizes: tuning.Sizes) -> int:
+        ran.append(sizes)
+        if sizes.rows == 8:
+            raise RuntimeError("out of resource: shared memory")
+        return sizes.rows
+
+    monkeypatch.setattr(tuning, "_seconds", lambda call: seconds[call()])
+    for known in (False, True):
+        tuning.forget()
+        ran.clear()
+        assert tuning.tuned("kernel", {"rank": 1}, 100, default, others, run) == 2
+        assert len(ran) == (1 if known else 5)
+        assert tuning.tuned("kernel", {"rank": 1}, 128, default, others, run) == 2, "rows up to a power of two are one"
+    file = next((tmp_path / "sizes").iterdir())
+    file.write_text(file.read_text().replace('"rows": 2', '"rows": 1048576'))
+    tuning.forget()
+    assert tuning.tuned("kernel", {"rank": 1}, 100, default, others, run) == 2, "sizes that are none of the possible ones"
+    tuning.forget()
+
+
 COMPILE = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kronblocks import BlockIndex
-from kronblocks.ops.backends import triton as backend, triton_kernels
+from kronblocks.ops.backends import triton as backend
+from kronblocks.ops.backends.triton import fused, launch, packed, weights
 
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
-
-
-class Compiled:
-    def __init__(self, name):
-        self.kernel = getattr(triton_kernels, name)
-
-    def __getitem__(self, grid):
-        assert all(isinstance(size, int) and size > 0 for size in grid), grid
-        return self
-
-    def __call__(self, *arguments, **settings):
-        names = self.kernel.arg_names
-        warps = settings.pop("num_warps", 4)
-        given = {**dict(zip(names, arguments)), **settings}
-        assert set(given) == set(names)
-        signature = {
-            name: f"*{NAMES[value.dtype]}" if isinstance(value, torch.Tensor)
-            else "constexpr" if name in settings or value is None else "i32"
-            for name, value in given.items()
-        }
-        constants = {name: given[name] for name, kind in signature.items() if kind == "constexpr"}
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": warps})
-        assert compiled.metadata.shared <= 99 * 1024, (self.kernel.__name__, constants, compiled.metadata.shared)
-        print(self.kernel.__name__, constants["H"] if "H" in constants else "", compiled.metadata.shared)
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.uint8: "u8"}
 
 
-class Kernels:
-    def __getattr__(self, name):
-        return Compiled(name)
+def compiled(name, programs, *arguments, **settings):
+    assert all(isinstance(count, int) and count > 0 for count in programs), programs
+    kernel = launch._kernel(name)
+    options = {option: settings.pop(option) for option in ("num_warps", "num_stages") if option in settings}
+    given = {**dict(zip(kernel.arg_names, arguments)), **settings}
+    assert set(given) == set(kernel.arg_names)
+    signature = {
+        name: f"*{NAMES[value.dtype]}" if isinstance(value, torch.Tensor)
+        else "constexpr" if name in settings or value is None else "i32"
+        for name, value in given.items()
+    }
+    aligned = {
+        (place,): [["tt.divisibility", 16]] for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and given[name] % 16 == 0)
+    }
+    constants = {name: given[name] for name, kind in signature.items() if kind == "constexpr"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    result = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
+    assert result.metadata.shared <= 99 * 1024, (kernel.__name__, constants, result.metadata.shared)
+    print(kernel.__name__, result.metadata.shared)
 
 
-backend._kernels = Kernels
-for dtype in (torch.float32, torch.bfloat16, torch.float16)[: int(sys.argv[2])]:
-    for bm, bn in ((16, 16), (64, 64), (128, 128), (24, 48), (4, 4)):
-        index = BlockIndex.from_mask(torch.ones(2, 3, dtype=torch.bool))
-        x, dy = torch.empty(4096, 3 * bn, dtype=dtype), torch.empty(4096, 2 * bm, dtype=dtype)
-        values, coeff = torch.empty(6, bm, bn, dtype=dtype), torch.empty(2, 3, 4, dtype=dtype)
-        tiles = torch.empty(2, 4, bm, bn, dtype=dtype)
-        backend.packed_linear(x, values, index, torch.empty(2 * bm, dtype=dtype))
+for module in (fused, packed, weights):
+    module.launch = compiled
+cases = [(16, 16, 1), (64, 64, 2), (8, 8, 1)] if sys.argv[2] == "some" else [(128, 128, 1), (24, 48, 1), (4, 4, 2), (16, 64, 1)]
+for dtype in (torch.float32, torch.bfloat16):
+    for bm, bn, groups in cases:
+        index = BlockIndex.from_mask(torch.ones(64, 48, dtype=torch.bool))
+        x, dy = torch.empty(4096, 48 * bn, dtype=dtype), torch.empty(4096, 64 * bm, dtype=dtype)
+        values, coeff = torch.empty(64 * 48, bm, bn, dtype=dtype), torch.empty(64, 48, 4, dtype=dtype)
+        tiles, bias = torch.empty(groups, 4, bm, bn, dtype=dtype), torch.empty(64 * bm, dtype=dtype)
+        backend.packed_linear(x, values, index, bias)
         backend.packed_grad_input(dy, values, index)
         backend.packed_grad_values(dy, x, index)
         backend.live_blocks(coeff, tiles, index)
         backend.live_blocks_backward(values, coeff, tiles, index)
+        live = torch.ones(64, 48, dtype=torch.bool) if groups > 1 else None
+        backend.kron_backward(dy, x, coeff, tiles, live, "dense", True)
+        for plan in ("coeff_first", "tile_first"):
+            backend.kron_linear(x, coeff, tiles, bias, live, plan)
+            backend.kron_backward(dy, x, coeff, tiles, live, plan, True)
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_for_a_gpu(capability, tmp_path):
+@pytest.mark.parametrize(("capability", "cases"), [(80, "some"), (90, "some"), (90, "others")])
+def test_kernels_compile_for_a_gpu(capability, cases, tmp_path):
     """To machine code: a kernel that the interpreter runs may still be none that a GPU can."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", COMPILE, str(capability), "2"]
+    command = [sys.executable, "-c", COMPILE, str(capability), cases]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {line.split()[0] for line in done.stdout.splitlines()} >= {"product", "grad_values", "scatter", "tiles_gradient"}
+    assert {line.split()[0] for line in done.stdout.splitlines()} >= {
+        "product",
+        "grad_values",
+        "tiles_gradient",
+        "mix_then_tile",
+        "mix_gradient",
+    }
 
 
 def test_they_serve_a_gpu_where_they_are_asked_for(monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -22,6 +23,8 @@ from kronblocks.saving import CARD, from_pretrained, read_card
 
 SHAPE, CLASSES = "image shape", "classes"
 """Words of a trained model's card by which it is built again."""
+
+_MOST = 2**16  # of any size in them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +63,11 @@ def trained_model(folder: Path) -> tuple[nn.Module, tuple[int, ...]]:
     try:
         shape = tuple(int(side) for side in words[SHAPE].split("x"))
         channels, height, width = shape
-        model = build_model(
-            settings["model"], (channels, height, width), int(words[CLASSES]), settings["widths"], settings["image_size"]
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        classes, widths = int(words[CLASSES]), settings["widths"]
+        if not all(isinstance(size, int) and 0 < size <= _MOST for size in (*shape, classes, *widths)):
+            raise ValueError(f"sizes beyond {_MOST:,}")
+        model = build_model(settings["model"], (channels, height, width), classes, widths, settings["image_size"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise KronblocksError(f"{folder} does not say how to build its model ({error!r}): train again") from error
     return from_pretrained(folder / "model", model), shape
 
@@ -106,15 +110,18 @@ def _layers(card: dict[str, Any]) -> Table:
     table = Table(title="block layers", title_justify="left")
     for name in ("layer", "kind", "shape", "blocks", "live", "rank"):
         table.add_column(name, justify="left" if name in ("layer", "kind") else "right")
-    for name, layer in card["structure"].get("layers", {}).items():
+    layers = card["structure"].get("layers")
+    if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+        raise KronblocksError(f"the {CARD} is damaged: its structure holds no layers")
+    for name, layer in layers.items():
         shape = f"{layer.get('out_features')}x{layer.get('in_features')}"
         cells = (name, layer.get("kind"), shape, layer.get("block_size"), layer.get("capacity", ""), layer.get("rank", ""))
-        table.add_row(*map(str, cells))
+        table.add_row(*(escape(str(cell)) for cell in cells))
     return table
 
 
 def _tensors(path: Path) -> Table:
-    table = Table(title=str(path), title_justify="left")
+    table = Table(title=escape(str(path)), title_justify="left")
     for name in ("tensor", "type", "shape", "KiB", "zeros %"):
         table.add_column(name, justify="left" if name == "tensor" else "right")
     total = 0
@@ -125,7 +132,9 @@ def _tensors(path: Path) -> Table:
                 tensor = file.get_tensor(name)
                 size, zeros = tensor.numel() * tensor.element_size(), int((tensor == 0).sum()) / max(1, tensor.numel())
                 shape, total = "x".join(map(str, tensor.shape)), total + size
-                table.add_row(name, str(tensor.dtype).removeprefix("torch."), shape, f"{size / 1024:,.1f}", f"{100 * zeros:.1f}")
+                table.add_row(
+                    escape(name), str(tensor.dtype).removeprefix("torch."), shape, f"{size / 1024:,.1f}", f"{100 * zeros:.1f}"
+                )
     except (OSError, SafetensorError) as error:
         raise KronblocksError(f"cannot read {path}: {error}") from error
     table.add_section()

@@ -139,7 +139,9 @@ def _save_model(module: Classification, folder: RunFolder, result: dict[str, Any
     """The trained model in a folder, and the masks, beside the result."""
     words = {"data": module.config.data, "test accuracy": f"{result['test_accuracy']:.4f}"}
     words |= {SHAPE: "x".join(map(str, data.image_shape)), CLASSES: str(data.classes)}
-    save_pretrained(module.model, folder.path / "model", config=module.sparsity_config, metadata=words)
+    save_pretrained(
+        module.model, folder.path / "model", config=module.sparsity_config, metadata=words, sparsifier=module.sparsifier
+    )
     masks = {target.name: target.mask.to(torch.uint8).contiguous() for target in module.sparsifier.targets}
     safetensors.torch.save_file(masks, folder.path / "masks.safetensors")
 

@@ -75,6 +75,11 @@ class SparsityCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimisers."""
         assert self.sparsifier is not None
+        if self.sparsifier.rule.has_penalty and not pl_module.automatic_optimization:
+            raise KronblocksError(
+                "the method has a penalty, which SparsityCallback adds to what training_step returns, and manual optimisation "
+                "returns nothing: set automatic_optimization = True, or choose a method without a penalty"
+            )
         steps = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
         if steps == float("inf"):
             raise KronblocksError(

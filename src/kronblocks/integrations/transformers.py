@@ -1,4 +1,4 @@
-"""Block-sparse training in transformers' Trainer: one callback."""
+"""Block-sparse training in transformers' Trainer: one callback, and a Trainer that learns from a trained model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import warnings
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kronblocks.config import SparsityConfig
+from kronblocks.distillation import Distillation
 from kronblocks.errors import KronblocksError, KronblocksWarning
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.surgery import sparsify_
@@ -109,3 +110,27 @@ class SparsityCallback(TrainerCallback):
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
+
+
+class DistillingTrainer(Trainer):
+    """transformers' Trainer with a trained model in its loss: `DistillingTrainer(model, args, ..., distillation=...)`.
+
+    The loss of every batch is its mean, and where gradients are accumulated the batches of a step count alike.
+
+    Args:
+        distillation: made before the model's layers were replaced, so that it holds the dense model.
+        settings: what a Trainer takes, by name or in its order.
+    """
+
+    def __init__(self, *settings: Any, distillation: Distillation, **named: Any) -> None:
+        super().__init__(*settings, **named)
+        self.distillation = distillation
+        self.model_accepts_loss_kwargs = False  # which would divide the loss of labels, and it alone, by all items of a step
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:  # what the Trainer calls
+        """The loss to train on, and the outputs if wanted."""
+        loss, outputs = super().compute_loss(model, inputs, True)
+        loss = self.distillation(loss, outputs, **inputs)
+        return (loss, outputs) if return_outputs else loss

@@ -1,8 +1,6 @@
-"""Timings of this machine, kept: in the process, and in the user's cache folder, a small JSON file each.
+"""Timings of this machine, kept: in the process, and in the user's cache folder (`ops/kept.py`).
 
-The folder is `KRONBLOCKS_CACHE` (0 or off: none), or kronblocks in the system's cache folder. A file is named by a hash of what
-its timings depend on, written to the side and moved into place, so that any number of processes may read and write at once. What
-cannot be read, or does not look like timings, is measured anew; where nothing can be written, nothing is kept.
+What does not look like timings is measured anew.
 """
 
 from __future__ import annotations
@@ -10,18 +8,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
 import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from kronblocks.files import write_text
+from kronblocks.ops import kept
 from kronblocks.ops.backends import backend_key
 from kronblocks.ops.cost import Problem
 from kronblocks.ops.kron import PLAN_NAMES
@@ -31,7 +27,6 @@ Tables = dict[str, dict[str, float]]
 """What timings depend on, as JSON text -> plan -> seconds a step."""
 
 _VERSION = 3
-_MOST_BYTES = 2**16  # of a file; ours have some hundred
 _memo: Tables = {}
 
 
@@ -135,39 +130,13 @@ def _accelerator(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
 
 
-def cache_folder() -> Path | None:
-    """Where timings are kept; None: nowhere."""
-    setting = os.environ.get("KRONBLOCKS_CACHE", "")
-    if setting.lower() in ("0", "off"):
-        return None
-    if setting:
-        return Path(setting)
-    named = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None)
-    try:
-        home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    except RuntimeError:  # a user without a home
-        home = None
-    base = Path(named) if named else home
-    return base / "kronblocks" if base is not None and base.is_absolute() else None
-
-
-def _path(key: str) -> Path | None:
-    folder = cache_folder()
-    return folder / "timings" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json" if folder else None
-
-
 def _read(key: str) -> dict[str, float] | None:
-    path = _path(key)
-    try:
-        if path is None or not path.is_file():
-            return None
-        with path.open("rb") as file:
-            content = json.loads(file.read(_MOST_BYTES))
-    except (OSError, ValueError, RecursionError):  # unreadable, no JSON, or made to do harm
-        return None
-    if not isinstance(content, dict) or (content.get("version"), content.get("key")) != (_VERSION, key):
-        return None
-    return _checked(content.get("seconds"))
+    content = kept.read("timings", _VERSION, key)
+    return None if content is None else _checked(content.get("seconds"))
+
+
+def _write(key: str, seconds: dict[str, float]) -> None:
+    kept.write("timings", _VERSION, key, seconds=seconds)
 
 
 def _checked(seconds: object) -> dict[str, float] | None:
@@ -177,12 +146,3 @@ def _checked(seconds: object) -> dict[str, float] | None:
     if not all(isinstance(value, float) and 0 < value < 1e6 for value in seconds.values()):
         return None
     return dict(seconds)
-
-
-def _write(key: str, seconds: dict[str, float]) -> None:
-    path = _path(key)
-    if path is None:
-        return
-    with contextlib.suppress(OSError):  # a folder that cannot be written to is no reason to stop, or to complain
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"version": _VERSION, "key": key, "seconds": seconds}))

@@ -19,7 +19,7 @@ from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.report import SparsityReport, count_blocks
 from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState
 from kronblocks.sparsity.schedule import Phase, SparsitySchedule
-from kronblocks.sparsity.targets import BlockTarget, LayerTarget
+from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
 
 STATE_VERSION = 2
 
@@ -207,6 +207,11 @@ class Sparsifier:
     def _compact(self) -> None:
         self._surgeon.compact([target.name for target in self.targets], self._optimizers)
         follow_replaced_parameters(self.model)
+
+    @property
+    def masks_linears(self) -> bool:
+        """Whether it keeps masks of plain nn.Linear layers, rather than work on layers that hold their own."""
+        return any(isinstance(target, WeightTarget) for target in self.targets)
 
     @property
     def sparsity(self) -> float:

@@ -1,0 +1,57 @@
+"""Kernels for NVIDIA GPUs, written in Triton: float32, float16 and bfloat16 with sums in float32 (float64 in its interpreter).
+
+`packed.py` multiplies with live blocks, `fused.py` with factors, `weights.py` builds blocks or W from factors; each launches the
+kernels of the module beside it whose name ends in `_kernels`. Nothing is added atomically: results are the same from run to run.
+
+With TRITON_INTERPRET=1 set before the kernels are loaded they run on a CPU, which is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from kronblocks.ops.backends.triton.fused import kron_backward, kron_linear
+from kronblocks.ops.backends.triton.packed import packed_grad_input, packed_grad_values, packed_linear
+from kronblocks.ops.backends.triton.weights import live_blocks, live_blocks_backward
+
+__all__ = [
+    "build",
+    "is_installed",
+    "kron_backward",
+    "kron_linear",
+    "live_blocks",
+    "live_blocks_backward",
+    "packed_grad_input",
+    "packed_grad_values",
+    "packed_linear",
+    "serves",
+]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def is_installed() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def serves(device: str, dtype: torch.dtype) -> bool:
+    """Whether these kernels compute for a device type and dtype.
+
+    Only where KRONBLOCKS_TRITON=1 asks for them, as long as they have been compiled for GPUs but run on none.
+    """
+    wanted = os.environ.get("KRONBLOCKS_TRITON") == "1"
+    return wanted and device == "cuda" and dtype in DTYPES and torch.version.hip is None and is_installed()
+
+
+@functools.cache
+def build() -> str:
+    """Which compiler made the kernels: timings of another one's do not count."""
+    import triton
+
+    return triton.__version__

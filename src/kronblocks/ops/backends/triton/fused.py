@@ -1,0 +1,300 @@
+"""Products with factors. The factored plans are fused: their intermediate never reaches the device's memory.
+
+"coeff_first" mixes input blocks and then applies tiles, "tile_first" the other way round. A backward has two forms as well, one
+along each plan, and takes the one with fewer multiply-adds: both are the exact gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from kronblocks.ops.backends import torch as plain
+from kronblocks.ops.backends.triton import tuning
+from kronblocks.ops.backends.triton.launch import arithmetic, cells, launch, padded, sum_dtype
+from kronblocks.ops.backends.triton.tuning import Sizes
+from kronblocks.ops.backends.triton.weights import weight, weight_backward
+
+Result = TypeVar("Result")
+
+_LARGEST = 128  # side of a tile that fits on chip
+_SUMS = {2: 2**15, 4: 2**13, 8: 2**12}
+"""How many sums a program keeps in registers, by bytes of a value: float32 is multiplied in three parts, which take more."""
+
+_ENOUGH = 256  # programs that keep a GPU busy; sums over rows are split into about as many
+
+
+def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
+    """y = x W^T + bias; x (rows, n) -> (rows, m)."""
+    if plan == "dense":
+        return linear(x, weight(coeff, tiles, live), bias)
+    if max(tiles.shape[2:]) > _LARGEST:
+        return plain.kron_linear(x, coeff, tiles, bias, live, plan)
+    factors = _Factors.of(coeff, tiles, live)
+    return factors.mix_then_tile(x, bias) if plan == "coeff_first" else factors.tile_then_mix(x, bias)
+
+
+def kron_backward(
+    dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: str, input_grad: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx (rows, n) or None, dcoeff, exactly 0 for dead blocks, and dtiles; nothing is kept from the forward."""
+    if plan == "dense":
+        dx = dy @ weight(coeff, tiles, live) if input_grad else None
+        return dx, *weight_backward(dy.t() @ x, coeff, tiles, live)
+    if max(tiles.shape[2:]) > _LARGEST:
+        return plain.kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
+    forward = _Factors.of(coeff, tiles, live)
+    adjoint = forward.adjoint()
+    if _backward_macs(forward, input_grad) < _backward_macs(adjoint, input_grad):
+        dx = adjoint.tile_then_mix(dy, None) if input_grad else None
+        dtiles = forward.tiles_gradient(x, dy)
+        dcoeff = adjoint.coeff_gradient(dy, x)
+    else:
+        dx, dtiles = adjoint.mix_then_tile_with_gradient(dy, x) if input_grad else (None, adjoint.tiles_gradient(dy, x))
+        dcoeff = forward.coeff_gradient(x, dy)
+    dcoeff = dcoeff if live is None else dcoeff.where(live, 0)
+    return dx, dcoeff.permute(1, 2, 0).to(coeff.dtype), dtiles.to(tiles.dtype)
+
+
+def _backward_macs(roles: _Factors, input_grad: bool) -> int:
+    """Multiply-adds a row of the backward that mixes the sources of these roles to get the tiles' gradient."""
+    mixtures = roles.outputs * (roles.banks if not roles.bank_of_output else 1)  # of a term
+    mixing, tiling = roles.outputs * roles.sources * roles.tile_in, mixtures * roles.tile_in * roles.tile_out
+    return (2 + (input_grad and roles.bank_of_output)) * mixing + (2 + input_grad) * tiling
+
+
+def _split(rows: int, step: int, programs: int) -> tuple[int, int]:
+    """Into how many parts a sum over rows is split where there are so many programs without that, and rows of a part."""
+    splits = max(1, min(cells(rows, step), cells(_ENOUGH, programs)))
+    share = max(1, cells(cells(rows, step), splits)) * step
+    return cells(rows, share), share
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Coefficients and tiles in their roles: forward, or adjoint, where inputs are outputs and tiles are transposed."""
+
+    planes: Tensor  # coefficients, (r, m1, n1)
+    tiles: Tensor  # (g, r, bm, bn)
+    live: Tensor | None  # (m1, n1), uint8
+    outputs: int  # blocks
+    sources: int
+    tile_out: int  # sides of a tile
+    tile_in: int
+    bank_of_output: bool  # which side of the grid the groups of tiles divide
+
+    @classmethod
+    def of(cls, coeff: Tensor, tiles: Tensor, live: Tensor | None) -> _Factors:
+        (m1, n1, _), (bm, bn) = coeff.shape, tiles.shape[2:]
+        planes = coeff.permute(2, 0, 1)
+        planes = (planes if live is None else planes.where(live, 0)).contiguous()
+        mask = None if live is None else live.contiguous().view(torch.uint8)
+        return cls(planes, tiles.contiguous(), mask, m1, n1, bm, bn, bank_of_output=True)
+
+    def adjoint(self) -> _Factors:
+        """The roles in which x W^T is dy W."""
+        return replace(
+            self, outputs=self.sources, sources=self.outputs, tile_out=self.tile_in, tile_in=self.tile_out, bank_of_output=False
+        )
+
+    @property
+    def banks(self) -> int:
+        return self.tiles.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.planes.shape[0]
+
+    @property
+    def _outputs_per_bank(self) -> int:
+        return self.outputs // self.banks if self.bank_of_output else self.outputs
+
+    @property
+    def _sources_per_bank(self) -> int:
+        return self.sources if self.bank_of_output else self.sources // self.banks
+
+    @property
+    def _own_banks(self) -> int:
+        """Banks that one program goes through."""
+        return 1 if self.bank_of_output else self.banks
+
+    def _strides(self) -> tuple[int, int]:
+        """Of output and input blocks in a grid."""
+        n1 = self.planes.shape[2]
+        return (n1, 1) if self.bank_of_output else (1, n1)
+
+    def _chunks_per_bank(self, sizes: Sizes) -> int:
+        return cells(self._outputs_per_bank, sizes.outputs)
+
+    def _chunks(self, sizes: Sizes) -> int:
+        return self._chunks_per_bank(sizes) * (self.banks if self.bank_of_output else 1)
+
+    def _run(self, kernel: str, rows: int, run: Callable[[Sizes], Result]) -> Result:
+        """Launch with the sizes that suit so many rows."""
+        gradient = kernel == "mix_gradient"
+        default = self._sums_over_rows() if gradient else self._sizes(rows)
+        if not tuning.wanted(self.planes.device):
+            return run(default)
+        about = {
+            **{"rank": self.rank, "groups": self.banks, "grid": list(self.planes.shape[1:]), "tile": list(self.tiles.shape[2:])},
+            **{"adjoint": not self.bank_of_output, "live": self.live is not None, "dtype": str(self.tiles.dtype)},
+            "precision": torch.get_float32_matmul_precision(),
+        }
+        return tuning.tuned(kernel, about, rows, default, self._others(default), run)
+
+    def _sizes(self, rows: int) -> Sizes:
+        """What one program takes: as much as its registers hold, or less where there would be too few programs."""
+        columns, side = padded(self.tile_in) + padded(self.tile_out), self._side()
+        sums = _SUMS[self.tiles.element_size()]
+        outputs = max(16, min(64, sums // columns, padded(self._outputs_per_bank)))
+        most = 1 << max(1, sums // (outputs * columns)).bit_length() - 1
+        sources = min(32 if columns < 256 else 16, padded(self._sources_per_bank, 16))
+        sizes = Sizes(outputs, max(side, min(64, most)), sources, 8, 3 if self.tiles.element_size() == 2 else 2)
+        while self._chunks(sizes) * cells(rows, sizes.rows) < _ENOUGH:
+            if sizes.outputs > 32 or (sizes.outputs > 16 and sizes.rows <= 2 * side):
+                sizes = replace(sizes, outputs=sizes.outputs // 2)
+            elif sizes.rows > side:
+                sizes = replace(sizes, rows=sizes.rows // 2)
+            else:
+                break
+        return sizes if sizes.outputs * sizes.rows * columns > sums // 8 else replace(sizes, warps=4)
+
+    def _sums_over_rows(self) -> Sizes:
+        """What one program takes of a sum over rows."""
+        room = _SUMS[self.tiles.element_size()] // padded(max(self.tile_in, self.tile_out))
+        outputs, rows = max(16, min(64, room // 2, padded(self._outputs_per_bank))), room // 128
+        sources = max(16, min(32, room // 4, padded(self._sources_per_bank)))
+        return Sizes(outputs, max(self._side(), min(32, rows)), sources, warps=8, stages=2)
+
+    def _others(self, sizes: Sizes) -> Iterator[Sizes]:
+        """What else to try: half and twice as much of everything."""
+        most = padded(self._outputs_per_bank, 16), 128, padded(self._sources_per_bank, 16)
+        least = 16, self._side(), 16
+        for factors in itertools.product((0.5, 1, 2), repeat=3):
+            each = (sizes.outputs, sizes.rows, sizes.sources)
+            outputs, rows, sources = (int(size * factor) for size, factor in zip(each, factors, strict=True))
+            if all(low <= size <= high for low, size, high in zip(least, (outputs, rows, sources), most, strict=True)):
+                for warps, stages in itertools.product((4, 8), (2, 3)):
+                    other = Sizes(outputs, rows, sources, warps, stages)
+                    if other != sizes:
+                        yield other
+
+    def _side(self) -> int:
+        """How many rows stand side by side, so that products on tensor cores sum over 16 terms."""
+        return max(1, 16 // min(padded(self.tile_in), padded(self.tile_out)))
+
+    def _spread(self, sizes: Sizes) -> int:
+        """How many rows stand side by side where small tiles' gradients are summed."""
+        return min(sizes.rows, max(1, 32 // min(padded(self.tile_in), padded(self.tile_out))))
+
+    def _listed(self, sizes: Sizes) -> tuple[Tensor | None, Tensor | None]:
+        """The input blocks that each chunk of output blocks is alive with, and how many."""
+        if self.live is None:
+            return None, None
+        places = self._chunks(sizes), self._own_banks
+        sources = self.live.new_empty(*places, self._sources_per_bank, dtype=torch.int32)
+        counts = self.live.new_empty(places, dtype=torch.int32)
+        launch(
+            "list_live", places, self.live, sources, counts, self.outputs, *self._strides(),
+            self._outputs_per_bank, self._chunks_per_bank(sizes), self._sources_per_bank,
+            BANK_OF_OUTPUT=self.bank_of_output, BO=sizes.outputs, BK=64, num_warps=4,
+        )  # fmt: skip
+        return sources, counts
+
+    def _known(self, sizes: Sizes) -> dict[str, Any]:
+        """What is known when compiling."""
+        names = {"RANK": self.rank, "BANKS": self._own_banks, "C": self.tile_out, "D": self.tile_in}
+        names |= {"BC": padded(self.tile_out), "BD": padded(self.tile_in), "SIDE": self._side()}
+        names |= {"FLIPPED": not self.bank_of_output, "LISTED": self.live is not None, "BANK_OF_OUTPUT": self.bank_of_output}
+        return {**names, **sizes.settings(), **arithmetic(self.tiles.dtype)}
+
+    def _places(self, sizes: Sizes) -> tuple[int, ...]:
+        """Strides of terms, output and input blocks among the coefficients, and how chunks and banks are made."""
+        grid = self.planes.shape[1] * self.planes.shape[2]
+        return grid, *self._strides(), self._outputs_per_bank, self._chunks_per_bank(sizes), self._sources_per_bank
+
+    def mix_then_tile(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y (rows, outputs) of x (rows, inputs)."""
+
+        def run(sizes: Sizes) -> Tensor:
+            y = x.new_empty(x.shape[0], self.outputs * self.tile_out)
+            self._mix(x, bias, None, y, None, sizes, sizes.rows)
+            return y
+
+        return self._run("mix_then_tile", x.shape[0], run)
+
+    def mix_then_tile_with_gradient(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """y, and the tiles' gradient, if x is the gradient of their output and `other` their input, or the other way round."""
+        y = x.new_empty(x.shape[0], self.outputs * self.tile_out)
+        return y, self._run("mix_then_tile, both", x.shape[0], lambda sizes: self._tiles_gradient(x, other, y, sizes))
+
+    def tiles_gradient(self, x: Tensor, other: Tensor) -> Tensor:
+        """That gradient alone, in float32."""
+        return self._run("mix_then_tile, gradient", x.shape[0], lambda sizes: self._tiles_gradient(x, other, None, sizes))
+
+    def _tiles_gradient(self, x: Tensor, other: Tensor, y: Tensor | None, sizes: Sizes) -> Tensor:
+        rows, chunks, per_bank = x.shape[0], self._chunks(sizes), self._chunks_per_bank(sizes)
+        splits, share = _split(rows, sizes.rows, chunks)
+        spread, height, width = self._spread(sizes), padded(self.tile_out), padded(self.tile_in)
+        shape = splits, chunks // per_bank, per_bank, self._own_banks, self.rank, spread, height, spread, width
+        dtiles = x.new_empty(shape, dtype=sum_dtype(x))
+        self._mix(x, None, other.contiguous(), y, dtiles, sizes, share)
+        sums = dtiles.sum((0, 2)).flatten(0, 1).diagonal(0, 2, 4).sum(-1)[..., : self.tile_out, : self.tile_in]
+        return sums if self.bank_of_output else sums.transpose(2, 3)
+
+    def _mix(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        other: Tensor | None,
+        y: Tensor | None,
+        dtiles: Tensor | None,
+        sizes: Sizes,
+        share: int,
+    ) -> None:
+        x, rows, chunks, features = x.contiguous(), x.shape[0], self._chunks(sizes), self.outputs * self.tile_out
+        launch(
+            "mix_then_tile", (chunks * cells(rows, share),),
+            x, self.planes, self.tiles, bias, other, y, dtiles, *self._listed(sizes), rows, share,
+            x.shape[1], features, features, *self._places(sizes), chunks,
+            HAS_BIAS=bias is not None, PRODUCT=y is not None, GRADIENT=dtiles is not None, SPREAD=self._spread(sizes),
+            **self._known(sizes),
+        )  # fmt: skip
+
+    def tile_then_mix(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y (rows, outputs) of x (rows, inputs)."""
+        x, rows = x.contiguous(), x.shape[0]
+
+        def run(sizes: Sizes) -> Tensor:
+            y, chunks = x.new_empty(rows, self.outputs * self.tile_out), self._chunks(sizes)
+            launch(
+                "tile_then_mix", (chunks * cells(rows, sizes.rows),),
+                x, self.planes, self.tiles, bias, y, *self._listed(sizes), rows, x.shape[1], y.shape[1],
+                *self._places(sizes), chunks, HAS_BIAS=bias is not None, **self._known(sizes),
+            )  # fmt: skip
+            return y
+
+        return self._run("tile_then_mix", rows, run)
+
+    def coeff_gradient(self, x: Tensor, other: Tensor) -> Tensor:
+        """(r, m1, n1) in float32: <other, tile x> of every output and input block; anything where a block is dead."""
+        x, other, rows = x.contiguous(), other.contiguous(), x.shape[0]
+
+        def run(sizes: Sizes) -> Tensor:
+            chunks, parts = self._chunks(sizes), self._own_banks * cells(self._sources_per_bank, sizes.sources)
+            splits, share = _split(rows, sizes.rows, chunks * parts)
+            out = x.new_empty(splits, *self.planes.shape, dtype=sum_dtype(x))
+            launch(
+                "mix_gradient", (splits, chunks, parts),
+                x, self.tiles, other, out, *self._listed(sizes), rows, share, x.shape[1], other.shape[1],
+                self.planes.numel(), *self._places(sizes), **self._known(sizes),
+            )  # fmt: skip
+            return out.sum(0)
+
+        return self._run("mix_gradient", rows, run)

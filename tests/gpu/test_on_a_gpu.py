@@ -1,0 +1,109 @@
+"""The Triton kernels on a real GPU: `make test-gpu`. Elsewhere they are interpreted and compiled (tests/ops/test_triton.py)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from kronblocks import BlockIndex, kron_linear, packed_linear
+from kronblocks.ops import backends
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs an NVIDIA GPU: make test-gpu"
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = [  # m1, n1, bm, bn, rank, groups, rows
+    (128, 128, 8, 8, 1, 1, 2000),
+    (32, 48, 16, 32, 4, 2, 333),
+    (16, 16, 64, 64, 4, 1, 1000),
+    (8, 4, 128, 128, 2, 1, 257),
+    (20, 30, 12, 5, 3, 4, 65),
+    (64, 64, 4, 4, 4, 64, 100),
+]
+
+
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch):
+    monkeypatch.setenv("KRONBLOCKS_TRITON", "1")
+
+
+def operands(case, dtype: torch.dtype) -> list[Tensor]:
+    m1, n1, bm, bn, rank, groups, rows = case
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((rows, n1 * bn), (m1, n1, rank), (groups, rank, bm, bn), (m1 * bm,))
+    return [torch.randn(shape, device="cuda", generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def agree(function, tensors: list[Tensor], dtype: torch.dtype) -> None:
+    """Output and all gradients against float64, relative to the largest value."""
+    y = function(*tensors)
+    dy = torch.randn_like(y)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    wanted = function(*exact)
+    found, expected = torch.autograd.grad(y, tensors, dy), torch.autograd.grad(wanted, exact, dy.double())
+    for own, other in zip((y, *found), (wanted, *expected), strict=True):
+        assert own.dtype == dtype
+        assert float((own.double() - other).abs().max()) <= 8 * torch.finfo(dtype).eps * max(1.0, float(other.abs().max()))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("plan", ["dense", "coeff_first", "tile_first", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_products_with_factors(case, dtype, plan, masked):
+    if plan == "packed" and not masked:
+        pytest.skip("packed needs a mask")
+    assert backends.name("cuda", dtype) == "triton"
+    live = torch.rand(case[:2], device="cuda", generator=torch.Generator("cuda").manual_seed(1)) < 0.2 if masked else None
+    agree(lambda x, c, t, b: kron_linear(x, c, t, b, plan=plan, live=live), operands(case, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [(16, 16), (64, 64), (128, 128), (24, 48), (4, 4)], ids=str)
+def test_packed_products(block, dtype):
+    mask = torch.rand(24, 20, device="cuda") < 0.1
+    mask[0, 0] = True
+    index = BlockIndex.from_mask(mask)
+    x = torch.randn(500, 20 * block[1], device="cuda").to(dtype).requires_grad_()
+    values = torch.randn(int(mask.sum()), *block, device="cuda").to(dtype).requires_grad_()
+    agree(lambda x, values: packed_linear(x, values, index), [x, values], dtype)
+
+
+@pytest.mark.parametrize("plan", ["coeff_first", "tile_first"])
+def test_the_same_bits_at_every_run_in_a_cuda_graph_and_compiled(plan):
+    tensors = operands(SHAPES[0], torch.bfloat16)
+    dy = torch.randn(SHAPES[0][-1], 1024, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(kron_linear(*tensors, plan=plan), tensors, dy)
+
+    first = step()
+    assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(first, captured, strict=True))
+    compiled = torch.compile(lambda x, c, t, b: kron_linear(x, c, t, b, plan=plan), fullgraph=True)
+    assert torch.equal(compiled(*tensors), kron_linear(*tensors, plan=plan))
+
+
+def test_tuning_finds_the_same_product(monkeypatch, tmp_path):
+    monkeypatch.setenv("KRONBLOCKS_TUNE", "1")
+    monkeypatch.setenv("KRONBLOCKS_CACHE", str(tmp_path))
+    agree(lambda x, c, t, b: kron_linear(x, c, t, b, plan="coeff_first"), operands(SHAPES[2], torch.float32), torch.float32)
+    assert list((tmp_path / "sizes").iterdir())
+
+
+def test_no_intermediate_in_memory():
+    """A step of a factored plan allocates less than its intermediate would take."""
+    tensors = operands((16, 16, 64, 64, 4, 1, 20_000), torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    with torch.no_grad():
+        kron_linear(*tensors, plan="coeff_first")
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * 20_000 * 1024 * 2
