@@ -35,6 +35,7 @@ RUNS["torchrun_ddp.py"] = [
     "2",
     str(EXAMPLES / "torchrun_ddp.py"),
 ]
+RUNS["accelerate_loop.py, two processes"] = [*RUNS["torchrun_ddp.py"][:-1], str(EXAMPLES / "accelerate_loop.py")]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -49,7 +50,7 @@ def test_example(name, tmp_path):
     assert sparsity >= least[0] and accuracy > least[1], run.stdout
     if name == "from_trained.py":
         dense = re.search(r"dense: test accuracy ([\d.]+)", run.stdout)
-        assert dense is not None and accuracy > float(dense[1]) - 0.05  # of 397 images; docs/pretrained.md has the measurement
-    command = [sys.executable, "-c", CHECK, str(EXAMPLES / name), str(tmp_path / "saved")]
+        assert dense is not None and accuracy > float(dense[1]) - 0.01 - 1 / 397  # less than a point, and an image
+    command = [sys.executable, "-c", CHECK, str(EXAMPLES / name.split(",")[0]), str(tmp_path / "saved")]
     outputs = {subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout for _ in range(2)}
     assert len(outputs) == 1 and float(outputs.pop()) != 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -208,6 +209,14 @@ def _compact_structure(model: nn.Module) -> dict[str, Any]:
 
 def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of the file by name, and for other names of the same tensor the one that it is stored under."""
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise KronblocksError(f"{name} is on the meta device and has no values to save")
+        if is_sharded(tensor):
+            raise KronblocksError(
+                f"of {name} this process holds a part: save a whole model, made on one process from "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True (docs/training.md)"
+            )
     layers = {f"{prefix}.": layer for prefix, layer in model.named_modules() if isinstance(layer, BlockLayer)}
     packed = {prefix + name: value for prefix, layer in layers.items() for name, value in _pack(layer).items()}
     tensors: dict[str, Tensor] = {}
@@ -216,13 +225,6 @@ def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor) or name.endswith(f".{_POSITION}") or name == carried.KEY:
             continue
-        if tensor.is_meta:
-            raise KronblocksError(f"{name} is on the meta device and has no values to save")
-        if is_sharded(tensor):
-            raise KronblocksError(
-                f"of {name} this process holds a part: save a whole model, made on one process from "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True (docs/scaling.md)"
-            )
         where = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and first.setdefault(where, name) != name:
             aliases[name] = first[where]

@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from kronblocks import from_pretrained, save_pretrained
+
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -80,6 +82,23 @@ def test_a_sharded_checkpoint_goes_on_with_another_number_of_processes(worker, f
     for each in found:
         assert torch.equal(each["masks"], alone["masks"][worker.STOP :])
         assert torch.allclose(each["losses"], alone["losses"][worker.STOP :], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["two-phase", "magnitude"])
+def test_a_full_checkpoint_of_a_sharded_model_is_one_of_one_process(worker, two, method, tmp_path):
+    model, sparsifier = worker.make(method)
+    sparsifier.load_state_dict(torch.load(two / f"{method}-sparsifier.pt", weights_only=True))
+    model.load_state_dict(torch.load(two / f"{method}-whole.pt", weights_only=True))
+    alone, other = worker.make(method)
+    worker.train(alone, other, 0, 1, last=worker.STOP)
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    folder = save_pretrained(model, tmp_path / "model", sparsifier=sparsifier)
+    again = from_pretrained(folder, worker.make(method)[0])
+    x, _ = worker.batch(0, 0, 1)
+    torch.testing.assert_close(again(x), model.eval()(x), rtol=0, atol=1e-9)
+    for rank in range(2):
+        assert "this process holds a part" in (two / f"{method}-part-{rank}.txt").read_text()
 
 
 def test_ranks_that_train_apart_are_an_error(two):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from kronblocks import KronblocksError, PenaltyConfig, SparsityConfig, parameter_groups, sparsify_
+from kronblocks import KronblocksError, PenaltyConfig, SparsityConfig, parameter_groups, save_pretrained, sparsify_
 from kronblocks.integrations.fsdp import lifted_anew
 
 STEPS = 50
@@ -137,8 +138,14 @@ def saved(rank: int, world: int, folder: Path) -> None:
         train(model, sparsifier, rank, world, optimizer, last=STOP)
         state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
         checkpoint.save(state, checkpoint_id=folder / f"{method}-checkpoint")
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if rank == 0:
             torch.save(sparsifier.state_dict(), folder / f"{method}-sparsifier.pt")
+            torch.save(whole, folder / f"{method}-whole.pt")
+        try:
+            save_pretrained(model, folder / f"{method}-pretrained")
+        except KronblocksError as error:
+            (folder / f"{method}-part-{rank}.txt").write_text(str(error))
 
 
 def resumed(rank: int, world: int, folder: Path) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -9,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kronblocks import BlockSparseLinear, KronblocksError, PenaltyConfig, SparsityConfig, parameter_groups
+from kronblocks.errors import KronblocksWarning
 from kronblocks.integrations.lightning import SparsityCallback
 from kronblocks.sparsity.report import count_blocks
 
@@ -30,7 +37,7 @@ class Module(pl.LightningModule):
     def test_step(self, batch, batch_idx):
         self.log("test", self.net(batch[0]).square().mean())
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> Any:
         rate = 1e-2
         return torch.optim.AdamW(parameter_groups(self, lr=rate) if self.groups else self.parameters(), lr=rate)
 
@@ -121,3 +128,93 @@ def test_a_penalty_and_manual_optimisation_do_not_go_together(tmp_path):
         trainer(tmp_path, SparsityCallback(config(method="group-lasso", rank=None, penalty=PenaltyConfig(form="gradient")))).fit(
             module, data()
         )
+
+
+class Everything(Module):
+    """Two optimisers, in turns, with manual optimisation and clipping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        matrices = [parameter for parameter in self.parameters() if parameter.dim() == 2]
+        others = [parameter for parameter in self.parameters() if parameter.dim() != 2]
+        return [torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(others, lr=1e-2)]
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            self.clip_gradients(optimizer, gradient_clip_val=1.0)
+            optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_optimisers_by_hand(tmp_path):
+    callback, module = SparsityCallback(config(method="magnitude", rank=None), total_steps=64), Everything()
+    trainer(tmp_path, callback).fit(module, data())
+    assert callback.sparsifier.step == 64 and callback.sparsifier.sparsity == pytest.approx(0.75)
+    assert module.losses[-1] < module.losses[0]
+
+
+class Scheduled(Module):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=64)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_epoch_end(self):
+        self.log("loss", self.losses[-1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_half_precision_clipping_schedules_and_early_stopping(tmp_path):
+    callback, module = SparsityCallback(config()), Scheduled()
+    stopping = pl.callbacks.EarlyStopping("loss", patience=8)
+    fit = trainer(tmp_path, callback, precision="bf16-mixed", gradient_clip_val=0.5)
+    fit.callbacks.append(stopping)
+    fit.fit(module, data())
+    assert callback.sparsifier.step == 64 and callback.sparsifier.sparsity == pytest.approx(0.75)
+    assert isinstance(module.net[0], BlockSparseLinear) and module.losses[-1] < module.losses[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stopping_before_the_target_is_said(tmp_path):
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    fit = trainer(tmp_path, SparsityCallback(config()))
+    fit.callbacks.append(Stop())
+    with pytest.warns(KronblocksWarning, match="it ended early; pruning ends at step"):
+        fit.fit(Module(), data())
+
+
+TWO = """
+import hashlib
+import lightning.pytorch as pl
+from tests.integrations.test_lightning import Module, config, data
+from kronblocks.integrations.lightning import SparsityCallback
+
+callback, module = SparsityCallback(config()), Module()
+quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+trainer = pl.Trainer(max_epochs=8, accelerator="cpu", devices=2, strategy="ddp", callbacks=[callback], **quiet)
+trainer.fit(module, data())
+state = b"".join(tensor.contiguous().numpy().tobytes() for tensor in module.state_dict().values())
+with open(f"{__import__('sys').argv[1]}/{trainer.global_rank}", "w") as file:
+    file.write(f"{type(module.net[0]).__name__} {callback.sparsifier.sparsity} {hashlib.sha256(state).hexdigest()}")
+"""
+
+
+def test_two_processes_end_with_the_same_masks(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = ((tmp_path / str(rank)).read_text() for rank in (0, 1))
+    assert first == second and first.startswith("BlockSparseLinear 0.75 ")

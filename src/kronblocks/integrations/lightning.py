@@ -91,7 +91,9 @@ class SparsityCallback(Callback):
         self._attachment = self.sparsifier.attach(trainer.optimizers, total_steps=int(steps))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the optimisers go."""
+        """Let the optimisers go, and say so if the model is less sparse than it was meant to be."""
+        assert self.sparsifier is not None
+        self.sparsifier.warn_if_too_dense("it ended early")
         self._attachment.remove()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
@@ -10,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from kronblocks.config import SparsityConfig
 from kronblocks.distillation import Distillation
-from kronblocks.errors import KronblocksError, KronblocksWarning
+from kronblocks.errors import KronblocksError
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.surgery import sparsify_
 
@@ -88,18 +87,10 @@ class SparsityCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let the optimiser go, and say so if the model is less sparse than it was meant to be."""
         sparsifier = self._ready()
-        schedule = sparsifier.schedule
+        best = f"the best checkpoint, {state.best_model_checkpoint}, was loaded"
+        sparsifier.warn_if_too_dense(best if args.load_best_model_at_end else "it ended early")
         self._let_go()
         self._carried.stop_saving()
-        if schedule is not None and sparsifier.targets and sparsifier.sparsity < schedule.target_sparsity - 0.01:
-            best = f"the best checkpoint, {state.best_model_checkpoint}, was loaded"
-            why = best if args.load_best_model_at_end else "it ended early"
-            warnings.warn(
-                f"after the training {100 * sparsifier.sparsity:.1f}% of the weights are in zero blocks, not "
-                f"{100 * schedule.target_sparsity:g}%: {why}; pruning ends at step {schedule.end_step} of {schedule.total_steps}",
-                KronblocksWarning,
-                stacklevel=2,
-            )
 
     def _ready(self) -> Sparsifier:
         if self.sparsifier is None:

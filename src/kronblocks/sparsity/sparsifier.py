@@ -173,6 +173,17 @@ class Sparsifier:
                 "optimiser after sparsify_, from kronblocks.parameter_groups(model, lr=...) or model.parameters()"
             )
 
+    def warn_if_too_dense(self, why: str) -> None:
+        """Say so if a training has ended and the target is not reached, for a reason that the caller knows."""
+        schedule = self.schedule
+        if schedule is not None and self.targets and self.sparsity < schedule.target_sparsity - 0.01:
+            warnings.warn(
+                f"after the training {100 * self.sparsity:.1f}% of the weights are in zero blocks, not "
+                f"{100 * schedule.target_sparsity:g}%: {why}; pruning ends at step {schedule.end_step} of {schedule.total_steps}",
+                KronblocksWarning,
+                stacklevel=3,
+            )
+
     @property
     def phase(self) -> Phase:
         """ "discover", "refine" or "heal"; "discover" before `attach`."""
