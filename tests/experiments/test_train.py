@@ -248,3 +248,18 @@ def test_compare_gives_new_settings_to_the_methods_that_have_them(tmp_path):
     }
     runs = CompareConfig(out=tmp_path, methods=("dense", "two-phase"), block_size="auto").runs()
     assert [(run.block_size, run.out.name) for run in runs] == [("16", "dense-s0"), ("auto", "two-phase-auto-s0")]
+
+
+@pytest.mark.parametrize("name", ["vit-tiny", "swin-tiny"])
+def test_a_short_training_of_the_papers_transformers(tmp_path, name):
+    few = {"image_size": 32, "train_images": 48, "test_images": 20, "epochs": 2, "batch_size": 8, "measure_plans": False}
+    schedule = ScheduleConfig(update_every=2)
+    result = training.train(config(tmp_path / "run", model=name, block_size="16", sparsity=0.8, schedule=schedule, **few))
+    dense = sum(parameter.numel() for parameter in build_model(name, (1, 8, 8), 10, (), 32).parameters())
+    assert 0.8 <= result["block_sparsity"] < 0.81 and result["trainable_parameters_max"] < 0.5 * dense
+    model = from_pretrained(tmp_path / "run" / "model", build_model(name, (1, 8, 8), 10, (), 32))
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert kinds.count("BlockSparseLinear") == len(result["layers"]) and "KroneckerBlockLinear" not in kinds
+    zeros = sum((module.weight == 0).sum().item() for module in model.modules() if type(module).__name__ == "BlockSparseLinear")
+    weights = sum(module.weight.numel() for module in model.modules() if type(module).__name__ == "BlockSparseLinear")
+    assert zeros / weights == pytest.approx(result["block_sparsity"], abs=0.001)

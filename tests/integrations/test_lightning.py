@@ -195,26 +195,50 @@ def test_stopping_before_the_target_is_said(tmp_path):
 
 TWO = """
 import hashlib
+import sys
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 from tests.integrations.test_lightning import Module, config, data
 from kronblocks.integrations.lightning import SparsityCallback
+from kronblocks.shards import whole
 
-callback, module = SparsityCallback(config()), Module()
+
+class Sharded(Module):
+    def configure_model(self):
+        mesh = self.device_mesh["data_parallel"]
+        for layer in (self.net[0], self.net[2], self.net):
+            fully_shard(layer, mesh=mesh)
+
+
+strategy, method, folder = sys.argv[1:]
+ddp = strategy == "ddp"
+module = Module() if ddp else Sharded(groups=False)
+callback = SparsityCallback(config(method=method, rank=2 if method == "two-phase" else None))
 quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
-trainer = pl.Trainer(max_epochs=8, accelerator="cpu", devices=2, strategy="ddp", callbacks=[callback], **quiet)
+shards = "ddp" if ddp else ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+trainer = pl.Trainer(max_epochs=8, accelerator="cpu", devices=2, strategy=shards, callbacks=[callback], **quiet)
 trainer.fit(module, data())
-state = b"".join(tensor.contiguous().numpy().tobytes() for tensor in module.state_dict().values())
-with open(f"{__import__('sys').argv[1]}/{trainer.global_rank}", "w") as file:
+state = b"".join(whole(tensor.detach()).contiguous().numpy().tobytes() for tensor in module.state_dict().values())
+with open(f"{folder}/{trainer.global_rank}", "w") as file:
     file.write(f"{type(module.net[0]).__name__} {callback.sparsifier.sparsity} {hashlib.sha256(state).hexdigest()}")
 """
 
 
-def test_two_processes_end_with_the_same_masks(tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "method", "layer"),
+    [("ddp", "two-phase", "BlockSparse"), ("shards", "rigl", "FSDPBlockSparse"), ("shards", "two-phase", "FSDPKroneckerBlock")],
+)
+def test_two_processes_end_with_the_same_weights(strategy, method, layer, tmp_path):
+    """Sharded parameters cannot be replaced, so that factors stay factors there, which is said."""
     script = tmp_path / "two.py"
     script.write_text(TWO)
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env=environment, cwd=root)
+    command = [sys.executable, str(script), strategy, method, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = ((tmp_path / str(rank)).read_text() for rank in (0, 1))
-    assert first == second and first.startswith("BlockSparseLinear 0.75 ")
+    assert first == second and first.startswith(f"{layer}Linear 0.75 ")
+    assert ("the lift is due, but the parameters are sharded" in done.stderr) == layer.startswith("FSDPKron")
