@@ -193,17 +193,51 @@ def test_native_kernels_keep_the_intermediate_in_cache(monkeypatch):
     assert intermediate_bytes(problem(rank=2), "dense") == 12 * 15 * 4
 
 
+def on_triton(monkeypatch, block, **settings) -> Problem:
+    """4096x4096 on a GPU, 20,000 rows."""
+    monkeypatch.setattr(backends, "name", lambda device, dtype: "triton")
+    grid = 4096 // block[0], 4096 // block[1]
+    return problem(grid, block, **{"rows": 20_000, "device": "cuda", "dtype": torch.bfloat16, **settings})
+
+
+def test_triton_keeps_the_intermediate_on_chip(monkeypatch):
+    p = on_triton(monkeypatch, (64, 64), rank=4)
+    assert intermediate_bytes(p, "coeff_first") == intermediate_bytes(p, "tile_first") == 0
+    assert intermediate_bytes(p, "dense") == 2 * 4096**2
+
+
+@pytest.mark.parametrize(
+    ("block", "settings", "plans"),
+    [
+        ((64, 64), {"rank": 4}, {"tile_first", "coeff_first"}),
+        ((8, 8), {"rank": 1, "dtype": torch.float32}, {"tile_first", "coeff_first"}),
+        ((64, 64), {"rank": None, "density": 0.1}, {"packed"}),
+        # W is built for blocks that tensor cores cannot take, so nothing is won by skipping zeros
+        ((4, 4), {"rank": None, "density": 0.1}, {"dense"}),
+        # few rows: launches and W decide, not products
+        ((4, 4), {"rank": 4, "rows": 16}, {"dense"}),
+    ],
+)
+def test_choices_on_a_gpu(monkeypatch, block, settings, plans):
+    p = on_triton(monkeypatch, block, **settings)
+    assert choose_plan(p).plan in plans
+
+
 def test_choice_without_rows():
     assert choose_plan(problem(rows=0)).plan in PLAN_NAMES
 
 
-def test_the_cached_choice_cannot_be_spoilt():
-    choice = choose_plan(problem(rows=12345))
+def test_precision_of_float32_counts(monkeypatch):
+    """Products that a GPU takes on tensor cores are quicker; the choice follows the setting of now."""
+    p = problem(rank=None, rows=20_000, device="cuda")
+    before = torch.get_float32_matmul_precision()
     try:
-        choice.costs.clear()
-    except (TypeError, AttributeError):
-        return
-    assert choose_plan(problem(rows=12345)).costs
+        torch.set_float32_matmul_precision("highest")
+        exact = estimated_seconds(p, "dense")
+        torch.set_float32_matmul_precision("high")
+        assert estimated_seconds(p, "dense") < exact
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("plan", ["tile_first", "coeff_first"])

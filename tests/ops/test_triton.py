@@ -173,6 +173,44 @@ def test_sums_are_the_same_whatever_the_sizes(monkeypatch):
             torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-4)
 
 
+def test_packed_products_are_the_same_whatever_the_sizes(monkeypatch):
+    """Tuning tries the launch with each of its sizes: all give the product, one of them is returned."""
+    mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    index, values = index_of(mask, 1), torch.randn(int(mask.sum()) + 1, 16, 32)
+    x, dy, bias = torch.randn(300, 4 * 32), torch.randn(300, 3 * 16), torch.randn(48)
+    tried: list[tuple[str, tuning.Sizes]] = []
+
+    def every(kernel, about, rows, default, others, run):
+        assert rows == 300 and about["capacity"] == len(index.slot)
+        possible = [default, *others]
+        assert len(possible) == len(set(possible)) == 24
+        results = [run(sizes) for sizes in possible[::5]]
+        tried.extend((kernel, sizes) for sizes in possible[::5])
+        for result in results:
+            torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-4)
+        return results[-1]
+
+    monkeypatch.setattr(tuning, "wanted", lambda device: True)
+    monkeypatch.setattr(tuning, "tuned", every)
+    products = (
+        (backend.packed_linear(x, values, index, bias), plain.packed_linear(x, values, index, bias)),
+        (backend.packed_grad_input(dy, values, index), plain.packed_grad_input(dy, values, index)),
+        (backend.packed_grad_values(dy, x, index), plain.packed_grad_values(dy, x, index)),
+    )
+    assert {kernel for kernel, _ in tried} == {"product", "product, transposed", "grad_values"}
+    for own, other in products:
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "height", "itemsize", "step", "warps"),
+    [(20_000, 64, 64, 2, 128, 4), (20_000, 64, 128, 2, 128, 8), (20_000, 64, 64, 4, 64, 4), (256, 64, 64, 2, 32, 4)],
+)
+def test_how_many_rows_a_program_multiplies(rows, columns, height, itemsize, step, warps):
+    sizes = packed._product_sizes(rows, columns, height, 64, itemsize)
+    assert (sizes.rows, sizes.warps) == (step, warps)
+
+
 def test_the_quickest_sizes_are_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("KRONBLOCKS_CACHE", str(tmp_path))
     seconds = {1: 3.0, 2: 1.0, 4: 2.0}

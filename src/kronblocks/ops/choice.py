@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -107,7 +106,6 @@ def _deployed_forms(problem: Problem) -> dict[str, float]:
     return forms if reference is None else {**forms, "dense": reference}
 
 
-@functools.lru_cache(maxsize=4096)
 def _estimated(problem: Problem) -> PlanChoice:
     seconds = plan_seconds(problem, measure=False)
     best = min(seconds, key=seconds.__getitem__)

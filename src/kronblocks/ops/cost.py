@@ -119,32 +119,59 @@ def cost(problem: Problem, plan: str) -> Cost:
     )
 
 
-def _native(problem: Problem) -> bool:
-    return backends.name(problem.device.split(":")[0], problem.dtype) == "native"
+def _backend(problem: Problem) -> str:
+    return backends.name(problem.device.split(":")[0], problem.dtype)
 
 
 def intermediate_bytes(problem: Problem, plan: str) -> int:
     """Bytes of memory between a plan's two stages: the built W or blocks, or the first stage's result for all rows.
 
-    The native kernels keep the latter in cache: 0.
+    The native kernels keep the latter in cache, and Triton's on chip: 0.
     """
-    in_cache = plan.endswith("first") and _native(problem)
-    return 0 if in_cache else _stages(problem, plan)[2] * problem.dtype.itemsize
+    on_chip = plan.endswith("first") and _backend(problem) in ("native", "triton")
+    return 0 if on_chip else _stages(problem, plan)[2] * problem.dtype.itemsize
 
 
-# multiply-adds per second, and bytes per second inside and outside the cache; only ratios matter: 2 CPU cores, one large GPU
-_RATES = {"cpu": (65e9, 20e9, 8e9), "cuda": (25e12, 4e12, 2e12)}
+# bytes per second inside and outside the cache; only ratios matter: 2 CPU cores, one large GPU
+_BANDWIDTHS = {"cpu": (20e9, 8e9), "cuda": (4e12, 2e12)}
 _CACHE_BYTES = 16e6
 _PRODUCT_SECONDS = 2e-5  # to launch one of the small products of which the PyTorch backend's packed plan is made
 _CALL_SECONDS = 5e-5  # of an operator of ours before it computes
 _LANES, _FEW_ROWS = 16, 4  # the native kernels' vectors hold so many rows of x, unless there are very few
+_TENSOR_CORE = 16  # least side of a product on tensor cores; blocks between it and the largest are multiplied as they are
+_LARGEST_BLOCK = 128
+
+
+def _dense_rate(problem: Problem) -> float:
+    """Multiply-adds per second of a dense product: measured on 2 CPU cores; of a GPU's, about what an H100 is specified for."""
+    if problem.device.split(":")[0] != "cuda":
+        return 65e9
+    if problem.dtype.itemsize == 2:
+        return 300e12
+    return 25e12 if torch.get_float32_matmul_precision() == "highest" else 150e12
+
+
+def _triton_efficiency(problem: Problem, plan: str) -> float:
+    """The same of the Triton kernels, from what they load and multiply: nothing of it is measured.
+
+    float32 at full precision is three products on tensor cores, which dense products do not use at all.
+    """
+    full = 1.0 if problem.dtype.itemsize > 2 and torch.get_float32_matmul_precision() == "highest" else 0.4
+    sides = problem.grid.block
+    if plan == "packed":
+        whole = min(sides) >= _TENSOR_CORE and max(sides) <= _LARGEST_BLOCK
+        return full if whole else 0.9 * max(problem.density, 1e-3)  # else W is built, and multiplied densely
+    return full * min(1.0, min(sides) / _TENSOR_CORE)
 
 
 def _efficiency(problem: Problem, plan: str) -> float:
     """Share of a dense product's rate that a plan's products reach (measured on 2 CPU cores)."""
     if plan == "dense":
         return 1.0
-    if _native(problem):
+    backend = _backend(problem)
+    if backend == "triton":
+        return _triton_efficiency(problem, plan)
+    if backend == "native":
         full = {"packed": 1.0, "coeff_first": 0.8, "tile_first": 0.6}[plan]
         few = plan != "packed" or (problem.rows <= _FEW_ROWS and not problem.training)
         return full if few else full * min(1.0, max(1, problem.rows) / _LANES)
@@ -154,13 +181,13 @@ def _efficiency(problem: Problem, plan: str) -> float:
 
 def estimated_seconds(problem: Problem, plan: str) -> float:
     """Rough time of one step of the layer: good for comparing plans, not for promises."""
-    rate, cached, uncached = _RATES.get(problem.device.split(":")[0], _RATES["cpu"])
+    cached, uncached = _BANDWIDTHS.get(problem.device.split(":")[0], _BANDWIDTHS["cpu"])
     counts = cost(problem, plan)
     bandwidth = cached if intermediate_bytes(problem, plan) < _CACHE_BYTES else uncached
     overhead = 0.0 if plan == "dense" else _CALL_SECONDS
-    if plan == "packed" and not _native(problem):
+    if plan == "packed" and _backend(problem) == "torch":
         overhead += (2 if problem.training else 1) * sum(problem.grid.shape) * _PRODUCT_SECONDS
-    return counts.macs / (rate * _efficiency(problem, plan)) + counts.moved_bytes / bandwidth + overhead
+    return counts.macs / (_dense_rate(problem) * _efficiency(problem, plan)) + counts.moved_bytes / bandwidth + overhead
 
 
 def possible_plans(rank: int | None) -> tuple[str, ...]:

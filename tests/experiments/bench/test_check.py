@@ -18,7 +18,7 @@ MASK = ways.random_mask(GRID, 0.5, torch.Generator().manual_seed(1))
 
 @pytest.fixture
 def operands():
-    return Operands(GROUP, "cpu", inference=False)
+    return Operands(GROUP, OpsSettings(), inference=False)
 
 
 def all_cases():

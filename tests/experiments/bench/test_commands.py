@@ -11,10 +11,11 @@ import torch
 
 from kronblocks.cli import main
 from kronblocks.experiments.bench import grid as grids
-from kronblocks.experiments.bench import ops, peers
+from kronblocks.experiments.bench import ops, peers, whole_model
 from kronblocks.experiments.bench import step as steps
 from kronblocks.experiments.bench import train as trainings
 from kronblocks.experiments.bench.grids import Group, InferSettings, OpsSettings
+from kronblocks.experiments.bench.models import step_models
 from kronblocks.experiments.bench.results import read
 from kronblocks.experiments.bench.settings import StepSettings, TrainSettings
 from kronblocks.experiments.train import train
@@ -37,10 +38,15 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainings, "train_apart", train)
+        patch.setattr(whole_model, "apart", lambda function, *arguments: function(*arguments))
         for line in (
             f"ops {TINY} {GRID}",
             f"infer {TINY} {GRID}",
             f"step {TINY} --rows 16 --width 64 --cases r=1 90% --loss-steps 2 --no-memory",
+            f"step {TINY} --authors --rows 16 --width 64 --cases 2x2 --no-memory",
+            f"ops {TINY} --large --dtype bf16 --compiled --shapes 64x64 --blocks 8 --densities 1 --rows 16 --ranks 2",
+            f"step {TINY} --dtype bf16 --rows 16 --width 64 --no-memory",
+            f"model {TINY} --image-size 32",
             f"deploy {TINY} --rows 16 --width 64 --layers 2 --blocks 4 8",
             f"train --quick --threads 1 --data digits --widths 32 --block-size 8 --epochs 1 --work {folder / 'runs'}",
         ):
@@ -86,6 +92,54 @@ def test_deploy_rows(results):
     )
     assert packed["forms"] and packed["bytes"] <= dense["bytes"]
     assert packed["speed"] == pytest.approx(dense["ms"] / packed["ms"], rel=2e-3)
+
+
+def test_the_authors_benchmark(results):
+    rows = {row["case"]: row for row in read(results / "bench-step-authors.json")["rows"]}
+    forms = ("authors build W", "authors two products", "authors loop", "factors")
+    ends = {"factors": (" tile_first", " coeff_first", " auto")}
+    expected = {f"{form} r={rank} 2x2{end}" for form in forms for rank in (1, 2, 4) for end in ends.get(form, ("",))}
+    assert expected | {"dense"} == rows.keys()
+    full = StepSettings(authors=True, compiled=True, device="cuda", dtype="tf32", graphs=True)
+    assert full.batches == (256, 20_000) and full.path.name == "bench-step-authors-cuda-tf32-graphs.json"
+    names = [model.name for model in step_models(full)]
+    assert len(names) == len(set(names)) == 2 * (2 + 3 * 9) + 3 * 9
+    assert {"dense, compiled", "authors loop r=4 8x8, compiled", "factors r=2 4x4 auto"} <= set(names)
+
+
+def test_other_precisions_and_compiled_peers(results):
+    data = read(results / "bench-ops-large-bf16.json")
+    assert data["settings"]["dtype"] == "bfloat16" and data["settings"]["compiled"] and data["machine"]["backend"] == "torch"
+    both = {row["case"] for row in data["rows"] if row["direction"] == "forward+backward"}
+    assert {"dense, compiled", "authors build W r=2, compiled", "authors loop r=2", "factors r=2 tile_first"} <= both
+    assert "SciPy BSR" not in {row["case"] for row in data["rows"]}
+    large = OpsSettings(large=True, device="cuda", dtype="bf16")
+    assert large.path.name == "bench-ops-large-cuda-bf16.json" and large.all_ranks == (1, 4, 8)
+    assert {group.shape for group in large.groups()} == {(4096, 4096), (4096, 16384)}
+    assert {group.rows for group in large.groups()} == {256, 20_000} and len(large.groups()) == 2 * 2 * 4 * 5
+    step = read(results / "bench-step-bf16.json")
+    assert all(row["speed"] > 0 for row in step["rows"]) and step["settings"]["dtype"] == "bfloat16"
+
+
+def test_a_peer_that_cannot_is_left_out_with_its_reason():
+    def refuses(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel for BFloat16\nmore")
+
+    with pytest.raises(peers.Unavailable, match="^no kernel for BFloat16$"):
+        peers.tried(refuses, torch.zeros(1))
+
+
+def test_model_rows(results):
+    data = read(results / "bench-model-vit-tiny.json")
+    rows = {(row["direction"], row["case"]): row for row in data["rows"]}
+    dense, lifted = (rows["training step", case] for case in (whole_model.DENSE, whole_model.BLOCKS))
+    factors, exported = rows["training step", whole_model.FACTORS], rows["inference", "exported"]
+    assert lifted["parameters"] < 0.15 * dense["parameters"] < factors["parameters"] < dense["parameters"]
+    assert exported["parameters"] < 0.15 * rows["inference", "dense"]["parameters"]
+    for row in rows.values():
+        assert row["images_per_second"] == pytest.approx(2e3 / row["ms"], rel=2e-3)
+        assert row["speed"] == pytest.approx(row["dense_ms"] / row["ms"], rel=2e-3)
+        assert row["direction"] == "inference" or (row["peak_bytes"] > 0 and row["first_loss"] > 0)
 
 
 @pytest.mark.parametrize("wrong", ["--device cuda", "--rows 0", "--blocks 7", "--sparsity 1", "--layers 0"])
@@ -194,6 +248,12 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
         ("step --rows 0", "--rows"),
         ("step --loss-steps 0", "--loss-steps"),
         ("step --quick --cases nothing", "part of no case"),
+        ("step --graphs", "--graphs is for a GPU"),
+        ("ops --dtype tf32", "--dtype tf32 is for a GPU"),
+        ("model --batch-size 0", "--batch-size"),
+        ("model --block-size x", "block size"),
+        ("model --graphs --device cuda", "leave --graphs out"),
+        ("deploy --dtype bf16", "in fp32"),
         ("train --epochs 0", "--epochs"),
         ("train --block-size x", "block size"),
         ("tables --results . --page /dev/null/page.md", "cannot write"),
@@ -211,7 +271,7 @@ def test_bad_options_are_refused(tmp_path, monkeypatch, capsys, line, says):
 
 def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for kind in ("ops", "infer", "step"):
+    for kind in ("ops", "infer", "step", "model"):
         with pytest.raises(SystemExit):
             main(["bench", kind, "--quick", "--device", "cuda", "--out", str(tmp_path)])
         assert "sees no GPU" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,11 @@ PEERS: dict[str, Callable[[Tensor, Tensor, BlockGrid], peers.Product]] = {
     "torch BSR W @ x.T": peers.bsr_product,
     "SciPy BSR": peers.scipy_bsr,
 }
-AUTHORS: dict[str, type[peers.AuthorsLayer]] = {"authors build W": peers.BuildWeight, "authors two products": peers.TwoProducts}
+AUTHORS: dict[str, type[peers.AuthorsLayer]] = {
+    "authors build W": peers.BuildWeight,
+    "authors two products": peers.TwoProducts,
+    "authors loop": peers.LoopOverTerms,
+}
 
 
 @dataclass(frozen=True)
@@ -78,22 +82,25 @@ def plans_of(layer: BlockLayer) -> tuple[str, ...]:
     return tuple(plans)
 
 
-def dense_case(grid: BlockGrid, rows: int, device: str) -> Case:
+def dense_case(grid: BlockGrid, rows: int, device: str, dtype: torch.dtype = torch.float32) -> Case:
     """`nn.Linear`, what all others are compared with."""
-    linear = nn.Linear(grid.in_features, grid.out_features, device=device)
+    linear = nn.Linear(grid.in_features, grid.out_features, device=device, dtype=dtype)
     macs = rows * grid.weights
     return Case(DENSE, linear, linear, macs, grid.weights, 2 * macs, linear)
 
 
-def values_layer(grid: BlockGrid, mask: Tensor, device: str) -> BlockSparseLinear:
+def values_layer(grid: BlockGrid, mask: Tensor, device: str, dtype: torch.dtype = torch.float32) -> BlockSparseLinear:
     """Free values on the live blocks of a mask."""
-    return BlockSparseLinear(grid.in_features, grid.out_features, grid.block, mask=mask, device=device)
+    return BlockSparseLinear(grid.in_features, grid.out_features, grid.block, mask=mask, device=device, dtype=dtype)
 
 
-def factors_layer(grid: BlockGrid, mask: Tensor, rank: int, per_row: bool, device: str) -> KroneckerBlockLinear:
+def factors_layer(
+    grid: BlockGrid, mask: Tensor, rank: int, per_row: bool, device: str, dtype: torch.dtype = torch.float32
+) -> KroneckerBlockLinear:
     """Factors with dead blocks."""
     groups = grid.shape[0] if per_row else 1
-    layer = KroneckerBlockLinear(grid.in_features, grid.out_features, grid.block, rank, tile_groups=groups, device=device)
+    sides = grid.in_features, grid.out_features
+    layer = KroneckerBlockLinear(*sides, grid.block, rank, tile_groups=groups, device=device, dtype=dtype)
     layer.set_block_mask_(mask.to(device))
     return layer
 
@@ -103,8 +110,14 @@ def factors_name(rank: int, per_row: bool) -> str:
     return f"factors r={rank}{' per-row' if per_row else ''}"
 
 
+def compiled_case(case: Case) -> Case:
+    """The same under torch.compile."""
+    assert case.trained is not None
+    return replace(case, name=f"{case.name}, compiled", run=torch.compile(case.trained, dynamic=False))
+
+
 def authors_cases(layer: KroneckerBlockLinear, rows: int) -> Iterator[Case]:
-    """The paper's layer as its authors write it, both ways."""
+    """The paper's layer as its authors write it, in all ways."""
     assert layer.rank is not None
     for name, form in AUTHORS.items():
         module = form(layer)
@@ -120,9 +133,12 @@ def peer_cases(layer: BlockSparseLinear, rows: int) -> tuple[list[Case], dict[st
     live = int(layer.block_mask.sum()) * layer.grid.block.area
     assert layer.bias is not None
     weight, bias = layer.dense_weight(), layer.bias.detach()
+    few = weight.new_zeros(16, layer.grid.in_features)
     for name, make in PEERS.items():
         try:
-            cases.append(Case(name, make(weight, bias, layer.grid), layer, rows * live, live))
+            product = make(weight, bias, layer.grid)
+            peers.tried(product, few)
+            cases.append(Case(name, product, layer, rows * live, live))
         except peers.Unavailable as error:
             reasons[name] = str(error)
     return cases, reasons

@@ -22,6 +22,9 @@ _PROBES = 4
 # relative to the root mean square of what is compared. fp32 sums of these lengths err by some 1e-6 of it (gradients, longer sums,
 # by some 1e-5); one wrong element among n of an output changes a probe by 1/sqrt(n) of it, 1e-2
 _OUTPUT, _GRADIENT = 1e-4, 1e-3
+# a number of bf16 is rounded by up to 2^-9 of it, one that a tf32 product takes by 2^-11, and the largest of many numbers are
+# five times their root mean square: outputs and intermediates together err by a few times that
+_TOLERANCES = {"fp32": (_OUTPUT, _GRADIENT), "tf32": (5e-3, 1e-2), "bf16": (4e-2, 8e-2)}
 
 
 @runtime_checkable
@@ -46,9 +49,11 @@ class Truth:
     Args:
         x: (rows, n).
         dy: (rows, m).
+        precision: "fp32", "tf32" or "bf16": how products are taken that are checked.
     """
 
-    def __init__(self, x: Tensor, dy: Tensor) -> None:
+    def __init__(self, x: Tensor, dy: Tensor, precision: str = "fp32") -> None:
+        self._output, self._gradient = _TOLERANCES[precision]
         self._x, self._dy = x.detach().double(), dy.double()
         generator = torch.Generator().manual_seed(0)
         self._probes = {
@@ -79,7 +84,8 @@ class Truth:
             KronblocksError: it is not.
         """
         probes = self._probes[self._dy.shape[1]]
-        _compare(name, "output", y, self._dy.shape, probes, self._x @ (expected.weight.t() @ probes) + expected.bias @ probes)
+        wanted = self._x @ (expected.weight.t() @ probes) + expected.bias @ probes
+        _compare(name, "output", y, self._dy.shape, probes, wanted, self._output)
 
     def check_gradients(self, name: str, dx: Tensor, gradients: Mapping[str, Tensor], expected: Expected) -> None:
         """Refuse gradients that are not those of <dy, y>.
@@ -88,9 +94,9 @@ class Truth:
             KronblocksError: they are not.
         """
         probes = self._probes[self._x.shape[1]]
-        _compare(name, "gradient of the input", dx, self._x.shape, probes, self._dy @ (expected.weight @ probes))
+        _compare(name, "gradient of the input", dx, self._x.shape, probes, self._dy @ (expected.weight @ probes), self._output)
         for parameter, gradient in gradients.items():
-            _close(name, f"gradient of {parameter}", gradient.double(), expected.gradients[parameter], _GRADIENT)
+            _close(name, f"gradient of {parameter}", gradient.double(), expected.gradients[parameter], self._gradient)
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
@@ -102,10 +108,10 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-def _compare(name: str, what: str, got: Tensor, shape: torch.Size, probes: Tensor, wanted: Tensor) -> None:
+def _compare(name: str, what: str, got: Tensor, shape: torch.Size, probes: Tensor, wanted: Tensor, tolerance: float) -> None:
     if got.shape != shape:
         raise KronblocksError(f"{name}: the {what} is {tuple(got.shape)}, not {tuple(shape)}: nothing was timed")
-    _close(name, what, got.detach().double() @ probes, wanted, _OUTPUT)
+    _close(name, what, got.detach().double() @ probes, wanted, tolerance)
 
 
 def _close(name: str, what: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from kronblocks.experiments.bench.grid import COLUMNS, KEY, Ways
+from kronblocks.experiments.bench.grid import KEY, Ways, columns_of
 from kronblocks.experiments.bench.grids import GridSettings, Group
 from kronblocks.experiments.bench.machine import use
 from kronblocks.experiments.bench.results import Results, Row
@@ -24,8 +24,8 @@ def choose_again(settings: GridSettings, shared: dict[str, Any], ways_of: Callab
         shared: settings that all rows share.
         ways_of: the cases and the choices of a group.
     """
-    use(settings.device, settings.threads)
-    results = Results.open(settings.path, settings.kind, COLUMNS, KEY, shared)
+    use(settings)
+    results = Results.open(settings.path, settings.kind, columns_of(settings), KEY, shared)
     known = {tuple(row[name] for name in KEY): row for row in results.rows}
     finished = {key[:4] for key in known}
     todo = [group for group in settings.groups() if not group.second_pass and tuple(group.key.values()) in finished]

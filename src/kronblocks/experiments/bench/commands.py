@@ -9,13 +9,14 @@ import tyro
 from rich.console import Console
 
 from kronblocks.experiments.bench.grids import InferSettings, OpsSettings
-from kronblocks.experiments.bench.settings import DeploySettings, StepSettings, TablesSettings, TrainSettings
+from kronblocks.experiments.bench.settings import DeploySettings, ModelSettings, StepSettings, TablesSettings, TrainSettings
 
 Bench = (
     Annotated[OpsSettings, tyro.conf.subcommand("ops")]
     | Annotated[StepSettings, tyro.conf.subcommand("step")]
     | Annotated[InferSettings, tyro.conf.subcommand("infer")]
     | Annotated[DeploySettings, tyro.conf.subcommand("deploy")]
+    | Annotated[ModelSettings, tyro.conf.subcommand("model")]
     | Annotated[TrainSettings, tyro.conf.subcommand("train")]
     | Annotated[TablesSettings, tyro.conf.subcommand("tables")]
 )
@@ -53,6 +54,11 @@ def _run(settings: Bench) -> None:
 
             results = deploy.run(settings)
             console.print(deploy.summary(results))
+        case ModelSettings():
+            from kronblocks.experiments.bench import whole_model
+
+            results = whole_model.run(settings)
+            console.print(whole_model.summary(results))
         case TrainSettings():
             from kronblocks.experiments.bench import train
 

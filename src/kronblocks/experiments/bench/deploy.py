@@ -116,10 +116,10 @@ def summary(results: Results) -> Table:
 
 def run(settings: DeploySettings) -> Results:
     """Measure what is missing, and write it; a number of rows whose every case is there is done."""
-    use(settings.device, settings.threads)
+    use(settings)
     results = Results.open(settings.path, settings.kind, COLUMNS, KEY, settings.shared(), fresh=settings.fresh)
     if "machine" not in results.head:
-        results.head["machine"] = roofline(settings.device, quick=settings.quick)
+        results.head["machine"] = roofline(settings)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
         for rows in settings.batches:

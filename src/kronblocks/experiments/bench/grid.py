@@ -14,8 +14,10 @@ from torch import Tensor
 from kronblocks.experiments.bench import peers
 from kronblocks.experiments.bench.cases import BOTH, FASTKRON, FORWARD, Case
 from kronblocks.experiments.bench.check import Truth
+from kronblocks.experiments.bench.graphs import graphed
 from kronblocks.experiments.bench.grids import GridSettings, Group
 from kronblocks.experiments.bench.machine import copy_rate, roofline, use
+from kronblocks.experiments.bench.memory import PeakBytes
 from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.timing import Timing, measure
 
@@ -25,6 +27,12 @@ COLUMNS = (
     *("relative_macs", "gflops", "macs_bound", "bytes_bound"),
 )
 KEY = ("shape", "block", "density", "rows", "case", "direction")
+PEAK = "peak_bytes"  # a column more on a GPU
+
+
+def columns_of(settings: GridSettings) -> tuple[str, ...]:
+    """What a row holds."""
+    return (*COLUMNS, PEAK) if settings.device == "cuda" else COLUMNS
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,14 @@ class Ways:
 class Operands:
     """Input and gradient of the output for one shape and number of rows, and what float64 makes of them."""
 
-    def __init__(self, group: Group, device: str, *, inference: bool) -> None:
+    def __init__(self, group: Group, settings: GridSettings, *, inference: bool) -> None:
         generator = torch.Generator().manual_seed(group.rows)
         self.of = (group.shape, group.rows)
-        self._x, self._dy = (torch.randn(group.rows, n, generator=generator).to(device) for n in reversed(group.shape))
-        self._truth = Truth(self._x, self._dy)
+        self._x, self._dy = (
+            torch.randn(group.rows, n, generator=generator).to(settings.device, settings.torch_dtype)
+            for n in reversed(group.shape)
+        )
+        self._truth = Truth(self._x, self._dy, settings.dtype)
         self._leaf = self._x.clone().requires_grad_()
         self._inference = inference
 
@@ -97,17 +108,19 @@ def unique_sources(cases: Sequence[Case]) -> list[Case]:
     return list({id(case.source): case for case in cases}.values())
 
 
-def _compulsory_bytes(group: Group, case: Case, direction: str) -> float:
+def _compulsory_bytes(group: Group, case: Case, direction: str, itemsize: int) -> float:
     """Bytes that must move if each number is read or written once: x, y and the parameters; with backward, dx, dy and theirs."""
     ends = group.rows * sum(group.shape)
-    return 4 * (ends + case.parameters) * (2 if direction == BOTH else 1)
+    return itemsize * (ends + case.parameters) * (2 if direction == BOTH else 1)
 
 
-def _row(group: Group, case: Case, direction: str, timing: Timing, dense: Timing, machine: Mapping[str, Any]) -> Row:
+def _row(
+    group: Group, case: Case, direction: str, timing: Timing, dense: Timing, machine: Mapping[str, Any], itemsize: int
+) -> Row:
     speed, low, high = timing.speed_to(dense)
     dense_macs = group.rows * group.grid.weights * (3 if direction == BOTH else 1)
     macs = case.macs + (case.backward_macs if direction == BOTH else 0)
-    moved = _compulsory_bytes(group, case, direction)
+    moved = _compulsory_bytes(group, case, direction, itemsize)
     return {
         **group.key,
         "case": case.name,
@@ -129,6 +142,25 @@ def _row(group: Group, case: Case, direction: str, timing: Timing, dense: Timing
     }
 
 
+def _peak(call: Callable[[], Any]) -> int:
+    """Bytes of the device's memory that a call takes at the most, its result included."""
+    call()
+    memory = PeakBytes("cuda")
+    call()
+    return memory.bytes()
+
+
+def _recorded(calls: Mapping[str, Callable[[], Any]], skipped: dict[str, str]) -> dict[str, Callable[[], Any]]:
+    """All calls as CUDA graphs; `skipped` gets the names of those that cannot be recorded, and why."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            found[name] = graphed(call)
+        except RuntimeError as error:
+            skipped[name] = f"no CUDA graph: {str(error).partition(chr(10))[0]}"
+    return found
+
+
 def time_group(
     group: Group, ways: Ways, operands: Operands, settings: GridSettings, results: Results, *, train: bool
 ) -> list[Row]:
@@ -138,11 +170,17 @@ def time_group(
     for direction in (FORWARD, BOTH) if train else (FORWARD,):
         cases = {case.name: case for case in ways.cases if direction == FORWARD or case.trained is not None}
         calls = {name: operands.call(case, direction) for name, case in cases.items()}
+        peaks = {name: {PEAK: _peak(call)} for name, call in calls.items()} if settings.device == "cuda" else {}
+        if settings.graphs:
+            calls = _recorded(calls, results.head["skipped"])
         times = measure(calls, settings.budget, seed=len(results.rows), device=settings.device)
         dense, machine = times[ways.cases[0].name], results.head["machine"]
-        found = {name: _row(group, case, direction, times[name], dense, machine) for name, case in cases.items()}
+        about = dense, machine, settings.torch_dtype.itemsize
+        found = {
+            name: {**_row(group, cases[name], direction, timing, *about), **peaks.get(name, {})} for name, timing in times.items()
+        }
         for auto in ways.autos:
-            if auto.direction == direction:
+            if auto.direction == direction and auto.case in found:
                 found[auto.name] = {**found[auto.case], "case": auto.name}
         rows += [row for name, row in found.items() if not group.second_pass or name != ways.cases[0].name]
     return rows
@@ -179,11 +217,11 @@ def run_grid(
         training_rows: from this many rows on, forward + backward too; None: never.
         show: prints a finished group.
     """
-    use(settings.device, settings.threads)
-    results = Results.open(settings.path, settings.kind, COLUMNS, KEY, shared, fresh=settings.fresh)
+    use(settings)
+    results = Results.open(settings.path, settings.kind, columns_of(settings), KEY, shared, fresh=settings.fresh)
     todo = _unfinished(settings, results)
     if "machine" not in results.head:
-        results.head.update(machine=roofline(settings.device, quick=settings.quick), skipped={})
+        results.head.update(machine=roofline(settings), skipped={})
     console, operands = Console(stderr=True), None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -192,7 +230,7 @@ def run_grid(
             progress.update(task, description=str(group))
             if operands is None or operands.of != (group.shape, group.rows):
                 operands = None  # the old ones first, for large ones
-                operands = Operands(group, settings.device, inference=inference)
+                operands = Operands(group, settings, inference=inference)
             ways = ways_of(group)
             results.head["skipped"].update(ways.skipped)
             train = training_rows is not None and group.rows >= training_rows and not group.second_pass

@@ -16,6 +16,9 @@ DENSITIES = (0.05, 0.1, 0.25, 0.5, 1.0)
 ROWS = (1, 16, 256, 2048)
 LARGE_ROWS, LARGE_SHAPES, LARGE_BLOCKS, LARGE_DENSITIES = 20_000, ("1024x1024", "192x768"), ("8", "16", "64"), (0.1, 1.0)
 
+# of --large: the layers of large models, which want a GPU
+GPU_SHAPES, GPU_BLOCKS, GPU_ROWS, GPU_RANKS = ("4096x4096", "4096x16384"), ("16", "32", "64", "128"), (256, 20_000), (1, 4, 8)
+
 INFER_BLOCKS, INFER_DENSITIES = ("4", "16", "64", "16x4"), (0.05, 0.1, 0.25, 0.5)
 LARGE_WEIGHT = ("4096x4096", ("16",), (0.1,), (1, 16))  # what a weight that is in no cache costs
 
@@ -112,26 +115,42 @@ class GridSettings(TimedSettings):
 class OpsSettings(GridSettings):
     """Time forward and forward + backward of one layer, in every plan, against dense and other libraries."""
 
-    ranks: tuple[int, ...] = (1, 4)
-    """Kronecker terms of the factored layers."""
+    ranks: tuple[int, ...] | None = None
+    """Kronecker terms of the factored layers; unset: 1 4, and with --large 1 4 8."""
+    large: bool = False
+    """Layers of large models: 4096x4096 and 4096x16384, blocks of 16 to 128, 256 and 20,000 rows."""
 
     kind = "ops"
 
     def __post_init__(self) -> None:
-        if not self.ranks or min(self.ranks) < 1:
+        if self.ranks is not None and min(self.ranks, default=0) < 1:
             raise KronblocksError(f"--ranks are whole numbers from 1 on, at least one of them, not {self.ranks}")
         super().__post_init__()
 
+    @property
+    def name(self) -> str:
+        """Of the file, without its ending."""
+        return super().name.replace(self.kind, f"{self.kind}-large", 1) if self.large else super().name
+
+    @property
+    def all_ranks(self) -> tuple[int, ...]:
+        """Kronecker terms of the factored layers."""
+        return self.ranks if self.ranks is not None else (GPU_RANKS if self.large else (1, 4))
+
+    def shared(self) -> dict[str, Any]:
+        """What all rows of a file have in common."""
+        return {**super().shared(), "ranks": list(self.all_ranks)}
+
     def _full(self) -> list[Group]:
-        quick = self.quick
-        shapes = self.shapes or (SHAPES[:1] if quick else SHAPES)
-        rows = self.rows or ((256,) if quick else ROWS)
-        blocks = self.blocks or (("16",) if quick else BLOCKS)
+        quick, large = self.quick, self.large
+        shapes = self.shapes or (GPU_SHAPES if large else SHAPES)[: 1 if quick else None]
+        rows = self.rows or ((256,) if quick else GPU_ROWS if large else ROWS)
+        blocks = self.blocks or (("16",) if quick else GPU_BLOCKS if large else BLOCKS)
         densities = self.densities or ((0.1, 1.0) if quick else DENSITIES)
         groups = self._product(shapes, rows, blocks, densities)
-        if self._is_whole:
+        if self._is_whole and not large:
             groups += self._product(LARGE_SHAPES, (LARGE_ROWS,), LARGE_BLOCKS, LARGE_DENSITIES)
-        if 1 in self.ranks and 1.0 in densities:
+        if 1 in self.all_ranks and 1.0 in densities and not large:
             groups += self._product(shapes, rows, blocks, (1.0,), True)
         return groups
 

@@ -27,17 +27,17 @@ from kronblocks.ops.choice import VALUES, choose_deployed
 
 def ways(group: Group, settings: InferSettings) -> Ways:
     """Everything that is timed in a group. "auto" is the form to deploy: "dense" is an `nn.Linear`, "values" packed blocks."""
-    grid, rows, device = group.grid, group.rows, settings.device
+    grid, rows, place = group.grid, group.rows, (settings.device, settings.torch_dtype)
     mask = random_mask(grid, group.density, torch.Generator().manual_seed(0))
-    found = Ways([dense_case(grid, rows, device)])
-    values, factors = values_layer(grid, mask, device), factors_layer(grid, mask, settings.rank, True, device)
+    found = Ways([dense_case(grid, rows, *place)])
+    values, factors = values_layer(grid, mask, *place), factors_layer(grid, mask, settings.rank, True, *place)
     for name, layer in (("values", values), (factors_name(settings.rank, True), factors)):
         layer.eval()
         found.cases += [layer_case(name, layer, plan, rows) for plan in plans_of(layer) if plan != "dense"]
         form = choose_deployed(layer.problem(rows=rows))
         alias = {"dense": DENSE, VALUES: "values packed"}.get(form, f"{name} {form}")
         found.autos.append(Auto(f"{name} auto", FORWARD, alias))
-    if rows * grid.weights * group.density <= PEER_MACS:
+    if settings.device != "cpu" or rows * grid.weights * group.density <= PEER_MACS:
         found.add_peers(peer_cases(values, rows))
     return found
 

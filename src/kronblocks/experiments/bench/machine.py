@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.timing import Budget, measure
+from kronblocks.ops import backends
+
+if TYPE_CHECKING:
+    from kronblocks.experiments.bench.settings import TimedSettings
 
 _ROWS, _FEATURES = 4096, 2048
 _COPIES = (1, 8, 64, 256)  # MiB read, and as many written
 
 
-def use(device: str, threads: int) -> None:
-    """Set the threads and see that the device is there.
+def use(settings: TimedSettings) -> None:
+    """Set the threads and the precision of products, see that the device is there, and ask for its kernels.
 
     Raises:
         KronblocksError: there is no such device.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise KronblocksError("--device cuda: torch sees no GPU here; write --device cpu")
-    torch.set_num_threads(threads)
+    if settings.device == "cuda":
+        if not torch.cuda.is_available():
+            raise KronblocksError("--device cuda: torch sees no GPU here; write --device cpu")
+        os.environ.setdefault("KRONBLOCKS_TRITON", "1")
+    torch.set_float32_matmul_precision("high" if settings.dtype == "tf32" else "highest")
+    torch.set_num_threads(settings.threads)
 
 
-def roofline(device: str, *, quick: bool = False) -> dict[str, Any]:
-    """GFLOP/s of a dense product and GB/s of copies by their size, everything in fp32."""
+def roofline(settings: TimedSettings) -> dict[str, Any]:
+    """GFLOP/s of a dense product in the settings' precision, GB/s of copies by their size, and who computes."""
+    device, dtype, quick = settings.device, settings.torch_dtype, settings.quick
     rows, features = (512, 1024) if quick else (_ROWS, _FEATURES)
-    x, weight = (torch.randn(n, features, device=device) for n in (rows, features))
+    x, weight = (torch.randn(n, features, device=device).to(dtype) for n in (rows, features))
     sources = {size: torch.zeros(size * 2**18, device=device) for size in (_COPIES[:2] if quick else _COPIES)}
     cases: dict[str, Any] = {"product": lambda: torch.nn.functional.linear(x, weight)}
     for size, source in sources.items():
@@ -42,6 +51,7 @@ def roofline(device: str, *, quick: bool = False) -> dict[str, Any]:
         "copy_mib": list(sources),
         "copy_gb_per_s": [round(2 * size * 2**20 / times[str(size)].ms / 1e6, 1) for size in sources],
         "kind": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "backend": backends.backend_key(device, dtype),
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kronblocks import BlockGrid, BlockSize
 from kronblocks.experiments.bench import peers
 from kronblocks.experiments.bench.cases import AUTHORS, auto_plan_, factors_layer, random_mask, values_layer
+from kronblocks.experiments.bench.settings import StepSettings
 from kronblocks.nn.base import BlockLayer
 
 CLASSES = 10
@@ -20,15 +21,24 @@ PACKED_DENSITY = 0.1
 PACKED_BLOCKS = (4, 8, 16, 64)
 AUTHORS_KINDS = ((1, 8), (1, 16), (4, 8), (4, 16))  # rank, block
 FACTORS_KINDS = ((1, 8, False), (4, 16, False), (4, 16, True))  # rank, block, tiles for each block row
+GRID_OF_AUTHORS = tuple((rank, block) for rank in (1, 2, 4) for block in (2, 4, 8))  # of --authors
 QUICK = ("dense", "authors two products r=1 8x8", "factors r=1 8x8", "factors r=4 16x16", "packed 90% 16x16")
+
+
+class Place(NamedTuple):
+    """Where a model is, and its dtype."""
+
+    device: str
+    dtype: torch.dtype
 
 
 class StepModel(NamedTuple):
     """A model to train: how to make its two large layers, and what is added to the loss."""
 
     name: str
-    layer: Callable[[int, int, str], nn.Module]  # width, rows, device
+    layer: Callable[[int, int, Place], nn.Module]  # width, rows
     lasso: bool = False
+    compiled: bool = False
 
 
 def _grid(width: int, block: int) -> BlockGrid:
@@ -39,8 +49,8 @@ def _all_live(grid: BlockGrid) -> Tensor:
     return torch.ones(grid.shape, dtype=torch.bool)
 
 
-def _dense(width: int, rows: int, device: str) -> nn.Module:
-    return nn.Linear(width, width, device=device)
+def _dense(width: int, rows: int, place: Place) -> nn.Module:
+    return nn.Linear(width, width, device=place.device, dtype=place.dtype)
 
 
 def _with_plan(layer: BlockLayer, plan: str, rows: int) -> nn.Module:
@@ -51,34 +61,38 @@ def _with_plan(layer: BlockLayer, plan: str, rows: int) -> nn.Module:
     return layer
 
 
-def _factors(rank: int, block: int, per_row: bool, plan: str, width: int, rows: int, device: str) -> nn.Module:
+def _factors(rank: int, block: int, per_row: bool, plan: str, width: int, rows: int, place: Place) -> nn.Module:
     grid = _grid(width, block)
-    return _with_plan(factors_layer(grid, _all_live(grid), rank, per_row, device), plan, rows)
+    return _with_plan(factors_layer(grid, _all_live(grid), rank, per_row, *place), plan, rows)
 
 
-def _authors(form: type[peers.AuthorsLayer], rank: int, block: int, width: int, rows: int, device: str) -> nn.Module:
+def _authors(form: type[peers.AuthorsLayer], rank: int, block: int, width: int, rows: int, place: Place) -> nn.Module:
     grid = _grid(width, block)
-    return form(factors_layer(grid, _all_live(grid), rank, False, device))
+    return form(factors_layer(grid, _all_live(grid), rank, False, *place))
 
 
-def _values(block: int, plan: str, width: int, rows: int, device: str) -> nn.Module:
+def _values(block: int, plan: str, width: int, rows: int, place: Place) -> nn.Module:
     grid = _grid(width, block)
     mask = random_mask(grid, PACKED_DENSITY, torch.Generator().manual_seed(int(torch.randint(2**31, ()))))
-    return _with_plan(values_layer(grid, mask, device), plan, rows)
+    return _with_plan(values_layer(grid, mask, *place), plan, rows)
 
 
-def step_models() -> list[StepModel]:
+def step_models(settings: StepSettings) -> list[StepModel]:
     """All models, dense first."""
+    grid = settings.authors
     models = [StepModel("dense", _dense), StepModel("dense, group LASSO 16x16", _dense, lasso=True)]
-    for rank, block in AUTHORS_KINDS:
+    for rank, block in GRID_OF_AUTHORS if grid else AUTHORS_KINDS:
         for name, form in AUTHORS.items():
             make = functools.partial(_authors, form, rank, block)
             models.append(StepModel(f"{name} r={rank} {block}x{block}", make))
-    for rank, block, per_row in FACTORS_KINDS:
+    if settings.compiled:
+        models += [model._replace(name=f"{model.name}, compiled", compiled=True) for model in models]
+    kinds = [(rank, block, False) for rank, block in GRID_OF_AUTHORS] if grid else FACTORS_KINDS
+    for rank, block, per_row in kinds:
         for plan in ("coeff_first", "auto") if per_row else ("tile_first", "coeff_first", "auto"):
             name = f"factors r={rank} {block}x{block}{' per-row' if per_row else ''} {plan}"
             models.append(StepModel(name, functools.partial(_factors, rank, block, per_row, plan)))
-    for block in PACKED_BLOCKS:
+    for block in () if grid else PACKED_BLOCKS:
         for plan in ("packed", "auto"):
             name = f"{'packed' if plan == 'packed' else 'auto'} 90% {block}x{block}"
             models.append(StepModel(name, functools.partial(_values, block, plan)))
@@ -88,10 +102,10 @@ def step_models() -> list[StepModel]:
 class Mlp(nn.Module):
     """width - width - width - 10, ReLU between; the last layer is dense."""
 
-    def __init__(self, kind: StepModel, width: int, rows: int, device: str) -> None:
+    def __init__(self, kind: StepModel, width: int, rows: int, place: Place) -> None:
         super().__init__()
-        self.large = nn.ModuleList(kind.layer(width, rows, device) for _ in range(2))
-        self.last = nn.Linear(width, CLASSES, device=device)
+        self.large = nn.ModuleList(kind.layer(width, rows, place) for _ in range(2))
+        self.last = nn.Linear(width, CLASSES, device=place.device, dtype=place.dtype)
         self._lasso = _grid(width, 16) if kind.lasso else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from kronblocks.experiments.bench.cases import (
     FORWARD,
     authors_cases,
     auto_plan_,
+    compiled_case,
     dense_case,
     factors_layer,
     factors_name,
@@ -46,22 +47,27 @@ def add_layer(ways: Ways, name: str, layer: BlockLayer, rows: int) -> None:
 
 def ways(group: Group, settings: OpsSettings) -> Ways:
     """Everything that is timed in a group."""
-    grid, rows, device = group.grid, group.rows, settings.device
+    grid, rows, place = group.grid, group.rows, (settings.device, settings.torch_dtype)
     mask = random_mask(grid, group.density, torch.Generator().manual_seed(0))
-    found = Ways([dense_case(grid, rows, device)])
+    found = Ways([dense_case(grid, rows, *place)])
     if group.second_pass:
-        found.add_peers(fastkron_cases(factors_layer(grid, mask, 1, False, device), rows))
+        found.add_peers(fastkron_cases(factors_layer(grid, mask, 1, False, *place), rows))
         return found
-    values = values_layer(grid, mask, device)
+    values = values_layer(grid, mask, *place)
     add_layer(found, "values", values, rows)
-    if group.density <= PEER_DENSITY and rows * grid.weights * group.density <= PEER_MACS:
+    slow = settings.device == "cpu" and rows * grid.weights * group.density > PEER_MACS
+    if group.density <= PEER_DENSITY and not slow:
         found.add_peers(peer_cases(values, rows))
+    authors = []
     if group.density in FACTOR_DENSITIES or group.density not in DENSITIES:
-        for rank, per_row in [*((rank, False) for rank in settings.ranks), (max(settings.ranks), True)]:
-            layer = factors_layer(grid, mask, rank, per_row, device)
+        for rank, per_row in [*((rank, False) for rank in settings.all_ranks), (max(settings.all_ranks), True)]:
+            layer = factors_layer(grid, mask, rank, per_row, *place)
             add_layer(found, factors_name(rank, per_row), layer, rows)
             if group.density == 1 and not per_row:
-                found.cases += authors_cases(layer, rows)
+                authors += authors_cases(layer, rows)
+    found.cases += authors
+    if settings.compiled:
+        found.cases += [compiled_case(case) for case in (found.cases[0], *authors)]
     return found
 
 
@@ -79,10 +85,9 @@ def show(console: Console, group: Group, rows: list[Row]) -> None:
 
 def run(settings: OpsSettings) -> Results:
     """Measure what is missing, and write it."""
-    shared, ways_of = {**settings.shared(), "ranks": list(settings.ranks)}, lambda group: ways(group, settings)
     if settings.choices:
-        return choose_again(settings, shared, ways_of)
-    results = run_grid(settings, shared, ways_of, training_rows=TRAINING_ROWS, show=show)
+        return choose_again(settings, settings.shared(), lambda group: ways(group, settings))
+    results = run_grid(settings, settings.shared(), lambda group: ways(group, settings), training_rows=TRAINING_ROWS, show=show)
     if peers.has_fastkron():
         results.head["skipped"].pop(FASTKRON, None)
     else:

@@ -24,6 +24,18 @@ class Unavailable(Exception):
     """A peer cannot compute this product; says why."""
 
 
+def tried(product: Product, x: Tensor) -> None:
+    """Call a product once.
+
+    Raises:
+        Unavailable: its library has none for this device, dtype or block size.
+    """
+    try:
+        product(x)
+    except (RuntimeError, ValueError, NotImplementedError, TypeError, AssertionError) as error:
+        raise Unavailable(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+
+
 def torch_bsr(weight: Tensor, grid: BlockGrid) -> Tensor:
     """A weight as a torch tensor in BSR layout.
 
@@ -55,8 +67,8 @@ def scipy_bsr(weight: Tensor, bias: Tensor, grid: BlockGrid) -> Product:
     Raises:
         Unavailable: the weight is not on the CPU.
     """
-    if weight.device.type != "cpu":
-        raise Unavailable("SciPy computes on the CPU only")
+    if weight.device.type != "cpu" or weight.dtype == torch.bfloat16:
+        raise Unavailable("SciPy computes on the CPU only, and not in bf16")
     from scipy import sparse
 
     matrix = sparse.bsr_array(weight.numpy(), blocksize=tuple(grid.block))
@@ -124,6 +136,17 @@ class TwoProducts(AuthorsLayer):
     def forward(self, x: Tensor) -> Tensor:
         z = torch.einsum("tqb,iab->tiqa", x.unflatten(1, (self.s.shape[1], -1)), self.b)
         return torch.einsum("ipq,tiqa->tpa", self.s * self.a, z).flatten(1) + self.bias
+
+
+class LoopOverTerms(AuthorsLayer):
+    """The same, one term after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks, coeff = x.unflatten(1, (self.s.shape[1], -1)), self.s * self.a
+        y = coeff[0] @ (blocks @ self.b[0].t())
+        for a, b in zip(coeff[1:], self.b[1:], strict=True):
+            y = y + a @ (blocks @ b.t())
+        return y.flatten(1) + self.bias
 
 
 def authors_macs(form: type[AuthorsLayer], grid: BlockGrid, rank: int, rows: int) -> int:

@@ -6,12 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.timing import Budget
+from kronblocks.experiments.models import TransformerName
 from kronblocks.experiments.tasks import DataName, TrainConfig
 from kronblocks.methods import Method
 
 RESULTS, QUICK_RESULTS = Path("benchmarks/results"), Path("runs/bench-quick")
+
+Precision = Literal["fp32", "tf32", "bf16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +41,14 @@ class BenchSettings:
             raise KronblocksError(f"--threads must be at least 1, not {self.threads}")
 
     @property
+    def name(self) -> str:
+        """Of the file, without its ending."""
+        return f"bench-{self.kind}"
+
+    @property
     def path(self) -> Path:
         """The file of the results."""
-        return (self.out or (QUICK_RESULTS if self.quick else RESULTS)) / f"bench-{self.kind}.json"
+        return (self.out or (QUICK_RESULTS if self.quick else RESULTS)) / f"{self.name}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +56,13 @@ class TimedSettings(BenchSettings):
     """What the benchmarks that measure single calls have in common."""
 
     device: Literal["cpu", "cuda"] = "cpu"
+    """On cuda the Triton kernels are used where Triton is installed, unless KRONBLOCKS_TRITON=0."""
+    dtype: Precision = "fp32"
+    """Of weights and inputs; tf32 is fp32 multiplied on a GPU's tensor cores."""
+    compiled: bool = False
+    """Also time dense, and the layer as the paper's authors write it, under torch.compile."""
+    graphs: bool = False
+    """Record every case as a CUDA graph, dense too, so that launches do not count."""
     seconds: float | None = None
     """Of measuring per case and repeat; unset: 0.04, and 0.02 with --quick."""
     repeats: int = 3
@@ -54,6 +73,21 @@ class TimedSettings(BenchSettings):
             raise KronblocksError(f"--seconds is the time to measure each case in each repeat, above 0, not {self.seconds}")
         if self.repeats < 1:
             raise KronblocksError(f"--repeats must be at least 1, not {self.repeats}")
+        if self.device == "cpu":
+            for name, asked in (("--dtype tf32", self.dtype == "tf32"), ("--graphs", self.graphs)):
+                if asked:
+                    raise KronblocksError(f"{name} is for a GPU: add --device cuda, or leave it out")
+
+    @property
+    def name(self) -> str:
+        """Of the file, without its ending: each device and precision has its own."""
+        parts = [super().name, *(["cuda"] if self.device == "cuda" else []), *([self.dtype] if self.dtype != "fp32" else [])]
+        return "-".join([*parts, *(["graphs"] if self.graphs else [])])
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of weights and inputs."""
+        return DTYPES[self.dtype]
 
     @property
     def budget(self) -> Budget:
@@ -66,10 +100,11 @@ class TimedSettings(BenchSettings):
         return {
             "device": self.device,
             "threads": self.threads,
-            "dtype": "float32",
+            "dtype": "tf32" if self.dtype == "tf32" else str(self.torch_dtype).removeprefix("torch."),
             "seconds": budget.seconds,
             "repeats": budget.repeats,
             "quick": self.quick,
+            **{name: True for name in ("compiled", "graphs") if getattr(self, name)},
         }
 
 
@@ -83,6 +118,8 @@ class StepSettings(TimedSettings):
     """Inputs, and size of both hidden layers."""
     cases: tuple[str, ...] | None = None
     """Names of the cases to run, or parts of names; unset: all, and a few with --quick."""
+    authors: bool = False
+    """The benchmark of the paper's authors: batches of 256 and 20,000, ranks 1, 2, 4 and blocks of 2, 4, 8, all alive."""
     fused: bool = False
     """Adam's fused form for every model."""
     memory: bool = True
@@ -104,7 +141,12 @@ class StepSettings(TimedSettings):
     @property
     def batches(self) -> tuple[int, ...]:
         """Batch sizes."""
-        return self.rows if self.rows is not None else ((256,) if self.quick else (256, 4096))
+        return self.rows if self.rows is not None else ((256,) if self.quick else (256, 20_000 if self.authors else 4096))
+
+    @property
+    def name(self) -> str:
+        """Of the file, without its ending."""
+        return super().name.replace(self.kind, f"{self.kind}-authors", 1) if self.authors else super().name
 
     @property
     def steps(self) -> int:
@@ -113,7 +155,8 @@ class StepSettings(TimedSettings):
 
     def shared(self) -> dict[str, Any]:
         """What all rows of a file have in common."""
-        return {**super().shared(), "width": self.width, "fused": self.fused, "loss_steps": self.steps}
+        own = {"width": self.width, "fused": self.fused, "loss_steps": self.steps, **({"authors": True} if self.authors else {})}
+        return {**super().shared(), **own}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +177,8 @@ class DeploySettings(TimedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.device != "cpu":
-            raise KronblocksError("bench deploy measures on a CPU: leave --device out")
+        if self.device != "cpu" or self.dtype != "fp32" or self.compiled:
+            raise KronblocksError("bench deploy measures on a CPU in fp32: leave --device, --dtype and --compiled out")
         if min(self.batches, default=0) < 1 or self.layers < 1:
             raise KronblocksError("--rows and --layers are numbers from 1 on")
         if min(self.blocks, default=0) < 1 or any(self.width % block for block in self.blocks):
@@ -152,6 +195,61 @@ class DeploySettings(TimedSettings):
         """What all rows of a file have in common."""
         own = {"width": self.width, "layers": self.layers, "blocks": list(self.blocks), "sparsity": self.sparsity}
         return {**super().shared(), **own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(TimedSettings):
+    """Time training steps and inference of a whole vision transformer, dense and block-sparse, with their peak memory.
+
+    With --dtype bf16 weights stay in fp32 and products are taken under autocast, as models are trained.
+    """
+
+    model: TransformerName = "vit-tiny"
+    image_size: int = 224
+    """Pixels of a side."""
+    batch_size: int | None = None
+    """Images a step; unset: 16, and 2 with --quick."""
+    block_size: str = "16"
+    sparsity: float = 0.9
+
+    kind = "model"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < 1:
+            raise KronblocksError(f"--batch-size must be at least 1, not {self.batch_size}")
+        if self.graphs:
+            raise KronblocksError("bench model takes whole models as they are trained: leave --graphs out")
+        self.sparse("static")
+
+    @property
+    def name(self) -> str:
+        """Of the file, without its ending."""
+        return super().name.replace(self.kind, f"{self.kind}-{self.model}", 1)
+
+    @property
+    def images(self) -> int:
+        """Of a step."""
+        return self.batch_size if self.batch_size is not None else (2 if self.quick else 16)
+
+    def sparse(self, method: Method) -> SparsityConfig:
+        """What the block-sparse models are made by.
+
+        Raises:
+            KronblocksError: a block size or sparsity that cannot be.
+        """
+        return SparsityConfig(
+            method=method,
+            block_size=self.block_size,
+            target_sparsity=self.sparsity,
+            on_mismatch="nearest",
+            exclude=("*classifier",),
+        )
+
+    def shared(self) -> dict[str, Any]:
+        """What all rows of a file have in common."""
+        own = {"model": self.model, "image_size": self.image_size, "batch_size": self.images}
+        return {**super().shared(), **own, "block_size": self.block_size, "sparsity": self.sparsity}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,10 @@ from torch.nn.functional import cross_entropy
 
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.check import dense_weight
+from kronblocks.experiments.bench.graphs import graphed
 from kronblocks.experiments.bench.machine import roofline, use
 from kronblocks.experiments.bench.memory import PeakBytes, apart
-from kronblocks.experiments.bench.models import CLASSES, QUICK, Mlp, StepModel, plan_of, step_models
+from kronblocks.experiments.bench.models import CLASSES, QUICK, Mlp, Place, StepModel, plan_of, step_models
 from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.settings import StepSettings
 from kronblocks.experiments.bench.timing import measure
@@ -28,7 +29,9 @@ COLUMNS = (
     *("peak_bytes", "first_loss", "last_loss"),
 )
 KEY = ("rows", "case")
-_TOLERANCE = 1e-3  # of a gradient's root mean square: fp32 errs by about 1e-5 of it, and a ReLU near 0 may fall to either side
+# of a gradient's root mean square: fp32 errs by about 1e-5 of it, tf32 by 1e-3 and bf16 by 1e-2, and a ReLU near 0 may fall to
+# either side, which of the lower precisions many do
+_TOLERANCES = {"fp32": 1e-3, "tf32": 3e-2, "bf16": 2e-1}
 
 
 class Batch(NamedTuple):
@@ -38,11 +41,15 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-def make_batch(rows: int, width: int, device: str) -> Batch:
+def _place(settings: StepSettings) -> Place:
+    return Place(settings.device, settings.torch_dtype)
+
+
+def make_batch(rows: int, width: int, place: Place) -> Batch:
     """Random inputs, with the classes that a random linear map gives them."""
     generator = torch.Generator().manual_seed(rows)
     x, teacher = (torch.randn(n, width, generator=generator) for n in (rows, CLASSES))
-    return Batch(x.to(device), (x @ teacher.t()).argmax(1).to(device))
+    return Batch(x.to(*place), (x @ teacher.t()).argmax(1).to(place.device))
 
 
 class Training:
@@ -50,20 +57,31 @@ class Training:
 
     def __init__(self, kind: StepModel, settings: StepSettings, batch: Batch) -> None:
         torch.manual_seed(0)
-        self.model = Mlp(kind, settings.width, len(batch.x), settings.device)
-        self._batch = batch
-        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, fused=settings.fused or None)
+        self.model = Mlp(kind, settings.width, len(batch.x), _place(settings))
+        self._forward = torch.compile(self.model, dynamic=False) if kind.compiled else self.model
+        self._batch, self._tolerance = batch, _TOLERANCES[settings.dtype]
+        self._optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=1e-3, fused=settings.fused or None, capturable=settings.graphs
+        )
+        self._step = self._plain_step
+
+    def record_(self) -> None:
+        """Make every further step the replay of a CUDA graph."""
+        self._step = graphed(self._plain_step)
 
     def loss(self) -> Tensor:
         """Cross-entropy, and the penalty where there is one."""
-        return cross_entropy(self.model(self._batch.x), self._batch.labels) + self.model.penalty()
+        return cross_entropy(self._forward(self._batch.x), self._batch.labels) + self.model.penalty()
 
-    def __call__(self) -> Tensor:
+    def _plain_step(self) -> Tensor:
         self._optimizer.zero_grad()
         loss = self.loss()
         loss.backward()
         self._optimizer.step()
         return loss.detach()
+
+    def __call__(self) -> Tensor:
+        return self._step()
 
     def check(self, name: str) -> None:
         """Refuse a model whose loss or gradients are not those of float64 with dense weights.
@@ -85,16 +103,17 @@ class Training:
         ):
             size, error = (float(each.detach().square().mean().sqrt()) for each in (want, got - want))
             error = error / size if size > 0 else error
-            if not error <= _TOLERANCE:
+            if not error <= self._tolerance:
                 raise KronblocksError(f"{name}: {what} is wrong by {error:.1e} of its size: nothing was timed")
 
 
 def train_some(kind_name: str, settings: StepSettings, rows: int) -> dict[str, Any]:
     """Some steps, for a process of its own: peak bytes above the loaded data, first and last loss."""
-    use(settings.device, settings.threads)
-    kind = next(each for each in step_models() if each.name == kind_name)
-    batch = make_batch(rows, settings.width, settings.device)
-    warm = Training(step_models()[0], settings, Batch(batch.x[:8], batch.labels[:8]))  # libraries' own buffers are no one's cost
+    use(settings)
+    models = step_models(settings)
+    kind = next(each for each in models if each.name == kind_name)
+    batch = make_batch(rows, settings.width, _place(settings))
+    warm = Training(models[0], settings, Batch(batch.x[:8], batch.labels[:8]))  # libraries' own buffers are no one's cost
     warm()
     del warm
     gc.collect()
@@ -106,8 +125,8 @@ def train_some(kind_name: str, settings: StepSettings, rows: int) -> dict[str, A
 
 def _chosen(settings: StepSettings) -> list[StepModel]:
     """The models asked for; dense always, since the others are compared with it."""
-    models = step_models()
-    wanted = settings.cases if settings.cases is not None else (QUICK if settings.quick else ("",))
+    models = step_models(settings)
+    wanted = settings.cases if settings.cases is not None else (QUICK if settings.quick and not settings.authors else ("",))
     unknown = [part for part in wanted if all(part not in model.name for model in models)]
     if unknown:
         names = "; ".join(model.name for model in models)
@@ -126,7 +145,7 @@ def _same_plan(name: str, plan: str | None, names: Collection[str]) -> str | Non
 
 def measure_batch(settings: StepSettings, kinds: list[StepModel], rows: int, progress: Callable[[str], None]) -> list[Row]:
     """All models at one batch size: checked, timed in turns, then each alone for memory and loss."""
-    batch = make_batch(rows, settings.width, settings.device)
+    batch = make_batch(rows, settings.width, _place(settings))
     trainings = {kind.name: Training(kind, settings, batch) for kind in kinds}
     plans = {name: plan_of(training.model) for name, training in trainings.items()}
     parameters = {name: sum(p.numel() for p in training.model.parameters()) for name, training in trainings.items()}
@@ -135,6 +154,8 @@ def measure_batch(settings: StepSettings, kinds: list[StepModel], rows: int, pro
     for name in trainings:
         progress(f"{rows:,} rows, checking {name}")
         trainings[name].check(name)
+        if settings.graphs:
+            trainings[name].record_()
     progress(f"{rows:,} rows, timing")
     times = measure(trainings, settings.budget, seed=rows, device=settings.device)
     del trainings
@@ -180,10 +201,10 @@ def summary(results: Results) -> Table:
 def run(settings: StepSettings) -> Results:
     """Measure what is missing, and write it; a batch size whose every case is there is done."""
     kinds = _chosen(settings)
-    use(settings.device, settings.threads)
+    use(settings)
     results = Results.open(settings.path, settings.kind, COLUMNS, KEY, settings.shared(), fresh=settings.fresh)
     if "machine" not in results.head:
-        results.head["machine"] = roofline(settings.device, quick=settings.quick)
+        results.head["machine"] = roofline(settings)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
         for rows in settings.batches:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from kronblocks.ops.backends.triton import tuning
 from kronblocks.ops.backends.triton.launch import PROGRAMS, arithmetic, cells, launch, padded, sum_dtype
+from kronblocks.ops.backends.triton.tuning import Sizes
 from kronblocks.ops.backends.triton.weights import gather, scatter
 
 if TYPE_CHECKING:
@@ -39,17 +44,53 @@ def _product(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex, 
     x, values = x.contiguous(), values.contiguous()
     _, bm, bn = values.shape
     height, width, columns = (bn, bm, index.grid[1]) if transposed else (bm, bn, index.grid[0])
-    rows, step = x.shape[0], 64 if x.shape[0] > 1024 else 32
-    chunk = min(32 if x.element_size() > 2 else 64, padded(width, 16))  # as much as fits the shared memory of any GPU, three deep
-    y = x.new_empty(rows, columns * height)
     starts, source = (index.ccol, index.row) if transposed else (index.crow, index.col)
-    launch(
-        "product", (columns * cells(rows, step),),
-        x, values, bias, y, starts, source, index.slot, index.order, rows, columns, x.shape[1], y.shape[1],
-        H=height, W=width, BH=padded(height), BW=chunk, BT=step,
-        TRANSPOSED=transposed, HAS_BIAS=bias is not None, num_warps=4, **arithmetic(x.dtype),
-    )  # fmt: skip
-    return y
+    rows = x.shape[0]
+
+    def run(sizes: Sizes) -> Tensor:
+        y = x.new_empty(rows, columns * height)
+        launch(
+            "product", (columns * cells(rows, sizes.rows),),
+            x, values, bias, y, starts, source, index.slot, index.order, rows, columns, x.shape[1], y.shape[1],
+            H=height, W=width, BH=padded(height), BW=sizes.sources, BT=sizes.rows, TRANSPOSED=transposed,
+            HAS_BIAS=bias is not None, num_warps=sizes.warps, num_stages=sizes.stages, **arithmetic(x.dtype),
+        )  # fmt: skip
+        return y
+
+    default = _product_sizes(rows, columns, padded(height), padded(width, 16), x.element_size())
+    return _launched(f"product{', transposed' * transposed}", default, x, (bm, bn), index, run)
+
+
+def _product_sizes(rows: int, columns: int, height: int, width: int, bytes_of_a_value: int) -> Sizes:
+    """Rows that one program multiplies, as many as leave a GPU enough programs: each block is loaded once for all of them.
+
+    The chunk of a block is as much as fits the shared memory of any GPU, three deep.
+    """
+    most = 128 if bytes_of_a_value == 2 else 64
+    step = next((step for step in (most, 64) if columns * cells(rows, step) >= PROGRAMS), 32)
+    chunk = min(32 if bytes_of_a_value > 2 else 64, width)
+    return Sizes(height, step, chunk, warps=8 if step * height > 128 * 64 else 4, stages=3)
+
+
+def _launched(
+    kernel: str, default: Sizes, x: Tensor, block: tuple[int, int], index: BlockIndex, run: Callable[[Sizes], Tensor]
+) -> Tensor:
+    """Run a launch, with the quickest sizes where tuning is asked for."""
+    if not tuning.wanted(x.device):
+        return run(default)
+    about: dict[str, Any] = {
+        **{"grid": list(index.grid), "block": list(block), "capacity": len(index.slot), "dtype": str(x.dtype)},
+        "precision": torch.get_float32_matmul_precision(),
+    }
+    return tuning.tuned(kernel, about, x.shape[0], default, _others(default), run)
+
+
+def _others(default: Sizes) -> Iterator[Sizes]:
+    """What else to try."""
+    for rows, warps, stages in itertools.product((32, 64, 128, 256), (4, 8), (2, 3, 4)):
+        other = Sizes(default.outputs, rows, default.sources, warps, stages)
+        if other != default:
+            yield other
 
 
 def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
@@ -61,12 +102,18 @@ def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     splits = max(1, min(cells(PROGRAMS, max(1, capacity)), cells(rows, _SPLIT_ROWS)))
     shape = (capacity, height, width)
-    out = dy.new_zeros(shape) if splits == 1 else dy.new_zeros(splits, *shape, dtype=sum_dtype(dy))
-    share = cells(cells(rows, splits), 32) * 32
-    launch(
-        "grad_values", (capacity, splits if rows else 0),
-        dy, x, out, index.crow, index.col, index.row, index.slot, rows, m1, dy.shape[1], x.shape[1], share,
-        capacity * height * width, H=height, W=width, BH=padded(height), BW=padded(width), BT=32,
-        num_warps=4 if height * width <= 4096 else 8, **arithmetic(x.dtype),
-    )  # fmt: skip
-    return out if splits == 1 else out.sum(0).to(dy.dtype)
+    share = cells(cells(rows, splits), 256) * 256 if splits > 1 else rows
+
+    def run(sizes: Sizes) -> Tensor:
+        out = dy.new_zeros(shape) if splits == 1 else dy.new_zeros(splits, *shape, dtype=sum_dtype(dy))
+        launch(
+            "grad_values", (capacity, splits if rows else 0),
+            dy, x, out, index.crow, index.col, index.row, index.slot, rows, m1, dy.shape[1], x.shape[1], share,
+            capacity * height * width, H=height, W=width, BH=padded(height), BW=padded(width), BT=sizes.rows,
+            num_warps=sizes.warps, num_stages=sizes.stages, **arithmetic(x.dtype),
+        )  # fmt: skip
+        return out if splits == 1 else out.sum(0).to(dy.dtype)
+
+    step = 64 if x.element_size() == 2 else 32
+    default = Sizes(padded(height), step, padded(width), warps=4 if height * width <= 4096 else 8, stages=3)
+    return _launched("grad_values", default, x, (height, width), index, run)

@@ -3,6 +3,7 @@
 Sizes in capitals are known when a kernel is compiled: a block is H x W, padded to powers of two BH x BW.
 """
 
+# pyright: reportOperatorIssue=false
 from __future__ import annotations
 
 import triton
@@ -23,18 +24,18 @@ def product(
     p, t = program % columns, (program // columns).to(tl.int64) * BT + tl.arange(0, BT)
     h, w = tl.arange(0, BH), tl.arange(0, BW)
     total = tl.zeros((BT, BH), SUM)
-    for k in range(tl.load(starts + p), tl.load(starts + p + 1)):
+    chunks: tl.constexpr = (W + BW - 1) // BW
+    for i in range(tl.load(starts + p) * chunks, tl.load(starts + p + 1) * chunks):  # one loop, so that loads run ahead in it
+        k, first = i // chunks, i % chunks * BW
         entry = tl.load(order + k) if TRANSPOSED else k
         block = values + tl.load(slot + entry).to(tl.int64) * (H * W)
         band = x + t[:, None] * x_stride + tl.load(source + entry) * W
-        for first in range(0, W, BW):
-            inside = first + w < W
-            a = tl.load(band + (first + w)[None, :], mask=(t < rows)[:, None] & inside[None, :], other=0.0)
-            w_step, h_step = (H, 1) if TRANSPOSED else (1, W)
-            b = tl.load(
-                block + (first + w)[:, None] * w_step + h[None, :] * h_step, mask=inside[:, None] & (h < H)[None, :], other=0.0
-            )
-            total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=SUM)
+        inside = first + w < W
+        a = tl.load(band + (first + w)[None, :], mask=(t < rows)[:, None] & inside[None, :], other=0.0)
+        w_step, h_step = (H, 1) if TRANSPOSED else (1, W)
+        place = block + (first + w)[:, None] * w_step + h[None, :] * h_step
+        b = tl.load(place, mask=inside[:, None] & (h < H)[None, :], other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=SUM)
     if HAS_BIAS:
         total += tl.load(bias + p * H + h, mask=h < H, other=0.0).to(SUM)[None, :]
     place = y + t[:, None] * y_stride + (p * H + h)[None, :]
