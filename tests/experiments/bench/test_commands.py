@@ -292,6 +292,31 @@ def test_the_page_holds_every_part(results, tmp_path):
     assert page.read_text() == text
 
 
+def test_the_page_holds_what_stands_beside(results, tmp_path):
+    """Other precisions, the authors' benchmark and whole models; and what a GPU's file has more: peak memory, skipped cases."""
+    data = json.loads((results / "bench-ops-large-bf16.json").read_text())
+    data["columns"].append("peak_bytes")
+    for number, row in enumerate(data["rows"]):
+        row.append(2**20 * (1 + number))
+    data["settings"] |= {"device": "cuda", "graphs": True}
+    data["skipped"] = {"torch BSR F.linear": "no CUDA graph: it reads back"}
+    data["machine"] |= {"kind": "a GPU", "backend": "triton 3.9.0"}
+    (tmp_path / "bench-ops-large-cuda-bf16-graphs.json").write_text(json.dumps(data))
+    for name in ("step-authors", "step-bf16", "model-vit-tiny"):
+        shutil.copy(results / f"bench-{name}.json", tmp_path)
+    page = tmp_path / "benchmarks.md"
+    main(["bench", "tables", "--results", str(tmp_path), "--page", str(page)])
+    text = page.read_text()
+    for title in ("Training steps: step-authors", "Training steps: step-bf16", "A whole model: model-vit-tiny"):
+        assert f"## {title}\n" in text
+    part = text.partition("## One layer: ops-large-cuda-bf16-graphs")[2].partition("\n## ")[0]
+    assert "a GPU" in part and "device cuda, bfloat16, every case a CUDA graph" in part and "computed by triton 3.9.0" in part
+    assert "no CUDA graph: it reads back" in part and "MiB" in part and "reached" in part
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert tables and all(len({line.count(" | ") for line in table.splitlines()}) == 1 for table in tables)
+    assert "authors loop r=4 2x2" in text and "two-phase, after the lift (live blocks)" in text
+
+
 def test_the_page_leaves_out_what_was_not_measured(results, tmp_path):
     (tmp_path / "bench-train.json").write_text((results / "bench-train.json").read_text())
     page = tmp_path / "docs" / "benchmarks.md"

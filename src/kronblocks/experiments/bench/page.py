@@ -24,10 +24,13 @@ from kronblocks.experiments.bench.tables import (
     limit_of,
     ratio,
     spread,
+    step_tables,
     table,
     values_table,
+    where,
 )
 from kronblocks.experiments.bench.tables import ms as milliseconds
+from kronblocks.experiments.bench.variants import other_part, others
 from kronblocks.files import write_text
 
 KINDS = ("ops", "step", "infer", "deploy", "train")
@@ -49,7 +52,18 @@ kronblocks bench step   # whole training steps of an MLP, and their peak memory
 kronblocks bench infer  # one layer in inference
 kronblocks bench deploy # a whole exported model
 kronblocks bench train  # whole trainings on the clock
+kronblocks bench model --model vit-tiny    # a whole vision transformer
 kronblocks bench tables # this page
+```
+
+On a GPU, where each line has files of its own and `kronblocks bench tables` adds them to this page:
+
+```sh
+pip install 'kronblocks[experiments,gpu]'
+kronblocks bench step --authors --compiled --device cuda                # the benchmark of the paper's authors; also --dtype tf32
+kronblocks bench step --authors --compiled --device cuda --graphs       # the same without launches, both sides
+kronblocks bench ops --large --compiled --device cuda --dtype bf16      # layers of large models; also --dtype fp32, tf32
+kronblocks bench model --model vit-base --block-size 64 --batch-size 128 --compiled --device cuda --dtype bf16
 ```
 
 On an idle machine; `--threads` sets the threads (2 by default), `--quick` takes under two minutes. What is measured is kept in
@@ -60,18 +74,6 @@ On an idle machine; `--threads` sets the threads (2 by default), `--quick` takes
 def _load(folder: Path) -> dict[str, dict[str, Any]]:
     found = {kind: folder / f"bench-{kind}.json" for kind in KINDS}
     return {kind: read(path) for kind, path in found.items() if path.exists()}
-
-
-def _where(data: dict[str, Any]) -> str:
-    """The machine and the settings of a file, in a sentence."""
-    versions, settings = data["versions"], data["settings"]
-    machine = data.get("machine", {})
-    kind = f" ({machine['kind']})" if machine.get("kind") else ""
-    device = "" if settings.get("device", "cpu") == "cpu" else f", device {settings['device']}"
-    quick = " **A quick run: too short for conclusions.**" if settings["quick"] else ""
-    threads = count(settings["threads"], "thread")
-    used = f"torch {versions['torch']}, kronblocks {versions['kronblocks']}"
-    return f"{versions['processor']}{kind}, {threads}{device}, {used}.{quick}"
 
 
 def _ops_summary(rows: Sequence[Row]) -> list[list[str]]:
@@ -166,27 +168,12 @@ def _step_part(data: dict[str, Any], figures: Path) -> list[str]:
         f"every model); losses are the first and the last of {data['settings']['loss_steps']} steps on one batch. *authors*: the "
         "layer as the paper's authors write it, in plain PyTorch.",
         "",
-        _where(data),
+        where(data),
         "",
         "![Time of one training step](figures/bench-step.png)",
         "",
     ]
-    for number in sorted({row["rows"] for row in rows}):
-        here = find(rows, rows=number)
-        dense, lines = find(here, case="dense")[0], []
-        fastest = max(row["speed"] for row in here)
-        for row in here:
-            time = milliseconds(row["ms"])
-            memory = losses = ""
-            if row["peak_bytes"] is not None:
-                memory = f"{row['peak_bytes'] / 2**20:.0f} MiB, {ratio(row['peak_bytes'] / dense['peak_bytes'])}"
-                losses = f"{row['first_loss']:.3f} to {row['last_loss']:.3f}"
-            name = f"{row['case']} ({row['plan']})" if "auto" in row["case"] else row["case"]
-            share = ratio(row["parameters"] / dense["parameters"])
-            lines.append([name, f"**{time}**" if row["speed"] == fastest else time, spread(row), share, memory, losses])
-        columns = ["model", "ms", "ratio to dense", "parameters to dense", "peak memory, to dense", "loss"]
-        text += [f"### A training step, {count(number, 'row')}", "", *table(columns, lines), ""]
-    return text
+    return [*text, *step_tables(rows)]
 
 
 def _train_part(data: dict[str, Any]) -> list[str]:
@@ -213,7 +200,7 @@ def _train_part(data: dict[str, Any]) -> list[str]:
         f"{count(seeds, 'seed')}, the methods in turns, each training in a process of its own. Relative columns below 1 are less "
         "than dense.",
         "",
-        _where(data),
+        where(data),
         "",
         *table(columns, lines),
         "",
@@ -254,7 +241,7 @@ def _ops_part(data: dict[str, Any], figures: Path) -> list[str]:
         f"the grid's densities factors are timed at {densities}; other libraries, which have no backward, up to density "
         f"{PEER_DENSITY:g} and {PEER_MACS:.0e} multiply-adds; the authors' forms, which cannot skip dead blocks, at density 1."
     )
-    text = ["## One layer, forward and backward", "", scope, "", _where(data), ""]
+    text = ["## One layer, forward and backward", "", scope, "", where(data), ""]
     for number in (256, 2048):
         name = f"bench-packed-{number}.png"
         if packed_figure(rows, "1024x1024", number, figures / name):
@@ -273,7 +260,7 @@ def _ops_part(data: dict[str, Any], figures: Path) -> list[str]:
 
 def _infer_part(data: dict[str, Any]) -> list[str]:
     rows = data["rows"]
-    text = ["## Inference", "", "One layer, `torch.inference_mode`.", "", _where(data), ""]
+    text = ["## Inference", "", "One layer, `torch.inference_mode`.", "", where(data), ""]
     text += [
         '### What "auto" chooses in inference',
         "",
@@ -302,7 +289,7 @@ def _deploy_part(data: dict[str, Any]) -> list[str]:
         "of 10 outputs; `export` chose the forms; live blocks at random places, `torch.inference_mode`. The int8 model is "
         "PyTorch's dynamic quantisation of the dense one: no zeros needed, but other outputs.",
         "",
-        _where(data),
+        where(data),
         "",
         *table(columns, lines),
         "",
@@ -331,5 +318,7 @@ def write(folder: Path, page: Path) -> Path:
         text += _ops_part(parts["ops"], figures)
     if "infer" in parts:
         text += _infer_part(parts["infer"])
+    for data in others(folder):
+        text += other_part(data)
     write_text(page, "\n".join([*text, _REPRODUCE]) + "\n")
     return page

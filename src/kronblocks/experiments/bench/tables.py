@@ -111,13 +111,56 @@ def blocks_of(rows: Sequence[Row]) -> list[str]:
     return sorted({row["block"] for row in rows}, key=sides)
 
 
+def where(data: dict[str, Any]) -> str:
+    """The machine and the settings of a file, in a sentence."""
+    versions, settings = data["versions"], data["settings"]
+    machine = data.get("machine", {})
+    kind = f" ({machine['kind']})" if machine.get("kind") else ""
+    device = "" if settings.get("device", "cpu") == "cpu" else f", device {settings['device']}"
+    precision = settings.get("dtype", "float32")
+    dtype = "" if precision == "float32" else f", {precision}"
+    recorded = ", every case a CUDA graph" if settings.get("graphs") else ""
+    quick = " **A quick run: too short for conclusions.**" if settings["quick"] else ""
+    threads = count(settings["threads"], "thread")
+    used = f"torch {versions['torch']}, kronblocks {versions['kronblocks']}"
+    return f"{versions['processor']}{kind}, {threads}{device}{dtype}{recorded}, {used}.{quick}"
+
+
+def step_tables(rows: Sequence[Row], level: str = "###") -> list[str]:
+    """Training steps of all models, a table for each batch size under a heading of that level."""
+    text = []
+    for number in sorted({row["rows"] for row in rows}):
+        here = find(rows, rows=number)
+        dense, lines = find(here, case=DENSE)[0], []
+        fastest = max(row["speed"] for row in here)
+        for row in here:
+            time = ms(row["ms"])
+            memory = losses = ""
+            if row["peak_bytes"] is not None:
+                memory = f"{row['peak_bytes'] / 2**20:.0f} MiB, {ratio(row['peak_bytes'] / dense['peak_bytes'])}"
+                losses = f"{row['first_loss']:.3f} to {row['last_loss']:.3f}"
+            name = f"{row['case']} ({row['plan']})" if "auto" in row["case"] else row["case"]
+            share = ratio(row["parameters"] / dense["parameters"])
+            lines.append([name, f"**{time}**" if row["speed"] == fastest else time, spread(row), share, memory, losses])
+        columns = ["model", "ms", "ratio to dense", "parameters to dense", "peak memory, to dense", "loss"]
+        text += [f"{level} A training step, {count(number, 'row')}", "", *table(columns, lines), ""]
+    return text
+
+
+def compiled_dense(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Dense under torch.compile, where it was timed, by block, density, direction and rows."""
+    return group(find(rows, case=f"{DENSE}, compiled"), "block", "density", "direction", "rows")
+
+
 def values_table(rows: Sequence[Row]) -> list[str]:
     """Free values on the live blocks, one shape: the packed plan against dense and other libraries."""
     wanted = [row for row in rows if row["case"] == "values packed" or row["case"] in OTHERS[: len(PEERS)]]
     columns, lines, places = _columns(wanted), [], group(wanted, "block", "density", "direction", "rows")
+    compiled = compiled_dense(rows)
     for block in blocks_of(wanted):
         for density in sorted({row["density"] for row in find(wanted, block=block)}):
-            here = [places.get((block, density, *column), []) for column in columns]
+            keys = [(block, density, *column) for column in columns]
+            here = [[*places.get(key, []), *compiled.get(key, [])] for key in keys]
             cells = [versus([row for row in rows if is_ours(row)], [row for row in rows if not is_ours(row)]) for rows in here]
             lines.append([block, f"{density:g}", *cells])
     return table(["block", "density", *_headings(columns)], lines, left=2)
@@ -129,11 +172,11 @@ def factors_table(rows: Sequence[Row]) -> list[str]:
     others = [row for row in rows if row["case"].startswith("authors ") or row["case"] == FASTKRON]
     columns, lines = _columns(ours), []
     names = ("block", "rank", "density", "direction", "rows")
-    own, rivals = group(ours, *names, "tile_groups"), group(others, *names)
+    own, rivals, compiled = group(ours, *names, "tile_groups"), group(others, *names), compiled_dense(rows)
     for block in blocks_of(ours):
         for rank, banks, density in sorted({(r["rank"], r["tile_groups"], r["density"]) for r in find(ours, block=block)}):
             keys = [(block, rank, density, *column) for column in columns]
-            against = [rivals.get(key, []) if banks == "1" else [] for key in keys]
+            against = [[*(rivals.get(key, []) if banks == "1" else []), *compiled.get((key[0], *key[2:]), [])] for key in keys]
             mine = [own.get((*key, banks), []) for key in keys]
             cells = [versus(*pair, say_plan=True) for pair in zip(mine, against, strict=True)]
             lines.append([block, str(rank), banks, f"{density:g}", *cells])
