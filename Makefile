@@ -6,7 +6,7 @@ RUNS := runs
 NATIVE := $(wildcard src/native/*.cpp src/native/*.h src/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format bench docs reliability clean
+.PHONY: help demo test test-gpu bench-gpu lint format bench docs reliability clean
 
 help:
 	@echo "make demo   train dense and two-phase side by side on real data and write a report"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint   the first three of these"
 	@echo "make reliability  try every fault many times (half an hour), write docs/reliability.md"
 	@echo "make docs   build the site into build/site, every link checked"
+	@echo "make bench-gpu  the same on an NVIDIA GPU, in a venv whose torch has CUDA"
 	@echo "make bench  measure speed and memory against dense (hours), write benchmarks/results/ and docs/benchmarks.md"
 
 $(BIN)/python:
@@ -59,6 +60,17 @@ format: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	TRITON_INTERPRET=0 KRONBLOCKS_TRITON=1 $(BIN)/python -m pytest tests/gpu
+
+bench-gpu: $(VENV)/.experiments
+	for dtype in fp32 tf32 bf16; do \
+		$(BIN)/kronblocks bench step --device cuda --authors --compiled --dtype $$dtype && \
+		$(BIN)/kronblocks bench step --device cuda --authors --compiled --dtype $$dtype --rows 256 --graphs && \
+		$(BIN)/kronblocks bench ops --device cuda --large --compiled --dtype $$dtype || exit 1; \
+	done
+	for model in vit-tiny vit-base; do \
+		$(BIN)/kronblocks bench model --device cuda --model $$model --batch-size 128 --block-size 64 --compiled --dtype bf16 || exit 1; \
+	done
+	$(BIN)/kronblocks bench tables
 
 reliability: $(VENV)/.dev
 	KRONBLOCKS_RELIABILITY=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reliability
