@@ -138,6 +138,21 @@ def test_a_block_size_can_take_the_settings_of_another():
     assert {study.tuned_for(cell) for cell in study.table()} == set(study.tuned())
 
 
+def test_settings_may_come_from_another_study_and_single_weights_have_no_factors(tmp_path):
+    chosen = {method: {"lr": 4e-3} for method in ("dense", "two-phase", "magnitude")}
+    study = dataclasses.replace(
+        TINY, methods=tuple(chosen), cells=(("1", 0.5), ("4", 0.5)), chosen=chosen, seeds=(0,), tuning_seeds=(), epochs=1
+    )
+    assert study.tuned() == [] and study.settings_of("magnitude") == [{"lr": 4e-3}]
+    assert [(cell.method, cell.block) for cell in study.table()] == [
+        *(("dense", ""), ("magnitude", "1"), ("two-phase", "4"), ("magnitude", "4")),
+    ]
+    Campaign(study, tmp_path, tmp_path / "work", jobs=2).run()
+    page = write(tmp_path, tmp_path / "page.md").read_text()
+    assert "### 50% zeros, 1x1 blocks" in page and "### 50% zeros, 4x4 blocks" in page and "Not finished" not in page
+    assert "Settings, not tuned in this study: dense lr 0.004; two-phase lr 0.004; magnitude lr 0.004." in page
+
+
 def test_every_method_has_as_many_trials_and_every_training_of_the_studies_can_be(tmp_path):
     assert {len(trials(method)) for method in METHODS} == {6}
     for study in STUDIES.values():

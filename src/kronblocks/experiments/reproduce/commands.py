@@ -21,7 +21,7 @@ SHORT: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp",),
     "ablation": ("ablation",),
     "linear": ("linear-mnist5k", "linear-fashion"),
-    "lenet5": ("lenet5-mnist5k", "lenet5-fashion"),
+    "lenet5": ("lenet5-mnist5k", "lenet5-fashion", "lenet5-fashion-finer"),
     "vit-tiny": ("vit-tiny-fashion",),
     "swin-tiny": ("swin-tiny-fashion",),
 }

@@ -14,6 +14,7 @@ from kronblocks.experiments.reproduce import searches
 from kronblocks.experiments.reproduce.figures import draw
 from kronblocks.experiments.reproduce.published import FOOTNOTE, PUBLISHED
 from kronblocks.experiments.reproduce.statistics import CellResult, cells
+from kronblocks.experiments.reproduce.studies import has_cell
 from kronblocks.files import write_text
 
 OURS = "two-phase"
@@ -124,7 +125,8 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
         here = [cell for cell in found if (cell.block, cell.sparsity) == (block, sparsity)]
         lines += [f"### {100 * sparsity:g}% zeros, {BlockSize.parse(block)} blocks", ""]
         seeds = max(len(cell.rows) for cell in found)
-        missing = len(settings["trials"]) * seeds - sum(len(cell.rows) for cell in [*dense, *here])
+        expected = sum(has_cell(method, block) for method in settings["trials"])
+        missing = expected * seeds - sum(len(cell.rows) for cell in [*dense, *here])
         if missing:
             lines += [f"Not finished: {missing} trainings are missing.", ""]
             continue
@@ -242,9 +244,10 @@ def _trials(data: dict[str, Any]) -> list[str]:
         if row["part"] == "compare":
             chosen[row["block"], row["method"]] = row["trial"]
     tried = {row["seed"] for row in data["rows"] if row["part"] == "tune"}
-    if not tried:
-        return []
     trials = data["settings"]["trials"]
+    if not tried:
+        words = {method: ", ".join(f"{name} {value:g}" for name, value in each[0].items()) for method, each in trials.items()}
+        return [f"Settings, not tuned in this study: {'; '.join(f'{method} {text}' for method, text in words.items())}.", ""]
     lines = []
     for block, method in sorted(chosen, key=lambda key: (BlockSize.parse(key[0]).area if key[0] else 0, [*trials].index(key[1]))):
         words = ", ".join(f"{name} {value:g}" for name, value in trials[method][chosen[block, method]].items())

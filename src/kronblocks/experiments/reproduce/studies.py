@@ -13,11 +13,16 @@ from kronblocks.experiments.models import ModelName, TransformerName
 from kronblocks.experiments.reproduce.ablations import BASE, VARIANTS
 from kronblocks.experiments.reproduce.trials import Settings, describe, trials
 from kronblocks.experiments.tasks import DataName, TrainConfig
-from kronblocks.methods import Method
+from kronblocks.methods import FACTORED, Method
 
 METHODS: tuple[Method, ...] = (
     *("dense", "two-phase", "kron-l1", "group-lasso", "elastic-group-lasso", "rigl", "iterative", "magnitude", "static"),
 )
+
+
+def has_cell(method: str, block: str) -> bool:
+    """Whether a method can be compared at a block size: single weights have no factors."""
+    return block != "1" or method not in FACTORED
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Study:
         base: settings that all trainings share.
         variants: of the one method, by name, which then is not tuned; None: methods are compared.
         lr: learning rate of all methods, which then are not tuned: for what is too dear to try six times; None: they are.
+        chosen: settings of each method that another study's trials chose, instead of trials of its own.
         threads: of each training; None: torch's own choice, for a machine with a GPU.
     """
 
@@ -75,23 +81,28 @@ class Study:
     base: Settings = field(default_factory=dict)
     variants: Mapping[str, Settings] | None = None
     lr: float | None = None
+    chosen: Mapping[Method, Settings] | None = None
     threads: int | None = 1
 
     def settings_of(self, method: Method) -> list[Settings]:
         """What is tried for a method: its trials, the variants, or one rate."""
         if self.variants is not None:
             return list(self.variants.values())
+        if self.chosen is not None:
+            return [self.chosen[method]]
         return trials(method) if self.lr is None else [{"lr": self.lr}]
 
     def table(self) -> list[Cell]:
-        """All cells, dense first."""
+        """All cells, dense first; blocks of one weight have no factors, so methods that begin with them are left out there."""
         dense = [Cell("dense", "", 0.0)] * ("dense" in self.methods)
         others: list[Method] = [method for method in self.methods if method != "dense"]
-        return dense + [Cell(method, block, sparsity) for block, sparsity in self.cells for method in others]
+        return dense + [
+            Cell(method, block, sparsity) for block, sparsity in self.cells for method in others if has_cell(method, block)
+        ]
 
     def tuned(self) -> list[Cell]:
         """Where methods are tuned: once for each block size, at one sparsity."""
-        if self.variants is not None or self.lr is not None:
+        if self.variants is not None or self.lr is not None or self.chosen is not None:
             return []
         return list(dict.fromkeys(self.tuned_for(cell) for cell in self.table()))
 
@@ -180,6 +191,19 @@ STUDIES = {
             cells=(("4", 0.5), ("4", 0.9)),
             seeds=(0, 1, 2),
             tuning_seeds=(100,),  # a minute a training
+        ),
+        Study(  # what the size of the blocks costs there, down to single weights, with twice the epochs
+            name="lenet5-fashion-finer",
+            data="fashion-mnist",
+            model="lenet5",
+            epochs=16,
+            methods=("dense", "two-phase", "magnitude"),
+            cells=(("1", 0.9), ("2", 0.9), ("4", 0.9)),
+            chosen={
+                "dense": {"lr": 8e-3, "weight_decay": 0.05},
+                "two-phase": {"lr": 8e-3},
+                "magnitude": {"lr": 8e-3, "schedule": ScheduleConfig(end=0.7)},
+            },
         ),
     )
 }
