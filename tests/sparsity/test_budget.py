@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kronblocks import KronblocksError
-from kronblocks.sparsity.budget import blocks_to_kill, choose_dead, erdos_renyi, random_masks
+from kronblocks.sparsity.budget import blocks_to_kill, choose_dead, erdos_renyi, random_masks, strongest_masks
 
 shapes = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4)
 
@@ -30,10 +30,48 @@ def test_equal_blocks_give_the_exact_count_and_the_least_scores(sizes, percent, 
     assert sum(int(d.sum()) for d in dead) == wanted
     assert all(not bool(d.all()) for d in dead)
     killed = [float(s) for score, d in zip(scores, dead, strict=True) for s in score[d]]
-    # a live block may score below a dead one only if it is the best of its layer
+    # a live block may score below a dead one only if it is the best of its layer, or of its block row in the last one
     spared = [sorted(map(float, score[~d]))[:-1] for score, d in zip(scores, dead, strict=True)]
-    if killed:
-        assert all(s >= max(killed) for layer in spared for s in layer)
+    alive = scores[-1].masked_fill(dead[-1], -1.0)
+    spared[-1] = [s for row in alive.tolist() for s in sorted(each for each in row if each >= 0)[:-1]]
+    in_rows = [float(s) for s in scores[-1].amax(1)]
+    others = [s for s in killed if s not in in_rows] if bool(dead[-1].all(1).any()) else killed
+    if others:
+        assert all(s >= max(others) for layer in spared for s in layer)
+
+
+def test_the_head_keeps_a_block_in_every_row_while_anything_else_is_left():
+    body, head = 1 + torch.rand(6, 8), torch.rand(4, 5)  # every block of the head scores below every other one
+    for scope in ("global", "layer"):
+        dead = choose_dead([body, head], [4, 4], 0.75, scope)
+        assert sum(int(d.sum()) for d in dead) == 51 and not bool(dead[1].all(1).any())
+    best = [(row, int(head[row].argmax())) for row in range(4)]
+    assert all(not bool(choose_dead([body, head], [4, 4], 0.9)[1][place]) for place in best)
+    # another layer has no such rows
+    assert bool(choose_dead([head, body], [4, 4], 0.5)[0].all(1).any())
+    # and a sparsity that leaves too few blocks is reached all the same
+    dead = choose_dead([body, head], [4, 4], 65 / 68)
+    assert [int((~d).sum()) for d in dead] == [1, 2]
+
+
+def test_live_rows_of_a_sparse_start():
+    """As many live blocks in each layer as the distribution says, and none of the head's rows without one."""
+    norms = [torch.rand(8, 8), torch.tensor([[9.0, 8.0, 7.0, 6.0], [0.5, 0.4, 0.3, 0.2], [5.0, 4.0, 1.0, 1.0]])]
+    for norm, rows in ((norms, [[1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 0, 0]]), (norms[::-1], None)):
+        masks = strongest_masks(norm, [4, 4], 0.5, "uniform")
+        assert [int(mask.sum()) for mask in masks] == [each.numel() // 2 for each in norm]
+        if rows is not None:
+            assert masks[1].int().tolist() == rows
+        else:
+            assert not bool(masks[0].any(1)[1])  # not the head
+    few = strongest_masks([norms[1]], [4], 10 / 12, "uniform")[0]
+    assert int(few.sum()) == 2 and few.any(1).tolist() == [True, True, False]
+
+
+def test_rows_of_the_head_that_are_dead_already_stay_out_of_the_count():
+    head = torch.tensor([[2.0, 1.0, 3.0], [-1.0, -1.0, -1.0]])
+    dead = choose_dead([head], [1], 0.5)[0]
+    assert dead.tolist() == [[False, False, False], [True, True, True]]
 
 
 def test_ties_go_by_layer_order_then_block_index():

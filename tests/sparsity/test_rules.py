@@ -194,16 +194,29 @@ def test_rigl_proposes_the_exchange_and_wants_growth_scores():
 
 
 def test_magnitude_with_regrowth_hits_the_same_sparsity():
-    mask = torch.ones(2, 4, dtype=torch.bool)
-    scores, growth = [torch.arange(8.0).view(2, 4)], [torch.arange(8.0, 0.0, -1.0).view(2, 4)]
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    scores, growth = [torch.arange(8.0).view(1, 8)], [torch.arange(8.0, 0.0, -1.0).view(1, 8)]
     plain, _ = Magnitude().propose(scores, growth, {}, context([mask]))
     rule = Magnitude(regrow=0.5)
     assert rule.needs_growth and not Magnitude().needs_growth
     exchanged, _ = rule.propose(scores, growth, {}, context([mask], fraction=0.0))
-    assert plain[0].tolist() == [[0.0] * 4, [1.0] * 4]
-    assert exchanged[0].tolist() == [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]
+    assert plain[0].tolist() == [[0.0] * 4 + [1.0] * 4]
+    assert exchanged[0].tolist() == [[1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]]
     last, _ = rule.propose(scores, growth, {}, context([mask], fraction=1.0))
     assert torch.equal(last[0], plain[0])
+
+
+@pytest.mark.parametrize("rule", [Magnitude(), Magnitude(regrow=0.9), Rigl(0.9), GroupLasso(form="proximal", strength=1e3)])
+def test_no_rule_takes_the_last_block_of_a_row_of_the_head(rule):
+    """Of the last layer only, which mostly is the head: an output without a live block is a lost class."""
+    body, head = torch.ones(4, 4, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)
+    if isinstance(rule, Rigl):
+        body, head = body.tril(), torch.tensor([[True, False, False, False], [True, True, True, False]])
+    scores = [torch.arange(16.0).view(4, 4) + 9, torch.tensor([[0.1, 0.2, 0.4, 0.3], [0.5, 0.6, 0.7, 0.8]])]
+    growth = [torch.rand(4, 4), torch.tensor([[0.0] * 4, [9.0] * 4])]
+    multipliers, _ = rule.propose(scores, growth, {}, context([body, head], areas=(1, 1), sparsity=0.6))
+    assert (multipliers[1] != 0).any(1).all()
+    assert all(((m == 0) | (m == 1)).all() or isinstance(rule, GroupLasso) for m in multipliers)
 
 
 def test_controlled_group_lasso_forecasts_and_corrects():

@@ -24,13 +24,43 @@ def blocks_to_kill(blocks: int, sparsity: float) -> int:
     return math.ceil(sparsity * blocks - 1e-9)
 
 
-def _choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float) -> list[Tensor]:
+def best_of_rows(score: Tensor) -> Tensor:
+    """The block of greatest score in each block row that has a live one, (m1, n1) bool; dead blocks have scores below 0.
+
+    >>> best_of_rows(torch.tensor([[1.0, 3.0], [-1.0, 0.0], [-1.0, -1.0]])).tolist()
+    [[False, True], [False, True], [False, False]]
+    """
+    return _best_of_rows(score) & (score >= 0)
+
+
+def _best_of_rows(score: Tensor) -> Tensor:
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.argmax(1, keepdim=True), True)
+
+
+def _with_live_rows(live: Tensor, score: Tensor) -> Tensor:
+    """The same number of live blocks, but one in every block row, as far as they go: the worst of fuller rows make room."""
+    live = live.clone()
+    for row in (~live.any(1)).nonzero().flatten().tolist():
+        spare = live & ~_best_of_rows(score.masked_fill(~live, -math.inf))
+        if not spare.any():
+            break
+        live.view(-1)[score.masked_fill(~spare, math.inf).argmin()] = False
+        live[row, score[row].argmax()] = True
+    return live
+
+
+def _choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float, *, head: bool) -> list[Tensor]:
     sizes = [score.numel() for score in scores]
     flat = torch.cat([score.detach().flatten().to("cpu", torch.float64) for score in scores])
     protected = torch.zeros(len(flat), dtype=torch.bool)
     for layer, start in zip(flat.split(sizes), _starts(sizes), strict=True):
         protected[start + int(layer.argmax())] = True
-    order = flat.masked_fill(protected, math.inf).argsort(stable=True)
+    order = flat.argsort(stable=True)
+    if head:  # these die when nothing else is left to
+        late = torch.zeros_like(protected)
+        late[-sizes[-1] :] = best_of_rows(scores[-1].detach().to("cpu", torch.float64)).flatten()
+        order = order[late[order].to(torch.int8).argsort(stable=True)]
+    order = order[protected[order].to(torch.int8).argsort(stable=True)]
     if len(set(areas)) == 1:
         count = blocks_to_kill(len(flat), sparsity)
     else:
@@ -57,10 +87,11 @@ def choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float,
     """The blocks of least score that must be dead for a sparsity; ties broken by layer order and block index.
 
     With equal block sizes exactly ceil(sparsity * N - 1e-9) of the N blocks; with unequal ones the fewest, in order of score,
-    whose weights reach that share of all weights. Every layer keeps its best block.
+    whose weights reach that share of all weights. Every layer keeps its best block; and of the last layer, which mostly is a
+    model's head, the best block of each block row dies only when nothing else is left: an output without one is a lost class.
 
     Args:
-        scores: one (m1, n1) grid a layer; give dead blocks a score below all others, so that they are counted first.
+        scores: one (m1, n1) grid a layer, in the model's order, from 0 on; dead blocks have scores below 0, and count first.
         areas: weights per block, a number a layer.
         sparsity: share to be dead, in [0, 1).
         scope: over all layers together ("global"), or in each ("layer").
@@ -75,8 +106,12 @@ def choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float,
     [[[False, True, False, True]]]
     """
     if scope == "global":
-        return _choose_dead(scores, areas, sparsity)
-    return [_choose_dead([score], [area], sparsity)[0] for score, area in zip(scores, areas, strict=True)]
+        return _choose_dead(scores, areas, sparsity, head=True)
+    last = len(scores) - 1
+    return [
+        _choose_dead([score], [area], sparsity, head=number == last)[0]
+        for number, (score, area) in enumerate(zip(scores, areas, strict=True))
+    ]
 
 
 def erdos_renyi(shapes: Sequence[tuple[int, int]], weights: Sequence[int], density: float) -> list[float]:
@@ -127,6 +162,8 @@ def random_masks(
 def strongest_masks(norms: Sequence[Tensor], areas: Sequence[int], sparsity: float, distribution: Distribution) -> list[Tensor]:
     """The blocks of greatest norm, as many in each layer as a distribution wants; see `random_masks`.
 
+    In the last layer, mostly a model's head, no block row is left without one while others have two.
+
     Args:
         norms: one (m1, n1) grid a layer.
         areas: weights per block, a number a layer.
@@ -143,4 +180,6 @@ def strongest_masks(norms: Sequence[Tensor], areas: Sequence[int], sparsity: flo
     for grid, number, wanted in zip(norms, blocks, density, strict=True):
         order = grid.detach().flatten().argsort(descending=True, stable=True).argsort().to("cpu", torch.float64)
         scores.append(wanted * number / (order.view(grid.shape) + 0.5))
-    return [~dead for dead in choose_dead(scores, areas, sparsity)]
+    masks = [~dead for dead in _choose_dead(scores, areas, sparsity, head=False)]
+    norm = norms[-1].detach().to(masks[-1].device, torch.float64)
+    return [*masks[:-1], _with_live_rows(masks[-1], norm)]

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from kronblocks.sparsity.budget import Scope, choose_dead
+from kronblocks.sparsity.budget import Scope, best_of_rows, choose_dead
 from kronblocks.sparsity.schedule import Phase
 from kronblocks.sparsity.targets import BlockTarget, Score
 
@@ -75,12 +75,15 @@ def cut(scores: Sequence[Tensor], ctx: RuleContext, sparsity: float) -> list[Ten
 def shrink(scores: Sequence[Tensor], thresholds: Sequence[float], ctx: RuleContext, sparsity_cap: float) -> list[Tensor]:
     """The proximal step max(0, 1 - threshold/score) (equation 14), which never kills more than `sparsity_cap` of all.
 
-    Blocks that would die beyond the cap, or the last one of a layer, are left alone, so that the target can be hit exactly.
+    Blocks that would die beyond the cap, or the last one of a layer or of a block row of the head, are left alone, so that the
+    target can be hit exactly.
     """
     multipliers = [
         (1 - threshold / score.clamp_min(torch.finfo(score.dtype).tiny)).clamp_min(0).masked_fill(~mask, 0)
         for score, threshold, mask in zip(scores, thresholds, ctx.masks, strict=True)
     ]
+    head = best_of_rows(scores[-1].masked_fill(~ctx.masks[-1], -1.0)) & (multipliers[-1] == 0)
+    multipliers[-1] = multipliers[-1].masked_fill(head, 1.0)
     dead = sum(int((m == 0).sum()) * area for m, area in zip(multipliers, ctx.areas, strict=True))
     total = sum(m.numel() * area for m, area in zip(multipliers, ctx.areas, strict=True))
     if ctx.scope == "global" and dead <= sparsity_cap * total and all(bool(m.any()) for m in multipliers):

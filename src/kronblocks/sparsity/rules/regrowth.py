@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kronblocks.sparsity.budget import best_of_rows
 from kronblocks.sparsity.rules.base import RuleContext
 
 
@@ -16,7 +17,8 @@ def exchange(
 ) -> list[Tensor]:
     """In every layer, drop live blocks of least score and grow as many of greatest growth score, never more or fewer.
 
-    A dropped block competes with the dead ones: where its gradient is greater it stays, with its weights.
+    A dropped block competes with the dead ones: where its gradient is greater it stays, with its weights. Of the last layer,
+    which mostly is a model's head, every block row keeps its best block.
 
     Args:
         alive: (m1, n1) bool grids, the blocks that would live.
@@ -33,9 +35,12 @@ def exchange(
     """
     now = share * 0.5 * (1 + math.cos(math.pi * ctx.fraction))
     exchanged = []
-    for live, score, growth in zip(alive, scores, growth_scores, strict=True):
-        number = min(int(now * int(live.sum())), int(live.sum()) - 1)
-        order = score.masked_fill(~live, math.inf).flatten().argsort(stable=True)
+    for place, (live, score, growth) in enumerate(zip(alive, scores, growth_scores, strict=True)):
+        kept_anyway = torch.zeros_like(live)
+        if place == len(alive) - 1:
+            kept_anyway = best_of_rows(score.masked_fill(~live, -1.0))
+        number = min(int(now * int(live.sum())), int(live.sum()) - max(1, int(kept_anyway.sum())))
+        order = score.masked_fill(~live | kept_anyway, math.inf).flatten().argsort(stable=True)
         kept = live.clone()
         kept.view(-1)[order[:number]] = False
         wanted = growth.masked_fill(kept, -1.0).flatten().argsort(descending=True, stable=True)[:number]
