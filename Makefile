@@ -64,7 +64,7 @@ test-gpu: $(VENV)/.dev
 bench-gpu: $(VENV)/.experiments
 	for dtype in fp32 tf32 bf16; do \
 		$(BIN)/kronblocks bench step --device cuda --authors --compiled --dtype $$dtype && \
-		$(BIN)/kronblocks bench step --device cuda --authors --compiled --dtype $$dtype --rows 256 --graphs && \
+		$(BIN)/kronblocks bench step --device cuda --authors --compiled --dtype $$dtype --rows 256 --graphs --no-memory && \
 		$(BIN)/kronblocks bench ops --device cuda --large --compiled --dtype $$dtype || exit 1; \
 	done
 	for model in vit-tiny vit-base; do \

@@ -140,9 +140,9 @@ DAMAGE = {
     "unknown plan": {"seconds": {REFERENCE: 1.0, "sparse": 1.0}},
     "zero": {"seconds": {REFERENCE: 1.0, "dense": 0.0}},
     "negative": {"seconds": {REFERENCE: 1.0, "dense": -1.0}},
-    "infinite": '{"version": 3, "key": KEY, "seconds": {"F.linear": 1.0, "dense": 1e999}}',
-    "NaN": '{"version": 3, "key": KEY, "seconds": {"F.linear": 1.0, "dense": NaN}}',
-    "huge": '{"version": 3, "key": KEY, "seconds": {"F.linear": 1.0, "dense": ' + "9" * 5000 + "}}",
+    "infinite": '{"version": 4, "key": KEY, "seconds": {"F.linear": 1.0, "dense": 1e999}}',
+    "NaN": '{"version": 4, "key": KEY, "seconds": {"F.linear": 1.0, "dense": NaN}}',
+    "huge": '{"version": 4, "key": KEY, "seconds": {"F.linear": 1.0, "dense": ' + "9" * 5000 + "}}",
     "text": {"seconds": {REFERENCE: 1.0, "dense": "1.0"}},
     "long": {"padding": "x" * 100_000},
 }

@@ -212,6 +212,8 @@ def test_how_many_rows_a_program_multiplies(rows, columns, height, itemsize, ste
 
 
 def test_the_quickest_sizes_are_kept(monkeypatch, tmp_path):
+    from triton.runtime.errors import OutOfResources
+
     monkeypatch.setenv("KRONBLOCKS_CACHE", str(tmp_path))
     seconds = {1: 3.0, 2: 1.0, 4: 2.0}
     default, *others = (tuning.Sizes(16, rows, 16, 4, 2) for rows in (1, 2, 4, 8))
@@ -220,7 +222,7 @@ def test_the_quickest_sizes_are_kept(monkeypatch, tmp_path):
     def run(sizes: tuning.Sizes) -> int:
         ran.append(sizes)
         if sizes.rows == 8:
-            raise RuntimeError("out of resource: shared memory")
+            raise OutOfResources(524_288, 232_448, "shared memory")
         return sizes.rows
 
     monkeypatch.setattr(tuning, "_seconds", lambda call: seconds[call()])
@@ -234,6 +236,11 @@ def test_the_quickest_sizes_are_kept(monkeypatch, tmp_path):
     file.write_text(file.read_text().replace('"rows": 2', '"rows": 1048576'))
     tuning.forget()
     assert tuning.tuned("kernel", {"rank": 1}, 100, default, others, run) == 2, "sizes that are none of the possible ones"
+    monkeypatch.setattr(tuning, "_recording", lambda: True)
+    tuning.forget()
+    assert tuning.tuned("kernel", {"rank": 1}, 100, default, others, run) == 2, "what is known is used in a CUDA graph"
+    ran.clear()
+    assert tuning.tuned("kernel", {"rank": 9}, 100, default, others, run) == 1 and len(ran) == 1, "and nothing is tried"
     tuning.forget()
 
 

@@ -26,7 +26,7 @@ from kronblocks.ops.timing import REFERENCE, measure, measured_rows
 Tables = dict[str, dict[str, float]]
 """What timings depend on, as JSON text -> plan -> seconds a step."""
 
-_VERSION = 3
+_VERSION = 4
 _memo: Tables = {}
 
 
@@ -102,6 +102,8 @@ def _key(problem: Problem) -> str:
             "threads": torch.get_num_threads() if device == "cpu" else None,
             "torch": torch.__version__,
             "backend": backend_key(device, problem.dtype),
+            "precision": None if device == "cpu" else torch.get_float32_matmul_precision(),
+            "tuned": None if device == "cpu" else os.environ.get("KRONBLOCKS_TUNE") == "1",
             "shape": [problem.grid.out_features, problem.grid.in_features],
             "block": list(problem.grid.block),
             "rank": problem.rank,

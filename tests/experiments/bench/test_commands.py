@@ -38,7 +38,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainings, "train_apart", train)
-        patch.setattr(whole_model, "apart", lambda function, *arguments: function(*arguments))
+        patch.setattr(whole_model, "alone", lambda device, function, *arguments: function(*arguments))
         for line in (
             f"ops {TINY} {GRID}",
             f"infer {TINY} {GRID}",
@@ -180,7 +180,7 @@ def test_train_rows(results):
 
 def test_memory_and_losses_come_from_a_process_of_its_own(tmp_path):
     settings = StepSettings(out=tmp_path, quick=True, threads=1, rows=(16,), width=64, loss_steps=2)
-    found = steps.apart(steps.train_some, "dense", settings, 16)
+    found = steps.alone("cpu", steps.train_some, "dense", settings, 16)
     assert found["peak_bytes"] >= 0 and found["last_loss"] < found["first_loss"]
 
 

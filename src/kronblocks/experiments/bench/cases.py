@@ -133,11 +133,11 @@ def peer_cases(layer: BlockSparseLinear, rows: int) -> tuple[list[Case], dict[st
     live = int(layer.block_mask.sum()) * layer.grid.block.area
     assert layer.bias is not None
     weight, bias = layer.dense_weight(), layer.bias.detach()
-    few = weight.new_zeros(16, layer.grid.in_features)
+    x = weight.new_zeros(rows, layer.grid.in_features)
     for name, make in PEERS.items():
         try:
             product = make(weight, bias, layer.grid)
-            peers.tried(product, few)
+            peers.tried(product, x)
             cases.append(Case(name, product, layer, rows * live, live))
         except peers.Unavailable as error:
             reasons[name] = str(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -14,18 +13,17 @@ from kronblocks.experiments.bench.machine import use
 from kronblocks.experiments.bench.results import Results, Row
 
 
-def choose_again(settings: GridSettings, shared: dict[str, Any], ways_of: Callable[[Group], Ways]) -> Results:
+def choose_again(settings: GridSettings, ways_of: Callable[[Group], Ways]) -> Results:
     """Give every "auto" of finished groups the row of the case that it comes down to now, and write the file.
 
     A choice whose case was not measured stays as it was.
 
     Args:
         settings: the grid.
-        shared: settings that all rows share.
         ways_of: the cases and the choices of a group.
     """
     use(settings)
-    results = Results.open(settings.path, settings.kind, columns_of(settings), KEY, shared)
+    results = Results.open(settings.path, settings.kind, columns_of(settings), KEY, settings.shared())
     known = {tuple(row[name] for name in KEY): row for row in results.rows}
     finished = {key[:4] for key in known}
     todo = [group for group in settings.groups() if not group.second_pass and tuple(group.key.values()) in finished]

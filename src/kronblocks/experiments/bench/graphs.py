@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ def graphed(call: Callable[[], Result]) -> Callable[[], Result]:
         call: the same work on the same tensors every time, without reading anything back from the device.
 
     Raises:
-        RuntimeError: it does something that cannot be recorded.
+        RuntimeError: it does something that cannot be recorded. The process is as it was before.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -27,9 +28,16 @@ def graphed(call: Callable[[], Result]) -> Callable[[], Result]:
         for _ in range(_WARM_UPS):
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    graph, before, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            result = call()
+    except Exception:
+        torch.cuda.set_stream(before)  # which a failed capture leaves undone, as it does the allocator's pool
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        raise
 
     def replay() -> Result:
         graph.replay()

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench import peers
-from kronblocks.experiments.bench.cases import BOTH, FASTKRON, FORWARD, Case
+from kronblocks.experiments.bench.cases import BOTH, DENSE, FASTKRON, FORWARD, Case
 from kronblocks.experiments.bench.check import Truth
 from kronblocks.experiments.bench.graphs import graphed
 from kronblocks.experiments.bench.grids import GridSettings, Group
@@ -173,8 +174,10 @@ def time_group(
         peaks = {name: {PEAK: _peak(call)} for name, call in calls.items()} if settings.device == "cuda" else {}
         if settings.graphs:
             calls = _recorded(calls, results.head["skipped"])
+        if DENSE not in calls:
+            raise KronblocksError(f"{group}: dense itself cannot be timed so: {results.head['skipped'].get(DENSE)}")
         times = measure(calls, settings.budget, seed=len(results.rows), device=settings.device)
-        dense, machine = times[ways.cases[0].name], results.head["machine"]
+        dense, machine = times[DENSE], results.head["machine"]
         about = dense, machine, settings.torch_dtype.itemsize
         found = {
             name: {**_row(group, cases[name], direction, timing, *about), **peaks.get(name, {})} for name, timing in times.items()
@@ -200,7 +203,6 @@ def _work(group: Group) -> float:
 
 def run_grid(
     settings: GridSettings,
-    shared: dict[str, Any],
     ways_of: Callable[[Group], Ways],
     *,
     inference: bool = False,
@@ -211,14 +213,13 @@ def run_grid(
 
     Args:
         settings: the grid.
-        shared: settings that all rows share.
         ways_of: the cases of a group.
         inference: forward in inference mode.
         training_rows: from this many rows on, forward + backward too; None: never.
         show: prints a finished group.
     """
     use(settings)
-    results = Results.open(settings.path, settings.kind, columns_of(settings), KEY, shared, fresh=settings.fresh)
+    results = Results.open(settings.path, settings.kind, columns_of(settings), KEY, settings.shared(), fresh=settings.fresh)
     todo = _unfinished(settings, results)
     if "machine" not in results.head:
         results.head.update(machine=roofline(settings), skipped={})

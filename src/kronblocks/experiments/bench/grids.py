@@ -169,6 +169,10 @@ class InferSettings(GridSettings):
             raise KronblocksError(f"--rank is a whole number from 1 on, not {self.rank}")
         super().__post_init__()
 
+    def shared(self) -> dict[str, Any]:
+        """What all rows of a file have in common."""
+        return {**super().shared(), "rank": self.rank}
+
     def _full(self) -> list[Group]:
         quick = self.quick
         groups = self._product(

@@ -50,7 +50,6 @@ def show(console: Console, group: Group, rows: list[Row]) -> None:
 
 def run(settings: InferSettings) -> Results:
     """Measure what is missing, and write it."""
-    shared, ways_of = {**settings.shared(), "rank": settings.rank}, lambda group: ways(group, settings)
     if settings.choices:
-        return choose_again(settings, shared, ways_of)
-    return run_grid(settings, shared, ways_of, inference=True, show=show)
+        return choose_again(settings, lambda group: ways(group, settings))
+    return run_grid(settings, lambda group: ways(group, settings), inference=True, show=show)

@@ -29,6 +29,12 @@ def use(settings: TimedSettings) -> None:
         if not torch.cuda.is_available():
             raise KronblocksError("--device cuda: torch sees no GPU here; write --device cpu")
         os.environ.setdefault("KRONBLOCKS_TRITON", "1")
+    if settings.compiled:
+        import torch._dynamo.config as dynamo
+
+        # all models of a class share one code object, and beyond the limit they would run uncompiled under a compiled one's name
+        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 100_000
+        dynamo.fail_on_recompile_limit_hit = True
     torch.set_float32_matmul_precision("high" if settings.dtype == "tf32" else "highest")
     torch.set_num_threads(settings.threads)
 

@@ -86,8 +86,8 @@ def show(console: Console, group: Group, rows: list[Row]) -> None:
 def run(settings: OpsSettings) -> Results:
     """Measure what is missing, and write it."""
     if settings.choices:
-        return choose_again(settings, settings.shared(), lambda group: ways(group, settings))
-    results = run_grid(settings, settings.shared(), lambda group: ways(group, settings), training_rows=TRAINING_ROWS, show=show)
+        return choose_again(settings, lambda group: ways(group, settings))
+    results = run_grid(settings, lambda group: ways(group, settings), training_rows=TRAINING_ROWS, show=show)
     if peers.has_fastkron():
         results.head["skipped"].pop(FASTKRON, None)
     else:

@@ -28,11 +28,13 @@ def tried(product: Product, x: Tensor) -> None:
     """Call a product once.
 
     Raises:
-        Unavailable: its library has none for this device, dtype or block size.
+        Unavailable: its library has none for this device, dtype, block size or number of rows.
     """
     try:
         product(x)
-    except (RuntimeError, ValueError, NotImplementedError, TypeError, AssertionError) as error:
+        if x.is_cuda:
+            torch.cuda.synchronize()
+    except Exception as error:  # each library has its own
         raise Unavailable(str(error).strip().partition("\n")[0] or type(error).__name__) from error
 
 

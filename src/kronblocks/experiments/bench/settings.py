@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,18 @@ from kronblocks.experiments.bench.timing import Budget
 from kronblocks.experiments.models import TransformerName
 from kronblocks.experiments.tasks import DataName, TrainConfig
 from kronblocks.methods import Method
+from kronblocks.ops import backends
 
 RESULTS, QUICK_RESULTS = Path("benchmarks/results"), Path("runs/bench-quick")
 
 Precision = Literal["fp32", "tf32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
+def on_gpu(dtype: torch.dtype) -> dict[str, Any]:
+    """What times on a GPU depend on beside the settings: the card, and who computes."""
+    tuned = os.environ.get("KRONBLOCKS_TUNE") == "1"
+    return {"gpu": torch.cuda.get_device_name(), "backend": backends.backend_key("cuda", dtype), "tuned": tuned}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +113,7 @@ class TimedSettings(BenchSettings):
             "repeats": budget.repeats,
             "quick": self.quick,
             **{name: True for name in ("compiled", "graphs") if getattr(self, name)},
+            **(on_gpu(self.torch_dtype) if self.device == "cuda" else {}),
         }
 
 
@@ -201,7 +210,7 @@ class DeploySettings(TimedSettings):
 class ModelSettings(TimedSettings):
     """Time training steps and inference of a whole vision transformer, dense and block-sparse, with their peak memory.
 
-    With --dtype bf16 weights stay in fp32 and products are taken under autocast, as models are trained.
+    With --dtype bf16 training keeps weights in fp32 and takes products under autocast; inference has bf16 weights.
     """
 
     model: TransformerName = "vit-tiny"

@@ -18,7 +18,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.check import dense_weight
 from kronblocks.experiments.bench.graphs import graphed
 from kronblocks.experiments.bench.machine import roofline, use
-from kronblocks.experiments.bench.memory import PeakBytes, apart
+from kronblocks.experiments.bench.memory import PeakBytes, alone
 from kronblocks.experiments.bench.models import CLASSES, QUICK, Mlp, Place, StepModel, plan_of, step_models
 from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.settings import StepSettings
@@ -65,9 +65,16 @@ class Training:
         )
         self._step = self._plain_step
 
-    def record_(self) -> None:
-        """Make every further step the replay of a CUDA graph."""
-        self._step = graphed(self._plain_step)
+    def record_(self, name: str) -> None:
+        """Make every further step the replay of a CUDA graph.
+
+        Raises:
+            KronblocksError: it cannot be one.
+        """
+        try:
+            self._step = graphed(self._plain_step)
+        except RuntimeError as error:
+            raise KronblocksError(f"{name} cannot be a CUDA graph ({error}): name the others with --cases") from error
 
     def loss(self) -> Tensor:
         """Cross-entropy, and the penalty where there is one."""
@@ -155,10 +162,11 @@ def measure_batch(settings: StepSettings, kinds: list[StepModel], rows: int, pro
         progress(f"{rows:,} rows, checking {name}")
         trainings[name].check(name)
         if settings.graphs:
-            trainings[name].record_()
+            trainings[name].record_(name)
     progress(f"{rows:,} rows, timing")
     times = measure(trainings, settings.budget, seed=rows, device=settings.device)
-    del trainings
+    trainings.clear()
+    gc.collect()
     found: dict[str, Row] = {}
     for name, timing in times.items():
         speed, low, high = timing.speed_to(times["dense"])
@@ -177,7 +185,7 @@ def measure_batch(settings: StepSettings, kinds: list[StepModel], rows: int, pro
         }
         if settings.memory:
             progress(f"{rows:,} rows, memory of {name}")
-            found[name].update(apart(train_some, name, settings, rows))
+            found[name].update(alone(settings.device, train_some, name, settings, rows))
     for name, alias in aliases.items():
         if alias is not None:
             found[name] = {**found[alias], "case": name}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from kronblocks.experiments.bench.machine import roofline, use
-from kronblocks.experiments.bench.memory import PeakBytes, apart
+from kronblocks.experiments.bench.memory import PeakBytes, alone
 from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.settings import ModelSettings
 from kronblocks.experiments.bench.timing import Timing, measure
@@ -38,6 +38,7 @@ DENSE, COMPILED, FACTORS, BLOCKS = (
     "two-phase, after the lift (live blocks)",
 )
 _STEPS = 3  # of the process whose peak memory counts
+_TOLERANCES = {"fp32": 1e-4, "tf32": 5e-2, "bf16": 5e-2}  # of exported outputs, which rounding alone moves by so much
 _MANY = 10**6  # steps that a sparsifier is told of, so that nothing is pruned while the clock runs
 
 
@@ -123,27 +124,23 @@ def measure_training(settings: ModelSettings, progress: Callable[[str], None]) -
     for case, timing in times.items():
         progress(f"memory of {case}")
         row = _timed(TRAINING, case, timing, times[DENSE], settings.images)
-        rows.append({**row, "parameters": parameters[case], **apart(train_some, case, settings)})
+        rows.append({**row, "parameters": parameters[case], **alone(settings.device, train_some, case, settings)})
     return rows
 
 
 @torch.inference_mode()
 def measure_inference(settings: ModelSettings, progress: Callable[[str], None]) -> list[Row]:
-    """A model with live blocks as `export` ships it, beside the same weights in a dense one."""
+    """A model with live blocks as `export` ships it, beside the same weights in a dense one, in bf16 where that is asked for."""
     progress("exporting")
     training = Training(BLOCKS, settings)
-    sparse, images = training.model.eval().requires_grad_(False), training.images
-    exported = export(sparse, images)
+    sparse = training.model.eval().requires_grad_(False).to(settings.torch_dtype)
+    images = training.images.to(settings.torch_dtype)
+    exported = export(sparse, images, tolerance=_TOLERANCES[settings.dtype])
     densify_(sparse)
     models = {DENSE: sparse, "exported": exported.model}
-    in_precision = autocast(settings)
 
     def call(model: nn.Module) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with in_precision():
-                return model(images)
-
-        return run
+        return lambda: model(images)
 
     progress("timing inference")
     times = measure({name: call(model) for name, model in models.items()}, settings.budget, device=settings.device)

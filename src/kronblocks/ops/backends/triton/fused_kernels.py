@@ -14,6 +14,7 @@ SIDE copies of the tile on its diagonal. BC and BD are C and D padded to powers 
 """
 
 # pyright: reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton

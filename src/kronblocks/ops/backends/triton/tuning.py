@@ -7,6 +7,7 @@ sums are rounded, so that results may differ from those of a machine that tuned 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -42,15 +43,16 @@ class Sizes:
 
 
 def wanted(device: torch.device) -> bool:
-    """Whether launches on a device are tuned; never while a CUDA graph is recorded."""
+    """Whether launches on a device are tuned."""
     asked = os.environ.get("KRONBLOCKS_TUNE") == "1" and not torch.are_deterministic_algorithms_enabled()
-    return asked and device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return asked and device.type == "cuda"
 
 
 def tuned(
     kernel: str, about: dict[str, Any], rows: int, default: Sizes, others: Iterable[Sizes], run: Callable[[Sizes], Result]
 ) -> Result:
-    """Run a launch with the sizes known to be quickest for its shape, or after finding them.
+    """Run a launch with the sizes known to be quickest for its shape, or after finding them; but nothing is tried while a CUDA
+    graph is recorded.
 
     Args:
         kernel: its name.
@@ -63,8 +65,16 @@ def tuned(
     key = json.dumps({"kernel": kernel, **about, "rows": padded(max(1, rows)), **_machine()}, sort_keys=True)
     if key not in _memo:
         others = list(others)
-        _memo[key] = _read(key, (default, *others)) or _quickest(key, default, others, run)
+        known = _read(key, (default, *others))
+        if known is None and _recording():
+            return run(default)
+        _memo[key] = known or _quickest(key, default, others, run)
     return run(_memo[key])
+
+
+def _recording() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def forget() -> None:
@@ -81,12 +91,13 @@ def _machine() -> dict[str, str]:
 
 
 def _quickest(key: str, default: Sizes, others: Iterable[Sizes], run: Callable[[Sizes], Any]) -> Sizes:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
     seconds = {default: _seconds(lambda: run(default))}
     for sizes in others:
-        try:
+        with contextlib.suppress(OutOfResources, PTXASError, CompilationError):  # more registers or shared memory than there are
             seconds[sizes] = _seconds(functools.partial(run, sizes))
-        except (RuntimeError, ValueError):  # more registers or shared memory than there are
-            continue
     best = min(seconds, key=seconds.__getitem__)
     kept.write("sizes", _VERSION, key, sizes=dataclasses.asdict(best))
     return best

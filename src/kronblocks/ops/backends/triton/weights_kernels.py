@@ -5,6 +5,7 @@ all blocks, row by row, `values` is W, and `live` (or nothing) says which count.
 """
 
 # pyright: reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton
