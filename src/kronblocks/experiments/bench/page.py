@@ -52,7 +52,7 @@ kronblocks bench step   # whole training steps of an MLP, and their peak memory
 kronblocks bench infer  # one layer in inference
 kronblocks bench deploy # a whole exported model
 kronblocks bench train  # whole trainings on the clock
-kronblocks bench model --model vit-tiny    # a whole vision transformer
+kronblocks bench model --model vit-tiny --seconds 2  # a whole vision transformer
 kronblocks bench tables # this page
 ```
 
