@@ -60,3 +60,9 @@ def test_shortlist_drops_what_another_beats_in_both_and_thins_the_rest():
     assert reasons["4x4"].startswith("2x2 is estimated faster")
     kept, reasons = shortlist([two, four, eight, sixteen], 2)
     assert kept == [two, sixteen] and "nearly as fast as 16x16" in reasons["8x8"]
+
+
+def test_where_no_usual_size_fits_the_divisors_are_candidates():
+    config = SparsityConfig(rank=1, target_sparsity=0.5)
+    assert [str(c.block) for c in find_candidates(nn.Sequential(nn.Linear(147, 63)), config)] == ["3x3", "7x7", "21x21"]
+    assert [str(c.block) for c in find_candidates(nn.Sequential(nn.Linear(144, 48)), config)][:3] == ["2x2", "4x4", "8x8"]

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from kronblocks import BlockSize, KronblocksError, KroneckerBlockLinear, SparsityConfig, sparsify_
-from kronblocks.search.candidates import Candidate
+from kronblocks.search.candidates import Candidate, find_candidates
 from kronblocks.search.halving import SearchConfig, _judge, _note, _Result, find_block_size, standings
-from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
+from kronblocks.search.mixture import MixtureConfig, _MixtureTraining, find_block_size_in_mixture_
 from kronblocks.search.report import Path, Rung, SearchReport
 from kronblocks.search.task import SearchTask, Trial
 
@@ -55,6 +55,42 @@ def test_a_trial_is_the_training_that_the_config_means():
     for _ in range(40):
         other.step(next(data))
     assert torch.equal(task().judge(trial.model), task().judge(other.model))
+
+
+def test_a_trial_takes_the_whole_recipe():
+    recipe = dataclasses.replace(task(), weight_decay=0.1, factor_weight_decay=0.05, factor_lr_scale=2.0, lifted_lr_scale=3.0)
+    groups = {group["name"]: group for group in Trial(model(), CONFIG, recipe, 40, seed=0)._optimizer.param_groups}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        **{"dense": 0.1, "no-decay": 0.0, "factors": 0.05, "lifted": 0.05},
+    }
+    assert [groups[name]["max_lr"] / groups["dense"]["max_lr"] for name in ("factors", "lifted")] == [2.0, 3.0]
+
+
+def mixed(sizes: tuple[int, ...], net: nn.Module, seconds: dict[str, float] | None = None) -> _MixtureTraining:
+    """A training of candidates together, at its beginning."""
+    kept = find_candidates(net, CONFIG, sizes)
+    training = _MixtureTraining(net, CONFIG, task(), kept, MixtureConfig(weights="time"), 10)
+    training._seconds = seconds or training._seconds
+    return training
+
+
+def test_of_candidates_that_do_harm_the_one_that_takes_longer_goes_first(monkeypatch):
+    training = mixed((2, 4, 8), model(), {"2x2": 4.0, "4x4": 1.0, "8x8": 1.0})
+    missed = {"2x2": -0.1, "4x4": -0.2, "8x8": 0.5}
+    whole = float(training._task.judge(training._model).mean())
+    monkeypatch.setattr(training, "_without", lambda scope, name: whole + missed[name])
+    paths = {name: Path(BlockSize.parse(name), {}, 1.0, 0.0) for name in missed}
+    training._remove_worst(1, paths)
+    assert {name for mixture in training._mixtures.values() for name in mixture.candidates} == {"4x4", "8x8"}
+
+
+def test_candidates_that_fit_other_layers_meet_where_all_fit():
+    training = mixed((5, 4), nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 20), nn.Linear(20, 16)))
+    assert {name: list(mixture.candidates) for name, mixture in training._mixtures.items()} == {
+        **{"1": ["4x4", "5x5"], "2": ["4x4", "5x5"]},
+    }
+    with pytest.raises(KronblocksError, match="no layer is fit by all candidates"):
+        mixed((5, 4), nn.Sequential(nn.Linear(35, 5), nn.Linear(9, 32)))
 
 
 def test_halving_gives_every_candidate_its_steps_and_a_reason():

@@ -19,7 +19,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.experiments.data import BatchSampler, Dataset, limited, load_data
 from kronblocks.experiments.models import build_model
 from kronblocks.experiments.search_figure import draw
-from kronblocks.experiments.tasks import ModelAndData, TrainConfig
+from kronblocks.experiments.tasks import ModelAndData, Recipe, TrainConfig
 from kronblocks.experiments.versions import versions
 from kronblocks.files import write_json
 from kronblocks.methods import Method
@@ -29,7 +29,7 @@ from kronblocks.search.report import SearchReport
 from kronblocks.search.task import SearchTask
 
 
-def search_task(data: Dataset, batch_size: int, lr: float, weight_decay: float = 0.0) -> SearchTask:
+def search_task(data: Dataset, batch_size: int, recipe: Recipe) -> SearchTask:
     """Training and validation images with the cross-entropy; the test images are not touched."""
 
     def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -45,7 +45,7 @@ def search_task(data: Dataset, batch_size: int, lr: float, weight_decay: float =
         images, labels = batch
         return nn.functional.cross_entropy(model(images), labels, reduction="none")
 
-    return SearchTask(batches, held_out, losses, lr=lr, weight_decay=weight_decay)
+    return SearchTask(batches, held_out, losses, **recipe._asdict())
 
 
 def steps_of(config: TrainConfig, data: Dataset) -> int:
@@ -57,7 +57,7 @@ def search_for(config: TrainConfig, data: Dataset, search: SearchConfig | None =
     """The search that a training with `block_size="auto"` begins with."""
     torch.manual_seed(config.seed)
     model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size)
-    task = search_task(data, config.batch_size, config.recipe.lr, config.recipe.weight_decay)
+    task = search_task(data, config.batch_size, config.recipe)
     with Progress(console=Console(stderr=True), transient=True, disable=not config.progress) as progress:
         bar = progress.add_task("looking for the block size", total=1.0)
         return find_block_size(
@@ -128,7 +128,7 @@ def run(config: FindConfig) -> SearchReport:
             report = find_block_size_in_mixture_(
                 model,
                 training.sparsity_config(),
-                search_task(data, config.batch_size, training.recipe.lr),
+                search_task(data, config.batch_size, training.recipe),
                 total_steps=steps_of(training, data),
                 rows=config.batch_size,
                 search=mixture,

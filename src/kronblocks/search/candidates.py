@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from kronblocks.selection import Selected, select
 from kronblocks.sparsity.budget import choose_dead
 
 SIZES = (2, 4, 8, 16, 32, 64)
-"""Sides of the square blocks that are candidates where the user names none."""
+"""Sides of the square blocks that are candidates where the user names none; where none fits, those that divide a layer."""
 
 
 _CLEARLY = 0.05  # of the energy: less of a difference is chance
@@ -96,6 +97,12 @@ def _fitting(model: nn.Module, config: SparsityConfig) -> tuple[Selected, ...]:
     return layers
 
 
+def _divisors(model: nn.Module) -> list[int]:
+    """Sides from 2 to 64 of squares that divide a linear layer."""
+    sides = {math.gcd(*module.weight.shape) for module in model.modules() if isinstance(module, nn.Linear)}
+    return [side for side in range(2, SIZES[-1] + 1) if any(common % side == 0 for common in sides)]
+
+
 def find_candidates(
     model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike] | None = None, *, rows: int = 1024
 ) -> list[Candidate]:
@@ -104,15 +111,17 @@ def find_candidates(
     Args:
         model: dense, before `sparsify_`.
         config: which layers, which rank; its block size does not count.
-        sizes: those to consider; None: squares of 2 to 64.
+        sizes: those to consider; None: squares of 2, 4, 8 to 64, and where none of them fits, of all sides that divide a layer.
         rows: rows of x per step, for the estimated times.
 
     Raises:
         KronblocksError: none of the sizes fits any layer, or leaves blocks enough for the sparsity.
     """
+    if sizes is None:
+        sizes = SIZES if any(_fitting(model, with_block(config, BlockSize(side, side))) for side in SIZES) else _divisors(model)
     device = next(model.parameters()).device.type
     found: dict[tuple[str, ...], Candidate] = {}
-    for size in SIZES if sizes is None else sizes:
+    for size in sizes:
         block = BlockSize.parse(size)
         layers = _fitting(model, with_block(config, block))
         if not layers:

@@ -1,4 +1,4 @@
-"""Block-size search by held-out loss at equal cost: short trainings side by side on the same batches, in successive rounds."""
+"""Block-size search by held-out loss after equally many steps: short trainings side by side on the same batches, in rounds."""
 
 from __future__ import annotations
 

@@ -123,14 +123,17 @@ class _MixtureTraining:
     ) -> None:
         self._model, self._task, self._search, self.steps = model, task, search, steps
         self._mixtures: dict[str, BlockMixtureLinear] = {}
-        names = [layer.name for layer in kept[0].layers]
+        grids = {str(c.block): {layer.name: layer.grid.block for layer in c.layers} for c in kept}
+        names = [layer.name for layer in kept[0].layers if all(layer.name in fits for fits in grids.values())]
+        if not names:
+            raise KronblocksError("no layer is fit by all candidates together: name other sizes, or search by short trainings")
         rank = config.rank if isinstance(config.rank, int) else _RANK
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(search.seed)
-            for position, name in enumerate(names):
+            for name in names:
                 linear = model.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
-                sizes = {str(c.block): c.layers[position].grid.block for c in kept}
+                sizes = {candidate: fits[name] for candidate, fits in grids.items()}
                 mixture = BlockMixtureLinear.like(linear, sizes, rank, per_row=config.tiles == "per-row")
                 replace_(model, name, mixture)
                 self._mixtures[name] = mixture
@@ -208,7 +211,9 @@ class _MixtureTraining:
                 continue
             whole = self._task.judge(self._model).mean()
             missed = {name: float(self._without(scope, name) - whole) for name in names}
-            rated = {name: missed[name] / self._weight(name) for name in names}
+            # what does harm has to go, and first what takes long
+            weights = {name: self._weight(name) for name in names}
+            rated = {name: value / weights[name] if value > 0 else value * weights[name] for name, value in missed.items()}
             worst = min(rated, key=rated.__getitem__)
             others = ", ".join(f"{name} {value:+.4f}" for name, value in rated.items() if name != worst)
             why = (

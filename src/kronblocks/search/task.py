@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError, PerformanceWarning
-from kronblocks.groups import parameter_groups
+from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, parameter_groups
 from kronblocks.surgery import sparsify_
 
 
@@ -32,6 +32,9 @@ class SearchTask:
         losses: loss of every example (or token) of a batch, (N,), differentiable.
         lr: learning rate of AdamW for what is not sparse, as for `parameter_groups`.
         weight_decay: of dense weights.
+        factor_weight_decay: of factors and free block values.
+        factor_lr_scale: rate of factors, relative to `lr`.
+        lifted_lr_scale: rate of free block values, relative to `lr`.
     """
 
     batches: Callable[[int], Iterator[Any]]
@@ -39,6 +42,9 @@ class SearchTask:
     losses: Callable[[nn.Module, Any], Tensor]
     lr: float = 4e-3
     weight_decay: float = 0.0
+    factor_weight_decay: float = 0.0
+    factor_lr_scale: float = FACTOR_LR_SCALE
+    lifted_lr_scale: float = LIFTED_LR_SCALE
 
     def stream(self, seed: int) -> Iterator[Any]:
         """The training batches.
@@ -81,7 +87,14 @@ class Trial:
             warnings.simplefilter("ignore", PerformanceWarning)  # whether a size pays is what the search finds out
             torch.manual_seed(seed)
             self.sparsifier = sparsify_(self.model, dataclasses.replace(config, measure_plans=False))
-        groups = parameter_groups(self.model, lr=task.lr, weight_decay=task.weight_decay)
+        groups = parameter_groups(
+            self.model,
+            lr=task.lr,
+            weight_decay=task.weight_decay,
+            factor_weight_decay=task.factor_weight_decay,
+            factor_lr_scale=task.factor_lr_scale,
+            lifted_lr_scale=task.lifted_lr_scale,
+        )
         self._optimizer = AdamW(groups)
         self.sparsifier.attach(self._optimizer, total_steps=steps)
         rates = [group["lr"] for group in groups]
@@ -96,6 +109,8 @@ class Trial:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
+        if loss.is_cuda:
+            torch.cuda.synchronize()
         self._seconds.setdefault(phase, []).append(time.perf_counter() - start)
         self._schedule.step()
 

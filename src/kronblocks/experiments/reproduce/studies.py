@@ -58,7 +58,7 @@ class Study:
         base: settings that all trainings share.
         variants: of the one method, by name, which then is not tuned; None: methods are compared.
         lr: learning rate of all methods, which then are not tuned: for what is too dear to try six times; None: they are.
-        chosen: settings of each method that another study's trials chose, instead of trials of its own.
+        chosen: settings of each method, instead of trials of its own.
         threads: of each training; None: torch's own choice, for a machine with a GPU.
     """
 

@@ -14,7 +14,11 @@ from kronblocks.sparsity.targets import BlockTarget, Score
 
 @final
 class Fixed:
-    """Keeps the mask that the targets had at the start."""
+    """Keeps the mask that the targets had at the start.
+
+    Source:
+        Random masks as a floor: Liu et al., "The unreasonable effectiveness of random pruning", 2022.
+    """
 
     score: Score = "norm"
     every_step = False
