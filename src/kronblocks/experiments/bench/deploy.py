@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.cases import random_mask, values_layer
-from kronblocks.experiments.bench.machine import roofline, use
+from kronblocks.experiments.bench.machine import begin
 from kronblocks.experiments.bench.models import CLASSES
 from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.settings import DeploySettings
@@ -116,10 +116,7 @@ def summary(results: Results) -> Table:
 
 def run(settings: DeploySettings) -> Results:
     """Measure what is missing, and write it; a number of rows whose every case is there is done."""
-    use(settings)
-    results = Results.open(settings.path, settings.kind, COLUMNS, KEY, settings.shared(), fresh=settings.fresh)
-    if "machine" not in results.head:
-        results.head["machine"] = roofline(settings)
+    results = begin(settings, COLUMNS, KEY)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
         for rows in settings.batches:

@@ -17,7 +17,7 @@ from kronblocks.experiments.bench.cases import BOTH, DENSE, FASTKRON, FORWARD, C
 from kronblocks.experiments.bench.check import Truth
 from kronblocks.experiments.bench.graphs import graphed
 from kronblocks.experiments.bench.grids import GridSettings, Group
-from kronblocks.experiments.bench.machine import copy_rate, roofline, use
+from kronblocks.experiments.bench.machine import begin, copy_rate
 from kronblocks.experiments.bench.memory import PeakBytes
 from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.timing import Timing, measure
@@ -218,11 +218,9 @@ def run_grid(
         training_rows: from this many rows on, forward + backward too; None: never.
         show: prints a finished group.
     """
-    use(settings)
-    results = Results.open(settings.path, settings.kind, columns_of(settings), KEY, settings.shared(), fresh=settings.fresh)
+    results = begin(settings, columns_of(settings), KEY)
     todo = _unfinished(settings, results)
-    if "machine" not in results.head:
-        results.head.update(machine=roofline(settings), skipped={})
+    results.head.setdefault("skipped", {})
     console, operands = Console(stderr=True), None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:

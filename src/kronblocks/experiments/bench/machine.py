@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kronblocks.errors import KronblocksError
+from kronblocks.experiments.bench.results import Results
 from kronblocks.experiments.bench.timing import Budget, measure
 from kronblocks.ops import backends
 
@@ -37,6 +38,19 @@ def use(settings: TimedSettings) -> None:
         dynamo.fail_on_recompile_limit_hit = True
     torch.set_float32_matmul_precision("high" if settings.dtype == "tf32" else "highest")
     torch.set_num_threads(settings.threads)
+
+
+def begin(settings: TimedSettings, columns: Sequence[str], key: Sequence[str]) -> Results:
+    """Set the machine up for a benchmark, and open its file, with the roofline in a new one's head.
+
+    Raises:
+        KronblocksError: there is no such device, or the file holds something else.
+    """
+    use(settings)
+    results = Results.open(settings.path, settings.kind, columns, key, settings.shared(), fresh=settings.fresh)
+    if "machine" not in results.head:
+        results.head.update(machine=roofline(settings))
+    return results
 
 
 def roofline(settings: TimedSettings) -> dict[str, Any]:

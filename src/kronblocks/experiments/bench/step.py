@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.check import dense_weight
 from kronblocks.experiments.bench.graphs import graphed
-from kronblocks.experiments.bench.machine import roofline, use
+from kronblocks.experiments.bench.machine import begin, use
 from kronblocks.experiments.bench.memory import PeakBytes, alone
 from kronblocks.experiments.bench.models import CLASSES, QUICK, Mlp, Place, StepModel, plan_of, step_models
 from kronblocks.experiments.bench.results import Results, Row, significant
@@ -209,10 +209,7 @@ def summary(results: Results) -> Table:
 def run(settings: StepSettings) -> Results:
     """Measure what is missing, and write it; a batch size whose every case is there is done."""
     kinds = _chosen(settings)
-    use(settings)
-    results = Results.open(settings.path, settings.kind, COLUMNS, KEY, settings.shared(), fresh=settings.fresh)
-    if "machine" not in results.head:
-        results.head["machine"] = roofline(settings)
+    results = begin(settings, COLUMNS, KEY)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
         for rows in settings.batches:

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from kronblocks.experiments.bench.machine import roofline, use
+from kronblocks.experiments.bench.machine import begin, use
 from kronblocks.experiments.bench.memory import PeakBytes, alone
 from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.settings import ModelSettings
@@ -181,10 +181,7 @@ def summary(results: Results) -> Table:
 
 def run(settings: ModelSettings) -> Results:
     """Measure what is missing, and write it."""
-    use(settings)
-    results = Results.open(settings.path, settings.kind, COLUMNS, KEY, settings.shared(), fresh=settings.fresh)
-    if "machine" not in results.head:
-        results.head["machine"] = roofline(settings)
+    results = begin(settings, COLUMNS, KEY)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
 
