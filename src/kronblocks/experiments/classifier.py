@@ -79,16 +79,7 @@ class Classification(LightningModule):
             self.distillation = Distillation(trained, weight=self.config.distill)
 
     def configure_optimizers(self) -> Any:
-        recipe = self.config.recipe
-        groups = parameter_groups(
-            self.model,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            factor_lr_scale=recipe.factor_lr_scale,
-            lifted_lr_scale=recipe.lifted_lr_scale,
-            factor_weight_decay=recipe.factor_weight_decay,
-        )
-        optimizer = AdamW(groups)
+        optimizer = AdamW(parameter_groups(self.model, **self.config.recipe._asdict()))
         self.sparsifier.attach(optimizer, total_steps=self.total_steps)
         schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -13,6 +13,7 @@ import torch
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
 from kronblocks.ops import backends
+from kronblocks.ops.backends.triton.packed import SMALLEST, fits
 from kronblocks.ops.kron import PLAN_NAMES
 
 ASSUMED_ROWS = 1024
@@ -138,8 +139,6 @@ _CACHE_BYTES = 16e6
 _PRODUCT_SECONDS = 2e-5  # to launch one of the small products of which the PyTorch backend's packed plan is made
 _CALL_SECONDS = 5e-5  # of an operator of ours before it computes
 _LANES, _FEW_ROWS = 16, 4  # the native kernels' vectors hold so many rows of x, unless there are very few
-_TENSOR_CORE = 16  # least side of a product on tensor cores; blocks between it and the largest are multiplied as they are
-_LARGEST_BLOCK = 128
 
 
 def _dense_rate(problem: Problem) -> float:
@@ -159,9 +158,8 @@ def _triton_efficiency(problem: Problem, plan: str) -> float:
     full = 1.0 if problem.dtype.itemsize > 2 and torch.get_float32_matmul_precision() == "highest" else 0.4
     sides = problem.grid.block
     if plan == "packed":
-        whole = min(sides) >= _TENSOR_CORE and max(sides) <= _LARGEST_BLOCK
-        return full if whole else 0.9 * max(problem.density, 1e-3)  # else W is built, and multiplied densely
-    return full * min(1.0, min(sides) / _TENSOR_CORE)
+        return full if fits(*sides) else 0.9 * max(problem.density, 1e-3)  # else W is built, and multiplied densely
+    return full * min(1.0, min(sides) / SMALLEST)
 
 
 def _efficiency(problem: Problem, plan: str) -> float:

@@ -18,24 +18,25 @@ from kronblocks.ops.backends.triton.weights import gather, scatter
 if TYPE_CHECKING:
     from kronblocks.ops.packed import BlockIndex
 
-_SMALLEST, _LARGEST = 16, 128  # sides of a block that tensor cores take whole
+SMALLEST, _LARGEST = 16, 128  # sides of a block that tensor cores take whole
 _SPLIT_ROWS = 1024  # of a sum over rows, at least, for one program
 
 
-def _fits(height: int, width: int) -> bool:
-    return min(height, width) >= _SMALLEST and max(height, width) <= _LARGEST
+def fits(height: int, width: int) -> bool:
+    """Whether blocks are multiplied as they are; of others W is built."""
+    return min(height, width) >= SMALLEST and max(height, width) <= _LARGEST
 
 
 def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias; x (rows, n) -> (rows, m)."""
-    if not _fits(*values.shape[1:]):
+    if not fits(*values.shape[1:]):
         return linear(x, scatter(values, index), bias)
     return _product(x, values, bias, index, transposed=False)
 
 
 def packed_grad_input(dy: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
     """dx = dy W; dy (rows, m) -> (rows, n)."""
-    if not _fits(*values.shape[1:]):
+    if not fits(*values.shape[1:]):
         return dy @ scatter(values, index)
     return _product(dy, values, None, index, transposed=True)
 
@@ -97,7 +98,7 @@ def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     """The live blocks of dy^T x, (capacity, bm, bn); 0 in slots that the index does not list."""
     (m1, n1), rows, capacity = index.grid, x.shape[0], len(index.slot)
     height, width = dy.shape[1] // m1, x.shape[1] // n1
-    if not _fits(height, width):
+    if not fits(height, width):
         return gather(dy.t() @ x, index, height, width)
     dy, x = dy.contiguous(), x.contiguous()
     splits = max(1, min(cells(PROGRAMS, max(1, capacity)), cells(rows, _SPLIT_ROWS)))
