@@ -98,7 +98,7 @@ def test_growth_scores_are_the_dense_gradient_of_every_block_summed_over_microba
 
 
 @kinds
-def test_blocks_that_grow_start_at_zero_without_moments_and_train(make):
+def test_blocks_that_grow_start_at_zero_with_new_moments_and_train(make):
     target = make()
     handles = target.hook_gradients()
     mask = torch.ones(4, 4, dtype=torch.bool)
@@ -107,7 +107,7 @@ def test_blocks_that_grow_start_at_zero_without_moments_and_train(make):
     optimizer = torch.optim.AdamW(target.module.parameters(), lr=0.1, weight_decay=0.0)
     for parameter in target.module.parameters():
         optimizer.state[parameter].update(
-            step=torch.tensor(3.0), exp_avg=torch.ones_like(parameter), exp_avg_sq=torch.ones_like(parameter)
+            step=torch.tensor(3.0), exp_avg=torch.ones_like(parameter), exp_avg_sq=torch.rand_like(parameter)
         )
     multipliers = mask.float()
     multipliers[0, 0], multipliers[2, 3] = 0, 0
@@ -115,12 +115,18 @@ def test_blocks_that_grow_start_at_zero_without_moments_and_train(make):
     before = weight_of(target).clone()
     grown = ~target.mask & (multipliers != 0)
     assert target.apply_(multipliers)
-    target.forget_moments_([optimizer], grown)
+    squares = moments_by_block(target, optimizer, "exp_avg_sq")
+    target.restart_moments_([optimizer], grown)
     assert torch.equal(target.mask, multipliers != 0)
     stayed = (target.mask & mask)[..., None, None]
     assert torch.equal(target.grid.to_blocks(weight_of(target)), target.grid.to_blocks(before) * stayed)
-    for parameter, blocks in moments_by_block(target, optimizer):
-        assert (blocks[grown] == 0).all() and (blocks[target.mask & ~grown] == 1).all(), parameter
+    others = target.mask & ~grown
+    for name, blocks in moments_by_block(target, optimizer, "exp_avg").items():
+        assert (blocks[grown] == 0).all() and (blocks[others] == 1).all(), name
+    for name, blocks in moments_by_block(target, optimizer, "exp_avg_sq").items():
+        assert torch.equal(blocks[others], squares[name][others]), name
+        # 1e-5: fp32 mean of some sixty values
+        assert torch.allclose(blocks[grown], squares[name][others].mean().expand_as(blocks[grown]), rtol=1e-5), name
     target.module(torch.randn(5, 12)).square().sum().backward()
     optimizer.step()
     target.enforce_zeros_()
@@ -129,15 +135,47 @@ def test_blocks_that_grow_start_at_zero_without_moments_and_train(make):
         handle.remove()
 
 
-def moments_by_block(target, optimizer):
-    """First moments as (m1, n1, ...), of the parameters that hold blocks one by one."""
+def moments_by_block(target, optimizer, moment):
+    """A moment, as (m1, n1, ...), of the parameters that hold blocks one by one."""
     module = target.module
     if isinstance(target, WeightTarget):
-        return [("weight", target.grid.to_blocks(optimizer.state[module.weight]["exp_avg"]))]
+        return {"weight": target.grid.to_blocks(optimizer.state[module.weight][moment]).clone()}
     if isinstance(module, KroneckerBlockLinear):
-        return [(name, optimizer.state[module.get_parameter(name)]["exp_avg"]) for name in ("coeff", "gate")]
-    values = optimizer.state[module.values]["exp_avg"]
-    return [("values", values[module.block_position.argsort()].view(4, 4, 2, 3))]  # all sixteen blocks have a slot here
+        return {name: optimizer.state[module.get_parameter(name)][moment].clone() for name in ("coeff", "gate")}
+    values = optimizer.state[module.values][moment]
+    return {"values": values[module.block_position.argsort()].view(4, 4, 2, 3)}  # all sixteen blocks have a slot here
+
+
+@kinds
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_blocks_that_grow_late_take_no_larger_steps_than_others(make, amsgrad):
+    """Second moments of zero, with Adam's correction of the bias over, make first steps of three times the rate."""
+    torch.manual_seed(0)
+    target = make()
+    handles = target.hook_gradients()
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[1] = False
+    target.set_mask_(mask)
+    optimizer = torch.optim.Adam(target.parameters(), lr=1e-3, amsgrad=amsgrad)
+    x, y = torch.randn(64, 12), torch.randn(64, 8)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.mse_loss(target.module(x), y).backward()
+        before = weight_of(target).clone()
+        optimizer.step()
+        target.enforce_zeros_()
+        return target.grid.norms(weight_of(target) - before)
+
+    for _ in range(1500):  # so that Adam's correction is over
+        step()
+    target.apply_(torch.ones(4, 4))
+    target.restart_moments_([optimizer], ~mask)
+    moved = step()
+    assert (moved[1] > 0).any() or not target.is_factored  # a gate and coefficients of zero both: no gradient
+    assert moved[1].max() < 1.5 * max(float(moved[mask].max()), 1e-3 * 6**0.5)
+    for handle in handles:
+        handle.remove()
 
 
 def test_a_block_grows_into_the_slot_of_a_dead_one():

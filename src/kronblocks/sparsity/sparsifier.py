@@ -308,7 +308,7 @@ class Sparsifier:
             grown = ~target.mask & (multiplier != 0)
             self._has_dead |= target.apply_(multiplier)
             if grown.any():
-                target.forget_moments_(self._optimizers, grown)
+                target.restart_moments_(self._optimizers, grown)
 
     def _prepare_probes(self) -> None:
         if self.measures_growth:

@@ -172,8 +172,12 @@ class BlockTarget:
         """
         raise NotImplementedError
 
-    def forget_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
-        """Put what optimisers remember of some blocks, (m1, n1) bool, to zero: it belongs to blocks that are no more."""
+    def restart_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
+        """Make optimisers forget what some blocks, (m1, n1) bool, were before they died.
+
+        First moments become zero. What steps are divided by becomes the mean of the other live blocks': with zero there, at a late
+        step of Adam, whose correction of the bias is over by then, first steps would be several times the learning rate.
+        """
         raise NotImplementedError
 
     def set_mask_(self, mask: Tensor) -> None:
@@ -260,11 +264,13 @@ class LayerTarget(BlockTarget):
         return bool((before & ~self.mask).any())
 
     @torch.no_grad()
-    def forget_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
-        for parameter, where in self._layer.block_entries(blocks):
-            for moment in _moments(optimizers, parameter):
+    def restart_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
+        others = self._layer.block_entries(self.mask & ~blocks)
+        for (parameter, where), (_, elsewhere) in zip(self._layer.block_entries(blocks), others, strict=True):
+            for name, moment in _moments(optimizers, parameter):
                 local, rows = rows_here(moment)
-                local[where[rows]] = 0
+                shape = (*where[rows].shape, *[1] * (local.dim() - where.dim()))
+                _restart_(name, moment, local, where[rows].view(shape), elsewhere[rows].view(shape))
 
     def set_mask_(self, mask: Tensor) -> None:
         self._layer.set_block_mask_(mask)
@@ -321,10 +327,10 @@ class WeightTarget(BlockTarget):
         return bool(died.any())
 
     @torch.no_grad()
-    def forget_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
-        for moment in _moments(optimizers, self._weight):
+    def restart_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
+        for name, moment in _moments(optimizers, self._weight):
             rows, chosen = self._beside(moment, blocks)
-            rows.masked_fill_(chosen, 0)
+            _restart_(name, moment, rows, chosen, self._beside(moment, self._mask & ~blocks)[1])
 
     def set_mask_(self, mask: Tensor) -> None:
         self._mask = mask.to(self._mask.device, torch.bool).clone()
@@ -370,7 +376,31 @@ def _check_gradients(name: str, parameters: Sequence[nn.Parameter]) -> None:
         )
 
 
-def _moments(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[Tensor]:
-    """What optimisers remember of a parameter in tensors of its shape."""
+_SCALES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"})
+"""What torch's optimisers call the moments that they divide a step by."""
+
+
+def _moments(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[tuple[str, Tensor]]:
+    """What optimisers remember of a parameter in tensors of its shape, with its names."""
     states = [optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state]
-    return [value for state in states for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape]
+    moments = [(name, value) for state in states for name, value in state.items() if isinstance(value, Tensor)]
+    return [(name, value) for name, value in moments if value.shape == parameter.shape]
+
+
+def _restart_(name: str, moment: Tensor, local: Tensor, blocks: Tensor, others: Tensor) -> None:
+    """Restart the part of a moment that belongs to some blocks.
+
+    Args:
+        name: of the moment.
+        moment: all of it.
+        local: what this process holds of it.
+        blocks: bool, broadcastable to `local`, those that restart.
+        others: bool, the same, the live blocks beside them.
+    """
+    if name not in _SCALES:
+        local.masked_fill_(blocks, 0)
+        return
+    others = others.expand_as(local)
+    here = torch.stack([local.masked_fill(~others, 0).sum(), others.sum().to(local.dtype)])
+    total, number = summed(here, moment)
+    local.masked_fill_(blocks, total / number.clamp_min(1))

@@ -15,7 +15,7 @@ from kronblocks.sparsity.targets import BlockTarget, Score
 
 @final
 class Rigl:
-    """Drops blocks of least norm and grows dead ones of greatest gradient norm; grown blocks start at zero, without moments.
+    """Drops blocks of least norm and grows dead ones of greatest gradient norm; grown blocks start at zero, with new moments.
 
     The targets must have the target sparsity from the start.
 
