@@ -13,7 +13,6 @@ from kronblocks import KronblocksError
 from kronblocks.cli import main
 from kronblocks.experiments.bench.results import read
 from kronblocks.experiments.reproduce import campaign, studies
-from kronblocks.experiments.reproduce import trials as trials_module
 from kronblocks.experiments.reproduce.campaign import Campaign, best_trial
 from kronblocks.experiments.reproduce.commands import ReproduceConfig
 from kronblocks.experiments.reproduce.figures import draw
@@ -22,7 +21,7 @@ from kronblocks.experiments.reproduce.searches import SearchStudy
 from kronblocks.experiments.reproduce.searches import page as searches_page
 from kronblocks.experiments.reproduce.statistics import CellResult, cells, paired
 from kronblocks.experiments.reproduce.studies import METHODS, STUDIES, Cell, Study
-from kronblocks.experiments.reproduce.trials import trials
+from kronblocks.experiments.reproduce.trials import rates, space_of
 
 TINY = Study(
     name="tiny",
@@ -35,6 +34,7 @@ TINY = Study(
     tuned_at=0.5,
     seeds=(0, 1),
     tuning_seeds=(100,),
+    rates=rates((4e-3, 8e-3), slice(0, 2)),
 )
 
 
@@ -42,10 +42,7 @@ TINY = Study(
 def finished(tmp_path_factory):
     """A whole tiny campaign, with two trials a method."""
     folder = tmp_path_factory.mktemp("reproduce")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials_module, "RATES", (4e-3,))
-        study = Campaign(TINY, folder / "results", folder / "work", jobs=2)
-        study.run()
+    Campaign(TINY, folder / "results", folder / "work", jobs=2).run()
     return folder
 
 
@@ -59,6 +56,7 @@ def test_rows_of_a_campaign(finished):
         assert row["trial"] == best_trial(data["rows"], Cell(row["method"], row["block"], row["sparsity"]))
         assert (row["block_sparsity"] >= 0.5) == (row["method"] != "dense")
     assert next(row for row in compared if row["method"] == "rigl")["blocks"] == "2x4 4x4"
+    assert {row["settings"] for row in tuned if row["trial"] == 1} == {"lr 0.008"}
     kept = sorted(path.name for path in (finished / "work/tiny/rigl-4-0.5-t0-s100").iterdir())
     assert kept == [".lock", "config.json", "result.json"]
 
@@ -77,23 +75,21 @@ def test_variants_of_one_method(tmp_path):
 
 
 def test_what_is_done_is_not_run_again(finished, monkeypatch):
-    monkeypatch.setattr(trials_module, "RATES", (4e-3,))
     monkeypatch.setattr(campaign, "_finished", lambda pending, jobs: pytest.fail("run again") if pending else ())
     Campaign(TINY, finished / "results", finished / "work", jobs=2).run()
 
 
-def test_another_campaign_does_not_go_on_in_the_same_file(finished, monkeypatch):
-    with pytest.raises(KronblocksError, match="other settings"):  # six trials now
-        Campaign(TINY, finished / "results", finished / "work", jobs=2)
+def test_another_campaign_does_not_go_on_in_the_same_file(finished):
+    with pytest.raises(KronblocksError, match="other settings"):
+        Campaign(dataclasses.replace(TINY, rates=None), finished / "results", finished / "work", jobs=2)
 
 
 def test_a_trial_that_diverges_is_never_the_best_and_a_comparison_that_does_is_an_error(tmp_path, monkeypatch):
     def train(config):
-        if config.weight_decay == 0.05 or (config.method == "rigl" and config.seed == 1):
+        if (config.method == "dense" and config.lr == 8e-3) or (config.method == "rigl" and config.seed == 1):
             raise KronblocksError("the training has diverged")
         return dict.fromkeys(campaign.MEASURED, 0.5)
 
-    monkeypatch.setattr(trials_module, "RATES", (4e-3,))
     monkeypatch.setattr(campaign, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(campaign, "_train", train)
     study = Campaign(TINY, tmp_path / "results", tmp_path / "work", jobs=1)
@@ -102,6 +98,32 @@ def test_a_trial_that_diverges_is_never_the_best_and_a_comparison_that_does_is_a
     tuned = [row for row in study.results.rows if row["part"] == "tune" and row["method"] == "dense"]
     assert [row["validation_accuracy"] for row in tuned] == [0.5, 0.0]
     assert best_trial(study.results.rows, Cell("dense", "", 0.0)) == 0
+
+
+def test_trials_go_on_beyond_the_first_grid_while_the_best_lies_at_an_edge(tmp_path, monkeypatch):
+    wanted = {"lr": 3.2e-2, "rank": 4}
+    trained = []
+
+    def train(config):
+        trained.append((config.lr, config.rank))
+        accuracy = 1 - abs(math.log2(config.lr / wanted["lr"])) / 10 - abs(math.log2(config.rank / wanted["rank"])) / 20
+        return {**dict.fromkeys(campaign.MEASURED, 0.5), "validation_accuracy": accuracy, "blocks": "4x4"}
+
+    monkeypatch.setattr(campaign, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(campaign, "_train", train)
+    study = dataclasses.replace(TINY, methods=("two-phase",), rates=None, seeds=(0,))
+    rows = Campaign(study, tmp_path, tmp_path / "work", jobs=1).run().rows
+    compared = [row for row in rows if row["part"] == "compare"]
+    assert [row["settings"] for row in compared] == ["lr 0.032, rank 4"]
+    # six, then 0.016 and rank 2 beside 0.008, then 0.032 and both ranks beside 0.016, then both ranks beside 0.032
+    assert len(trained) == 6 + 2 + 3 + 2 + 1 and len(set(trained)) == len(trained) - 1
+    page = write(tmp_path, tmp_path / "page.md").read_text()
+    assert "| two-phase | 4x4 | lr 0.032, rank 4 | 13 |" in page
+    wanted["lr"] = 8e-3  # other trials: what was compared is compared again, at another place
+    (tmp_path / "reproduce-tiny.json").unlink()
+    campaigned = Campaign(study, tmp_path, tmp_path / "work", jobs=1)
+    campaigned.results.add([{**compared[0]}])
+    assert [row["settings"] for row in campaigned.run().rows if row["part"] == "compare"] == ["lr 0.008, rank 4"]
 
 
 def test_page(finished, tmp_path, monkeypatch, capsys):
@@ -143,7 +165,7 @@ def test_settings_may_come_from_another_study_and_single_weights_have_no_factors
     study = dataclasses.replace(
         TINY, methods=tuple(chosen), cells=(("1", 0.5), ("4", 0.5)), chosen=chosen, seeds=(0,), tuning_seeds=(), epochs=1
     )
-    assert study.tuned() == [] and study.settings_of("magnitude") == [{"lr": 4e-3}]
+    assert study.tuned() == [] and study.settings("magnitude", 0) == {"lr": 4e-3}
     assert [(cell.method, cell.block) for cell in study.table()] == [
         *(("dense", ""), ("magnitude", "1"), ("two-phase", "4"), ("magnitude", "4")),
     ]
@@ -154,11 +176,14 @@ def test_settings_may_come_from_another_study_and_single_weights_have_no_factors
 
 
 def test_every_method_has_as_many_trials_and_every_training_of_the_studies_can_be(tmp_path):
-    assert {len(trials(method)) for method in METHODS} == {6}
+    assert {space_of(method).first for method in METHODS} == {6}
     for study in STUDIES.values():
         for cell in {*study.tuned(), *study.table()}:
-            for settings in study.settings_of(cell.method):
-                study.training(cell, settings, 0, tmp_path)
+            one = study.chosen is not None or study.lr is not None
+            numbers = 1 if one else len(study.variants or study.space(cell.method))
+            for number in range(numbers):
+                assert study.words(cell.method, number)
+                study.training(cell, study.settings(cell.method, number), 0, tmp_path)
 
 
 def test_the_best_trial_is_chosen_by_its_mean_and_the_first_of_equals():

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kronblocks.sparsity.controller import PenaltyController
 from kronblocks.sparsity.rules.base import RuleContext, cut, shrink
 from kronblocks.sparsity.rules.fixed import Fixed
 from kronblocks.sparsity.rules.group_lasso import GroupLasso
@@ -29,7 +28,8 @@ def context(masks, **changes) -> RuleContext:
         "fraction": 0.5,
         "is_update": True,
         "is_last_update": False,
-        "steps_left": 5,
+        "next_sparsity": 0.75,
+        "steps_to_update": 5,
         "masks": tuple(masks),
         "areas": (4,) * len(masks),
         "learning_rates": (0.1,) * len(masks),
@@ -222,26 +222,13 @@ def test_no_rule_takes_the_last_block_of_a_row_of_the_head(rule):
 def test_controlled_group_lasso_forecasts_and_corrects():
     rule, mask, scores = GroupLasso(), torch.ones(1, 5, dtype=torch.bool), [torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])]
     multipliers, state = rule.propose(scores, None, {}, context([mask], sparsity=0.0))
-    # 0.75 of five blocks have to die in the 5 steps left, at rate 0.1: the fourth score over 0.5, and a fifth of it each step
+    # 0.75 of five blocks have to die in the 5 steps until the next update, at rate 0.1: the fourth score over 0.5
     assert state == {"correction": 1.0, "penalty": 4.0 / 0.5}
     assert torch.allclose(multipliers[0], (1 - 0.8 / scores[0]).clamp_min(0))
     _, between = rule.propose(scores, None, state, context([mask], is_update=False, sparsity=0.3))
     assert between == state
     _, behind = rule.propose(scores, None, state, context([mask], sparsity=0.3))
-    assert behind["correction"] == pytest.approx(math.exp(0.3 * 0.3)) and behind["penalty"] > state["penalty"]
-
-
-def test_controller_brings_a_plant_that_pushes_back_near_its_target():
-    """Plant: scores that live grow by a constant each step, against which the shrink has to win."""
-    controller, scores = PenaltyController(), torch.linspace(0.5, 1.5, 200, dtype=torch.float64)
-    rate, steps, updates = 0.01, 10, 30
-    for update in range(updates):
-        controller.update(wanted=0.9 * update / updates, observed=float((scores == 0).double().mean()))
-        left = (updates - update) * steps
-        penalty = controller.penalty(score=float(scores.quantile(0.9)), rate=rate, steps=left)
-        for _ in range(steps):
-            scores = torch.where(scores > 0, (scores + 0.001 - penalty * rate).clamp_min(0), scores)
-    assert 0.8 < float((scores == 0).double().mean()) <= 1
+    assert behind["correction"] == pytest.approx(math.exp(2 * 0.3)) and behind["penalty"] > state["penalty"]
 
 
 class FakeGate:

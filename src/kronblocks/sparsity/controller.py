@@ -11,21 +11,21 @@ class PenaltyController:
     """A forecast of the penalty, corrected by what came of the last ones (equation 18 in docs/math.md).
 
     A shrink threshold is penalty times learning rate, so no fixed penalty fits two schedules of the rate. The forecast shrinks
-    the last block that has to die to zero by the end of the pruning span, if the loss did not push back; the correction, within a
-    factor of `span` of 1, rises while fewer blocks are dead than wanted and falls while more are.
+    the last block that has to die by the next mask update to zero until then, if the loss did not push back; the correction,
+    within a factor of `span` of 1, rises while fewer blocks are dead than wanted and falls while more are.
     """
 
     correction: float = 1.0
-    gain: float = 0.3
+    gain: float = 2.0
     span: float = 10.0
 
     def penalty(self, *, score: float, rate: float, steps: int) -> float:
         """The penalty until the next update.
 
         Args:
-            score: of the last block that has to die.
+            score: of the last block that has to die until then.
             rate: learning rate now.
-            steps: how many steps of pruning are left.
+            steps: how many there are until the block has to be dead.
         """
         return self.correction * score / max(rate * steps, 1e-30)
 

@@ -86,10 +86,14 @@ class SparsitySchedule:
 
     def is_update(self, step: int) -> bool:
         """Whether the mask is updated after this step."""
-        if not self.start_step < step <= self.end_step:
-            return False
+        return self.start_step < step <= self.end_step and step == self.next_update(step - 1)
+
+    def next_update(self, step: int) -> int:
+        """The first mask update after a step; the last one where none comes any more."""
         every = max(1, min(self.update_every, (self.end_step - self.start_step) // LEAST_UPDATES))
-        return (step - self.start_step) % every == 0 or step in (self.lift_step, self.end_step)
+        regular = self.start_step + (max(step - self.start_step, 0) // every + 1) * every
+        coming = [later for later in (regular, self.lift_step) if later is not None and step < later < self.end_step]
+        return min(coming, default=self.end_step)
 
     def phase_at(self, step: int) -> Phase:
         """The phase that the model is in after this step."""

@@ -325,6 +325,7 @@ class Sparsifier:
     def _context(self, step: int) -> RuleContext:
         schedule = self.schedule
         assert schedule is not None
+        later = schedule.next_update(step)
         return RuleContext(
             step=step,
             total_steps=schedule.total_steps,
@@ -334,7 +335,8 @@ class Sparsifier:
             fraction=schedule.fraction_at(step),
             is_update=schedule.is_update(step),
             is_last_update=step == schedule.end_step,
-            steps_left=max(1, schedule.end_step - step),
+            next_sparsity=schedule.sparsity_at(later),
+            steps_to_update=max(1, later - step),
             masks=tuple(target.mask for target in self.targets),
             areas=tuple(target.area for target in self.targets),
             learning_rates=self._learning_rates(),

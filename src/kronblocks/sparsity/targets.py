@@ -175,8 +175,8 @@ class BlockTarget:
     def restart_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
         """Make optimisers forget what some blocks, (m1, n1) bool, were before they died.
 
-        First moments become zero. What steps are divided by becomes the mean of the other live blocks': with zero there, at a late
-        step of Adam, whose correction of the bias is over by then, first steps would be several times the learning rate.
+        First moments become zero. What steps are divided by becomes the mean of the other live blocks': with zero there, late in
+        a training, when Adam's correction of the bias is over, first steps would be several times the learning rate.
         """
         raise NotImplementedError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -92,6 +92,13 @@ class Results:
         merged.update((self._identity(row), {name: row.get(name) for name in self.columns}) for row in rows)
         self.rows = list(merged.values())
         self.save()
+
+    def drop(self, unwanted: Callable[[Row], bool]) -> None:
+        """Remove rows that no longer belong to the measurement."""
+        kept = [row for row in self.rows if not unwanted(row)]
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            self.save()
 
     def save(self) -> None:
         """Write the file, atomically."""

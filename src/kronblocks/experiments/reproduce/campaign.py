@@ -35,7 +35,7 @@ MEASURED = (
     "train_seconds",
 )
 BYTES = ("parameters", "gradients", "optimizer_state", "saved_tensors")
-COLUMNS = (*KEY, *MEASURED, *BYTES, "blocks")
+COLUMNS = (*KEY, "settings", *MEASURED, *BYTES, "blocks")
 
 
 class Job(NamedTuple):
@@ -87,22 +87,31 @@ class Campaign:
             numbers = range(len(study.variants))
             self._run([Job("compare", c, n, seed) for c in study.table() for n in numbers for seed in study.seeds], "variants")
             return self.results
-        tuning = [
-            Job("tune", cell, trial, seed)
-            for cell in study.tuned()
-            for trial in range(len(study.settings_of(cell.method)))
-            for seed in study.tuning_seeds
-        ]
-        self._run(tuning, "trials")
-        best = {cell: best_trial(self.results.rows, cell) for cell in study.tuned()}
+        best = self._tune()
         compared = [
             Job("compare", cell, best.get(study.tuned_for(cell), 0), seed) for cell in study.table() for seed in study.seeds
         ]
+        wanted = [job.key() for job in compared]
+        self.results.drop(lambda row: row["part"] == "compare" and {name: row[name] for name in KEY} not in wanted)
         self._run(compared, "comparison")
         return self.results
 
+    def _tune(self) -> dict[Cell, int]:
+        """The best trial of every tuned cell: of the first grid, then of the best one's neighbours while some are untried."""
+        study = self.study
+        tried = {cell: set(range(study.space(cell.method).first)) for cell in study.tuned()}
+        while True:
+            numbers = [(cell, number) for cell, numbers in tried.items() for number in sorted(numbers)]
+            self._run([Job("tune", cell, number, seed) for cell, number in numbers for seed in study.tuning_seeds], "trials")
+            best = {cell: best_trial(self.results.rows, cell) for cell in tried}
+            further = {cell: tried[cell].union(study.space(cell.method).neighbours(best[cell])) for cell in tried}
+            if further == tried:
+                return best
+            tried = further
+
     def _training(self, job: Job) -> TrainConfig:
-        return self.study.training(job.cell, self.study.settings_of(job.cell.method)[job.trial], job.seed, self._work / job.name)
+        settings = self.study.settings(job.cell.method, job.trial)
+        return self.study.training(job.cell, settings, job.seed, self._work / job.name)
 
     def _run(self, jobs: Sequence[Job], title: str) -> None:
         wanted = {tuple(job.key().values()): job for job in jobs}
@@ -119,7 +128,7 @@ class Campaign:
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(f"{self.study.name}: {title}", total=len(jobs), completed=len(jobs) - len(missing))
             for job, row in _finished(pending, self.jobs):
-                self.results.add([{**job.key(), **row}])
+                self.results.add([{**job.key(), "settings": self.study.words(job.cell.method, job.trial), **row}])
                 progress.advance(task)
                 if not console.is_terminal:
                     accuracy = 100 * row["validation_accuracy"]

@@ -149,7 +149,7 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
         here = [cell for cell in found if (cell.block, cell.sparsity) == (block, sparsity)]
         lines += [f"### {100 * sparsity:g}% zeros, {BlockSize.parse(block)} blocks", ""]
         seeds = max(len(cell.rows) for cell in found)
-        expected = sum(has_cell(method, block) for method in settings["trials"])
+        expected = sum(has_cell(method, block) for method in settings["methods"])
         missing = expected * seeds - sum(len(cell.rows) for cell in [*dense, *here])
         if missing:
             lines += [f"Not finished: {missing} trainings are missing.", ""]
@@ -267,27 +267,30 @@ def _sizes(here: Iterable[CellResult]) -> list[str]:
 
 
 def _trials(data: dict[str, Any]) -> list[str]:
-    """Which trial was chosen for each method and block size."""
-    chosen: dict[tuple[str, str], int] = {}
+    """Which trial was chosen for each method and block size, and of how many."""
+    chosen: dict[tuple[str, str], str] = {}
+    tried: dict[tuple[str, str], set[int]] = {}
     for row in data["rows"]:
+        place = (row["block"], row["method"])
         if row["part"] == "compare":
-            chosen[row["block"], row["method"]] = row["trial"]
-    tried = {row["seed"] for row in data["rows"] if row["part"] == "tune"}
-    trials = data["settings"]["trials"]
+            chosen[place] = row["settings"]
+        else:
+            tried.setdefault(place, set()).add(row["trial"])
+    settings, methods = data["settings"], data["settings"]["methods"]
     if not tried:
-        words = {method: ", ".join(f"{name} {value:g}" for name, value in each[0].items()) for method, each in trials.items()}
-        return [f"Settings, not tuned in this study: {'; '.join(f'{method} {text}' for method, text in words.items())}.", ""]
+        texts = {method: text for (_, method), text in chosen.items()}
+        words = "; ".join(f"{method} {texts[method]}" for method in methods if method in texts)
+        return [f"Settings, not tuned in this study: {words}.", ""]
     lines = []
-    for block, method in sorted(chosen, key=lambda key: (BlockSize.parse(key[0]).area if key[0] else 0, [*trials].index(key[1]))):
-        words = ", ".join(f"{name} {value:g}" for name, value in trials[method][chosen[block, method]].items())
-        lines.append([method, str(BlockSize.parse(block)) if block else "", words])
-    title = f"### Settings chosen on validation, of {len(next(iter(trials.values())))} trials with {len(tried)} seeds"
-    settings = data["settings"]
+    for block, method in sorted(chosen, key=lambda key: (BlockSize.parse(key[0]).area if key[0] else 0, methods.index(key[1]))):
+        number = tried.get((settings["tuned_as"].get(block, block), method), ())
+        lines.append([method, str(BlockSize.parse(block)) if block else "", chosen[block, method], str(len(number))])
+    seeds = len({row["seed"] for row in data["rows"] if row["part"] == "tune"})
+    title = f"### Settings chosen on validation, {seeds} seed{'s' * (seeds != 1)} a trial"
     where = f"Tried at {100 * settings['tuned_at']:g}% zeros, and taken for the other sparsities too."
     borrowed = ", ".join(f"{block}x{block} those of {other}x{other}" for block, other in settings["tuned_as"].items())
     taken = f" Not tried but taken from another size: {borrowed}." if borrowed else ""
     small = (
         " A rank above the block's area counts as that area." if any(BlockSize.parse(b).area < 8 for b, _ in chosen if b) else ""
     )
-    notes = ["", where + taken + small, ""]
-    return [title.replace("1 seeds", "1 seed"), *notes, *table(["method", "block", "settings"], lines, left=3), ""]
+    return [title, "", where + taken + small, "", *table(["method", "block", "settings", "trials"], lines, left=3), ""]

@@ -11,7 +11,7 @@ from kronblocks.config import ScheduleConfig
 from kronblocks.experiments.data import FOLDS
 from kronblocks.experiments.models import ModelName, TransformerName
 from kronblocks.experiments.reproduce.ablations import BASE, VARIANTS
-from kronblocks.experiments.reproduce.trials import Settings, describe, trials
+from kronblocks.experiments.reproduce.trials import Axis, Settings, Space, describe, rates, space_of, words
 from kronblocks.experiments.tasks import DataName, TrainConfig
 from kronblocks.methods import FACTORED, Method
 
@@ -57,7 +57,8 @@ class Study:
         tuning_seeds: of the trials, others than those.
         base: settings that all trainings share.
         variants: of the one method, by name, which then is not tuned; None: methods are compared.
-        lr: learning rate of all methods, which then are not tuned: for what is too dear to try six times; None: they are.
+        rates: learning rates to try, and nothing else, for what is too dear to try more; None: what each method's trials are.
+        lr: learning rate of all methods, which then are not tuned; None: they are.
         chosen: settings of each method, instead of trials of its own.
         threads: of each training; None: torch's own choice, for a machine with a GPU.
     """
@@ -80,17 +81,30 @@ class Study:
     test_images: int | None = None
     base: Settings = field(default_factory=dict)
     variants: Mapping[str, Settings] | None = None
+    rates: Axis | None = None
     lr: float | None = None
     chosen: Mapping[Method, Settings] | None = None
     threads: int | None = 1
 
-    def settings_of(self, method: Method) -> list[Settings]:
-        """What is tried for a method: its trials, the variants, or one rate."""
+    def space(self, method: Method) -> Space:
+        """What may be tried for a method."""
+        return space_of(method) if self.rates is None else Space([self.rates])
+
+    def settings(self, method: Method, number: int) -> Settings:
+        """The settings with a number: a trial's, a variant's, or the only ones."""
         if self.variants is not None:
-            return list(self.variants.values())
+            return list(self.variants.values())[number]
         if self.chosen is not None:
-            return [self.chosen[method]]
-        return trials(method) if self.lr is None else [{"lr": self.lr}]
+            return self.chosen[method]
+        return self.space(method).settings(number) if self.lr is None else {"lr": self.lr}
+
+    def words(self, method: Method, number: int) -> str:
+        """The same for a reader."""
+        if self.variants is not None:
+            return list(self.variants)[number]
+        if self.chosen is not None or self.lr is not None:
+            return words(describe(self.settings(method, number)))
+        return self.space(method).words(number)
 
     def table(self) -> list[Cell]:
         """All cells, dense first; blocks of one weight have no factors, so methods that begin with them are left out there."""
@@ -143,14 +157,19 @@ class Study:
             "threads": self.threads,
             "tuned_as": dict(self.tuned_as),
             "base": describe(self.base),
-            "trials": {method: [describe(each) for each in self.settings_of(method)] for method in self.methods},
+            "methods": list(self.methods),
+            "axes": {cell.method: self.space(cell.method).described() for cell in self.tuned()},
             "variants": None if self.variants is None else list(self.variants),
         }
 
 
 _SHORT_TRANSFORMER: dict[str, Any] = {  # some minutes a training
-    **{"data": "fashion-mnist", "image_size": 32, "train_images": 1000, "test_images": 2000, "epochs": 5, "batch_size": 16},
-    **{"cells": (("16", 0.8),), "seeds": (0, 1), "lr": 5e-4, "base": {"schedule": ScheduleConfig(update_every=10)}},
+    **{"data": "fashion-mnist", "image_size": 32, "train_images": 2000, "test_images": 2000, "epochs": 8, "batch_size": 16},
+    **{"cells": (("16", 0.8),), "tuned_at": 0.8, "seeds": (0, 1, 2), "tuning_seeds": (100,)},
+    **{
+        "rates": rates((1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), slice(2, 4)),
+        "base": {"schedule": ScheduleConfig(update_every=10)},
+    },
 }
 _WHOLE_TRANSFORMER: dict[str, Any] = {
     **{"data": "cifar100", "epochs": 100, "batch_size": 256, "cells": (("4", 0.5), ("32", 0.8), ("32", 0.9))},

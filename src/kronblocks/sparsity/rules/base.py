@@ -29,7 +29,8 @@ class RuleContext:
     fraction: float  # of the pruning span that has passed
     is_update: bool  # whether the mask is due
     is_last_update: bool  # whether this is the update after which the mask is frozen
-    steps_left: int  # of the pruning span, at least 1
+    next_sparsity: float  # wanted after the next mask update
+    steps_to_update: int  # until then, at least 1
     masks: tuple[Tensor, ...]  # (m1, n1) bool a layer, True = live
     areas: tuple[int, ...]  # weights per block, a number a layer
     learning_rates: tuple[float, ...]  # a number a layer

@@ -26,7 +26,7 @@ class GroupLasso:
     Args:
         form: "proximal" or "gradient".
         strength: a fixed penalty; None: 1 in the loss, and for the proximal step a controller steers the sparsity along the
-            schedule; at first it lags behind, since norms have to shrink before blocks die, and is exact at the last update.
+            schedule; it lags behind where the loss pushes back, and is exact at the last update.
         growth: how many times the strength at the end, in the loss.
         ridge: strength of the squared norm relative to that of the norm; 0 is plain group LASSO.
 

@@ -12,11 +12,11 @@ from kronblocks.sparsity.rules.base import RuleContext, RuleState, cut, shrink
 
 
 def _forecast(scores: Sequence[Tensor], correction: float, ctx: RuleContext) -> float:
-    """The controller's penalty until the next update."""
+    """The controller's penalty until the next update, for the sparsity that is wanted then."""
     flat = torch.cat([score.flatten().cpu().double() for score in scores])
-    last_to_die = float(flat.kthvalue(min(len(flat), int(ctx.target_sparsity * len(flat)) + 1)).values)
+    last_to_die = float(flat.kthvalue(min(len(flat), int(ctx.next_sparsity * len(flat)) + 1)).values)
     rate = sum(ctx.learning_rates) / len(ctx.learning_rates)
-    return PenaltyController(correction).penalty(score=last_to_die, rate=rate, steps=ctx.steps_left)
+    return PenaltyController(correction).penalty(score=last_to_die, rate=rate, steps=ctx.steps_to_update)
 
 
 def controlled_shrink(
