@@ -186,6 +186,38 @@ def test_every_method_has_as_many_trials_and_every_training_of_the_studies_can_b
                 study.training(cell, study.settings(cell.method, number), 0, tmp_path)
 
 
+def test_a_study_of_ones_own(tmp_path, capsys):
+    words = "reproduce mlp --name mine --data digits --methods magnitude --block-sizes 8 --sparsities 0.5 --seeds 7 --epochs 1"
+    config = ReproduceConfig(
+        what="mlp", name="mine", data="digits", methods=("magnitude",), block_sizes=("8", "16x4"), sparsities=(0.5, 0.75)
+    )
+    (study,) = config.studies()
+    assert study.methods == ("dense", "magnitude") and study.tuned_at == 0.5 and study.widths == (512, 256)
+    assert study.cells == (("8", 0.5), ("16x4", 0.5), ("8", 0.75), ("16x4", 0.75))
+    main([*words.split(), "--out", str(tmp_path), "--work", str(tmp_path / "work")])
+    rows = read(tmp_path / "reproduce-mine.json")["rows"]
+    assert {row["seed"] for row in rows if row["part"] == "compare"} == {7}
+    assert {row["blocks"] for row in rows if row["method"] == "magnitude"} == {"2x8 8x8"} and "2x8 8x8" in capsys.readouterr().out
+    assert "### 50% zeros, 8x8 blocks" in write(tmp_path, tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"what": "mlp", "data": "digits"}, "add --name"),
+        ({"what": "all", "data": "digits", "name": "mine"}, "name a model"),
+        ({"what": "mlp", "name": "mine"}, "say what is other"),
+        ({"what": "mlp", "name": "lenet5-mnist5k", "epochs": 2}, "study of the docs"),
+        ({"what": "mlp", "name": "mine", "seeds": (100,)}, "those of the trials"),
+        ({"what": "mlp", "name": "mine", "sparsities": (1.5,)}, "sparsity"),
+        ({"what": "mlp", "name": "mine", "block_sizes": ("four",)}, "block size"),
+    ],
+)
+def test_a_study_of_ones_own_that_cannot_be_is_refused(settings, says):
+    with pytest.raises(KronblocksError, match=says):
+        ReproduceConfig(**settings).studies()
+
+
 def test_the_best_trial_is_chosen_by_its_mean_and_the_first_of_equals():
     cell = Cell("rigl", "4", 0.9)
 
@@ -236,7 +268,7 @@ def test_what_a_search_should_have_found():
 
 def test_names_of_the_command_are_studies():
     assert {*ReproduceConfig(what="all").names, *ReproduceConfig(what="all", full=True).names} == set(studies.STUDIES)
-    assert ReproduceConfig(what="vit-tiny").names == ("vit-tiny-fashion",)
+    assert ReproduceConfig(what="vit-tiny").names == ("vit-tiny-fashion", "vit-tiny-fashion-longer")
     assert ReproduceConfig(what="vit-tiny", full=True).names == ("vit-tiny-cifar100",)
     for settings, says in (
         ({"what": "vit-base"}, "add --full"),

@@ -78,6 +78,14 @@ def test_dense_training_macs_are_three_products_less_the_first_input_gradient(tm
     assert result["inference_macs_per_sample"] == 64 * 64 + 64 * 32 + 32 * 10
 
 
+def test_zero_blocks_of_a_masked_layer_are_left_out_of_inference(tmp_path):
+    masked = training.train(config(tmp_path / "masked", method="magnitude", epochs=1))
+    live = {layer["name"]: layer["live_blocks"] / layer["total_blocks"] for layer in masked["layers"]}
+    weights = {layer["name"]: layer["out_features"] * layer["in_features"] for layer in masked["layers"]}
+    expected = sum(share * weights[name] for name, share in live.items())
+    assert masked["inference_macs_per_sample"] == pytest.approx(expected, abs=1)
+
+
 class Interrupt(Exception):
     pass
 
@@ -172,6 +180,8 @@ def test_damaged_checkpoints_are_refused_and_left_alone(tmp_path, damage):
         ({"model": "lenet5", "widths": (64, 32)}, "--widths.*lenet5 has none"),
         ({"method": "magnitude", "rank": 2}, "has no rank"),
         ({"method": "dense", "block_size": "auto"}, "no blocks to search for"),
+        ({"block_size": "16", "goal": "accuracy"}, "for --block-size auto, not 16"),
+        ({"candidates": ("4", "8")}, "for --block-size auto"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, settings, says):
@@ -209,7 +219,7 @@ def test_compare_runs_every_method_and_seed_once(tmp_path):
 
 
 def test_auto_searches_once_and_trains_what_was_found(tmp_path, monkeypatch):
-    settings = {"block_size": "auto", "epochs": 16, "batch_size": 32}
+    settings = {"block_size": "auto", "epochs": 16, "batch_size": 32, "candidates": ("4", "8", "16")}
     result = training.train(config(tmp_path / "run", **settings))
     assert result["search"]["winner"] in {path["block"] for path in result["search"]["paths"]}
     sizes = {layer["name"]: layer["block_size"] for layer in result["layers"]}
@@ -224,13 +234,14 @@ def test_auto_searches_once_and_trains_what_was_found(tmp_path, monkeypatch):
     assert "## The search for the block size" in (tmp_path / "report/report.md").read_text()
 
 
-@pytest.mark.parametrize("criterion", ["halving", "removal"])
+@pytest.mark.parametrize("criterion", ["halving", "removal", "penalty --weights equal"])
 def test_search_on_the_command_line(tmp_path, capsys, criterion):
-    line = f"search --data digits --widths 32 --epochs 4 --batch-size 32 --sizes 2 4 --criterion {criterion} --threads 1"
+    line = f"search --data digits --widths 32 --epochs 4 --batch-size 32 --sizes 2 4 --threads 1 --criterion {criterion}"
     main([*line.split(), "--out", str(tmp_path / "found")])
     report = json.loads((tmp_path / "found" / "search.json").read_text())
     assert (tmp_path / "found" / "search.png").read_bytes().startswith(b"\x89PNG")
-    assert report["criterion"] == criterion and report["winner"] in ("2x2", "4x4")
+    assert report["criterion"] == criterion.split()[0] and report["winner"] in ("2x2", "4x4")
+    assert all(path["history"] and path["why"] for path in report["paths"])  # the norm of each over the steps
     assert f"found: {report['winner']}" in capsys.readouterr().out
 
 

@@ -78,9 +78,15 @@ class MacCounter:
         """
         return sum(round(samples * self._seen[name][0]) * number for name, number in weights.items())
 
-    def inference_macs(self, samples: int = 1) -> int:
-        """Forward multiply-adds of a batch of this many samples, now."""
-        return sum(self._layer(name, samples, False) for name in self._seen)
+    def inference_macs(self, samples: int = 1, masked: Mapping[str, float] | None = None) -> int:
+        """Forward multiply-adds of a batch of this many samples, now.
+
+        Args:
+            samples: in the batch.
+            masked: shares of the blocks of plain `nn.Linear` layers that live, by name: the others are left out, as export does.
+        """
+        share = {} if masked is None else masked
+        return sum(round(self._layer(name, samples, False) * share.get(name, 1)) for name in self._seen)
 
 
 def tensor_bytes(tensors: Iterator[Tensor]) -> int:

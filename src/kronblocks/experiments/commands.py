@@ -29,10 +29,25 @@ def _summary(config: TrainConfig, result: dict[str, Any]) -> Table:
         "trained parameters": f"{result['trainable_parameters_max']:,} at most, {result['trainable_parameters_end']:,} at last",
         "training": f"{result['train_seconds']:.1f} s, {result['training_macs'] / 1e9:,.1f} G multiply-adds",
         "peak memory": f"{result['peak_memory_bytes'] / 2**20:.0f} MiB above the loaded data",
+        "block sizes": _sizes(result) if config.method != "dense" else "",
+        "left dense": "; ".join(f"{each['name']}: {each['reason']}" for each in result["surgery"]["left_dense"]),
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        if value:
+            table.add_row(name, value)
     return table
+
+
+def _sizes(result: dict[str, Any]) -> str:
+    """The block sizes that the layers really have."""
+    layers: dict[str, list[str]] = {}
+    for layer in result["layers"]:
+        layers.setdefault(layer["block_size"], []).append(layer["name"])
+    return (
+        "; ".join(f"{size} in {', '.join(names)}" for size, names in layers.items())
+        if len(layers) > 1
+        else next(iter(layers), "")
+    )
 
 
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:

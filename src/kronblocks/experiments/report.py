@@ -126,6 +126,7 @@ class Run:
         """Flat settings that mean something for the method; without the seed and what `recipe` repeats."""
         unused = ["method", "seed", "threads", *Recipe._fields] + ["widths"] * (self.config["model"] != "mlp")
         unused += ["block_size", "sparsity", "on_mismatch", "schedule."] * (self.method == "dense")
+        unused += ["candidates", "goal"] * (self.config["block_size"] != "auto")
         foreign = [name for name, methods in OF_SOME_METHODS.items() if self.method not in methods]
         unused += [*foreign, *(f"recipe.{name}" for name in foreign)]
         unused += ["penalty."] * (self.method not in PENALISED)
@@ -305,7 +306,7 @@ def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse t
         "title": title,
         "tasks": tasks,
         "figures": figures,
-        "search_picture": search_figure.picture,
+        "search_pictures": search_figure.pictures,
         "conditions": conditions([run.result for run in runs]),
     }
     content["settings"] = {name: [each.get(name, "") for each in settings] for each in settings for name in each}

@@ -24,26 +24,32 @@ from kronblocks.experiments.versions import versions
 from kronblocks.files import write_json
 from kronblocks.methods import Method
 from kronblocks.search.halving import Goal, SearchConfig, find_block_size
-from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
+from kronblocks.search.mixture import MixtureConfig, Weights, find_block_size_in_mixture_
 from kronblocks.search.report import SearchReport
 from kronblocks.search.task import SearchTask
 
 
+def _device() -> torch.device:
+    """Where trainings run, and so searches too."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def search_task(data: Dataset, batch_size: int, recipe: Recipe) -> SearchTask:
-    """Training and validation images with the cross-entropy; the test images are not touched."""
+    """Training and validation images with the cross-entropy, on the GPU if there is one; the test images are not touched."""
+    device = _device()
 
     def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         sampler = BatchSampler(len(data.train), batch_size, seed)
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
             for numbers in sampler:
-                yield data.train.images[numbers], data.train.labels[numbers]
+                yield data.train.images[numbers].to(device), data.train.labels[numbers].to(device)
 
-    held_out = list(zip(data.validation.images.split(1000), data.validation.labels.split(1000), strict=True))
+    images, labels = data.validation.images.to(device), data.validation.labels.to(device)
+    held_out = list(zip(images.split(1000), labels.split(1000), strict=True))
 
     def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
-        return nn.functional.cross_entropy(model(images), labels, reduction="none")
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
     return SearchTask(batches, held_out, losses, **recipe._asdict())
 
@@ -56,7 +62,7 @@ def steps_of(config: TrainConfig, data: Dataset) -> int:
 def search_for(config: TrainConfig, data: Dataset, search: SearchConfig | None = None) -> SearchReport:
     """The search that a training with `block_size="auto"` begins with."""
     torch.manual_seed(config.seed)
-    model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size)
+    model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size).to(_device())
     task = search_task(data, config.batch_size, config.recipe)
     with Progress(console=Console(stderr=True), transient=True, disable=not config.progress) as progress:
         bar = progress.add_task("looking for the block size", total=1.0)
@@ -66,7 +72,7 @@ def search_for(config: TrainConfig, data: Dataset, search: SearchConfig | None =
             task,
             total_steps=steps_of(config, data),
             rows=config.batch_size,
-            search=search or SearchConfig(seed=config.seed),
+            search=search or SearchConfig(sizes=config.candidates, goal=config.goal, seed=config.seed),
             progress=lambda text, done: progress.update(bar, description=text, completed=done),
         )
 
@@ -86,6 +92,8 @@ class FindConfig(ModelAndData):
     """How candidates are judged: short trainings side by side, or all in one model by removal or by the paper's penalty."""
     per_layer: bool = False
     """A size for each layer; with --criterion removal or penalty."""
+    weights: Weights = "time"
+    """What a candidate is measured against with --criterion removal or penalty: its time, or equal; equal is the paper's own."""
     budget: float | None = None
     """Steps of the search, as a share of the training's; unset: 1 with --criterion halving, 0.5 with the others."""
     tolerance: float = SearchConfig.tolerance
@@ -96,6 +104,8 @@ class FindConfig(ModelAndData):
         super().__post_init__()
         if self.per_layer and self.criterion == "halving":
             raise KronblocksError("--per-layer wants --criterion removal or penalty: halving tries one size for the whole model")
+        if self.weights != "time" and self.criterion == "halving":
+            raise KronblocksError("--weights is for --criterion removal or penalty: halving has --goal")
         if self.tolerance != SearchConfig.tolerance and self.criterion != "halving":
             raise KronblocksError(f"--tolerance is for --criterion halving, not {self.criterion}")
         if self.goal != "step-time" and self.criterion != "halving":
@@ -120,9 +130,11 @@ def run(config: FindConfig) -> SearchReport:
         report = search_for(training, data, search)
     else:
         torch.manual_seed(config.seed)
-        model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size)
+        model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size).to(_device())
         budget = MixtureConfig.budget if config.budget is None else config.budget
-        mixture = MixtureConfig(criterion=config.criterion, per_layer=config.per_layer, budget=budget, seed=config.seed)
+        mixture = MixtureConfig(
+            criterion=config.criterion, weights=config.weights, per_layer=config.per_layer, budget=budget, seed=config.seed
+        )
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("looking for the block size", total=1.0)
             report = find_block_size_in_mixture_(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -15,27 +17,39 @@ from kronblocks.search.report import SearchReport
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#757a84")
 
+_Part = Callable[[Axes, SearchReport], None]
+
 
 def draw(report: SearchReport, path: Path) -> None:
     """Write the picture of a search as PNG."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    parts = _parts(report)
+    figure = Figure(figsize=(6.5 * len(parts), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    _candidates(axes, report)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    for number, part in enumerate(parts, 1):
+        axes = figure.add_subplot(1, len(parts), number)
+        part(axes, report)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     chosen = str(report.winner) if report.winner else ", ".join(f"{name}: {size}" for name, size in report.chosen.items())
-    axes.set_title(f"Block-size search by {report.criterion}: {chosen}", loc="left", fontsize=10)
+    figure.suptitle(f"Block-size search by {report.criterion}: {chosen}", x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=160)
 
 
-def picture(report: SearchReport) -> Picture:
+def pictures(report: SearchReport) -> list[Picture]:
     """The same for a page."""
-    return panel(lambda axes: _candidates(axes, report), "candidates of the block-size search; the table holds the numbers")
+    words = "candidates of the block-size search; the table holds the numbers"
+    return [panel(partial(_onto, part, report), words) for part in _parts(report)]
 
 
-def _candidates(axes: Axes, report: SearchReport) -> None:
-    (_norms if any(candidate.history for candidate in report.paths) else _losses)(axes, report)
+def _onto(part: _Part, report: SearchReport, axes: Axes) -> None:
+    part(axes, report)
+
+
+def _parts(report: SearchReport) -> list[_Part]:
+    """What there is to draw."""
+    losses = any(candidate.rungs for candidate in report.paths)
+    norms = any(candidate.history for candidate in report.paths)
+    return [_losses] * losses + [_norms] * norms
 
 
 def _losses(axes: Axes, report: SearchReport) -> None:
@@ -59,13 +73,35 @@ def _losses(axes: Axes, report: SearchReport) -> None:
 
 
 def _norms(axes: Axes, report: SearchReport) -> None:
-    """Norm of every candidate's weights over the steps; a line ends where the candidate was removed."""
+    """Norm of every candidate's weights over the steps of the search; a line ends where the candidate was removed.
+
+    Where candidates begin anew in each round, rounds stand one after the other.
+    """
+    starts = _starts(report)
     for colour, path in zip(COLOURS, report.paths, strict=False):
-        if path.history:
-            steps, norms = [point["step"] for point in path.history], [point["norm"] for point in path.history]
-            width = 2.5 if path.block == report.winner else 1.2
-            axes.plot(steps, norms, color=colour, linewidth=width)
-            axes.plot(steps[-1], norms[-1], marker="o" if path.block == report.winner else "x", color=colour)
-            axes.annotate(str(path.block), (steps[-1], norms[-1]), xytext=(6, 2), textcoords="offset points", color=colour)
-    axes.set_xlabel("step of the search")
+        if not path.history:
+            continue
+        won = path.block == report.winner
+        for number, start in starts.items():
+            points = [point for point in path.history if point.get("round", 1) == number]
+            steps, norms = [start + point["step"] for point in points], [point["norm"] for point in points]
+            axes.plot(steps, norms, color=colour, linewidth=2.5 if won else 1.2)
+        last = path.history[-1]
+        place = (starts[last.get("round", 1)] + last["step"], last["norm"])
+        axes.plot(*place, marker="o" if won else "x", color=colour)
+        axes.annotate(str(path.block), place, xytext=(6, 2), textcoords="offset points", color=colour)
+    for start in list(starts.values())[1:]:
+        axes.axvline(start, color="#626975", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("steps of a candidate, round after round" if len(starts) > 1 else "step of the search")
     axes.set_ylabel("norm of the candidate's weights")
+
+
+def _starts(report: SearchReport) -> dict[float, float]:
+    """How many steps were made before each round."""
+    lengths: dict[float, float] = {}
+    for path in report.paths:
+        for point in path.history:
+            number = point.get("round", 1)
+            lengths[number] = max(lengths.get(number, 0), point["step"])
+    numbers = sorted(lengths)
+    return {number: sum(lengths[earlier] for earlier in numbers[:place]) for place, number in enumerate(numbers)}

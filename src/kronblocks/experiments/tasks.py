@@ -15,6 +15,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import TRANSFORMERS, ModelName
 from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE
 from kronblocks.methods import CONSTANT, FACTORED, LIFTED, PENALISED, PRUNING, REGROWING, STORED, Init, Method, TileGroups
+from kronblocks.search.halving import Goal
 from kronblocks.sparsity.budget import Distribution, Scope
 from kronblocks.sparsity.targets import Score
 
@@ -119,6 +120,10 @@ class TaskConfig(ModelAndData):
     """Cross-validation: which fifth of the training images validates, 0 to 4; unset: a tenth, the same in every run."""
     block_size: str = "16"
     """Rows and columns of a block: 16, or 16x4; auto: search for it first."""
+    candidates: tuple[str, ...] | None = None
+    """Of --block-size auto, such as 4 8 16x4; unset: squares of 2 to 64."""
+    goal: Goal = "step-time"
+    """Of --block-size auto: what counts among candidates that lose nothing."""
     weight_decay: float | None = None
     """Of dense weights; unset: the method's own."""
     factor_weight_decay: float | None = None
@@ -166,6 +171,8 @@ class TaskConfig(ModelAndData):
             raise KronblocksError("--distill learns from a trained model: name its folder with --start-from")
         if self.distill is not None and not 0 <= self.distill <= 1:
             raise KronblocksError(f"--distill is the share of the trained model in the loss, 0 to 1, not {self.distill}")
+        if self.block_size != "auto" and (self.candidates is not None or self.goal != "step-time"):
+            raise KronblocksError(f"--candidates and --goal are for --block-size auto, not {self.block_size}")
         if self.start_from is not None and self.block_size == "auto":
             raise KronblocksError("--block-size auto searches with new models: with --start-from name a size")
 
@@ -220,6 +227,7 @@ class TrainConfig(TaskConfig):
         for name in ("out", "resume", "progress", "data_dir"):
             del data[name]
         data["start_from"] = None if self.start_from is None else str(self.start_from)
+        data["candidates"] = None if self.candidates is None else list(self.candidates)
         return {**data, "widths": list(self.widths), "recipe": self.recipe._asdict()}
 
 
@@ -260,7 +268,7 @@ class CompareConfig(TaskConfig):
         foreign = [name for name, methods in OF_SOME_METHODS.items() if method not in methods]
         settings: dict[str, Any] = {name: default[name] for name in foreign}
         if method == "dense" and self.block_size == "auto":
-            settings["block_size"] = TaskConfig.block_size
+            settings |= {name: default[name] for name in ("block_size", "candidates", "goal")}
         return settings | {"schedule": self._schedule_of(method), "penalty": self._penalty_of(method)}
 
     def _schedule_of(self, method: Method) -> ScheduleConfig:

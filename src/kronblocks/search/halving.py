@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -116,6 +116,8 @@ def find_block_size(
             )
         tell = _teller(progress, f"round {turn + 1} of {search.rounds}: {steps} steps of", turn, search.rounds)
         results = _round(model, config, task, kept, steps, search.goal, search.seed + turn, tell)
+        for name, result in results.items():
+            paths[name].history += [{"round": turn + 1, "step": step, "norm": norm} for step, norm in result.norms]
         made += steps * len(kept)
         history.append(results)
         _note(results, paths, steps)
@@ -143,6 +145,10 @@ class _Result:
     seconds_per_step: float
     cost: float
     steps: int
+    norms: list[tuple[int, float]] = field(default_factory=list)  # of the candidate's weights, and after which step
+
+
+_NOTES = 20  # norms that are noted in a round
 
 
 def _round(
@@ -159,6 +165,7 @@ def _round(
     trials = {str(c.block): Trial(model, with_block(config, c.block), task, steps, seed) for c in kept}
     diverged: set[str] = set()
     names = ", ".join(trials)
+    norms: dict[str, list[tuple[int, float]]] = {name: [(0, trial.norm())] for name, trial in trials.items()}
     batches = task.stream(seed)
     for step in range(steps):
         batch: Any = next(batches)
@@ -171,11 +178,14 @@ def _round(
                 if "diverged" not in str(error):
                     raise
                 diverged.add(name)
+                continue
+            if (step + 1) % max(1, steps // _NOTES) == 0:
+                norms[name].append((step + 1, trial.norm()))
         tell(names, (step + 1) / steps)
     results = {}
     for name, trial in trials.items():
         losses = torch.full((1,), torch.inf) if name in diverged else task.judge(trial.model)
-        results[name] = _Result(losses, trial.seconds_per_step, _cost(trial, goal), steps)
+        results[name] = _Result(losses, trial.seconds_per_step, _cost(trial, goal), steps, norms[name])
     return results
 
 

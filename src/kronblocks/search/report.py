@@ -46,7 +46,7 @@ class Path:
     estimated_seconds: float
     energy: float
     rungs: list[Rung] = field(default_factory=list)
-    history: list[dict[str, float]] = field(default_factory=list)  # of criteria that follow a candidate step by step
+    history: list[dict[str, float]] = field(default_factory=list)  # norm of its weights over the steps of each round
     why: str = ""  # lost, or won
 
 

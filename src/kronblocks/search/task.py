@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import statistics
 import time
 import warnings
@@ -113,6 +114,10 @@ class Trial:
             torch.cuda.synchronize()
         self._seconds.setdefault(phase, []).append(time.perf_counter() - start)
         self._schedule.step()
+
+    def norm(self) -> float:
+        """Frobenius norm of all targeted weights together."""
+        return math.sqrt(sum(float(target.norms().double().square().sum()) for target in self.sparsifier.targets))
 
     @property
     def seconds_per_step(self) -> float:

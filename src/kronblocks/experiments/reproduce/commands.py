@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kronblocks.errors import KronblocksError
+from kronblocks.experiments.tasks import DataName
+from kronblocks.methods import Method
 
 if TYPE_CHECKING:
     from kronblocks.experiments.reproduce.studies import Study
@@ -22,8 +24,8 @@ SHORT: dict[str, tuple[str, ...]] = {
     "ablation": ("ablation",),
     "linear": ("linear-mnist5k", "linear-fashion"),
     "lenet5": ("lenet5-mnist5k", "lenet5-fashion", "lenet5-fashion-finer"),
-    "vit-tiny": ("vit-tiny-fashion",),
-    "swin-tiny": ("swin-tiny-fashion",),
+    "vit-tiny": ("vit-tiny-fashion", "vit-tiny-fashion-longer"),
+    "swin-tiny": ("swin-tiny-fashion", "swin-tiny-fashion-longer"),
 }
 """Studies that a few CPU cores can run."""
 
@@ -51,6 +53,20 @@ class ReproduceConfig:
     """The transformers as in the paper, on CIFAR-100 with images of 224 pixels: wants a GPU."""
     jobs: int | None = None
     """Trainings at a time; unset: two, of one thread each, and one with --full."""
+    data: DataName | None = None
+    """Another data set; this and the next ones make a study of your own, with --name."""
+    methods: tuple[Method, ...] | None = None
+    """Those to compare; dense, which all are compared with, comes by itself."""
+    block_sizes: tuple[str, ...] | None = None
+    """Such as 4 16x4, each at every one of --sparsities; a size that does not divide a layer becomes the nearest that does."""
+    sparsities: tuple[float, ...] | None = None
+    """Shares of the weights that end in zero blocks; methods are tuned at the first."""
+    seeds: tuple[int, ...] | None = None
+    """Of the compared trainings; methods are tuned with others."""
+    epochs: int | None = None
+    """Of every training."""
+    name: str | None = None
+    """Of the study of your own: its results go to reproduce-NAME.json."""
 
     def __post_init__(self) -> None:
         if self.jobs is not None and self.jobs < 1:
@@ -60,6 +76,36 @@ class ReproduceConfig:
             raise KronblocksError(
                 f"{self.what} {'has no other form: leave --full out' if self.full else 'is too large for a CPU: add --full'}"
             )
+
+        own = ", ".join(self.own)
+        if own and self.what in ("ablation", "search", "all", "tables"):
+            raise KronblocksError(f"{own}: name a model, not {self.what}")
+        if own and self.name is None:
+            raise KronblocksError(f"{own}: that makes a study of your own, so add --name")
+        if self.name is not None and not own:
+            raise KronblocksError(
+                f"--name is for a study of your own: say what is other than in kronblocks reproduce {self.what}"
+            )
+
+    @property
+    def own(self) -> list[str]:
+        """What the user set of a study of one's own."""
+        names = ("data", "methods", "block_sizes", "sparsities", "seeds", "epochs")
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+
+    def studies(self) -> list[Study]:
+        """What to run.
+
+        Raises:
+            KronblocksError: a training of it cannot be.
+        """
+        from kronblocks.experiments.reproduce.studies import STUDIES, own_study
+
+        if self.name is None:
+            return [STUDIES[name] for name in self.names]
+        values = {name: getattr(self, name) for name in ("data", "methods", "seeds", "epochs")}
+        changes = {name: value for name, value in values.items() if value is not None}
+        return [own_study(STUDIES[self.names[0]], self.name, self.block_sizes, self.sparsities, **changes)]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,7 +117,6 @@ class ReproduceConfig:
 def reproduce(config: Annotated[ReproduceConfig, tyro.conf.arg(name="")]) -> None:
     """Run the experiments behind the tables of the docs."""
     from kronblocks.experiments.reproduce.campaign import Campaign
-    from kronblocks.experiments.reproduce.studies import STUDIES
 
     if config.what == "tables":
         from kronblocks.experiments.reproduce.page import write
@@ -79,10 +124,9 @@ def reproduce(config: Annotated[ReproduceConfig, tyro.conf.arg(name="")]) -> Non
         Console().print(f"page: {write(config.out, config.page).resolve()}", soft_wrap=True, highlight=False)
         return
     try:
-        for name in config.names:
-            campaign = Campaign(STUDIES[name], config.out, config.work, config.jobs or (1 if config.full else 2))
-            results = campaign.run()
-            Console().print(_summary(STUDIES[name], results.rows))
+        for study in config.studies():
+            results = Campaign(study, config.out, config.work, config.jobs or (1 if config.full else 2)).run()
+            Console().print(_summary(study, results.rows))
             Console().print(f"results: {results.path}", soft_wrap=True, highlight=False)
         if config.what in ("search", "all") and not config.full:
             from kronblocks.experiments.reproduce.searches import SEARCHES
@@ -99,7 +143,15 @@ def _summary(study: Study, rows: list[dict]) -> Table:
     from kronblocks.experiments.reproduce.statistics import cells
 
     table = Table(title=study.name, title_justify="left")
-    names = ("method", "block", "sparsity %", "test accuracy %", "to dense", "training multiply-adds, to dense")
+    names = (
+        "method",
+        "block",
+        "sparsity %",
+        "test accuracy %",
+        "to dense",
+        "training multiply-adds, to dense",
+        "sizes in the layers",
+    )
     if study.variants is not None:
         names = ("changed", "block", "sparsity %", "validation accuracy %")
     for name in names:
@@ -109,5 +161,5 @@ def _summary(study: Study, rows: list[dict]) -> Table:
         if variants:
             table.add_row(variants[cell.trial], *cell.summary("validation_accuracy")[1:4])
         else:
-            table.add_row(*cell.summary())
+            table.add_row(*cell.summary(), cell.rows[0]["blocks"])
     return table

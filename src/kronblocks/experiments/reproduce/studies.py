@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from kronblocks.blocks import BlockSize
 from kronblocks.config import ScheduleConfig
+from kronblocks.errors import KronblocksError
 from kronblocks.experiments.data import FOLDS
 from kronblocks.experiments.models import ModelName, TransformerName
 from kronblocks.experiments.reproduce.ablations import BASE, VARIANTS
@@ -22,7 +25,7 @@ METHODS: tuple[Method, ...] = (
 
 def has_cell(method: str, block: str) -> bool:
     """Whether a method can be compared at a block size: single weights have no factors."""
-    return block != "1" or method not in FACTORED
+    return BlockSize.parse(block).area > 1 or method not in FACTORED
 
 
 @dataclass(frozen=True)
@@ -164,12 +167,13 @@ class Study:
 
 
 _SHORT_TRANSFORMER: dict[str, Any] = {  # some minutes a training
-    **{"data": "fashion-mnist", "image_size": 32, "train_images": 2000, "test_images": 2000, "epochs": 8, "batch_size": 16},
-    **{"cells": (("16", 0.8),), "tuned_at": 0.8, "seeds": (0, 1, 2), "tuning_seeds": (100,)},
-    **{
-        "rates": rates((1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), slice(2, 4)),
-        "base": {"schedule": ScheduleConfig(update_every=10)},
-    },
+    **{"data": "fashion-mnist", "image_size": 32, "train_images": 1000, "test_images": 2000, "epochs": 5, "batch_size": 16},
+    **{"cells": (("16", 0.8),), "seeds": (0, 1), "lr": 5e-4, "base": {"schedule": ScheduleConfig(update_every=10)}},
+}
+_LONGER_TRANSFORMER: dict[str, Any] = {
+    **_SHORT_TRANSFORMER,
+    **{"train_images": 2000, "epochs": 8, "tuned_at": 0.8, "seeds": (0, 1, 2), "tuning_seeds": (100,), "lr": None},
+    "rates": rates((1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), slice(2, 4)),
 }
 _WHOLE_TRANSFORMER: dict[str, Any] = {
     **{"data": "cifar100", "epochs": 100, "batch_size": 256, "cells": (("4", 0.5), ("32", 0.8), ("32", 0.9))},
@@ -180,6 +184,7 @@ STUDIES = {
     study.name: study
     for study in (
         *(Study(name=f"{model}-fashion", model=model, **_SHORT_TRANSFORMER) for model in ("vit-tiny", "swin-tiny")),
+        *(Study(name=f"{model}-fashion-longer", model=model, **_LONGER_TRANSFORMER) for model in ("vit-tiny", "swin-tiny")),
         *(Study(name=f"{model}-cifar100", model=model, **_WHOLE_TRANSFORMER) for model in get_args(TransformerName)),
         Study(
             name="mlp",
@@ -226,3 +231,34 @@ STUDIES = {
         ),
     )
 }
+
+
+def own_study(
+    base: Study, name: str, block_sizes: Sequence[str] | None, sparsities: Sequence[float] | None, **changes: Any
+) -> Study:
+    """A study like another, with cells, methods, data or seeds of one's own; tuned as methods are, at the first sparsity.
+
+    Args:
+        base: gives the model and what is not named.
+        name: of its results file.
+        block_sizes: each at every sparsity; None: those of the other study.
+        sparsities: see block_sizes.
+        changes: of other fields.
+
+    Raises:
+        KronblocksError: the name is taken, or a training cannot be.
+    """
+    if name in STUDIES:
+        raise KronblocksError(f"{name} is a study of the docs: choose another --name")
+    blocks = block_sizes or list(dict.fromkeys(block for block, _ in base.cells))
+    shares = sparsities or list(dict.fromkeys(sparsity for _, sparsity in base.cells))
+    methods = tuple(dict.fromkeys(("dense", *changes.pop("methods", base.methods))))
+    cells = tuple((block, sparsity) for sparsity in shares for block in blocks)
+    study = dataclasses.replace(
+        base, name=name, cells=cells, methods=methods, tuned_at=shares[0], tuned_as={}, chosen=None, variants=None, **changes
+    )
+    if taken := set(study.seeds) & set(study.tuning_seeds):
+        raise KronblocksError(f"seeds {sorted(taken)} are those of the trials: compare with others")
+    for cell in study.table():  # settings that cannot be are refused before anything runs
+        study.training(cell, study.settings(cell.method, 0), study.seeds[0], Path())
+    return study
