@@ -223,6 +223,8 @@ def test_parameter_groups_cover_every_parameter_once_with_the_right_rates():
     groups = parameter_groups(model, lr=0.1, weight_decay=0.3, factor_lr_scale=2.0, lifted_lr_scale=3.0, factor_weight_decay=0.2)
     found = {g["name"]: (round(g["lr"], 9), g["weight_decay"], len(g["params"])) for g in groups}
     assert found == {"dense": (0.1, 0.3, 2), "no-decay": (0.1, 0.0, 5), "factors": (0.2, 0.2, 4), "lifted": (0.3, 0.2, 0)}
+    apart = parameter_groups(model, lr=0.1, factor_weight_decay=0.2, lifted_weight_decay=0.4)
+    assert [g["weight_decay"] for g in apart] == [0.0, 0.0, 0.2, 0.4]
     held = [id(p) for g in groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     for lr in (-1.0, math.inf, math.nan):

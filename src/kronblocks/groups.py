@@ -26,6 +26,7 @@ def parameter_groups(
     factor_lr_scale: float = FACTOR_LR_SCALE,
     lifted_lr_scale: float = LIFTED_LR_SCALE,
     factor_weight_decay: float = 0.0,
+    lifted_weight_decay: float | None = None,
     keep_empty: bool = True,
 ) -> list[dict[str, Any]]:
     """Four groups for an optimiser: "dense", "no-decay" (biases, norms), "factors", and "lifted", which is empty till the lift.
@@ -39,7 +40,8 @@ def parameter_groups(
         weight_decay: of the group "dense"; biases and one-dimensional parameters get none.
         factor_lr_scale: rate of `coeff`, `tiles` and `gate`, relative to `lr`.
         lifted_lr_scale: rate of `values`, relative to `lr`.
-        factor_weight_decay: of `coeff` and `tiles` (the gate gets none), and of `values`.
+        factor_weight_decay: of `coeff` and `tiles` (the gate gets none).
+        lifted_weight_decay: of `values`; None: as factors.
         keep_empty: False leaves groups without parameters out: torch's distributed checkpoints refuse more than one of them.
 
     >>> model = nn.Sequential(KroneckerBlockLinear(8, 6, 2, rank=1), nn.Linear(6, 3))
@@ -61,7 +63,7 @@ def parameter_groups(
         ("dense", [p for p in rest if p.dim() > 1], 1.0, weight_decay),
         ("no-decay", [p for p in rest if p.dim() <= 1], 1.0, 0.0),
         ("factors", factors, factor_lr_scale, factor_weight_decay),
-        (LIFTED, lifted, lifted_lr_scale, factor_weight_decay),
+        (LIFTED, lifted, lifted_lr_scale, factor_weight_decay if lifted_weight_decay is None else lifted_weight_decay),
     ]
     return [
         {"params": [p for p in params if p.requires_grad], "lr": lr * scale, "weight_decay": decay, "name": name}

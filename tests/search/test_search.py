@@ -63,6 +63,8 @@ def test_a_trial_takes_the_whole_recipe():
     assert {name: group["weight_decay"] for name, group in groups.items()} == {
         **{"dense": 0.1, "no-decay": 0.0, "factors": 0.05, "lifted": 0.05},
     }
+    recipe = dataclasses.replace(recipe, lifted_weight_decay=0.2)
+    assert Trial(model(), CONFIG, recipe, 40, seed=0)._optimizer.param_groups[-1]["weight_decay"] == 0.2
     assert [groups[name]["max_lr"] / groups["dense"]["max_lr"] for name in ("factors", "lifted")] == [2.0, 3.0]
 
 

@@ -22,7 +22,7 @@ from kronblocks.sparsity.targets import Score
 OF_SOME_METHODS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("rank", "tile_groups", "gate", "factor_lr_scale"), FACTORED),
     "init": FACTORED | CONSTANT,
-    **dict.fromkeys(("factor_weight_decay", "lifted_lr_scale"), FACTORED | STORED),
+    **dict.fromkeys(("factor_weight_decay", "lifted_lr_scale", "lifted_weight_decay"), FACTORED | STORED),
     "score": PRUNING,
     "regrow": REGROWING,
     "distribution": CONSTANT,
@@ -42,6 +42,7 @@ class Recipe(NamedTuple):
     factor_weight_decay: float = 0.0
     factor_lr_scale: float = FACTOR_LR_SCALE  # rate of factors, relative to lr
     lifted_lr_scale: float = LIFTED_LR_SCALE  # rate of free block values, relative to lr
+    lifted_weight_decay: float | None = None  # of free block values; None: as factors
 
 
 _PLAIN = Recipe(factor_lr_scale=1.0, lifted_lr_scale=1.0)
@@ -127,11 +128,13 @@ class TaskConfig(ModelAndData):
     weight_decay: float | None = None
     """Of dense weights; unset: the method's own."""
     factor_weight_decay: float | None = None
-    """Of factors and free block values; unset: the method's own."""
+    """Of factors, and of free block values; unset: the method's own."""
     factor_lr_scale: float | None = None
     """Learning rate of factors, relative to --lr; unset: the method's own."""
     lifted_lr_scale: float | None = None
     """Learning rate of free block values, relative to --lr; unset: the method's own."""
+    lifted_weight_decay: float | None = None
+    """Of free block values; unset: as --factor-weight-decay."""
     tile_groups: str | None = None
     """Tile banks of a layer: per-row, or a number; unset: the method's own (two-phase per-row, kron-l1 1)."""
     init: Init | None = None

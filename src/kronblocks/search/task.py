@@ -33,7 +33,8 @@ class SearchTask:
         losses: loss of every example (or token) of a batch, (N,), differentiable.
         lr: learning rate of AdamW for what is not sparse, as for `parameter_groups`.
         weight_decay: of dense weights.
-        factor_weight_decay: of factors and free block values.
+        factor_weight_decay: of factors.
+        lifted_weight_decay: of free block values; None: as factors.
         factor_lr_scale: rate of factors, relative to `lr`.
         lifted_lr_scale: rate of free block values, relative to `lr`.
     """
@@ -46,6 +47,7 @@ class SearchTask:
     factor_weight_decay: float = 0.0
     factor_lr_scale: float = FACTOR_LR_SCALE
     lifted_lr_scale: float = LIFTED_LR_SCALE
+    lifted_weight_decay: float | None = None
 
     def stream(self, seed: int) -> Iterator[Any]:
         """The training batches.
@@ -95,6 +97,7 @@ class Trial:
             factor_weight_decay=task.factor_weight_decay,
             factor_lr_scale=task.factor_lr_scale,
             lifted_lr_scale=task.lifted_lr_scale,
+            lifted_weight_decay=task.lifted_weight_decay,
         )
         self._optimizer = AdamW(groups)
         self.sparsifier.attach(self._optimizer, total_steps=steps)

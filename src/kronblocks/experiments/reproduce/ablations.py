@@ -55,7 +55,7 @@ VARIANTS: dict[str, Settings] = {
     "masks every 100 steps": {"schedule": _schedule(update_every=100)},
     "regrowth of 0.1": {"regrow": 0.1},
     "regrowth of 0.3": {"regrow": 0.3},
-    "decay of dense weights 0.05": {"weight_decay": 0.05},
+    "decay of values 0.05": {"lifted_weight_decay": 0.05},
     "decay of factors and values 0.05": {"factor_weight_decay": 0.05},
     "a budget for each layer": {"scope": "layer"},
     "A: factors x1, masks every 25, regrowth of 0.1": _A,
@@ -63,5 +63,8 @@ VARIANTS: dict[str, Settings] = {
     "A and decay of factors and values 0.05": {**_A, "factor_weight_decay": 0.05},
     "A, pruning from the start until 0.4": {**_A, "schedule": _schedule(start=0.0, end=0.4, update_every=25)},
     "A, pruning until 0.4, rank 8": {**_A, "schedule": _schedule(end=0.4, update_every=25), "rank": 8},
+    "decay of factors 0.05": {"factor_weight_decay": 0.05, "lifted_weight_decay": 0.0},
+    "rate of factors x1, rate after the lift x1": {"factor_lr_scale": 1.0, "lifted_lr_scale": 1.0},
+    "as shipped: every setting left out": {**dict.fromkeys(BASE), "scope": "global", "schedule": ScheduleConfig()},
 }
 """Name to the settings that differ from the default method."""
