@@ -25,7 +25,8 @@ from kronblocks import (
     sparsify_,
 )
 from kronblocks import saving as module
-from kronblocks.saving import CARD, _bits, _mask
+from kronblocks.saving import CARD
+from kronblocks.stored import mask_as_bits, mask_from_bits
 
 STORED = Path(__file__).parent / "data" / "saved-format-1"
 
@@ -238,7 +239,7 @@ def test_folders_that_hold_no_model_say_so(tmp_path, folder):
 @given(st.integers(1, 9), st.integers(1, 9), st.randoms())
 def test_masks_as_bits(rows, cols, random):
     mask = torch.tensor([[random.random() < 0.5 for _ in range(cols)] for _ in range(rows)])
-    assert torch.equal(_mask(_bits(mask), (rows, cols)), mask) and len(_bits(mask)) == -(-rows * cols // 8)
+    assert torch.equal(mask_from_bits(mask_as_bits(mask), (rows, cols)), mask) and len(mask_as_bits(mask)) == -(-rows * cols // 8)
 
 
 TRANSFORMER = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.report import SparsityReport, count_blocks
 from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState
 from kronblocks.sparsity.schedule import Phase, SparsitySchedule
+from kronblocks.sparsity.surgeon import Surgeon
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
 
 STATE_VERSION = 2
@@ -29,28 +30,6 @@ _LIFT_WAITS = (
     "kronblocks.integrations.fsdp.lifted_anew, or save a checkpoint, build model and sparsifier anew, load, call "
     "sparsifier.lift_(), and shard the model again"
 )
-
-
-class Surgeon(Protocol):
-    """Replaces layers of the model, which this package does not know how to do."""
-
-    report: Any
-
-    def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
-        """Replace Kronecker layers by layers of free block values, in the optimisers too."""
-        ...
-
-    def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
-        """Give up the slots of dead blocks, in the optimisers' state too."""
-        ...
-
-    def record(self) -> dict[str, Any]:
-        """The structure of the model's block layers, as plain values."""
-        ...
-
-    def restore(self, record: dict[str, Any], optimizers: Sequence[Optimizer]) -> None:
-        """Give the model that structure again."""
-        ...
 
 
 class Attachment:

@@ -1,11 +1,11 @@
-"""What is varied of two-phase training, one setting at a time, to find its defaults by evidence."""
+"""What is varied of one method: of two-phase one setting at a time, to find its defaults by evidence; of others their forms."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from kronblocks.config import ScheduleConfig
+from kronblocks.config import PenaltyConfig, ScheduleConfig
 from kronblocks.experiments.reproduce.trials import Settings
 
 DEFAULT = "as it is"
@@ -68,3 +68,15 @@ VARIANTS: dict[str, Settings] = {
     "as shipped: every setting left out": {**dict.fromkeys(BASE), "scope": "global", "schedule": ScheduleConfig()},
 }
 """Name to the settings that differ from the default method."""
+
+
+def _forms(first: str, *strengths: float) -> dict[str, Settings]:
+    """A method's penalty in both forms, that in the loss with several strengths; the one it has by default comes first."""
+    proximal = {"proximal, controlled": {"penalty": PenaltyConfig(form="proximal")}}
+    gradient = {f"in the loss, strength {x:g}": {"penalty": PenaltyConfig(form="gradient", strength=x)} for x in strengths}
+    both = proximal | gradient
+    return {first: both.pop(first), **both}
+
+
+GROUP_LASSO_FORMS = _forms("proximal, controlled", 0.03, 0.1, 0.3, 1.0, 3.0)
+KRON_L1_FORMS = _forms("in the loss, strength 1", 0.1, 0.3, 1.0, 3.0, 10.0)

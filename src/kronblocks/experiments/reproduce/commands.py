@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 What = Literal["mlp", "ablation", "linear", "lenet5", "vit-tiny", "vit-base", "swin-tiny", "search", "all", "tables"]
 SHORT: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp",),
-    "ablation": ("ablation",),
+    "ablation": ("ablation", "group-lasso-forms", "kron-l1-forms"),
     "linear": ("linear-mnist5k", "linear-fashion"),
     "lenet5": ("lenet5-mnist5k", "lenet5-fashion", "lenet5-fashion-finer"),
     "vit-tiny": ("vit-tiny-fashion", "vit-tiny-fashion-longer"),
@@ -41,7 +41,8 @@ class ReproduceConfig:
     """
 
     what: tyro.conf.Positional[What]
-    """Which: a model of the paper, our own MLP, what the default method is made of (ablation), whether the block-size search
+    """Which: a model of the paper, our own MLP, what the default method is made of and the forms of penalties
+    (ablation), whether the block-size search
     finds what it should (search), or all; tables: write the page."""
     out: Path = Path("benchmarks/results")
     """Folder of the results files."""

@@ -15,6 +15,7 @@ from kronblocks.experiments.reproduce.figures import draw
 from kronblocks.experiments.reproduce.published import FOOTNOTE, PUBLISHED
 from kronblocks.experiments.reproduce.statistics import CellResult, cells
 from kronblocks.experiments.reproduce.studies import has_cell
+from kronblocks.experiments.reproduce.trials import words
 from kronblocks.files import write_text
 
 OURS = "two-phase"
@@ -144,7 +145,7 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
     dense = [cell for cell in found if cell.method == "dense"]
     groups = dict.fromkeys((cell.block, cell.sparsity) for cell in found if cell.block)
     if settings["variants"]:
-        return lines + _ablation(found, settings)
+        return lines + _variants(name, found, settings)
     for block, sparsity in sorted(groups, key=lambda key: (key[1], BlockSize.parse(key[0]).area)):
         here = [cell for cell in found if (cell.block, cell.sparsity) == (block, sparsity)]
         lines += [f"### {100 * sparsity:g}% zeros, {BlockSize.parse(block)} blocks", ""]
@@ -202,16 +203,24 @@ and the rank is a quarter of a block's weights from 2 to 8 (the trials of the co
 Rows that begin with A combine several."""
 
 
-def _ablation(found: Sequence[CellResult], settings: dict[str, Any]) -> list[str]:
-    """One setting changed at a time: the paired difference to the base, for each block size."""
-    name = "validation_accuracy"  # test images decide nothing
-    base = ", ".join(f"{key} {value}" for key, value in settings["base"].items())
+_VARIED = {
+    "ablation": (f"What the defaults of {OURS} were chosen by, one setting changed at a time", _DECIDED),
+    "group-lasso-forms": ("Group LASSO as a proximal step whose strength a controller sets, and as published, in the loss", ""),
+    "kron-l1-forms": ("The paper's L1 on S in the loss, with several strengths, and as a proximal step", ""),
+}
+"""What a study of variants is for, and what came of it."""
+
+
+def _variants(name: str, found: Sequence[CellResult], settings: dict[str, Any]) -> list[str]:
+    """The paired difference of every variant to the first one, for each block size."""
+    measure = "validation_accuracy"  # test images decide nothing
+    base = words(settings["base"])
+    about, decided = _VARIED.get(name, (f"Variants of {', '.join(settings['methods'])}", ""))
     lines = [
-        f"What the defaults of {OURS} were chosen by: paired differences of **validation** accuracy in points, one setting "
-        f"changed at a time, and training multiply-adds relative to the base. The base: {base}.",
+        f"{about}: paired differences of **validation** accuracy in points to the first row, and training multiply-adds relative "
+        f"to it. In common: {base}.",
         "",
-        _DECIDED,
-        "",
+        *([decided, ""] if decided else []),
     ]
     places = sorted({(cell.block, cell.sparsity) for cell in found}, key=lambda place: (place[1], BlockSize.parse(place[0]).area))
     columns = ["changed"]
@@ -226,7 +235,7 @@ def _ablation(found: Sequence[CellResult], settings: dict[str, Any]) -> list[str
             if own is None or first is None:
                 row += ["", ""]
                 continue
-            row.append(own.spread_of(name) if number == 0 else str(own.against(first, name)))
+            row.append(own.spread_of(measure) if number == 0 else str(own.against(first, measure)))
             row.append(f"{own.mean('training_macs') / first.mean('training_macs'):.2f}")
         rows.append(row)
     return [*lines, *table(columns, rows), ""]
@@ -239,7 +248,7 @@ def _comparison(here: Sequence[CellResult], settings: dict[str, Any]) -> list[st
     published = [(settings["model"], cell.method) in PUBLISHED for cell in here]
     columns = ["method", "test accuracy %", f"{OURS} minus it", "zeros %", "parameters, most", "at the end"]
     columns += ["training multiply-adds", "inference multiply-adds", "bytes"]
-    columns += ["published, CIFAR-100 4x4"] * any(published)
+    columns += ["published % (zeros)"] * any(published)
     lines = []
     for cell in here:
         name = f"**{cell.method}**" if cell is best else cell.method
@@ -256,7 +265,7 @@ def _comparison(here: Sequence[CellResult], settings: dict[str, Any]) -> list[st
             f"{cell.to_dense(*BYTES):.2f}",
         ]
         value = PUBLISHED.get((settings["model"], cell.method))
-        lines.append(line + [f"{value.accuracy:.2f}" if value else ""] * any(published))
+        lines.append(line + [str(value or "")] * any(published))
     return table(columns, lines) + (["", FOOTNOTE] if any(published) else [])
 
 
@@ -279,8 +288,8 @@ def _trials(data: dict[str, Any]) -> list[str]:
     settings, methods = data["settings"], data["settings"]["methods"]
     if not tried:
         texts = {method: text for (_, method), text in chosen.items()}
-        words = "; ".join(f"{method} {texts[method]}" for method in methods if method in texts)
-        return [f"Settings, not tuned in this study: {words}.", ""]
+        chosen_as = "; ".join(f"{method} {texts[method]}" for method in methods if method in texts)
+        return [f"Settings, not tuned in this study: {chosen_as}.", ""]
     lines = []
     for block, method in sorted(chosen, key=lambda key: (BlockSize.parse(key[0]).area if key[0] else 0, methods.index(key[1]))):
         number = tried.get((settings["tuned_as"].get(block, block), method), ())

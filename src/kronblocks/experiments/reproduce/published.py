@@ -11,6 +11,9 @@ class Published(NamedTuple):
     accuracy: float
     sparsity: float | None
 
+    def __str__(self) -> str:
+        return f"{self.accuracy:.2f}" + (f" ({self.sparsity:.2f})" if self.sparsity is not None else "")
+
 
 BLOCK = "4"
 PUBLISHED: dict[tuple[str, str], Published] = {

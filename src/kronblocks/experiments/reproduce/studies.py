@@ -13,7 +13,7 @@ from kronblocks.config import ScheduleConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.data import FOLDS
 from kronblocks.experiments.models import ModelName, TransformerName
-from kronblocks.experiments.reproduce.ablations import BASE, VARIANTS
+from kronblocks.experiments.reproduce.ablations import BASE, GROUP_LASSO_FORMS, KRON_L1_FORMS, VARIANTS
 from kronblocks.experiments.reproduce.trials import Axis, Settings, Space, describe, rates, space_of, words
 from kronblocks.experiments.tasks import DataName, TrainConfig
 from kronblocks.methods import FACTORED, Method
@@ -180,6 +180,11 @@ _WHOLE_TRANSFORMER: dict[str, Any] = {
     **{"seeds": (0, 1, 2), "lr": 1e-3, "threads": None},
 }
 
+_FORMS: tuple[tuple[Method, Settings, Mapping[str, Settings]], ...] = (
+    ("group-lasso", {"lr": 8e-3, "schedule": ScheduleConfig(end=0.5)}, GROUP_LASSO_FORMS),
+    ("kron-l1", {"lr": 1.6e-2, "rank": 8}, KRON_L1_FORMS),
+)
+
 STUDIES = {
     study.name: study
     for study in (
@@ -203,6 +208,18 @@ STUDIES = {
             seeds=(0, 1, 2),
             base=BASE,
             variants=VARIANTS,
+        ),
+        *(
+            Study(
+                name=f"{method}-forms",
+                data="fashion-mnist",
+                methods=(method,),
+                cells=(("4", 0.9), ("16", 0.9)),
+                seeds=(0, 1, 2),
+                base=base,
+                variants=forms,
+            )
+            for method, base, forms in _FORMS
         ),
         Study(name="linear-mnist5k", data="mnist5k", model="linear", epochs=20, folds=True, cells=(("2", 0.5), ("2", 0.9))),
         Study(name="linear-fashion", data="fashion-mnist", model="linear", epochs=8, folds=True, cells=(("2", 0.5), ("2", 0.9))),

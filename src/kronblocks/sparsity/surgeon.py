@@ -1,0 +1,30 @@
+"""What a sparsifier asks of whoever replaces layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch.optim import Optimizer
+
+
+class Surgeon(Protocol):
+    """Replaces layers of the model, which this package does not know how to do."""
+
+    report: Any
+
+    def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
+        """Replace Kronecker layers by layers of free block values, in the optimisers too."""
+        ...
+
+    def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
+        """Give up the slots of dead blocks, in the optimisers' state too."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """The structure of the model's block layers, as plain values."""
+        ...
+
+    def restore(self, record: dict[str, Any], optimizers: Sequence[Optimizer]) -> None:
+        """Give the model that structure again."""
+        ...
