@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from kronblocks.blocks import BlockSize
 from kronblocks.experiments.figures import COLOURS, OTHER_COLOUR
 from kronblocks.experiments.reproduce.statistics import CellResult
-
-_OURS = "two-phase"
+from kronblocks.experiments.reproduce.texts import OURS
 
 
 def draw(found: Sequence[CellResult], path: Path, title: str) -> None:
@@ -53,11 +52,11 @@ def _panel(axes: Axes, cells: Sequence[CellResult], dense: CellResult | None) ->
             [cell.accuracy for cell in line],
             yerr=[cell.spread for cell in line],
             color=COLOURS.get(method, OTHER_COLOUR),
-            linewidth=2.4 if method == _OURS else 1.2,
+            linewidth=2.4 if method == OURS else 1.2,
             marker="o",
-            markersize=6 if method == _OURS else 4,
+            markersize=6 if method == OURS else 4,
             capsize=2,
-            zorder=3 if method == _OURS else 2,
+            zorder=3 if method == OURS else 2,
             label=method,
         )
     axes.set_xticks(range(len(shares)), [f"{100 * share:g}%" for share in shares])

@@ -1,0 +1,98 @@
+"""What the page of the experiments says beside its tables."""
+
+from __future__ import annotations
+
+OURS = "two-phase"
+
+INTRO = """# Experiments
+
+<!-- written by `kronblocks reproduce tables` from benchmarks/results: do not edit -->
+
+Every method is tuned alike, on **validation** accuracy and with other seeds than those below: first three learning rates times
+two values of its own second setting, then, one step of one setting at a time, the neighbours of the best trial, as long as one
+of them is better. The best trial is the one that is compared; how many were tried stands beside it. Test images decide nothing.
+Accuracies are of the last epoch. Zeros are counted exactly, in blocks. Differences are paired by seed, with their 95% interval
+(Student's t). The best sparse method of a comparison is bold, whoever it is. Multiply-adds of training are those of products in
+forward and backward, as each layer computed at that density, growth scores included; those of inference leave zero blocks out,
+whatever method made them; "parameters" are those trained at the most and at the end; "bytes" are parameters, gradients,
+optimiser state and tensors kept for backward at their largest; all relative to dense. How long trainings take is not told here,
+since several ran at a time on a machine that had other work too: see [benchmarks](benchmarks.md). Where a study names another
+way of choosing settings, that holds.
+
+What these comparisons do not settle: one or two seeds a trial leave tenths of a point to chance, in the choice of every method's
+settings. The strength of the lassos' penalty is left to the controller that steers it along the schedule, and is not tuned;
+what the penalty does in the loss, with a strength of its own, is a study by itself below.
+"""
+
+REPRODUCE = """## How to reproduce
+
+```sh
+pip install 'kronblocks[experiments]'
+kronblocks reproduce mlp       # the first table of the README; two trainings at a time, one thread each: about two hours
+kronblocks reproduce linear    # also: lenet5, vit-tiny, swin-tiny, ablation, search, or all
+kronblocks reproduce tables    # this page
+```
+
+Other data, methods, block sizes, sparsities or seeds make a study of your own, which is tuned and compared in the same way:
+
+```sh
+kronblocks reproduce lenet5 --name mine --data fashion-mnist --methods two-phase rigl --block-sizes 8 16x4 --sparsities 0.8
+```
+
+What is done is not run again, so an interrupted command goes on where it was. The paper's own trainings of transformers, on
+CIFAR-100 with images of 224 pixels, 100 epochs and three seeds, want a GPU, and have **not been run** here:
+
+```sh
+kronblocks reproduce vit-tiny --full
+kronblocks reproduce vit-base --full
+kronblocks reproduce swin-tiny --full
+```"""
+
+WHERE_BASELINES_WIN = {
+    "mlp": """Where a baseline wins: at 50% with 16x16 blocks `magnitude`, by 0.19 points: half of the blocks carry the
+weight, and `two-phase` trains their free values only from the lift on, after about a quarter of the training.
+At 2x2 `kron-l1`, with more parameters than dense. `static` is level at 80% with 16x16 blocks: random
+live blocks are enough there, and train from the first step; at 95% they are not.""",
+    "linear-mnist5k": """Where baselines
+win: at 50% both lassos, `iterative`, `magnitude`, `rigl` and `kron-l1`, by 0.2 to 0.7 points. A
+few hundred steps are few for one layer: every method takes the largest rate that is tried, and what trains free
+values from the first step gets further. At 90%, where the choice of blocks matters more, `two-phase` is the
+best.""",
+    "linear-fashion": """Where a baseline
+wins: at 90% `kron-l1` and `magnitude`, by about 0.1 point, with intervals that include 0.""",
+    "vit-tiny-fashion": """What this shows, and what it does not: all methods train at one learning rate, untuned, for some 300
+steps, after which dense has only begun to learn (52%). Factors learn faster at that rate, hence the lead of `two-phase` and
+`kron-l1`; a longer training, or a rate of its own for each method, may order them otherwise.""",
+    "swin-tiny-fashion": """Where baselines win: `iterative`, `static`, `magnitude` and `rigl` are ahead by 1.4 to 2.2 points, two
+of them clearly. A training of some 300 steps is too short to tell good blocks from bad ones (random ones are as good as any),
+and what counts is how long free values train: `two-phase` trains them only from the lift on. All methods train at one
+learning rate here, untuned.""",
+    "lenet5-mnist5k": """Where a baseline wins: at 50% `rigl`, at 90% `iterative` and `magnitude`, by 0.1 to 0.2 points, with
+intervals that include 0; the two train the whole dense network for most of the time.""",
+    "lenet5-fashion": """Where a baseline wins: at 90% `magnitude` and `iterative`, by about 0.2 points, with intervals that
+include 0; they train all weights of the linear layers until half of the training is over. Nothing comes within a point of dense,
+though: the linear layers are left with some six thousand of 59 thousand weights behind convolutions of 2,572, and that is too
+few for this task, whichever blocks they are: see lenet5-fashion-finer, where single weights do not do it either. Tried for
+`two-phase` on validation, one seed each, 10 to 30 epochs, and within half a point of it as it is: higher rank, rate or smaller
+batches, other moments of the lift and ends of pruning, regrowth, gradient times weight as the score, shares of the layers by
+Erdos-Renyi or by LAMP (Lee et al. 2021), features flattened the other way round, and a dense teacher (half a point better).""",
+    "lenet5-fashion-finer": """What the size of blocks costs here, with twice the epochs. With blocks of one weight
+`magnitude` prunes single weights, as freely as zeros can be chosen, and still loses 0.6 points to dense: a tenth of these
+layers is too little, and being within 0.3 points, as on the MLP, is out of reach of any blocks. Blocks of 2x2 cost nothing
+beyond that, blocks of 4x4 0.4 points. `two-phase` stays 0.2 points behind `magnitude`, which trains all weights until 70% of
+the training; what would beat both is more weights: fewer zeros in these layers, or wider convolutions before them.""",
+}
+"""What the tables show against the default method, and why."""
+
+DECIDED = """Few intervals leave 0 out: one bank of tiles and the staircase lose at 16x16, three times the rate for factors at
+both sizes; the rest is within the noise of three seeds. So the base stayed but for three settings: factors train at the rate of
+the dense weights (no worse, and further from where it gets worse), pruning ends at 0.4 of the training (no worse, and cheaper),
+and the rank is a quarter of a block's weights from 2 to 8 (the trials of the comparison of methods say the same: 8 at 16x16).
+Rows that begin with A combine several."""
+
+VARIED = {
+    "ablation": (f"What the defaults of {OURS} were chosen by, one setting changed at a time", DECIDED),
+    "group-lasso-forms": ("Group LASSO as a proximal step whose strength a controller sets, and as published, in the loss", ""),
+    "kron-l1-forms": ("The paper's L1 on S in the loss, with several strengths, and as a proximal step", ""),
+}
+"""What a study of variants is for, and what came of it."""
