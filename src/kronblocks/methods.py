@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from kronblocks.sparsity.rules.base import Form
 from kronblocks.sparsity.schedule import Shape
@@ -75,3 +75,10 @@ def own_rank(area: int) -> int:
     (2, 4, 8)
     """
     return min(area, max(2, min(8, area // 4)))
+
+
+REVISIONS: dict[str, int] = {
+    **dict.fromkeys(get_args(Method), 1),
+    **dict.fromkeys(("rigl", "group-lasso", "elastic-group-lasso"), 2),
+}
+"""Of each method; raise it when a change alters what trainings come to: experiments run again what is of an earlier one."""

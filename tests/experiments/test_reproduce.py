@@ -57,7 +57,7 @@ def test_rows_of_a_campaign(finished):
         assert (row["block_sparsity"] >= 0.5) == (row["method"] != "dense")
     assert next(row for row in compared if row["method"] == "rigl")["blocks"] == "2x4 4x4"
     assert {row["settings"] for row in tuned if row["trial"] == 1} == {"lr 0.008"}
-    kept = sorted(path.name for path in (finished / "work/tiny/rigl-4-0.5-t0-s100").iterdir())
+    kept = sorted(path.name for path in (finished / f"work/tiny/rigl-4-0.5-t0-s100-r{campaign.REVISIONS['rigl']}").iterdir())
     assert kept == [".lock", "config.json", "result.json"]
 
 
@@ -79,6 +79,16 @@ def test_what_is_done_is_not_run_again(finished, monkeypatch):
     Campaign(TINY, finished / "results", finished / "work", jobs=2).run()
 
 
+def test_what_an_earlier_revision_of_a_method_did_is_run_again(finished, tmp_path, monkeypatch):
+    (tmp_path / "reproduce-tiny.json").write_bytes((finished / "results/reproduce-tiny.json").read_bytes())
+    monkeypatch.setitem(campaign.REVISIONS, "rigl", campaign.REVISIONS["rigl"] + 1)
+    run_again = []
+    monkeypatch.setattr(campaign, "_finished", lambda pending, jobs: run_again.extend(pending) or ())
+    with pytest.raises(ValueError, match="empty"):  # no trial of rigl to choose from, since nothing ran
+        Campaign(TINY, tmp_path, tmp_path / "work", jobs=2).run()
+    assert {(job.cell.method, job.part) for job in run_again} == {("rigl", "tune")} and len(run_again) == 2
+
+
 def test_another_campaign_does_not_go_on_in_the_same_file(finished):
     with pytest.raises(KronblocksError, match="other settings"):
         Campaign(dataclasses.replace(TINY, rates=None), finished / "results", finished / "work", jobs=2)
@@ -93,7 +103,7 @@ def test_a_trial_that_diverges_is_never_the_best_and_a_comparison_that_does_is_a
     monkeypatch.setattr(campaign, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(campaign, "_train", train)
     study = Campaign(TINY, tmp_path / "results", tmp_path / "work", jobs=1)
-    with pytest.raises(KronblocksError, match="rigl-4-0.5-t0-s1: the training has diverged"):
+    with pytest.raises(KronblocksError, match="rigl-4-0.5-t0-s1-r[0-9]+: the training has diverged"):
         study.run()
     tuned = [row for row in study.results.rows if row["part"] == "tune" and row["method"] == "dense"]
     assert [row["validation_accuracy"] for row in tuned] == [0.5, 0.0]

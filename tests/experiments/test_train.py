@@ -78,12 +78,15 @@ def test_dense_training_macs_are_three_products_less_the_first_input_gradient(tm
     assert result["inference_macs_per_sample"] == 64 * 64 + 64 * 32 + 32 * 10
 
 
-def test_zero_blocks_of_a_masked_layer_are_left_out_of_inference(tmp_path):
-    masked = training.train(config(tmp_path / "masked", method="magnitude", epochs=1))
-    live = {layer["name"]: layer["live_blocks"] / layer["total_blocks"] for layer in masked["layers"]}
-    weights = {layer["name"]: layer["out_features"] * layer["in_features"] for layer in masked["layers"]}
-    expected = sum(share * weights[name] for name, share in live.items())
-    assert masked["inference_macs_per_sample"] == pytest.approx(expected, abs=1)
+@pytest.mark.parametrize(
+    "settings", [{"method": "magnitude"}, {"method": "magnitude", "storage": "packed"}, {"method": "static"}]
+)
+def test_zero_blocks_are_left_out_of_inference_whoever_made_them(tmp_path, settings):
+    result = training.train(config(tmp_path / "run", epochs=1, **settings))
+    live = [
+        layer["out_features"] * layer["in_features"] * layer["live_blocks"] / layer["total_blocks"] for layer in result["layers"]
+    ]
+    assert result["inference_macs_per_sample"] == pytest.approx(sum(live), abs=1)
 
 
 class Interrupt(Exception):

@@ -78,15 +78,23 @@ class MacCounter:
         """
         return sum(round(samples * self._seen[name][0]) * number for name, number in weights.items())
 
-    def inference_macs(self, samples: int = 1, masked: Mapping[str, float] | None = None) -> int:
+    def inference_macs(self, samples: int = 1, live: Mapping[str, float] | None = None) -> int:
         """Forward multiply-adds of a batch of this many samples, now.
 
         Args:
             samples: in the batch.
-            masked: shares of the blocks of plain `nn.Linear` layers that live, by name: the others are left out, as export does.
+            live: shares of the blocks that live, of layers by name: their zero blocks are left out, as export can, where that is
+                less than what the layer's plan takes.
         """
-        share = {} if masked is None else masked
-        return sum(round(self._layer(name, samples, False) * share.get(name, 1)) for name in self._seen)
+        total = 0
+        for name in self._seen:
+            own = self._layer(name, samples, False)
+            if live is not None and name in live:
+                module, rows = self._model.get_submodule(name), round(samples * self._seen[name][0])
+                assert isinstance(module, nn.Linear | BlockLayer)
+                own = min(own, round(rows * module.in_features * module.out_features * live[name]))
+            total += own
+        return total
 
 
 def tensor_bytes(tensors: Iterator[Tensor]) -> int:

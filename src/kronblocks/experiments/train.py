@@ -153,14 +153,10 @@ def _count(config: TrainConfig, module: Classification) -> SparsityReport:
     return count_blocks(weight_targets(module.model, select(module.model, module.sparsity_config)))
 
 
-def _masked(report: SparsityReport) -> dict[str, float]:
-    """Shares of live blocks of the layers that are masked `nn.Linear`s; block layers know their own."""
-    return {layer.name: layer.live_blocks / layer.total_blocks for layer in report.layers if layer.kind == "Linear"}
-
-
 def _result(config: TrainConfig, module: Classification, tested: Any, peak: int, exact: bool) -> dict[str, Any]:
     report = _count(config, module)
     last = module.history[-1]
+    live = {layer.name: layer.live_blocks / layer.total_blocks for layer in report.layers}
     surgery = module.sparsifier.surgery
     return {
         "version": RESULT_VERSION,
@@ -179,7 +175,7 @@ def _result(config: TrainConfig, module: Classification, tested: Any, peak: int,
         "trainable_parameters_max": module.parameters_max,
         "trainable_parameters_end": accounting.trainable_parameters(module.model),
         "training_macs": module.macs,
-        "inference_macs_per_sample": module.counter.inference_macs(config.batch_size, _masked(report)) // config.batch_size,
+        "inference_macs_per_sample": module.counter.inference_macs(config.batch_size, live) // config.batch_size,
         "layers": report.to_dict()["layers"],
         "surgery": {
             "selected": [{"name": each.name, "block_size": str(each.grid.block), "note": each.note} for each in surgery.selected],

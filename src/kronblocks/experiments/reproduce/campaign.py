@@ -18,6 +18,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.results import Results, Row
 from kronblocks.experiments.reproduce.studies import Cell, Study
 from kronblocks.experiments.tasks import TrainConfig
+from kronblocks.methods import REVISIONS
 
 KEY = ("part", "method", "block", "sparsity", "trial", "seed")
 MEASURED = (
@@ -35,7 +36,7 @@ MEASURED = (
     "train_seconds",
 )
 BYTES = ("parameters", "gradients", "optimizer_state", "saved_tensors")
-COLUMNS = (*KEY, "settings", *MEASURED, *BYTES, "blocks")
+COLUMNS = (*KEY, "settings", "revision", *MEASURED, *BYTES, "blocks")
 
 
 class Job(NamedTuple):
@@ -56,7 +57,8 @@ class Job(NamedTuple):
     def name(self) -> str:
         """Of its folder."""
         cell = self.cell
-        return f"{cell.method}-{cell.block or 'dense'}-{cell.sparsity:g}-t{self.trial}-s{self.seed}"
+        place = f"{cell.method}-{cell.block or 'dense'}-{cell.sparsity:g}"
+        return f"{place}-t{self.trial}-s{self.seed}-r{REVISIONS[cell.method]}"  # what is left of an earlier revision stays apart
 
 
 class Campaign:
@@ -75,6 +77,7 @@ class Campaign:
         kind = f"reproduce-{study.name}"
         agree = ("torch", "kronblocks")  # another processor rounds otherwise, which is less than what seeds do
         self.results = Results.open(out / f"{kind}.json", kind, COLUMNS, KEY, study.shared(), must_agree=agree)
+        self.results.drop(lambda row: row["revision"] != REVISIONS[row["method"]])
 
     def run(self) -> Results:
         """Run what is missing.
@@ -128,7 +131,9 @@ class Campaign:
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(f"{self.study.name}: {title}", total=len(jobs), completed=len(jobs) - len(missing))
             for job, row in _finished(pending, self.jobs):
-                self.results.add([{**job.key(), "settings": self.study.words(job.cell.method, job.trial), **row}])
+                method = job.cell.method
+                own = {"settings": self.study.words(method, job.trial), "revision": REVISIONS[method]}
+                self.results.add([{**job.key(), **own, **row}])
                 progress.advance(task)
                 if not console.is_terminal:
                     accuracy = 100 * row["validation_accuracy"]
