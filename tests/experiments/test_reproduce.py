@@ -82,6 +82,7 @@ def test_what_is_done_is_not_run_again(finished, monkeypatch):
 def test_what_an_earlier_revision_of_a_method_did_is_run_again(finished, tmp_path, monkeypatch):
     (tmp_path / "reproduce-tiny.json").write_bytes((finished / "results/reproduce-tiny.json").read_bytes())
     monkeypatch.setitem(campaign.REVISIONS, "rigl", campaign.REVISIONS["rigl"] + 1)
+    assert "since the method changed (see the changelog): `rigl`." in write(tmp_path, tmp_path / "page.md").read_text()
     run_again = []
     monkeypatch.setattr(campaign, "_finished", lambda pending, jobs: run_again.extend(pending) or ())
     with pytest.raises(ValueError, match="empty"):  # no trial of rigl to choose from, since nothing ran

@@ -8,7 +8,7 @@ from typing import Any
 
 from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
-from kronblocks.experiments.bench.results import read
+from kronblocks.experiments.bench.results import Row, read
 from kronblocks.experiments.bench.tables import table
 from kronblocks.experiments.reproduce import searches
 from kronblocks.experiments.reproduce.figures import draw
@@ -18,6 +18,7 @@ from kronblocks.experiments.reproduce.studies import has_cell
 from kronblocks.experiments.reproduce.texts import INTRO, OURS, REPRODUCE, VARIED, WHERE_BASELINES_WIN
 from kronblocks.experiments.reproduce.trials import words
 from kronblocks.files import write_text
+from kronblocks.methods import REVISIONS
 
 BYTES = ("parameters", "gradients", "optimizer_state", "saved_tensors")
 
@@ -104,6 +105,7 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
         f"{settings['data']}{images}, {settings['model']}{widths}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
         f"{len(found[0].rows)} seeds; {data['versions']['processor']}, torch {data['versions']['torch']}.",
         "",
+        *_stale(data["rows"]),
     ]
     dense = [cell for cell in found if cell.method == "dense"]
     groups = dict.fromkeys((cell.block, cell.sparsity) for cell in found if cell.block)
@@ -150,6 +152,15 @@ def _variants(name: str, found: Sequence[CellResult], settings: dict[str, Any]) 
             row.append(f"{own.mean('training_macs') / first.mean('training_macs'):.2f}")
         rows.append(row)
     return [*lines, *table(columns, rows), ""]
+
+
+def _stale(rows: Sequence[Row]) -> list[str]:
+    """What is of an earlier revision of a method."""
+    methods = dict.fromkeys(row["method"] for row in rows if row["revision"] != REVISIONS[row["method"]])
+    if not methods:
+        return []
+    names = ", ".join(f"`{method}`" for method in methods)
+    return [f"Not run again yet since the method changed (see the changelog): {names}.", ""]
 
 
 def _comparison(here: Sequence[CellResult], settings: dict[str, Any]) -> list[str]:
