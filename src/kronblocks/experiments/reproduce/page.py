@@ -63,7 +63,7 @@ def summary(results: Path, study: str = "mlp", blocks: Sequence[str] = ("4", "16
         size = BlockSize.parse(block)
         columns += [f"{size}: test accuracy %", f"{OURS} minus it", "parameters, most", "multiply-adds"]
     rows = []
-    for method in dict.fromkeys(cell.method for cell in found):
+    for method in settings["methods"]:
         row = [method]
         for block in blocks:
             own, ours = (_at(found, name, block, sparsity) for name in (method, OURS))
@@ -78,8 +78,8 @@ def summary(results: Path, study: str = "mlp", blocks: Sequence[str] = ("4", "16
         f"{settings['data']}, MLP with hidden layers {widths}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
         f"{100 * sparsity:g}% of the weights in zero blocks, mean ± standard deviation of {len(found[0].rows)} seeds; differences"
         " in points with their 95% interval over pairs of the same seed. Parameters that are trained at the most and "
-        f"multiply-adds of training are relative to dense. Every method had six trials on validation (so {OURS} has rank 8 here, "
-        f"by default 4 at 4x4); torch {data['versions']['torch']}."
+        f"multiply-adds of training are relative to dense. Every method was tuned alike on validation (so {OURS} has rank 8 "
+        f"here, by default 4 at 4x4); torch {data['versions']['torch']}."
     )
     return [*table(columns, rows), "", about]
 
@@ -113,6 +113,7 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
         return lines + _variants(name, found, settings)
     for block, sparsity in sorted(groups, key=lambda key: (key[1], BlockSize.parse(key[0]).area)):
         here = [cell for cell in found if (cell.block, cell.sparsity) == (block, sparsity)]
+        here.sort(key=lambda cell: settings["methods"].index(cell.method))
         lines += [f"### {100 * sparsity:g}% zeros, {BlockSize.parse(block)} blocks", ""]
         seeds = max(len(cell.rows) for cell in found)
         expected = sum(has_cell(method, block) for method in settings["methods"])
