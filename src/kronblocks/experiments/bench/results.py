@@ -66,12 +66,12 @@ class Results:
         known = read(path)
         new = results.head
         if known["kind"] != kind or known["columns"] != list(columns):
-            raise KronblocksError(f"{path} holds other measurements: add --fresh to replace it, or choose another --out")
+            raise KronblocksError(f"{path} holds other measurements: remove it, or choose another --out")
         changed = [name for name, value in json.loads(json.dumps(settings)).items() if known["settings"].get(name) != value]
         changed += [name for name in must_agree if known["versions"].get(name) != new["versions"][name]]
         if changed:
             raise KronblocksError(
-                f"{path} was measured with other settings ({', '.join(changed)}): add --fresh to measure everything again, or "
+                f"{path} was measured with other settings ({', '.join(changed)}): remove it to measure everything again, or "
                 "choose another --out"
             )
         results.head = {name: value for name, value in known.items() if name not in ("columns", "rows")}
