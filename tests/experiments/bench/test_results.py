@@ -41,7 +41,7 @@ def test_each_row_is_one_line(tmp_path):
 def test_other_settings_and_machines_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "bench-ops.json"
     opened(path).add([{"rows": 1, "case": "dense", "ms": 2.0}])
-    with pytest.raises(KronblocksError, match=r"other settings \(threads\).*--fresh"):
+    with pytest.raises(KronblocksError, match=r"other settings \(threads\): remove it"):
         opened(path, threads=1)
     with pytest.raises(KronblocksError, match=r"other measurements: remove it"):
         Results.open(path, "step", COLUMNS, KEY, {"threads": 2})
