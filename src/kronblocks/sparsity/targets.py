@@ -20,6 +20,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.ops.cost import Problem
 from kronblocks.shards import is_sharded, rows_here, summed, whole
 from kronblocks.sparsity.distributed import broadcast_
+from kronblocks.sparsity.moments import moments, restart_
 
 Score = Literal["norm", "gate", "taylor"]
 
@@ -267,10 +268,10 @@ class LayerTarget(BlockTarget):
     def restart_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
         others = self._layer.block_entries(self.mask & ~blocks)
         for (parameter, where), (_, elsewhere) in zip(self._layer.block_entries(blocks), others, strict=True):
-            for name, moment in _moments(optimizers, parameter):
+            for name, moment in moments(optimizers, parameter):
                 local, rows = rows_here(moment)
                 shape = (*where[rows].shape, *[1] * (local.dim() - where.dim()))
-                _restart_(name, moment, local, where[rows].view(shape), elsewhere[rows].view(shape))
+                restart_(name, moment, local, where[rows].view(shape), elsewhere[rows].view(shape))
 
     def set_mask_(self, mask: Tensor) -> None:
         self._layer.set_block_mask_(mask)
@@ -328,9 +329,9 @@ class WeightTarget(BlockTarget):
 
     @torch.no_grad()
     def restart_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
-        for name, moment in _moments(optimizers, self._weight):
+        for name, moment in moments(optimizers, self._weight):
             rows, chosen = self._beside(moment, blocks)
-            _restart_(name, moment, rows, chosen, self._beside(moment, self._mask & ~blocks)[1])
+            restart_(name, moment, rows, chosen, self._beside(moment, self._mask & ~blocks)[1])
 
     def set_mask_(self, mask: Tensor) -> None:
         self._mask = mask.to(self._mask.device, torch.bool).clone()
@@ -374,33 +375,3 @@ def _check_gradients(name: str, parameters: Sequence[nn.Parameter]) -> None:
             f'layer {name!r} has no gradients after the optimiser\'s step, and score="taylor" needs them: call zero_grad() '
             'before backward, not right after the step, or use score="norm"'
         )
-
-
-_SCALES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"})
-"""What torch's optimisers call the moments that they divide a step by."""
-
-
-def _moments(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[tuple[str, Tensor]]:
-    """What optimisers remember of a parameter in tensors of its shape, with its names."""
-    states = [optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state]
-    moments = [(name, value) for state in states for name, value in state.items() if isinstance(value, Tensor)]
-    return [(name, value) for name, value in moments if value.shape == parameter.shape]
-
-
-def _restart_(name: str, moment: Tensor, local: Tensor, blocks: Tensor, others: Tensor) -> None:
-    """Restart the part of a moment that belongs to some blocks.
-
-    Args:
-        name: of the moment.
-        moment: all of it.
-        local: what this process holds of it.
-        blocks: bool, broadcastable to `local`, those that restart.
-        others: bool, the same, the live blocks beside them.
-    """
-    if name not in _SCALES:
-        local.masked_fill_(blocks, 0)
-        return
-    others = others.expand_as(local)
-    here = torch.stack([local.masked_fill(~others, 0).sum(), others.sum().to(local.dtype)])
-    total, number = summed(here, moment)
-    local.masked_fill_(blocks, total / number.clamp_min(1))

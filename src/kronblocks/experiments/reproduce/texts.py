@@ -61,8 +61,8 @@ the loss, over four fifths of the training: on validation the same `kron-l1` end
 (two seeds). A penalty like that while `two-phase` looks for its blocks might win both; that was not tried. The largest rate that
 may be tried is taken by `kron-l1`, both lassos, `rigl` and `static`: some 320 steps are few.""",
     "linear-fashion": """Where baselines win: at 50% `iterative` and `magnitude`, by less than 0.2 points, with intervals that
-include 0. At 90% `kron-l1`, by 0.9 points, with more parameters than dense and for the reason given under linear-mnist5k, and `magnitude`
-by 0.2, with an interval that includes 0.""",
+include 0. At 90% `kron-l1`, by 0.9 points, with more parameters than dense and for the reason given under linear-mnist5k, and
+`magnitude` by 0.2, with an interval that includes 0.""",
     "vit-tiny-fashion": """What this shows, and what it does not: all methods train at one learning rate, untuned, for some 300
 steps, after which dense has only begun to learn (52%). Factors learn faster at that rate, hence the lead of `two-phase` and
 `kron-l1`; a longer training, or a rate of its own for each method, may order them otherwise.""",
