@@ -106,7 +106,7 @@ proximal form. Milder cuts, in stages or layer by layer, were not tried.""",
     ),
     "kron-l1-forms": (
         "The paper's L1 on S in the loss, with several strengths, and as a proximal step",
-        """A strength of 1, the default, is best at 4x4, and at 16x16 nothing is clearly better. The proximal step costs 0.5 to 1.2
+        """A strength of 1, the default, is best at 4x4, and at 16x16 none is clearly better. The proximal step costs 0.5 to 1.2
 points and saves three fifths of the multiply-adds, since blocks die on the way.""",
     ),
 }
