@@ -1,88 +1,19 @@
-"""The sparsifier on real optimisers: exact targets, phases, resuming to the same bits, refusals."""
+"""The sparsifier on real optimisers: exact targets, phases, resuming to the same bits."""
 
 from __future__ import annotations
 
-import io
-import itertools
-import math
 import random
-from typing import Any
 
 import pytest
 import torch
+from tests.sparsity.small_training import METHODS, STEPS, Training, factors, mlp, same
 from torch import Tensor, nn
 
 import kronblocks
-from kronblocks import KronblocksError, PenaltyConfig, ScheduleConfig, SparsityConfig, parameter_groups, sparsify_
-from kronblocks.methods import CONSTANT, FACTORED
+from kronblocks import PenaltyConfig, ScheduleConfig, SparsityConfig, parameter_groups, sparsify_
+from kronblocks.methods import CONSTANT
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.surgery import ModelSurgeon
-
-STEPS = 40
-METHODS = ["two-phase", "kron-l1", "group-lasso", "elastic-group-lasso", "rigl", "iterative", "magnitude", "static"]
-
-
-def factors(method: str, rank: int = 2) -> dict[str, int]:
-    """The rank, for the methods that have one."""
-    return {"rank": rank} if method in FACTORED else {}
-
-
-def mlp(*sizes: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-class Training:
-    """A plain loop whose whole state can be saved and loaded."""
-
-    def __init__(self, config: SparsityConfig, optimizer=torch.optim.AdamW, seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        self.model = mlp(32, 24, 16, 8)
-        self.sparsifier = sparsify_(self.model, config)
-        self.make_optimizer = optimizer
-
-    def start(self, state: dict[str, Any] | None = None) -> Training:
-        if state is not None:  # structure first, then weights, then an optimiser over the right parameters
-            self.sparsifier.load_state_dict(state["sparsifier"])
-            self.model.load_state_dict(state["model"])
-        self.optimizer = self.make_optimizer(parameter_groups(self.model, lr=1e-2))
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
-        self.sparsifier.attach(self.optimizer, total_steps=STEPS)
-        if state is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-        return self
-
-    def run(self, until: int) -> Training:
-        for step in range(self.sparsifier.step, until):
-            generator = torch.Generator().manual_seed(step)
-            x = torch.randn(16, 32, generator=generator)
-            loss = (self.model(x) - x[:, :8].sin()).square().mean() + self.sparsifier.penalty()
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            self.scheduler.step()
-        return self
-
-    def state(self) -> dict[str, Any]:
-        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "sparsifier": self.sparsifier}
-        file = io.BytesIO()
-        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
-        file.seek(0)
-        return torch.load(file, weights_only=True)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal to the bit, all the way down."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 # the lift comes after step 11, healing after 16 (of kron-l1 32, of the others 20)
@@ -295,64 +226,6 @@ def test_rules_without_a_penalty_cost_nothing_in_the_loss(method, wanted, monkey
     assert (training.sparsifier.penalty() > 0) == wanted and len(made) == wanted
 
 
-def test_static_keeps_its_random_blocks():
-    training = Training(SparsityConfig(method="static", block_size=4, target_sparsity=0.5))
-    masks = [target.mask.clone() for target in training.sparsifier.targets]
-    assert training.sparsifier.sparsity == 0.5
-    training.start().run(STEPS)
-    assert all(torch.equal(a, t.mask) for a, t in zip(masks, training.sparsifier.targets, strict=True))
-
-
-@pytest.mark.parametrize("storage", ["packed", "dense"])
-def test_rigl_moves_its_blocks_at_constant_sparsity(storage):
-    schedule = ScheduleConfig(update_every=4)
-    config = SparsityConfig(method="rigl", block_size=4, target_sparsity=0.75, storage=storage, schedule=schedule)
-    training = Training(config).start()
-    kind = {"packed": "BlockSparseLinear", "dense": "Linear"}[storage]
-    assert all(type(target.module).__name__ == kind for target in training.sparsifier.targets)
-    masks = [[target.mask.clone() for target in training.sparsifier.targets]]
-    for step in range(1, STEPS + 1):
-        training.run(step)
-        masks.append([target.mask.clone() for target in training.sparsifier.targets])
-        assert sum(int((~mask).sum()) for mask in masks[-1]) == 0.75 * sum(mask.numel() for mask in masks[-1])
-    moved = [step for step in range(1, STEPS + 1) if not all(map(torch.equal, masks[step], masks[step - 1]))]
-    assert moved and all(training.sparsifier.schedule.is_update(step) for step in moved)
-    assert [[int(mask.sum()) for mask in each] for each in (masks[0], masks[-1])] == [[int(m.sum()) for m in masks[0]]] * 2
-    assert training.sparsifier.sparsity == 0.75
-
-
-def test_rigl_stored_either_way_is_the_same_training():
-    weights = []
-    for storage in ("packed", "dense"):
-        config = SparsityConfig(method="rigl", block_size=4, target_sparsity=0.75, storage=storage)
-        training = Training(config)
-        groups = parameter_groups(training.model, lr=1e-2, lifted_lr_scale=1.0)
-        training.make_optimizer = lambda _, groups=groups: torch.optim.AdamW(groups)
-        training.start().run(STEPS)
-        weights.append([target.module.weight.detach() for target in training.sparsifier.targets])
-    # 1e-4: fp32 sums in another order, over 40 steps of Adam
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*weights, strict=True))
-
-
-def test_iterative_prunes_the_same_share_in_each_stage():
-    config = SparsityConfig(method="iterative", block_size=2, target_sparsity=1 - 0.5**5)
-    training = Training(config).start()
-    sparsities = []
-    for step in range(1, STEPS + 1):
-        sparsities.append(training.run(step).sparsifier.sparsity)
-    stages = sorted(set(sparsities))
-    # half of what lives at each of the five stages, rounded up to whole blocks
-    total = training.sparsifier.report().total_blocks
-    assert stages == [math.ceil(total * (1 - 0.5**k) - 1e-9) / total for k in range(6)]
-
-
-@pytest.mark.parametrize("settings", [{"regrow": 0.3}, {"score": "taylor"}, {"gate": True}, {"gate": True, "score": "gate"}])
-def test_variants_of_two_phase_hit_the_target(settings):
-    training = Training(SparsityConfig(block_size=4, rank=2, target_sparsity=0.75, **settings)).start().run(STEPS)
-    assert training.sparsifier.sparsity == 0.75
-    assert type(training.model[0]).__name__ == "BlockSparseLinear"
-
-
 def test_removing_the_attachment_stops_everything():
     training = Training(SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.5))
     optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1)
@@ -362,61 +235,6 @@ def test_removing_the_attachment_stops_everything():
     optimizer.step()
     assert training.sparsifier.step == 0
     training.sparsifier.attach(optimizer, total_steps=10)
-
-
-def test_lbfgs_is_refused():
-    training = Training(SparsityConfig(block_size=4))
-    with pytest.raises(KronblocksError, match=r"LBFGS.*AdamW"):
-        training.sparsifier.attach(torch.optim.LBFGS(training.model.parameters()), total_steps=10)
-
-
-def test_an_optimiser_from_before_the_surgery_is_refused_by_layer_name():
-    model = mlp(32, 24, 16)
-    optimizer = torch.optim.AdamW(model.parameters())
-    sparsifier = sparsify_(model, SparsityConfig(block_size=4, rank=2))
-    with pytest.raises(KronblocksError, match=r"parameters of 0, 2.*after sparsify_"):
-        sparsifier.attach(optimizer, total_steps=10)
-
-
-def test_attaching_twice_and_penalty_before_attach_are_refused():
-    training = Training(SparsityConfig(block_size=4, rank=2))
-    with pytest.raises(KronblocksError, match="attach"):
-        training.sparsifier.penalty()
-    training.start()
-    with pytest.raises(KronblocksError, match="attached already"):
-        training.sparsifier.attach(training.optimizer, total_steps=10)
-    with pytest.raises(KronblocksError, match="optimiser or a list"):
-        Training(SparsityConfig(block_size=4, rank=2)).sparsifier.attach([], total_steps=10)
-
-
-def test_divergence_is_reported_where_it_is_noticed():
-    training = Training(SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.5)).start().run(3)
-    with torch.no_grad():
-        training.model[2].weight[0, 0] = float("inf")
-    with pytest.raises(KronblocksError, match=r"layer '\d'.*diverged"):
-        training.run(STEPS)
-
-
-def test_states_that_do_not_fit_are_refused():
-    state = Training(SparsityConfig(block_size=4, rank=2)).start().run(3).state()["sparsifier"]
-    other = Training(SparsityConfig(method="group-lasso", block_size=4))
-    with pytest.raises(KronblocksError, match="rule Magnitude"):
-        other.sparsifier.load_state_dict(state)
-    fresh = Training(SparsityConfig(block_size=4, rank=2))
-    with pytest.raises(KronblocksError, match="version 7"):
-        fresh.sparsifier.load_state_dict({**state, "version": 7})
-    with pytest.raises(KronblocksError, match="no state of a Sparsifier"):
-        fresh.sparsifier.load_state_dict({"hello": 1})
-    fresh.sparsifier.load_state_dict(state)
-    with pytest.raises(KronblocksError, match="total_steps=40"):
-        fresh.sparsifier.attach(torch.optim.AdamW(fresh.model.parameters()), total_steps=STEPS + 1)
-
-
-def test_impossible_targets_are_refused_before_anything_changes():
-    model = mlp(8, 8, 8)
-    with pytest.raises(KronblocksError, match="without a live block"):
-        sparsify_(model, SparsityConfig(block_size=4, rank=2, target_sparsity=0.9))
-    assert type(model[0]) is nn.Linear
 
 
 def test_a_sparsifier_can_be_made_by_hand_with_an_own_rule():

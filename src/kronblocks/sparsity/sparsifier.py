@@ -19,11 +19,9 @@ from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.report import SparsityReport, count_blocks
 from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState
 from kronblocks.sparsity.schedule import Phase, SparsitySchedule
+from kronblocks.sparsity.state import STATE_VERSION, check_state
 from kronblocks.sparsity.surgeon import Surgeon
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
-
-STATE_VERSION = 2
-
 
 _LIFT_WAITS = (
     "the lift is due, but the parameters are sharded and cannot be replaced: training goes on with factors until you call "
@@ -353,7 +351,8 @@ class Sparsifier:
         Raises:
             KronblocksError: the state is of another version, algorithm, model or number of steps.
         """
-        self._check_state(state)
+        total_steps = self.schedule.total_steps if self.schedule is not None else None
+        check_state(state, rule=type(self.rule).__name__, targets=[t.name for t in self.targets], total_steps=total_steps)
         self._surgeon.restore(state["structure"], self._optimizers)
         self._retarget()
         for target in self.targets:
@@ -366,41 +365,6 @@ class Sparsifier:
         self._loaded_total_steps = state["total_steps"]
         self._has_dead = True
         self._prepare_probes()
-
-    def _check_state(self, state: dict[str, Any]) -> None:
-        version = state.get("version") if isinstance(state, dict) else None
-        if version not in (None, STATE_VERSION):
-            raise KronblocksError(f"the state has version {version}, and this kronblocks reads version {STATE_VERSION}")
-        wanted = {"version", "rule", "step", "total_steps", "rule_state", "structure", "plans", "planner", "masks"}
-        if not isinstance(state, dict) or not wanted <= state.keys() or not _is_whole(state):
-            raise KronblocksError("this is no state of a Sparsifier: save sparsifier.state_dict() and load that")
-        if state["rule"] != type(self.rule).__name__:
-            raise KronblocksError(
-                f"the state is of the rule {state['rule']}, but this sparsifier has {type(self.rule).__name__}: "
-                "use the same method"
-            )
-        names = {*state["plans"], *state["masks"]}
-        if names != {target.name for target in self.targets}:
-            raise KronblocksError(
-                f"the state targets {sorted(map(str, names))}, but this model's targets are {[t.name for t in self.targets]}: "
-                "use the same model and SparsityConfig"
-            )
-        if self.schedule is not None and state["total_steps"] not in (None, self.schedule.total_steps):
-            raise KronblocksError(
-                f"the state is of a training of {state['total_steps']} steps, but attach was told {self.schedule.total_steps}"
-            )
-
-
-def _is_whole(state: dict[str, Any]) -> bool:
-    """Whether the parts of a state are of the kinds that they should be."""
-    dicts = ("rule_state", "structure", "plans", "planner", "masks")
-    steps = (state["step"], 0 if state["total_steps"] is None else state["total_steps"])
-    return (
-        all(isinstance(state[name], dict) for name in dicts)
-        and all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps)
-        and all(isinstance(plan, str) for plan in state["plans"].values())
-        and all(isinstance(mask, Tensor) for mask in state["masks"].values())
-    )
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -1,0 +1,55 @@
+"""What a saved state of a sparsifier must be, before anything of it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kronblocks.errors import KronblocksError
+
+STATE_VERSION = 2
+
+_DICTS = ("rule_state", "structure", "plans", "planner", "masks")
+_PARTS = frozenset({"version", "rule", "step", "total_steps", *_DICTS})
+
+
+def check_state(state: Any, *, rule: str, targets: Sequence[str], total_steps: int | None) -> None:
+    """Refuse what is no state of a sparsifier like this one.
+
+    Args:
+        state: anything.
+        rule: name of the sparsifier's algorithm.
+        targets: names of its layers.
+        total_steps: of its schedule; None before `attach`.
+
+    Raises:
+        KronblocksError: the state is damaged, or of another version, algorithm, model or number of steps.
+    """
+    version = state.get("version") if isinstance(state, dict) else None
+    if version not in (None, STATE_VERSION):
+        raise KronblocksError(f"the state has version {version}, and this kronblocks reads version {STATE_VERSION}")
+    if not isinstance(state, dict) or not state.keys() >= _PARTS or not _is_whole(state):
+        raise KronblocksError("this is no state of a Sparsifier: save sparsifier.state_dict() and load that")
+    if state["rule"] != rule:
+        raise KronblocksError(f"the state is of the rule {state['rule']}, but this sparsifier has {rule}: use the same method")
+    names = {*state["plans"], *state["masks"]}
+    if names != set(targets):
+        raise KronblocksError(
+            f"the state targets {sorted(map(str, names))}, but this model's targets are {list(targets)}: "
+            "use the same model and SparsityConfig"
+        )
+    if total_steps is not None and state["total_steps"] not in (None, total_steps):
+        raise KronblocksError(f"the state is of a training of {state['total_steps']} steps, but attach was told {total_steps}")
+
+
+def _is_whole(state: dict[str, Any]) -> bool:
+    """Whether the parts of a state are of the kinds that they should be."""
+    steps = (state["step"], 0 if state["total_steps"] is None else state["total_steps"])
+    return (
+        all(isinstance(state[name], dict) for name in _DICTS)
+        and all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps)
+        and all(isinstance(plan, str) for plan in state["plans"].values())
+        and all(isinstance(mask, Tensor) for mask in state["masks"].values())
+    )
