@@ -39,9 +39,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, so that whoever else on this machine wants to write into it waits; nothing is left in it."""
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    with FileLock(Path(tempfile.gettempdir()) / f"kronblocks-{name}.lock", mode=0o666):
+    """Hold a folder, so that whatever else this user runs here and wants to write into it waits; nothing is left in it.
+
+    Do not nest: folders share 16 lock files, in the system's temporary folder.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    share = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[0]
+    with FileLock(Path(tempfile.gettempdir()) / f"kronblocks-{user}-{share}.lock"):
         yield
 
 
