@@ -26,7 +26,6 @@ from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
 from kronblocks.search.report import SearchReport
 from kronblocks.search.task import SearchTask
 from kronblocks.selection import SurgeryReport, select
-from kronblocks.sparsity.controller import PenaltyController
 from kronblocks.sparsity.report import SparsityReport
 from kronblocks.sparsity.rules.base import Rule, RuleContext
 from kronblocks.sparsity.schedule import SparsitySchedule
@@ -55,7 +54,6 @@ __all__ = [
     "NativeFallbackWarning",
     "OpenMPConflictWarning",
     "PenaltyConfig",
-    "PenaltyController",
     "PerformanceWarning",
     "PlanChoice",
     "Problem",

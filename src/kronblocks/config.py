@@ -219,9 +219,16 @@ class SparsityConfig:
         return self.init or self.own.init
 
     @property
+    def chosen_storage(self) -> Storage | None:
+        """How a method of free values keeps them, the method's own where nothing is set; None for the other methods."""
+        if self.method not in STORED:
+            return None
+        return self.storage or ("packed" if self.method in CONSTANT else "dense")
+
+    @property
     def is_packed(self) -> bool:
         """Whether a method of free values keeps live blocks only."""
-        return self.method in STORED and (self.storage or ("packed" if self.method in CONSTANT else "dense")) == "packed"
+        return self.chosen_storage == "packed"
 
     @property
     def chosen_score(self) -> Score:

@@ -43,7 +43,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PenaltyConfig:
-    """Strength of a penalty; `None` means 1 for a penalty in the loss, and a controller for a proximal one."""
+    """Strength of a penalty; `None` means 1 in the loss, and for the proximal form what the schedule wants."""
 
     strength: float | None = None
     growth: float = 3.0  # in the loss: how many times the strength at the end

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from kronblocks.experiments.tasks import RESULT_VERSION
+
 EPOCHS = 3
 
 
@@ -37,7 +39,7 @@ def put(
     ]
     layer = {"name": "1", "out_features": 64, "in_features": 32, "block_size": "16x16", "total_blocks": 8}
     result = {
-        "version": 1,
+        "version": RESULT_VERSION,
         "test_accuracy": 0.9,
         "test_loss": 0.3,
         "block_sparsity": 0.75 * sparse,

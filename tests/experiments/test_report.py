@@ -74,7 +74,7 @@ def test_runs_are_found_at_every_depth_each_once_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"version": 2}, r"result\.json is not a result of version 1: train again"),
+        ({"version": 1}, r"result\.json is not a result of version 2: train again"),
         ({"training_macs": float("nan")}, r"result\.json has no number for training_macs"),
         ({"config": {"method": "dense"}}, r"result\.json lacks config"),
         ({"layers": [{"name": "1"}]}, r"result\.json lacks layers"),

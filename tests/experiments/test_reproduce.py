@@ -74,6 +74,19 @@ def test_variants_of_one_method(tmp_path):
     assert f"| rank 1 | {changed.against(base, 'validation_accuracy')} | {fewer:.2f} |" in page
 
 
+def recorded(monkeypatch, accuracy=lambda job: 0.5):
+    """Let campaigns make up their trainings, and keep a list of those."""
+    ran = []
+
+    def finished(pending, jobs):
+        for job in pending:
+            ran.append(job)
+            yield job, {**dict.fromkeys(campaign.MEASURED, 0.5), "validation_accuracy": accuracy(job), "blocks": "4x4"}
+
+    monkeypatch.setattr(campaign, "_finished", finished)
+    return ran
+
+
 def test_what_is_done_is_not_run_again(finished, monkeypatch):
     monkeypatch.setattr(campaign, "_finished", lambda pending, jobs: pytest.fail("run again") if pending else ())
     Campaign(TINY, finished / "results", finished / "work", jobs=2).run()
@@ -83,11 +96,10 @@ def test_what_an_earlier_revision_of_a_method_did_is_run_again(finished, tmp_pat
     (tmp_path / "reproduce-tiny.json").write_bytes((finished / "results/reproduce-tiny.json").read_bytes())
     monkeypatch.setitem(campaign.REVISIONS, "rigl", campaign.REVISIONS["rigl"] + 1)
     assert "since the method changed (see the changelog): `rigl`." in write(tmp_path, tmp_path / "page.md").read_text()
-    run_again = []
-    monkeypatch.setattr(campaign, "_finished", lambda pending, jobs: run_again.extend(pending) or ())
-    with pytest.raises(ValueError, match="empty"):  # no trial of rigl to choose from, since nothing ran
-        Campaign(TINY, tmp_path, tmp_path / "work", jobs=2).run()
-    assert {(job.cell.method, job.part) for job in run_again} == {("rigl", "tune")} and len(run_again) == 2
+    run_again = recorded(monkeypatch)
+    Campaign(TINY, tmp_path, tmp_path / "work", jobs=2).run()
+    assert {job.cell.method for job in run_again} == {"rigl"}
+    assert [job.part for job in run_again] == ["tune"] * 2 + ["compare"] * 2
 
 
 def test_another_campaign_does_not_go_on_in_the_same_file(finished):
@@ -135,6 +147,49 @@ def test_trials_go_on_beyond_the_first_grid_while_the_best_lies_at_an_edge(tmp_p
     campaigned = Campaign(study, tmp_path, tmp_path / "work", jobs=1)
     campaigned.results.add([{**compared[0]}])
     assert [row["settings"] for row in campaigned.run().rows if row["part"] == "compare"] == ["lr 0.008, rank 4"]
+
+
+def test_a_trial_whose_other_seed_is_missing_gets_it_before_it_is_chosen(tmp_path, monkeypatch):
+    """An interrupted campaign, of which one seed of a trial beyond the first grid was done, and a lucky one."""
+    study = dataclasses.replace(TINY, methods=("two-phase",), rates=None, seeds=(0,), tuning_seeds=(100, 101))
+    beyond = study.space("two-phase").first + 3
+    accuracy = {(beyond, 100): 0.9, (beyond, 101): 0.1}
+    ran = recorded(monkeypatch, lambda job: accuracy.get((job.trial, job.seed), 0.5))
+    campaigned = Campaign(study, tmp_path, tmp_path / "work", jobs=1)
+    known = campaign.Job("tune", Cell("two-phase", "4", 0.5), beyond, 100)
+    row = {"settings": study.words("two-phase", beyond), "revision": campaign.REVISIONS["two-phase"]}
+    campaigned.results.add([{**known.key(), **row, "validation_accuracy": 0.9}])
+    rows = campaigned.run().rows
+    assert known._replace(seed=101) in ran and known not in ran
+    assert {row["trial"] for row in rows if row["part"] == "compare"} == {0}
+
+
+def test_rows_of_other_settings_are_run_again_and_those_of_other_cells_stay(tmp_path, monkeypatch):
+    chosen = {method: {"lr": 4e-3} for method in ("dense", "two-phase")}
+    study = dataclasses.replace(TINY, methods=tuple(chosen), chosen=chosen, seeds=(0,), cells=(("4", 0.5), ("8", 0.5)))
+    ran = recorded(monkeypatch)
+    Campaign(study, tmp_path, tmp_path / "work", jobs=1).run()
+    assert len(ran) == 3
+    fewer = dataclasses.replace(study, cells=(("8", 0.5),))
+    assert len(Campaign(fewer, tmp_path, tmp_path / "work", jobs=1).run().rows) == 3 and len(ran) == 3
+    faster = dataclasses.replace(study, chosen={**chosen, "two-phase": {"lr": 8e-3}})
+    rows = Campaign(faster, tmp_path, tmp_path / "work", jobs=1).run().rows
+    assert [job.cell.method for job in ran[3:]] == ["two-phase"] * 2 and len(rows) == 3
+    variants = dataclasses.replace(study, methods=("two-phase",), chosen=None, variants={"as it is": {}}, name="varied")
+    Campaign(variants, tmp_path, tmp_path / "work", jobs=1).run()
+    with pytest.raises(KronblocksError, match=r"other settings \(variants\)"):
+        Campaign(dataclasses.replace(variants, variants={"as it is": {"rank": 1}}), tmp_path, tmp_path / "work", jobs=1)
+
+
+def test_a_working_folder_of_other_settings_is_begun_anew(tmp_path):
+    study = dataclasses.replace(TINY, epochs=1)
+    config = study.training(Cell("two-phase", "4", 0.5), {"lr": 4e-3}, 0, tmp_path / "run")
+    campaign._train(config)
+    (tmp_path / "run/left").touch()
+    campaign._train(config)
+    assert (tmp_path / "run/left").exists()
+    campaign._train(dataclasses.replace(config, lr=8e-3))
+    assert not (tmp_path / "run/left").exists() and '"lr": 0.008' in (tmp_path / "run/config.json").read_text()
 
 
 def test_page(finished, tmp_path, monkeypatch, capsys):
@@ -205,6 +260,9 @@ def test_a_study_of_ones_own(tmp_path, capsys):
     (study,) = config.studies()
     assert study.methods == ("dense", "magnitude") and study.tuned_at == 0.5 and study.widths == (512, 256)
     assert study.cells == (("8", 0.5), ("16x4", 0.5), ("8", 0.75), ("16x4", 0.75))
+    twice = dataclasses.replace(config, block_sizes=("4", "4x4"), sparsities=(0.5, 0.5))
+    assert twice.studies()[0].cells == (("4", 0.5),)
+    assert ReproduceConfig(what="vit-tiny", name="mine", seeds=(7,)).studies()[0].tuned()  # not at one rate for all methods
     main([*words.split(), "--out", str(tmp_path), "--work", str(tmp_path / "work")])
     rows = read(tmp_path / "reproduce-mine.json")["rows"]
     assert {row["seed"] for row in rows if row["part"] == "compare"} == {7}
@@ -222,6 +280,12 @@ def test_a_study_of_ones_own(tmp_path, capsys):
         ({"what": "mlp", "name": "mine", "seeds": (100,)}, "those of the trials"),
         ({"what": "mlp", "name": "mine", "sparsities": (1.5,)}, "sparsity"),
         ({"what": "mlp", "name": "mine", "block_sizes": ("four",)}, "block size"),
+        ({"what": "mlp", "name": "mine", "block_sizes": ()}, "--block-sizes names nothing"),
+        ({"what": "mlp", "name": "mine", "seeds": ()}, "--seeds names nothing"),
+        ({"what": "mlp", "name": "mine", "block_sizes": ("1",), "methods": ("two-phase",)}, "blocks of 1: name other methods"),
+        ({"what": "mlp", "name": "mine", "methods": ("dense",)}, "name other methods"),
+        ({"what": "mlp", "name": "../mine", "epochs": 2}, "--name becomes part of a file's name"),
+        ({"what": "mlp", "name": "", "epochs": 2}, "--name becomes part of a file's name"),
     ],
 )
 def test_a_study_of_ones_own_that_cannot_be_is_refused(settings, says):

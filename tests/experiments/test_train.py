@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import os
@@ -136,6 +137,46 @@ def test_a_finished_training_is_not_run_again(tmp_path):
     before = (tmp_path / "run" / "result.json").stat().st_mtime_ns
     assert training.train(config(tmp_path / "run", epochs=1, resume=True)) == json.loads(json.dumps(first))
     assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == before
+
+
+def test_a_folder_of_an_earlier_version_goes_on(tmp_path):
+    """Written before some settings existed, and with a result that said less."""
+    first = training.train(config(tmp_path / "run", epochs=1))
+    known, result = tmp_path / "run/config.json", tmp_path / "run/result.json"
+    settings = json.loads(known.read_text())
+    del settings["goal"], settings["recipe"]["lifted_weight_decay"]
+    known.write_text(json.dumps(settings))
+    result.write_text(json.dumps({**json.loads(result.read_text()), "version": 1, "test_accuracy": -1}))
+    again = training.train(config(tmp_path / "run", epochs=1, resume=True))
+    assert again["version"] == training.RESULT_VERSION and lasting(again) == lasting(first)
+    with pytest.raises(KronblocksError, match="other settings.*recipe"):
+        training.train(config(tmp_path / "run", epochs=1, resume=True, lifted_weight_decay=0.1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"method": "kron-l1", "lifted_lr_scale": 2.0}, "'kron-l1' has no parameters that --lifted-lr-scale is for"),
+        ({"method": "dense", "factor_weight_decay": 0.1}, "'dense' has no parameters that --factor-weight-decay is for"),
+        ({"method": "magnitude", "lifted_weight_decay": 0.1}, "add --storage packed"),
+        ({"method": "group-lasso", "factor_lr_scale": 2.0}, "leave it out"),
+        ({"block_size": "auto", "candidates": ()}, "--candidates names no block size"),
+        ({"block_size": "auto", "candidates": ("4", "four")}, "cannot read 'four' as a block size"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused_before_the_folder_is_taken(tmp_path, settings, says):
+    with pytest.raises(KronblocksError, match=says):
+        config(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_comparisons_give_free_values_settings_to_methods_that_have_some(tmp_path):
+    compared = CompareConfig(
+        out=tmp_path, data="digits", methods=("dense", "two-phase", "kron-l1", "magnitude", "rigl"), lifted_lr_scale=2.0
+    )
+    assert [run.lifted_lr_scale for run in compared.runs()] == [None, 2.0, None, None, 2.0]
+    packed = dataclasses.replace(compared, methods=("magnitude",), storage="packed")
+    assert [run.lifted_lr_scale for run in packed.runs()] == [2.0]
 
 
 def test_folders_in_use_are_refused(tmp_path):

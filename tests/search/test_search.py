@@ -265,3 +265,12 @@ def test_auto_says_who_searches():
 def test_wrong_settings_say_what_to_write(kind, settings, says):
     with pytest.raises(KronblocksError, match=says):
         kind(**settings)
+
+
+def test_norms_that_are_not_finite_leave_the_report_writable(monkeypatch):
+    """The step after which weights overflow is not yet known to have diverged."""
+    finite = Trial.norm
+    monkeypatch.setattr(Trial, "norm", lambda trial: finite(trial) if trial.sparsifier.step == 0 else math.nan)
+    report = find_block_size(model(), CONFIG, task(), total_steps=120, search=SearchConfig(sizes=(2, 4), rounds=1))
+    assert {point["step"] for path in report.paths for point in path.history} == {0}
+    json.dumps(report.to_dict(), allow_nan=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -219,16 +217,15 @@ def test_no_rule_takes_the_last_block_of_a_row_of_the_head(rule):
     assert all(((m == 0) | (m == 1)).all() or isinstance(rule, GroupLasso) for m in multipliers)
 
 
-def test_controlled_group_lasso_forecasts_and_corrects():
+def test_group_lasso_shrinks_by_what_the_next_update_wants():
     rule, mask, scores = GroupLasso(), torch.ones(1, 5, dtype=torch.bool), [torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])]
-    multipliers, state = rule.propose(scores, None, {}, context([mask], sparsity=0.0))
-    # 0.75 of five blocks have to die in the 5 steps until the next update, at rate 0.1: the fourth score over 0.5
-    assert state == {"correction": 1.0, "penalty": 4.0 / 0.5}
-    assert torch.allclose(multipliers[0], (1 - 0.8 / scores[0]).clamp_min(0))
-    _, between = rule.propose(scores, None, state, context([mask], is_update=False, sparsity=0.3))
-    assert between == state
-    _, behind = rule.propose(scores, None, state, context([mask], sparsity=0.3))
-    assert behind["correction"] == pytest.approx(math.exp(2 * 0.3)) and behind["penalty"] > state["penalty"]
+    multipliers, state = rule.propose(scores, None, {}, context([mask], is_update=False))
+    # 0.75 of five blocks, so four, have to die in 5 steps: the fourth score over 5, whatever the rate
+    assert torch.allclose(multipliers[0], (1 - 0.8 / scores[0]).clamp_min(0)) and state == {}
+    last = rule.propose(scores, None, {}, context([mask], steps_to_update=1, learning_rates=(0.0,)))[0][0]
+    assert last[0].tolist() == pytest.approx([0, 0, 0, 0, 0.2])
+    rested = rule.propose(scores, None, {}, context([torch.tensor([[False] * 4 + [True]])]))[0][0]
+    assert rested.tolist() == [[0, 0, 0, 0, 1]]
 
 
 class FakeGate:

@@ -19,12 +19,11 @@ from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments import figures, search_figure
 from kronblocks.experiments.figures import COSTS, Cost, number, short
-from kronblocks.experiments.tasks import OF_SOME_METHODS, Recipe
+from kronblocks.experiments.tasks import OF_SOME_METHODS, RESULT_VERSION, Recipe
 from kronblocks.files import read_json, write_text
 from kronblocks.methods import FACTORED, PENALISED, Method
 from kronblocks.search.report import SearchReport
 
-RESULT_VERSION = 1
 ADVICE = "train again, or leave this folder out"
 _NUMBERS = """test_accuracy block_sparsity live_blocks total_blocks train_seconds peak_memory_bytes trainable_parameters_start
 trainable_parameters_max trainable_parameters_end training_macs inference_macs_per_sample threads"""

@@ -11,8 +11,34 @@ from typing import Any, Self
 import torch
 
 from kronblocks.errors import KronblocksError
-from kronblocks.experiments.tasks import TrainConfig
+from kronblocks.experiments.tasks import RESULT_VERSION, TrainConfig
 from kronblocks.files import read_json, write_json
+
+SETTINGS = "config.json"
+
+
+def changed_settings(config: TrainConfig) -> list[str]:
+    """Names of the settings in which a training differs from the one that its folder holds; none where that holds none.
+
+    A setting that did not exist yet when the folder was written counts as what it is by default.
+    """
+    known = config.out.expanduser() / SETTINGS
+    if not known.exists():
+        return []
+    default = TrainConfig(out=config.out, method=config.method).settings()
+    before, now = _completed(read_json(known), _plain(default)), _plain(config.settings())
+    return [name for name in now if before[name] != now[name]]
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """As they are read from a file: lists for tuples."""
+    return json.loads(json.dumps(settings))
+
+
+def _completed(before: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """Settings, those of nested tables too, with what they lack."""
+    nested = [name for name, value in default.items() if isinstance(value, dict) and isinstance(before.get(name), dict)]
+    return {**default, **before, **{name: _completed(before[name], default[name]) for name in nested}}
 
 
 class RunFolder:
@@ -56,25 +82,23 @@ class RunFolder:
         return folder
 
     def _prepare(self, config: TrainConfig) -> None:
-        settings, known = config.settings(), self.path / "config.json"
         others = [each.name for each in self.path.iterdir() if each.name != ".lock"]
         if not config.resume and others:
             raise KronblocksError(
                 f"{self.path} is not empty ({', '.join(sorted(others)[:3])}): add --resume to go on with what is there, or "
                 "choose another --out"
             )
-        if not known.exists():
-            write_json(known, settings)
+        if not (self.path / SETTINGS).exists():
+            write_json(self.path / SETTINGS, config.settings())
             return
-        before = read_json(known)
-        changed = [name for name in settings if before.get(name) != json.loads(json.dumps(settings[name]))]
-        if changed:
+        if changed := changed_settings(config):
             raise KronblocksError(
                 f"{self.path} holds a training with other settings ({', '.join(changed)}): "
-                f"use the ones in {known}, or choose another --out"
+                f"use the ones in {self.path / SETTINGS}, or choose another --out"
             )
         if (self.path / "result.json").exists():
-            self.result = read_json(self.path / "result.json")
+            result = read_json(self.path / "result.json")
+            self.result = result if result.get("version") == RESULT_VERSION else None  # one of an earlier version is made anew
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint, checked to be readable; None where there is none yet.

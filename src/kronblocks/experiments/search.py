@@ -30,8 +30,9 @@ from kronblocks.search.task import SearchTask
 
 
 def _device() -> torch.device:
-    """Where trainings run, and so searches too."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where Lightning puts a training with accelerator="auto", and so where its search runs too."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else accelerator
 
 
 def search_task(data: Dataset, batch_size: int, recipe: Recipe) -> SearchTask:

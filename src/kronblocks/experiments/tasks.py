@@ -22,7 +22,8 @@ from kronblocks.sparsity.targets import Score
 OF_SOME_METHODS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("rank", "tile_groups", "gate", "factor_lr_scale"), FACTORED),
     "init": FACTORED | CONSTANT,
-    **dict.fromkeys(("factor_weight_decay", "lifted_lr_scale", "lifted_weight_decay"), FACTORED | STORED),
+    "factor_weight_decay": FACTORED | STORED,
+    **dict.fromkeys(("lifted_lr_scale", "lifted_weight_decay"), LIFTED | STORED),
     "score": PRUNING,
     "regrow": REGROWING,
     "distribution": CONSTANT,
@@ -30,6 +31,12 @@ OF_SOME_METHODS: dict[str, frozenset[str]] = {
     "scope": frozenset(get_args(Method)) - CONSTANT - {"dense"},
 }
 """Settings that only some methods have, and which."""
+
+OF_FREE_VALUES = ("factor_weight_decay", "lifted_lr_scale", "lifted_weight_decay")
+"""Those of `OF_SOME_METHODS` that `STORED` methods have with storage "packed" only: else their weights count as dense ones."""
+
+RESULT_VERSION = 2
+"""Of result.json; from 2 on inference multiply-adds leave zero blocks out."""
 
 DataName = Literal["mnist5k", "fashion-mnist", "digits", "mnist", "cifar10", "cifar100"]
 
@@ -176,6 +183,10 @@ class TaskConfig(ModelAndData):
             raise KronblocksError(f"--distill is the share of the trained model in the loss, 0 to 1, not {self.distill}")
         if self.block_size != "auto" and (self.candidates is not None or self.goal != "step-time"):
             raise KronblocksError(f"--candidates and --goal are for --block-size auto, not {self.block_size}")
+        if self.candidates is not None and not self.candidates:
+            raise KronblocksError("--candidates names no block size: write some, such as 4 8 16x4, or leave it out")
+        for size in self.candidates or ():
+            BlockSize.parse(size)
         if self.start_from is not None and self.block_size == "auto":
             raise KronblocksError("--block-size auto searches with new models: with --start-from name a size")
 
@@ -194,7 +205,15 @@ class TrainConfig(TaskConfig):
             raise KronblocksError(f"--seed must be at least 0, not {self.seed}")
         if self.block_size == "auto" and self.method == "dense":
             raise KronblocksError("method 'dense' has no blocks to search for: leave --block-size out")
-        self.sparsity_config()
+        stored = self.sparsity_config().chosen_storage
+        for name in ("factor_lr_scale", *OF_FREE_VALUES):
+            option = f"--{name.replace('_', '-')}"
+            if getattr(self, name) is None:
+                continue
+            if self.method not in OF_SOME_METHODS[name]:
+                raise KronblocksError(f"method {self.method!r} has no parameters that {option} is for: leave it out")
+            if stored == "dense" and name in OF_FREE_VALUES:
+                raise KronblocksError(f"{option} is for values of live blocks: leave it out, or add --storage packed")
 
     @property
     def recipe(self) -> Recipe:
@@ -269,6 +288,8 @@ class CompareConfig(TaskConfig):
         """Shared settings that mean nothing to a method, at their defaults."""
         default = {f.name: f.default for f in dataclasses.fields(TaskConfig)}
         foreign = [name for name, methods in OF_SOME_METHODS.items() if method not in methods]
+        if method in STORED and SparsityConfig(method=method, storage=self.storage).chosen_storage == "dense":
+            foreign += OF_FREE_VALUES
         settings: dict[str, Any] = {name: default[name] for name in foreign}
         if method == "dense" and self.block_size == "auto":
             settings |= {name: default[name] for name in ("block_size", "candidates", "goal")}

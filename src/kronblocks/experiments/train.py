@@ -23,7 +23,7 @@ from kronblocks.experiments.data import BatchSampler, Dataset, limited, load_dat
 from kronblocks.experiments.deploy import CLASSES, SHAPE
 from kronblocks.experiments.runs import RunFolder
 from kronblocks.experiments.search import search_for
-from kronblocks.experiments.tasks import TrainConfig
+from kronblocks.experiments.tasks import RESULT_VERSION, TrainConfig
 from kronblocks.experiments.versions import versions
 from kronblocks.files import read_json, write_json
 from kronblocks.saving import save_pretrained
@@ -31,8 +31,6 @@ from kronblocks.search.report import SearchReport
 from kronblocks.selection import select
 from kronblocks.sparsity.report import SparsityReport, count_blocks
 from kronblocks.surgery import structure, weight_targets
-
-RESULT_VERSION = 1
 
 
 class EpochLines(Callback):

@@ -165,7 +165,15 @@ def _round(
     trials = {str(c.block): Trial(model, with_block(config, c.block), task, steps, seed) for c in kept}
     diverged: set[str] = set()
     names = ", ".join(trials)
-    norms: dict[str, list[tuple[int, float]]] = {name: [(0, trial.norm())] for name, trial in trials.items()}
+    norms: dict[str, list[tuple[int, float]]] = {name: [] for name in trials}
+
+    def note(step: int) -> None:
+        noted = {name: trial.norm() for name, trial in trials.items() if name not in diverged}
+        for name, norm in noted.items():
+            if math.isfinite(norm):  # else it diverges, which its next step will tell
+                norms[name].append((step, norm))
+
+    note(0)
     batches = task.stream(seed)
     for step in range(steps):
         batch: Any = next(batches)
@@ -178,9 +186,8 @@ def _round(
                 if "diverged" not in str(error):
                     raise
                 diverged.add(name)
-                continue
-            if (step + 1) % max(1, steps // _NOTES) == 0:
-                norms[name].append((step + 1, trial.norm()))
+        if (step + 1) % max(1, steps // _NOTES) == 0:
+            note(step + 1)
         tell(names, (step + 1) / steps)
     results = {}
     for name, trial in trials.items():

@@ -252,7 +252,8 @@ class _MixtureTraining:
 
     def _note(self, step: int, paths: dict[str, Path]) -> None:
         for name, norm in _norms(self._mixtures).items():
-            paths[name].history.append({"step": step, "norm": norm})
+            if math.isfinite(norm):
+                paths[name].history.append({"step": step, "norm": norm})
 
     def collapse(self) -> dict[str, str]:
         """Put the last candidate in every mixture's place; the block size of each layer."""

@@ -113,8 +113,8 @@ class Trial:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
-        if loss.is_cuda:
-            torch.cuda.synchronize()
+        if loss.device.type != "cpu":
+            torch.accelerator.synchronize(loss.device)
         self._seconds.setdefault(phase, []).append(time.perf_counter() - start)
         self._schedule.step()
 

@@ -10,31 +10,34 @@ from torch.optim import Optimizer
 
 from kronblocks.shards import summed
 
-_SCALES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"})
-"""What torch's optimisers call the moments that they divide a step by."""
+_DIRECTIONS = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "prev", "ax"})
+"""What torch's optimisers call averages of gradients or weights themselves; all else sets the length of a step."""
 
 
 def moments(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[tuple[str, Tensor]]:
     """What optimisers remember of a parameter in tensors of its shape, with its names."""
     states = [optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state]
-    moments = [(name, value) for state in states for name, value in state.items() if isinstance(value, Tensor)]
-    return [(name, value) for name, value in moments if value.shape == parameter.shape]
+    tensors = [(name, value) for state in states for name, value in state.items() if isinstance(value, Tensor)]
+    return [(name, value) for name, value in tensors if value.shape == parameter.shape]
 
 
 def restart_(name: str, moment: Tensor, local: Tensor, blocks: Tensor, others: Tensor) -> None:
-    """Restart the part of a moment that belongs to some blocks.
+    """Restart the part of a moment that belongs to some blocks: directions at zero, the others at the mean of other blocks.
+
+    Where the moment is sharded, every process that holds rows of it has to call this, with its own.
 
     Args:
-        name: of the moment.
-        moment: all of it.
-        local: what this process holds of it.
-        blocks: bool, broadcastable to `local`, those that restart.
-        others: bool, the same, the live blocks beside them.
+        name: what the optimiser calls it.
+        moment: all of it, of its parameter's shape, perhaps sharded.
+        local: the rows of it that this process holds; changed in place.
+        blocks: bool, broadcastable to `local`: entries of the blocks that restart.
+        others: bool, broadcastable to `local`: entries of the live blocks beside them.
     """
-    if name not in _SCALES:
+    if name in _DIRECTIONS:
         local.masked_fill_(blocks, 0)
         return
     others = others.expand_as(local)
-    here = torch.stack([local.masked_fill(~others, 0).sum(), others.sum().to(local.dtype)])
+    wide = torch.promote_types(local.dtype, torch.float32)  # numbers of entries are beyond what half precision counts to
+    here = torch.stack([local.masked_fill(~others, 0).sum(dtype=wide), others.sum(dtype=wide)])
     total, number = summed(here, moment)
-    local.masked_fill_(blocks, total / number.clamp_min(1))
+    local.masked_fill_(blocks, (total / number.clamp_min(1)).to(local.dtype))

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.results import Results, Row
 from kronblocks.experiments.reproduce.studies import Cell, Study
+from kronblocks.experiments.runs import changed_settings
 from kronblocks.experiments.tasks import TrainConfig
 from kronblocks.methods import REVISIONS
 
@@ -77,7 +78,16 @@ class Campaign:
         kind = f"reproduce-{study.name}"
         agree = ("torch", "kronblocks")  # another processor rounds otherwise, which is less than what seeds do
         self.results = Results.open(out / f"{kind}.json", kind, COLUMNS, KEY, study.shared(), must_agree=agree)
-        self.results.drop(lambda row: row["revision"] != REVISIONS[row["method"]])
+        self.results.drop(self._is_outdated)
+
+    def _is_outdated(self, row: Row) -> bool:
+        """Whether a row is of an earlier revision of its method, or of other settings than its number stands for now."""
+        if row["revision"] != REVISIONS[row["method"]]:
+            return True
+        try:
+            return row["settings"] != self.study.words(row["method"], row["trial"])
+        except IndexError:  # there are fewer by now
+            return True
 
     def run(self) -> Results:
         """Run what is missing.
@@ -91,12 +101,14 @@ class Campaign:
             self._run([Job("compare", c, n, seed) for c in study.table() for n in numbers for seed in study.seeds], "variants")
             return self.results
         best = self._tune()
-        compared = [
-            Job("compare", cell, best.get(study.tuned_for(cell), 0), seed) for cell in study.table() for seed in study.seeds
-        ]
-        wanted = [job.key() for job in compared]
-        self.results.drop(lambda row: row["part"] == "compare" and {name: row[name] for name in KEY} not in wanted)
-        self._run(compared, "comparison")
+        chosen = {cell: best.get(study.tuned_for(cell), 0) for cell in study.table()}
+
+        def is_of_another_trial(row: Row) -> bool:
+            cell = Cell(row["method"], row["block"], row["sparsity"])  # what this study does not ask for stays
+            return row["part"] == "compare" and row["trial"] != chosen.get(cell, row["trial"])
+
+        self.results.drop(is_of_another_trial)
+        self._run([Job("compare", cell, trial, seed) for cell, trial in chosen.items() for seed in study.seeds], "comparison")
         return self.results
 
     def _tune(self) -> dict[Cell, int]:
@@ -107,7 +119,7 @@ class Campaign:
             numbers = [(cell, number) for cell, numbers in tried.items() for number in sorted(numbers)]
             self._run([Job("tune", cell, number, seed) for cell, number in numbers for seed in study.tuning_seeds], "trials")
             best = {cell: best_trial(self.results.rows, cell) for cell in tried}
-            further = {cell: tried[cell].union(study.space(cell.method).neighbours(best[cell])) for cell in tried}
+            further = {cell: tried[cell].union([best[cell]], study.space(cell.method).neighbours(best[cell])) for cell in tried}
             if further == tried:
                 return best
             tried = further
@@ -165,6 +177,8 @@ def _train(config: TrainConfig) -> Row:
     """One training, in a process of the pool; keeps its settings and result, and drops the rest of its folder."""
     from kronblocks.experiments.train import train
 
+    if changed_settings(config):  # of an earlier form of the study, whose results are gone
+        shutil.rmtree(config.out)
     result = train(config)
     for path in config.out.iterdir():
         if path.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ SHORT: dict[str, tuple[str, ...]] = {
 FULL: dict[str, tuple[str, ...]] = {name: (f"{name}-cifar100",) for name in ("vit-tiny", "vit-base", "swin-tiny")}
 """The paper's own, which want a GPU."""
 
+LISTS = ("methods", "block_sizes", "sparsities", "seeds")
+"""Settings of a study of one's own that hold several values."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig:
@@ -41,9 +45,8 @@ class ReproduceConfig:
     """
 
     what: tyro.conf.Positional[What]
-    """Which: a model of the paper, our own MLP, what the default method is made of and the forms of penalties
-    (ablation), whether the block-size search
-    finds what it should (search), or all; tables: write the page."""
+    """Which: a model of the paper, our own MLP, what the default method is made of and the forms of penalties (ablation), whether
+    the block-size search finds what it should (search), or all; tables: write the page."""
     out: Path = Path("benchmarks/results")
     """Folder of the results files."""
     page: Path = Path("docs/experiments.md")
@@ -78,6 +81,11 @@ class ReproduceConfig:
                 f"{self.what} {'has no other form: leave --full out' if self.full else 'is too large for a CPU: add --full'}"
             )
 
+        for name in LISTS:
+            if getattr(self, name) == ():
+                raise KronblocksError(f"--{name.replace('_', '-')} names nothing: write at least one after it, or leave it out")
+        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise KronblocksError(f"--name becomes part of a file's name: letters, digits, - and _, not {self.name!r}")
         own = ", ".join(self.own)
         if own and self.what in ("ablation", "search", "all", "tables"):
             raise KronblocksError(f"{own}: name a model, not {self.what}")
@@ -91,7 +99,7 @@ class ReproduceConfig:
     @property
     def own(self) -> list[str]:
         """What the user set of a study of one's own."""
-        names = ("data", "methods", "block_sizes", "sparsities", "seeds", "epochs")
+        names = ("data", *LISTS, "epochs")
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
 
     def studies(self) -> list[Study]:
@@ -106,7 +114,8 @@ class ReproduceConfig:
             return [STUDIES[name] for name in self.names]
         values = {name: getattr(self, name) for name in ("data", "methods", "seeds", "epochs")}
         changes = {name: value for name, value in values.items() if value is not None}
-        return [own_study(STUDIES[self.names[0]], self.name, self.block_sizes, self.sparsities, **changes)]
+        tuned = [name for name in self.names if STUDIES[name].lr is None]  # rather than one that is too short for that
+        return [own_study(STUDIES[(tuned or self.names)[0]], self.name, self.block_sizes, self.sparsities, **changes)]
 
     @property
     def names(self) -> tuple[str, ...]:

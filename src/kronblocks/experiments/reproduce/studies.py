@@ -162,7 +162,7 @@ class Study:
             "base": describe(self.base),
             "methods": list(self.methods),
             "axes": {cell.method: self.space(cell.method).described() for cell in self.tuned()},
-            "variants": None if self.variants is None else list(self.variants),
+            "variants": None if self.variants is None else {name: describe(each) for name, each in self.variants.items()},
         }
 
 
@@ -250,6 +250,12 @@ STUDIES = {
 }
 
 
+def _short(block: str) -> str:
+    """A block size as studies write it: one number for a square."""
+    size = BlockSize.parse(block)
+    return str(size.rows) if size.rows == size.cols else str(size)
+
+
 def own_study(
     base: Study, name: str, block_sizes: Sequence[str] | None, sparsities: Sequence[float] | None, **changes: Any
 ) -> Study:
@@ -267,9 +273,12 @@ def own_study(
     """
     if name in STUDIES:
         raise KronblocksError(f"{name} is a study of the docs: choose another --name")
-    blocks = block_sizes or list(dict.fromkeys(block for block, _ in base.cells))
-    shares = sparsities or list(dict.fromkeys(sparsity for _, sparsity in base.cells))
+    blocks = list(dict.fromkeys(map(_short, block_sizes or (block for block, _ in base.cells))))
+    shares = list(dict.fromkeys(sparsities or (sparsity for _, sparsity in base.cells)))
     methods = tuple(dict.fromkeys(("dense", *changes.pop("methods", base.methods))))
+    for block in blocks:
+        if not any(has_cell(method, block) for method in methods if method != "dense"):
+            raise KronblocksError(f"none of {', '.join(methods)} can be compared with blocks of {block}: name other methods")
     cells = tuple((block, sparsity) for sparsity in shares for block in blocks)
     study = dataclasses.replace(
         base, name=name, cells=cells, methods=methods, tuned_at=shares[0], tuned_as={}, chosen=None, variants=None, **changes

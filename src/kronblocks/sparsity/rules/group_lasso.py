@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kronblocks.sparsity.rules.base import Form, RuleContext, RuleState
-from kronblocks.sparsity.rules.proximal import controlled_shrink, cut_at_the_end, growing_strength
+from kronblocks.sparsity.rules.proximal import cut_at_the_end, growing_strength, proximal_step
 from kronblocks.sparsity.targets import BlockTarget, Score
 
 
@@ -17,16 +17,16 @@ from kronblocks.sparsity.targets import BlockTarget, Score
 class GroupLasso:
     """Penalises the norms of blocks, and in the elastic form (`ridge` above 0) their squares too.
 
-    `form="proximal"`: after every step each block is multiplied by max(0, 1 - penalty * rate / score) / (1 + ridge * penalty *
-    rate) (equation 14 in docs/math.md), so blocks reach exactly zero; the last update cuts to the target exactly.
+    `form="proximal"`: after every step each block is multiplied by max(0, 1 - threshold / score) / (1 + ridge * threshold)
+    (equation 14 in docs/math.md), so blocks reach exactly zero; the last update cuts to the target exactly.
     `form="gradient"`, the published one: `strength * mean(score + ridge/2 * score^2)` over all blocks in the loss, growing
     linearly to `growth` times that. A gradient step makes no exact zeros, so the last update cuts the blocks of least norm: until
     then the reported sparsity is 0, which is the truth.
 
     Args:
         form: "proximal" or "gradient".
-        strength: a fixed penalty; None: 1 in the loss, and for the proximal step a controller steers the sparsity along the
-            schedule; it lags behind where the loss pushes back, and is exact at the last update.
+        strength: a fixed penalty, which times the learning rate is the threshold of the proximal step; None: 1 in the loss, and
+            for the proximal step the threshold that keeps to the schedule (equation 18), the same whatever the learning rate.
         growth: how many times the strength at the end, in the loss.
         ridge: strength of the squared norm relative to that of the norm; 0 is plain group LASSO.
 
@@ -50,7 +50,7 @@ class GroupLasso:
     ) -> tuple[list[Tensor], RuleState]:
         if self.has_penalty:
             return cut_at_the_end(scores, ctx), state
-        return controlled_shrink(scores, state, ctx, self._strength, ridge=self._ridge)
+        return proximal_step(scores, ctx, self._strength, ridge=self._ridge), state
 
     def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:
         if not self.has_penalty or ctx.phase == "heal":

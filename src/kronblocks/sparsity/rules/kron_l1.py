@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kronblocks.sparsity.rules.base import Form, RuleContext, RuleState
-from kronblocks.sparsity.rules.proximal import controlled_shrink, cut_at_the_end, growing_strength
+from kronblocks.sparsity.rules.proximal import cut_at_the_end, growing_strength, proximal_step
 from kronblocks.sparsity.targets import BlockTarget, Score
 
 
@@ -19,8 +19,8 @@ class KronL1:
 
     `form="gradient"`, the published one: `strength * mean|S|` in the loss, growing linearly to `growth` times that over the
     training. A gradient step makes no exact zeros, so the last update cuts the gates of least magnitude to hit the target: until
-    then the reported sparsity is 0, which is the truth. `form="proximal"`: gates shrink by penalty * rate after every step, to
-    exact zeros, under a controller unless `strength` fixes the penalty.
+    then the reported sparsity is 0, which is the truth. `form="proximal"`: gates shrink after every step, to exact zeros, by
+    what the schedule wants (equation 18), or by `strength` times the learning rate.
 
     Source:
         Zhu, Zuo, Khalili, TMLR 2025, sections 3 and 5.
@@ -38,7 +38,7 @@ class KronL1:
         self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
     ) -> tuple[list[Tensor], RuleState]:
         if self._form == "proximal":
-            return controlled_shrink(scores, state, ctx, self._strength)
+            return proximal_step(scores, ctx, self._strength), state
         return cut_at_the_end(scores, ctx), state
 
     def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:

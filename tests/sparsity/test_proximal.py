@@ -1,0 +1,96 @@
+"""The shrink that keeps to a schedule: against a loss that pushes back, whatever the learning rate does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from kronblocks import SparsityConfig, sparsify_
+from kronblocks.config import PenaltyConfig, ScheduleConfig
+from kronblocks.sparsity.rules.proximal import last_to_die
+from kronblocks.sparsity.schedule import SparsitySchedule
+
+
+def seen_in_a_training(config: SparsityConfig, rate: Callable[[float], float] = lambda done: 1.0) -> list[tuple[int, float]]:
+    """Sparsity after every step of a training, whose rate goes over the steps as a function of the share that is done."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+    teacher = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)).requires_grad_(False)
+    sparsifier = sparsify_(model, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    sparsifier.attach(optimizer, total_steps=STEPS)
+    seen = []
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 3e-3 * rate(step / STEPS)
+        x = torch.randn(64, 64)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), teacher(x)).backward()
+        optimizer.step()
+        seen.append((sparsifier.step, sparsifier.report().block_sparsity))
+    return seen
+
+
+STEPS = 300
+LASSO = SparsityConfig(method="group-lasso", block_size=4, target_sparsity=0.8)
+WARM_UP = {
+    "constant rate": lambda done: 1.0,
+    "long warm-up from 0, then to 0": lambda done: min(done / 0.3, (1 - done) / 0.7),
+    "cosine": lambda done: 0.5 * (1 + torch.cos(torch.tensor(3.14159 * done)).item()),
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LASSO,
+        SparsityConfig(method="elastic-group-lasso", block_size=4, target_sparsity=0.8),
+        SparsityConfig(method="group-lasso", block_size=4, target_sparsity=0.8, scope="layer"),
+        SparsityConfig(method="group-lasso", block_size=4, target_sparsity=0.8, schedule=ScheduleConfig(shape="staircase")),
+        SparsityConfig(method="kron-l1", block_size=4, target_sparsity=0.8, penalty=PenaltyConfig(form="proximal")),
+    ],
+    ids=["plain", "elastic", "layer by layer", "in stages", "gates"],
+)
+@pytest.mark.parametrize("rate", WARM_UP.values(), ids=WARM_UP)
+def test_a_training_keeps_to_the_schedule_of_its_sparsity(config, rate):
+    own = config.schedule
+    schedule = SparsitySchedule(
+        *(0.8, STEPS), start=own.start, end=own.end or config.own.end, shape=config.shape, update_every=own.update_every
+    )
+    for step, observed in seen_in_a_training(config, rate):
+        # of 320 blocks; the next update is never overshot by more than the rounding up of one block a layer
+        assert observed <= schedule.sparsity_at(schedule.next_update(step)) + 2 / 320, step
+        if schedule.is_update(step):  # and what is due is dead, but for blocks that layers and the head's rows keep
+            assert observed >= schedule.sparsity_at(step) - 6 / 320, step
+
+
+def test_a_fixed_strength_shrinks_by_the_rate():
+    fixed = SparsityConfig(method="group-lasso", block_size=4, target_sparsity=0.8, penalty=PenaltyConfig(strength=1.0))
+    warm, constant = (dict(seen_in_a_training(fixed, rate)) for rate in (lambda done: min(1.0, done / 0.45), lambda done: 1.0))
+    assert sum(constant.values()) > sum(warm.values()) + 1
+    assert constant[STEPS] == warm[STEPS] == pytest.approx(0.8, abs=1e-3)
+
+
+def test_the_last_to_die_counts_weights_and_the_dead():
+    scores = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 5.0, 0.5]])]
+    masks = [torch.ones(1, 2, dtype=torch.bool), torch.tensor([[True, True, True, False]])]
+    # in order: the dead one of 1 weight, then 4 + 4, then 1 + 1 + 1, of 12
+    wanted = {0.0: 0.0, 1 / 12: 0.0, 2 / 12: 1.0, 5 / 12: 1.0, 6 / 12: 2.0, 9 / 12: 2.0, 10 / 12: 3.0, 1.0: 5.0}
+    assert {share: last_to_die(scores, masks, [4, 1], share) for share in wanted} == wanted
+
+
+def test_layers_without_a_rate_do_not_shrink():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    sparsifier = sparsify_(model, SparsityConfig(method="group-lasso", block_size=4, target_sparsity=0.5))
+    groups = [{"params": model[0].parameters(), "lr": 1e-3}, {"params": model[1].parameters(), "lr": 0.0}]
+    optimizer = torch.optim.SGD(groups)
+    sparsifier.attach(optimizer, total_steps=100)
+    before = model[1].weight.detach().clone()
+    for _ in range(45):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model[1].weight, before) and sparsifier.sparsity > 0.2
