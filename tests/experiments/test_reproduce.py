@@ -53,7 +53,7 @@ def test_rows_of_a_campaign(finished):
     assert len(tuned) == 3 * 2 and len(compared) == 3 * 2
     assert {row["seed"] for row in tuned} == {100} and {row["seed"] for row in compared} == {0, 1}
     for row in compared:
-        assert row["trial"] == best_trial(data["rows"], Cell(row["method"], row["block"], row["sparsity"]))
+        assert row["trial"] == best_trial(data["rows"], Cell(row["method"], row["block"], row["sparsity"]), TINY.tuning_seeds)
         assert (row["block_sparsity"] >= 0.5) == (row["method"] != "dense")
     assert next(row for row in compared if row["method"] == "rigl")["blocks"] == "2x4 4x4"
     assert {row["settings"] for row in tuned if row["trial"] == 1} == {"lr 0.008"}
@@ -120,7 +120,7 @@ def test_a_trial_that_diverges_is_never_the_best_and_a_comparison_that_does_is_a
         study.run()
     tuned = [row for row in study.results.rows if row["part"] == "tune" and row["method"] == "dense"]
     assert [row["validation_accuracy"] for row in tuned] == [0.5, 0.0]
-    assert best_trial(study.results.rows, Cell("dense", "", 0.0)) == 0
+    assert best_trial(study.results.rows, Cell("dense", "", 0.0), (100,)) == 0
 
 
 def test_trials_go_on_beyond_the_first_grid_while_the_best_lies_at_an_edge(tmp_path, monkeypatch):
@@ -301,8 +301,8 @@ def test_the_best_trial_is_chosen_by_its_mean_and_the_first_of_equals():
         return {**key, "validation_accuracy": accuracy}
 
     rows = [row(0, 1, 0.5), row(0, 2, 0.7), row(1, 1, 0.9), row(1, 2, 0.5)]
-    assert best_trial([*rows, row(0, 0, 1.0, part="compare")], cell) == 1
-    assert best_trial([row(0, 1, 0.5), row(1, 1, 0.5)], cell) == 0
+    assert best_trial([*rows, row(0, 1, 1.0, part="compare"), row(0, 3, 1.0)], cell, (1, 2)) == 1
+    assert best_trial([row(0, 1, 0.5), row(1, 1, 0.5)], cell, (1, 2)) == 0
 
 
 def test_paired_differences_and_their_interval():

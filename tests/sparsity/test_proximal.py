@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import SparsityConfig, sparsify_
+from kronblocks import BlockSize, SparsityConfig, sparsify_
 from kronblocks.config import PenaltyConfig, ScheduleConfig
 from kronblocks.sparsity.rules.proximal import last_to_die
 from kronblocks.sparsity.schedule import SparsitySchedule
@@ -73,24 +73,43 @@ def test_a_fixed_strength_shrinks_by_the_rate():
     assert constant[STEPS] == warm[STEPS] == pytest.approx(0.8, abs=1e-3)
 
 
-def test_the_last_to_die_counts_weights_and_the_dead():
-    scores = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 5.0, 0.5]])]
-    masks = [torch.ones(1, 2, dtype=torch.bool), torch.tensor([[True, True, True, False]])]
-    # in order: the dead one of 1 weight, then 4 + 4, then 1 + 1 + 1, of 12
-    wanted = {0.0: 0.0, 1 / 12: 0.0, 2 / 12: 1.0, 5 / 12: 1.0, 6 / 12: 2.0, 9 / 12: 2.0, 10 / 12: 3.0, 1.0: 5.0}
-    assert {share: last_to_die(scores, masks, [4, 1], share) for share in wanted} == wanted
+def test_the_last_to_die_counts_weights_and_leaves_out_what_cannot_die():
+    scores = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, torch.inf, 0.0]])]
+    # in order: the dead one of 1 weight, then 4 + 4, then 1 + 1 and the one that stays, of 12
+    wanted = {0.0: 0.0, 1 / 12: 0.0, 2 / 12: 1.0, 5 / 12: 1.0, 6 / 12: 2.0, 9 / 12: 2.0, 10 / 12: 3.0, 1.0: 4.0}
+    assert {share: last_to_die(scores, [4, 1], share) for share in wanted} == wanted
 
 
-def test_layers_without_a_rate_do_not_shrink():
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("rates", [(1.0, 0.3, 0.1), (0.1, 1.0, 0.0), (0.0, 0.0, 1.0)])
+def test_layers_of_unequal_rates_and_block_sizes_keep_to_the_schedule(rates, scope):
+    """Of those that have a rate; the others stay as they are until the last cut."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    sparsifier = sparsify_(model, SparsityConfig(method="group-lasso", block_size=4, target_sparsity=0.5))
-    groups = [{"params": model[0].parameters(), "lr": 1e-3}, {"params": model[1].parameters(), "lr": 0.0}]
-    optimizer = torch.optim.SGD(groups)
-    sparsifier.attach(optimizer, total_steps=100)
-    before = model[1].weight.detach().clone()
-    for _ in range(45):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 20))
+    config = SparsityConfig(method="group-lasso", block_size=8, target_sparsity=0.75, on_mismatch="nearest", scope=scope)
+    sparsifier = sparsify_(model, config)
+    linears = [model[0], model[2], model[4]]
+    optimizer = torch.optim.AdamW([{"params": m.parameters(), "lr": 3e-3 * r} for m, r in zip(linears, rates, strict=True)])
+    sparsifier.attach(optimizer, total_steps=STEPS)
+    schedule = sparsifier.schedule
+    assert schedule is not None
+    before, seen = [m.weight.detach().clone() for m in linears], []
+    for step in range(1, schedule.end_step):
         optimizer.zero_grad()
-        model(torch.randn(8, 16)).square().sum().backward()
+        x = torch.randn(64, 64)
+        (model(x) - x[:, :20]).square().mean().backward()
         optimizer.step()
-    assert torch.equal(model[1].weight, before) and sparsifier.sparsity > 0.2
+        layers = sparsifier.report().layers
+        moving = [layer for layer, rate in zip(layers, rates, strict=True) if rate > 0]
+        blocks = [((layer.total_blocks - layer.live_blocks), layer.total_blocks, layer.block_size) for layer in moving]
+        areas = [BlockSize.parse(size).area for _, _, size in blocks]
+        dead = sum(n * area for (n, _, _), area in zip(blocks, areas, strict=True))
+        share = dead / sum(n * area for (_, n, _), area in zip(blocks, areas, strict=True))
+        one = 3 * max(areas) / sum(n * area for (_, n, _), area in zip(blocks, areas, strict=True))
+        assert share <= schedule.sparsity_at(schedule.next_update(step)) + one, step
+        if schedule.is_update(step):
+            assert share >= schedule.sparsity_at(step) - one, step
+            seen.append(step)
+    assert len(seen) >= 9
+    for linear, rate, start in zip(linears, rates, before, strict=True):
+        assert rate > 0 or torch.equal(linear.weight, start)

@@ -261,5 +261,5 @@ def test_blocks_that_grow_take_steps_like_others_under_other_optimisers(kind):
         step()
     target.restart_moments_([optimizer], grown)
     moved = step()
-    # of the same size as the others' steps, not the thousandfold of a division by zero, nor none at all
-    assert moved[grown].min() > 0 and moved[grown].mean() < 5 * moved[~grown].mean()
+    # not the thousandfold of a division by zero, nor the thousandth of a product with it
+    assert 0.5 < moved[grown].mean() / moved[~grown].mean() < 5 and moved[grown].min() > 0

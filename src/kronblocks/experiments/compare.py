@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.report import find_runs, write_report
+from kronblocks.experiments.runs import finished
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
 
 
@@ -59,7 +60,7 @@ def compare(config: CompareConfig) -> Path:
     runs = config.runs()
     console = Console(stderr=True)
     for number, run in enumerate(runs, 1):
-        done = (run.out.expanduser() / "result.json").exists()
+        done = finished(run.out.expanduser()) is not None
         console.print(f"[{number}/{len(runs)}] {run.out.name}{': done before' if done else ''}", markup=False, highlight=False)
         train_apart(run)
     return write_report(find_runs([run.out.expanduser() for run in runs]), out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +15,15 @@ from kronblocks.errors import KronblocksError
 from kronblocks.experiments.tasks import RESULT_VERSION, TrainConfig
 from kronblocks.files import read_json, write_json
 
-SETTINGS = "config.json"
+SETTINGS, LOCK = "config.json", ".lock"
+
+
+def finished(path: Path) -> dict[str, Any] | None:
+    """The result of a finished training; None where there is none, or one of an earlier version, which is made anew."""
+    if not (path / "result.json").exists():
+        return None
+    result = read_json(path / "result.json")
+    return result if result.get("version") == RESULT_VERSION else None
 
 
 def changed_settings(config: TrainConfig) -> list[str]:
@@ -28,6 +37,41 @@ def changed_settings(config: TrainConfig) -> list[str]:
     default = TrainConfig(out=config.out, method=config.method).settings()
     before, now = _completed(read_json(known), _plain(default)), _plain(config.settings())
     return [name for name in now if before[name] != now[name]]
+
+
+def clear_if_changed(config: TrainConfig) -> None:
+    """Empty a training's folder if it holds one with other settings.
+
+    Raises:
+        KronblocksError: another process works there.
+    """
+    if not changed_settings(config):
+        return
+    path = config.out.expanduser()
+    lock = _locked(path)
+    try:
+        for each in path.iterdir():
+            if each.is_dir():
+                shutil.rmtree(each)
+            elif each.name != LOCK:
+                each.unlink()
+    finally:
+        os.close(lock)
+
+
+def _locked(path: Path) -> int:
+    """Take a folder for this process alone, until what is returned is closed; makes it where there is none."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / LOCK, os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise KronblocksError(f"cannot write into {path}: {error.strerror}; choose another --out") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise KronblocksError(f"another process is training in {path}: wait for it, or choose another --out") from error
+    return lock
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
@@ -63,16 +107,7 @@ class RunFolder:
                 training with other settings.
         """
         path = config.out.expanduser()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / ".lock", os.O_CREAT | os.O_RDWR)
-        except OSError as error:
-            raise KronblocksError(f"cannot write into {path}: {error.strerror}; choose another --out") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            raise KronblocksError(f"another process is training in {path}: wait for it, or choose another --out") from error
+        lock = _locked(path)
         folder = cls(path, lock)
         try:
             folder._prepare(config)
@@ -82,7 +117,7 @@ class RunFolder:
         return folder
 
     def _prepare(self, config: TrainConfig) -> None:
-        others = [each.name for each in self.path.iterdir() if each.name != ".lock"]
+        others = [each.name for each in self.path.iterdir() if each.name != LOCK]
         if not config.resume and others:
             raise KronblocksError(
                 f"{self.path} is not empty ({', '.join(sorted(others)[:3])}): add --resume to go on with what is there, or "
@@ -96,9 +131,7 @@ class RunFolder:
                 f"{self.path} holds a training with other settings ({', '.join(changed)}): "
                 f"use the ones in {self.path / SETTINGS}, or choose another --out"
             )
-        if (self.path / "result.json").exists():
-            result = read_json(self.path / "result.json")
-            self.result = result if result.get("version") == RESULT_VERSION else None  # one of an earlier version is made anew
+        self.result = finished(self.path)
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint, checked to be readable; None where there is none yet.

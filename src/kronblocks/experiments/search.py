@@ -30,9 +30,8 @@ from kronblocks.search.task import SearchTask
 
 
 def _device() -> torch.device:
-    """Where Lightning puts a training with accelerator="auto", and so where its search runs too."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if accelerator is None else accelerator
+    """The GPU that trainings take too, or the CPU, also beside accelerators without float64, in which losses are compared."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def search_task(data: Dataset, batch_size: int, recipe: Recipe) -> SearchTask:

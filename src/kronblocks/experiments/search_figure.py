@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ from kronblocks.search.report import SearchReport
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#757a84")
 
-_Part = Callable[[Axes, SearchReport], None]
+_Part = Callable[[SearchReport, Axes], None]
 
 
 def draw(report: SearchReport, path: Path) -> None:
@@ -27,7 +28,7 @@ def draw(report: SearchReport, path: Path) -> None:
     FigureCanvasAgg(figure)
     for number, part in enumerate(parts, 1):
         axes = figure.add_subplot(1, len(parts), number)
-        part(axes, report)
+        part(report, axes)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     chosen = str(report.winner) if report.winner else ", ".join(f"{name}: {size}" for name, size in report.chosen.items())
@@ -38,11 +39,7 @@ def draw(report: SearchReport, path: Path) -> None:
 def pictures(report: SearchReport) -> list[Picture]:
     """The same for a page."""
     words = "candidates of the block-size search; the table holds the numbers"
-    return [panel(partial(_onto, part, report), words) for part in _parts(report)]
-
-
-def _onto(part: _Part, report: SearchReport, axes: Axes) -> None:
-    part(axes, report)
+    return [panel(partial(part, report), words) for part in _parts(report)]
 
 
 def _parts(report: SearchReport) -> list[_Part]:
@@ -52,7 +49,7 @@ def _parts(report: SearchReport) -> list[_Part]:
     return [_losses] * losses + [_norms] * norms
 
 
-def _losses(axes: Axes, report: SearchReport) -> None:
+def _losses(report: SearchReport, axes: Axes) -> None:
     """Held-out loss against the time of a step, a point for each round; the winner is filled."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
@@ -72,7 +69,7 @@ def _losses(axes: Axes, report: SearchReport) -> None:
     axes.set_ylabel("held-out loss, after each round")
 
 
-def _norms(axes: Axes, report: SearchReport) -> None:
+def _norms(report: SearchReport, axes: Axes) -> None:
     """Norm of every candidate's weights over the steps of the search; a line ends where the candidate was removed.
 
     Where candidates begin anew in each round, rounds stand one after the other.
@@ -99,9 +96,9 @@ def _norms(axes: Axes, report: SearchReport) -> None:
 def _starts(report: SearchReport) -> dict[float, float]:
     """How many steps were made before each round."""
     lengths: dict[float, float] = {}
-    for path in report.paths:
-        for point in path.history:
-            number = point.get("round", 1)
-            lengths[number] = max(lengths.get(number, 0), point["step"])
-    numbers = sorted(lengths)
-    return {number: sum(lengths[earlier] for earlier in numbers[:place]) for place, number in enumerate(numbers)}
+    for point in itertools.chain.from_iterable(path.history for path in report.paths):
+        number = point.get("round", 1)
+        lengths[number] = max(lengths.get(number, 0), point["step"])
+    rounds = sorted(lengths)
+    ends = itertools.accumulate(lengths[number] for number in rounds)
+    return dict(zip(rounds, [0, *ends], strict=False))

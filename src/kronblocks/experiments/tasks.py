@@ -281,7 +281,9 @@ class CompareConfig(TaskConfig):
                 runs.append(TrainConfig(**{**shared, **self._without_foreign(method), **own}))
         for name in (*OF_SOME_METHODS, "penalty", "schedule"):
             if all(getattr(run, name) != getattr(self, name) for run in runs):
-                raise KronblocksError(f"none of --methods {' '.join(self.methods)} has what you set of {name}: leave it out")
+                packed = ", or add --storage packed" * (name in OF_FREE_VALUES and bool({*self.methods} & STORED))
+                methods = " ".join(self.methods)
+                raise KronblocksError(f"none of --methods {methods} has what you set of {name}: leave it out{packed}")
         return runs
 
     def _without_foreign(self, method: Method) -> dict[str, Any]:

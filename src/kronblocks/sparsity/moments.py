@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from kronblocks.shards import summed
 
 _DIRECTIONS = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "prev", "ax"})
-"""What torch's optimisers call averages of gradients or weights themselves; all else sets the length of a step."""
+"""What torch's optimisers call averages of gradients or weights; all else that has no sign sets the length of a step."""
 
 
 def moments(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[tuple[str, Tensor]]:
@@ -38,6 +38,7 @@ def restart_(name: str, moment: Tensor, local: Tensor, blocks: Tensor, others: T
         return
     others = others.expand_as(local)
     wide = torch.promote_types(local.dtype, torch.float32)  # numbers of entries are beyond what half precision counts to
-    here = torch.stack([local.masked_fill(~others, 0).sum(dtype=wide), others.sum(dtype=wide)])
-    total, number = summed(here, moment)
-    local.masked_fill_(blocks, (total / number.clamp_min(1)).to(local.dtype))
+    parts = (local.masked_fill(~others, 0), others, local < 0)
+    total, number, negative = summed(torch.stack([part.sum(dtype=wide) for part in parts]), moment)
+    mean = torch.where(negative > 0, 0, total / number.clamp_min(1))  # what has a sign is a direction under another name
+    local.masked_fill_(blocks, mean.to(local.dtype))

@@ -72,11 +72,11 @@ VARIANTS: dict[str, Settings] = {
 
 def _forms(first: str, *strengths: float) -> dict[str, Settings]:
     """A method's penalty in both forms, that in the loss with several strengths; the one it has by default comes first."""
-    proximal = {"proximal, controlled": {"penalty": PenaltyConfig(form="proximal")}}
+    proximal = {"proximal": {"penalty": PenaltyConfig(form="proximal")}}
     gradient = {f"in the loss, strength {x:g}": {"penalty": PenaltyConfig(form="gradient", strength=x)} for x in strengths}
     both = proximal | gradient
     return {first: both.pop(first), **both}
 
 
-GROUP_LASSO_FORMS = _forms("proximal, controlled", 0.03, 0.1, 0.3, 1.0, 3.0)
+GROUP_LASSO_FORMS = _forms("proximal", 0.03, 0.1, 0.3, 1.0, 3.0)
 KRON_L1_FORMS = _forms("in the loss, strength 1", 0.1, 0.3, 1.0, 3.0, 10.0)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.results import Results, Row
 from kronblocks.experiments.reproduce.studies import Cell, Study
-from kronblocks.experiments.runs import changed_settings
+from kronblocks.experiments.runs import clear_if_changed
 from kronblocks.experiments.tasks import TrainConfig
 from kronblocks.methods import REVISIONS
 
@@ -118,7 +118,7 @@ class Campaign:
         while True:
             numbers = [(cell, number) for cell, numbers in tried.items() for number in sorted(numbers)]
             self._run([Job("tune", cell, number, seed) for cell, number in numbers for seed in study.tuning_seeds], "trials")
-            best = {cell: best_trial(self.results.rows, cell) for cell in tried}
+            best = {cell: best_trial(self.results.rows, cell, study.tuning_seeds) for cell in tried}
             further = {cell: tried[cell].union([best[cell]], study.space(cell.method).neighbours(best[cell])) for cell in tried}
             if further == tried:
                 return best
@@ -177,8 +177,7 @@ def _train(config: TrainConfig) -> Row:
     """One training, in a process of the pool; keeps its settings and result, and drops the rest of its folder."""
     from kronblocks.experiments.train import train
 
-    if changed_settings(config):  # of an earlier form of the study, whose results are gone
-        shutil.rmtree(config.out)
+    clear_if_changed(config)  # of an earlier form of the study, whose results are gone
     result = train(config)
     for path in config.out.iterdir():
         if path.is_dir():
@@ -195,11 +194,11 @@ def row_of(result: dict[str, Any]) -> Row:
     return {**measured, **{name: result["bytes"].get(name) for name in BYTES}, "blocks": " ".join(blocks)}
 
 
-def best_trial(rows: Sequence[Row], cell: Cell) -> int:
-    """The trial with the best mean validation accuracy, the earlier one if two are equal."""
+def best_trial(rows: Sequence[Row], cell: Cell, seeds: Sequence[int]) -> int:
+    """The trial with the best mean validation accuracy over some seeds, the earlier one if two are equal."""
     wanted = ("tune", cell.method, cell.block, cell.sparsity)
     accuracies: dict[int, list[float]] = {}
     for row in rows:
-        if tuple(row[name] for name in KEY[:4]) == wanted:
+        if tuple(row[name] for name in KEY[:4]) == wanted and row["seed"] in seeds:
             accuracies.setdefault(row["trial"], []).append(row["validation_accuracy"])
     return max(sorted(accuracies), key=lambda trial: statistics.fmean(accuracies[trial]))

@@ -54,7 +54,7 @@ class ReproduceConfig:
     work: Path = Path("runs/reproduce")
     """Folder of the trainings."""
     full: bool = False
-    """The transformers as in the paper, on CIFAR-100 with images of 224 pixels: wants a GPU."""
+    """The transformers as in the paper, on CIFAR-100 with images of 224 pixels and one learning rate for all: wants a GPU."""
     jobs: int | None = None
     """Trainings at a time; unset: two, of one thread each, and one with --full."""
     data: DataName | None = None
@@ -84,7 +84,7 @@ class ReproduceConfig:
         for name in LISTS:
             if getattr(self, name) == ():
                 raise KronblocksError(f"--{name.replace('_', '-')} names nothing: write at least one after it, or leave it out")
-        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
+        if self.name is not None and not re.fullmatch(r"[a-zA-Z0-9_][a-zA-Z0-9_-]*", self.name):
             raise KronblocksError(f"--name becomes part of a file's name: letters, digits, - and _, not {self.name!r}")
         own = ", ".join(self.own)
         if own and self.what in ("ablation", "search", "all", "tables"):

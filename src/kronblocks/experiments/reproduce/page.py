@@ -115,9 +115,9 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
         here = [cell for cell in found if (cell.block, cell.sparsity) == (block, sparsity)]
         here.sort(key=lambda cell: settings["methods"].index(cell.method))
         lines += [f"### {100 * sparsity:g}% zeros, {BlockSize.parse(block)} blocks", ""]
-        seeds = max(len(cell.rows) for cell in found)
+        seeds = max(len(cell.rows) for cell in here)
         expected = sum(has_cell(method, block) for method in settings["methods"])
-        missing = expected * seeds - sum(len(cell.rows) for cell in [*dense, *here])
+        missing = expected * seeds - sum(min(len(cell.rows), seeds) for cell in [*dense, *here])
         if missing:
             lines += [f"Not finished: {missing} trainings are missing.", ""]
             continue
@@ -215,8 +215,8 @@ def _trials(data: dict[str, Any]) -> list[str]:
         return [f"Settings, not tuned in this study: {chosen_as}.", ""]
     lines = []
     for block, method in sorted(chosen, key=lambda key: (BlockSize.parse(key[0]).area if key[0] else 0, methods.index(key[1]))):
-        number = tried.get((settings["tuned_as"].get(block, block), method), ())
-        lines.append([method, str(BlockSize.parse(block)) if block else "", chosen[block, method], str(len(number))])
+        trials = tried.get((settings["tuned_as"].get(block, block), method), ())
+        lines.append([method, str(BlockSize.parse(block)) if block else "", chosen[block, method], str(len(trials))])
     seeds = len({row["seed"] for row in data["rows"] if row["part"] == "tune"})
     title = f"### Settings chosen on validation, {seeds} seed{'s' * (seeds != 1)} a trial"
     where = f"Tried at {100 * settings['tuned_at']:g}% zeros, and taken for the other sparsities too."

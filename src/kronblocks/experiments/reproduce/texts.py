@@ -20,7 +20,7 @@ since several ran at a time on a machine that had other work too: see [benchmark
 way of choosing settings, that holds.
 
 What these comparisons do not settle: one or two seeds a trial leave tenths of a point to chance, in the choice of every method's
-settings. The strength of the lassos' penalty is left to the controller that steers it along the schedule, and is not tuned;
+settings. How much the lassos shrink follows from the schedule, so their strength is not tuned;
 what the penalty does in the loss, with a strength of its own, is a study by itself below.
 """
 
@@ -98,7 +98,7 @@ includes 0."""
 VARIED = {
     "ablation": (f"What the defaults of {OURS} were chosen by, one setting changed at a time", DECIDED),
     "group-lasso-forms": (
-        "Group LASSO as a proximal step whose strength a controller sets, and as published, in the loss",
+        "Group LASSO as a proximal step that keeps to the schedule, and as published, in the loss",
         """A step along the gradient makes no zeros, so in the loss all blocks that have to die are cut at once, at half of the
 training. Blocks of 4x4 bear that, best with a large strength, which has shrunk them before. Blocks of 16x16 do not: after one cut
 by one budget over all layers most trainings end far below or at chance, whatever the strength; that is why the default is the

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from kronblocks.sparsity.budget import Scope, best_of_rows, choose_dead
+from kronblocks.sparsity.budget import Scope, best_of_rows, blocks_to_kill, choose_dead
 from kronblocks.sparsity.schedule import Phase
 from kronblocks.sparsity.targets import BlockTarget, Score
 
@@ -35,13 +35,6 @@ class RuleContext:
     areas: tuple[int, ...]  # weights per block, a number a layer
     learning_rates: tuple[float, ...]  # a number a layer
     scope: Scope = "global"
-
-    @property
-    def dead_share(self) -> float:
-        """Share of all targeted weights that is in dead blocks."""
-        total = sum(mask.numel() * area for mask, area in zip(self.masks, self.areas, strict=True))
-        dead = sum(int((~mask).sum()) * area for mask, area in zip(self.masks, self.areas, strict=True))
-        return dead / total
 
 
 class Rule(Protocol):
@@ -73,6 +66,20 @@ def cut(scores: Sequence[Tensor], ctx: RuleContext, sparsity: float) -> list[Ten
     return [(mask & ~each).to(torch.float32) for mask, each in zip(ctx.masks, dead, strict=True)]
 
 
+def _stays_within(multipliers: Sequence[Tensor], ctx: RuleContext, sparsity_cap: float) -> bool:
+    """Whether no more die than may; for layers of unequal blocks it may say no where one block of rounding up is the reason."""
+    dead = [int((m == 0).sum()) for m in multipliers]
+    blocks = [m.numel() for m in multipliers]
+    if any(d == b for d, b in zip(dead, blocks, strict=True)):
+        return False
+    if ctx.scope == "layer":
+        return all(d <= blocks_to_kill(b, sparsity_cap) for d, b in zip(dead, blocks, strict=True))
+    if len(set(ctx.areas)) == 1:
+        return sum(dead) <= blocks_to_kill(sum(blocks), sparsity_cap)
+    dead_weights, weights = (sum(n * area for n, area in zip(counts, ctx.areas, strict=True)) for counts in (dead, blocks))
+    return dead_weights <= sparsity_cap * weights
+
+
 def shrink(scores: Sequence[Tensor], thresholds: Sequence[float], ctx: RuleContext, sparsity_cap: float) -> list[Tensor]:
     """The proximal step max(0, 1 - threshold/score) (equation 14), which never kills more than `sparsity_cap` of all.
 
@@ -85,9 +92,7 @@ def shrink(scores: Sequence[Tensor], thresholds: Sequence[float], ctx: RuleConte
     ]
     head = best_of_rows(scores[-1].masked_fill(~ctx.masks[-1], -1.0)) & (multipliers[-1] == 0)
     multipliers[-1] = multipliers[-1].masked_fill(head, 1.0)
-    dead = sum(int((m == 0).sum()) * area for m, area in zip(multipliers, ctx.areas, strict=True))
-    total = sum(m.numel() * area for m, area in zip(multipliers, ctx.areas, strict=True))
-    if ctx.scope == "global" and dead <= sparsity_cap * total and all(bool(m.any()) for m in multipliers):
+    if _stays_within(multipliers, ctx, sparsity_cap):
         return multipliers
     allowed = cut(scores, ctx, sparsity_cap)
     return [torch.where((m == 0) & (keep == 1), 1.0, m) for m, keep in zip(multipliers, allowed, strict=True)]

@@ -7,39 +7,67 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kronblocks.sparsity.budget import best_of_rows, blocks_to_kill
 from kronblocks.sparsity.rules.base import RuleContext, cut, shrink
 
 
-def last_to_die(scores: Sequence[Tensor], masks: Sequence[Tensor], areas: Sequence[int], sparsity: float) -> float:
-    """Score of the last block that has to die for a sparsity; 0 where enough are dead.
+def last_to_die(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float) -> float:
+    """Score of the last block that has to die for a sparsity; 0 where enough are dead, and so have that score.
 
-    >>> last_to_die([torch.tensor([[4.0, 1.0, 3.0, 2.0]])], [torch.tensor([[True, True, False, True]])], [1], 0.5)
-    1.0
+    Args:
+        scores: grids, in which blocks that cannot die are infinite.
+        areas: weights per block, a number a grid.
+        sparsity: share of all weights that is to be dead.
+
+    >>> last_to_die([torch.tensor([[4.0, 1.0, 0.0, 2.0]])], [1], 0.5), last_to_die([torch.tensor([[0.0, torch.inf]])], [1], 0.9)
+    (1.0, 0.0)
     """
-    parts = zip(scores, masks, areas, strict=True)
-    live, sizes = zip(*[(s.masked_fill(~m, 0), torch.full((s.numel(),), area)) for s, m, area in parts], strict=True)
-    flat, weights = torch.cat([score.flatten().cpu().double() for score in live]), torch.cat(sizes).double()
-    ordered, order = flat.sort()
-    wanted = sparsity * float(weights.sum())
-    if wanted <= 0:
-        return 0.0
-    return float(ordered[int((weights[order].cumsum(0) >= wanted * (1 - 1e-12)).int().argmax())])
+    flat = torch.cat([score.flatten().to(scores[0].device) for score in scores])
+    if len(set(areas)) == 1:  # asked at every step, so without sorting where that can be; on a GPU sorting is quick
+        count = blocks_to_kill(len(flat), sparsity)
+        if count == 0:
+            return 0.0
+        last = flat.kthvalue(count).values if flat.device.type == "cpu" else flat.sort().values[count - 1]
+    else:
+        weights = torch.cat([torch.full(score.shape, area).flatten() for score, area in zip(scores, areas, strict=True)])
+        ordered, order = flat.sort()
+        count = blocks_to_kill(int(weights.sum()), sparsity)
+        if count == 0:
+            return 0.0
+        last = ordered[(weights.to(flat.device)[order].cumsum(0) >= count).int().argmax()]
+    if torch.isinf(last):  # then all that can die has to
+        last = flat.masked_fill(flat.isinf(), 0).max()
+    return float(last)
 
 
 def _due_thresholds(scores: Sequence[Tensor], ctx: RuleContext) -> list[float]:
     """What to shrink each layer's scores by now, for the sparsity that the next mask update wants (equation 18 in docs/math.md).
 
     Asked at every step, this makes up for what the loss pushes back, and rests once enough blocks are dead. How the learning rate
-    goes over the steps does not matter, only how layers' rates compare.
+    goes over the steps does not matter, only how layers' rates compare; layers without any stay as they are until the last cut.
     """
-    layers = zip(scores, ctx.masks, ctx.areas, strict=True)
-    if ctx.scope == "layer":
-        due = [last_to_die([score], [mask], [area], ctx.next_sparsity) for score, mask, area in layers]
-    else:
-        due = [last_to_die(scores, ctx.masks, ctx.areas, ctx.next_sparsity)] * len(scores)
-    mean = sum(ctx.learning_rates) / len(ctx.learning_rates)
-    shares = [rate / mean if mean > 0 else 1.0 for rate in ctx.learning_rates]
-    return [score / ctx.steps_to_update * share for score, share in zip(due, shares, strict=True)]
+    highest = max(ctx.learning_rates)
+    rates = [rate / highest if highest > 0 else 1.0 for rate in ctx.learning_rates]
+    killable = _with_infinite_stays(scores, ctx.masks)
+    moving = [number for number, rate in enumerate(rates) if rate > 0]
+    groups = [[number] for number in moving] if ctx.scope == "layer" else [moving]
+    thresholds = [0.0] * len(scores)
+    for group in groups:
+        per_rate = [killable[number] / rates[number] for number in group]
+        penalty = last_to_die(per_rate, [ctx.areas[number] for number in group], ctx.next_sparsity) / ctx.steps_to_update
+        for number in group:
+            thresholds[number] = penalty * rates[number]
+    return thresholds
+
+
+def _with_infinite_stays(scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Scores, 0 where blocks are dead, infinite where no shrink kills them: the best of a layer, of a block row of the last."""
+    live = [score.masked_fill(~mask, 0).contiguous() for score, mask in zip(scores, masks, strict=True)]
+    in_head = best_of_rows(live[-1]) & masks[-1]
+    for score in live:
+        score.view(-1)[score.argmax()] = torch.inf
+    live[-1].masked_fill_(in_head, torch.inf)
+    return live
 
 
 def proximal_step(scores: Sequence[Tensor], ctx: RuleContext, strength: float | None, *, ridge: float = 0.0) -> list[Tensor]:
@@ -56,6 +84,8 @@ def proximal_step(scores: Sequence[Tensor], ctx: RuleContext, strength: float | 
         return cut(scores, ctx, ctx.sparsity)
     if strength is None:
         thresholds, cap = _due_thresholds(scores, ctx), ctx.next_sparsity
+        if not any(thresholds):
+            return [mask.to(torch.float32) for mask in ctx.masks]
     else:
         thresholds, cap = [strength * rate for rate in ctx.learning_rates], ctx.target_sparsity
     multipliers = shrink(scores, thresholds, ctx, cap)
