@@ -236,7 +236,11 @@ def test_precision_of_float32_counts(monkeypatch):
         exact = estimated_seconds(p, "dense")
         torch.set_float32_matmul_precision("high")
         assert estimated_seconds(p, "dense") < exact
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # after which torch.get_float32_matmul_precision raises
+        assert estimated_seconds(p, "dense") < exact
     finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
         torch.set_float32_matmul_precision(before)
 
 

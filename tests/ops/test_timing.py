@@ -108,7 +108,7 @@ def test_few_rows_stand_for_many(rows, features, measured):
 
 
 def test_time_grows_with_the_rows_that_were_not_run(monkeypatch):
-    monkeypatch.setattr(timing, "_interleaved", lambda runs, synchronize: dict.fromkeys(runs, 2.0))
+    monkeypatch.setattr(timing, "_interleaved", lambda runs, synchronize, calls: dict.fromkeys(runs, 2.0))
     assert set(measure(dataclasses.replace(PROBLEM, rows=3 * 4096)).values()) == {6.0}
 
 
@@ -147,3 +147,18 @@ def test_one_slow_call_of_a_quick_plan_does_not_put_it_out():
 
     found = timing._interleaved({"unlucky": lambda: run("unlucky", 1e-4), "steady": lambda: run("steady", 1e-3)}, lambda: None)
     assert found["unlucky"] < found["steady"]
+
+
+def test_short_calls_fill_a_turn_where_a_device_computes_beside_the_launches():
+    called: list[str] = []
+
+    def run(name: str) -> None:
+        called.append(name)
+
+    def synchronize() -> None:
+        called.append("wait")
+        timing.time.sleep(1e-4)
+
+    found = timing._interleaved({"quick": lambda: run("quick")}, synchronize, 20)
+    assert called[:4] == ["quick", "wait", "quick", "wait"] and called[4:25] == ["quick"] * 20 + ["wait"]
+    assert 0 < found["quick"] < 1e-4  # of one call: the wait is shared

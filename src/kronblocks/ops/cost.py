@@ -13,8 +13,10 @@ import torch
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
 from kronblocks.ops import backends
+from kronblocks.ops.backends.triton.fused import LARGEST_TILE
 from kronblocks.ops.backends.triton.packed import SMALLEST, fits
 from kronblocks.ops.kron import PLAN_NAMES
+from kronblocks.ops.precision import float32_products
 
 ASSUMED_ROWS = 1024
 """Rows of x that `plan="auto"` assumes where nobody has said how many there will be."""
@@ -127,9 +129,11 @@ def _backend(problem: Problem) -> str:
 def intermediate_bytes(problem: Problem, plan: str) -> int:
     """Bytes of memory between a plan's two stages: the built W or blocks, or the first stage's result for all rows.
 
-    The native kernels keep the latter in cache, and Triton's on chip: 0.
+    The native kernels keep the latter in cache, and Triton's on chip, of tiles that fit there: 0.
     """
-    on_chip = plan.endswith("first") and _backend(problem) in ("native", "triton")
+    backend = _backend(problem)
+    fused = backend == "native" or (backend == "triton" and max(problem.grid.block) <= LARGEST_TILE)
+    on_chip = plan.endswith("first") and fused
     return 0 if on_chip else _stages(problem, plan)[2] * problem.dtype.itemsize
 
 
@@ -147,7 +151,7 @@ def _dense_rate(problem: Problem) -> float:
         return 65e9
     if problem.dtype.itemsize == 2:
         return 300e12
-    return 25e12 if torch.get_float32_matmul_precision() == "highest" else 150e12
+    return 25e12 if float32_products() == "ieee" else 150e12
 
 
 def _triton_efficiency(problem: Problem, plan: str) -> float:
@@ -155,7 +159,7 @@ def _triton_efficiency(problem: Problem, plan: str) -> float:
 
     float32 at full precision is three products on tensor cores, which dense products do not use at all.
     """
-    full = 1.0 if problem.dtype.itemsize > 2 and torch.get_float32_matmul_precision() == "highest" else 0.4
+    full = 1.0 if problem.dtype.itemsize > 2 and float32_products() == "ieee" else 0.4
     sides = problem.grid.block
     if plan == "packed":
         return full if fits(*sides) else 0.9 * max(problem.density, 1e-3)  # else W is built, and multiplied densely

@@ -27,12 +27,13 @@ BUDGET = 0.15
 
 _NEAR = 5.0  # times the least estimated time: the estimates are no better than that
 _MOST_BYTES = 2**31  # of an intermediate: what would not fit beside a model is no choice
-_LEAST_ROWS, _MOST_ROWS = 256, 4096  # rows that are timed; more take longer in proportion
-_MOST_MACS = {"cpu": 2e9}  # of one dense product, so that a turn takes tens of milliseconds
-_MOST_MACS_ELSEWHERE = 1e11
+_LEAST_ROWS = 256  # rows that are timed
+_MOST_ROWS, _MOST_ROWS_ELSEWHERE = {"cpu": 4096}, 2**15  # more take longer in proportion, on a CPU; a GPU has to be filled
+_MOST_MACS, _MOST_MACS_ELSEWHERE = {"cpu": 2e9}, 1e12  # of one dense product, so that a turn takes tens of milliseconds
 _LEAST_TURNS, _MOST_TURNS = 3, 100
 _LONG = 0.03  # seconds: of a call that takes less, one turn decides nothing, since others may have used the cores
 _SHORT = 5e-3  # seconds: a call that takes less is repeated in its turn, so that it finds its operands in the caches
+_MOST_CALLS = 100  # of a turn, on a GPU, which computes one while the next ones are being launched
 
 Runs = dict[str, Callable[[], object]]
 
@@ -52,7 +53,8 @@ def candidates(problem: Problem) -> tuple[str, ...]:
 def measured_rows(problem: Problem) -> int:
     """How many rows are timed in place of the problem's own."""
     most = _MOST_MACS.get(problem.device, _MOST_MACS_ELSEWHERE) / problem.grid.weights
-    return max(1, min(problem.rows, _MOST_ROWS, max(_LEAST_ROWS, 2 ** int(most).bit_length())))
+    rows = _MOST_ROWS.get(problem.device, _MOST_ROWS_ELSEWHERE)
+    return max(1, min(problem.rows, rows, max(_LEAST_ROWS, 2 ** int(most).bit_length())))
 
 
 def measure(problem: Problem) -> dict[str, float]:
@@ -65,7 +67,8 @@ def measure(problem: Problem) -> dict[str, float]:
     """
     few = dataclasses.replace(problem, rows=measured_rows(problem))
     with _plain(few):
-        seconds = _interleaved(_runs(few), _synchronizer(few.device))
+        calls = 1 if few.device == "cpu" else _MOST_CALLS
+        seconds = _interleaved(_runs(few), _synchronizer(few.device), calls)
     return {name: value * max(1, problem.rows) / few.rows for name, value in seconds.items()}
 
 
@@ -131,21 +134,23 @@ def _runs(problem: Problem) -> Runs:
     return runs | {plan: step(factored(plan), *factors) for plan in candidates(problem)}
 
 
-def _interleaved(runs: Runs, synchronize: Callable[[], None]) -> dict[str, float]:
+def _interleaved(runs: Runs, synchronize: Callable[[], None], most_calls: int = 1) -> dict[str, float]:
     """Least seconds of each, taking turns; whoever is clearly slower than the best has no further turns.
 
-    The least, since whatever else the machine does can only add to a time.
+    The least, since whatever else the machine does can only add to a time. A turn of a short one is as many calls as fill it, up
+    to `most_calls`, before the device is waited for: as in a training, where launching goes on while it computes.
     """
 
-    def once(run: Callable[[], object]) -> float:
+    def once(run: Callable[[], object], calls: int = 1) -> float:
         start = time.perf_counter()
-        run()
+        for _ in range(calls):
+            run()
         synchronize()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / calls
 
     def warm(run: Callable[[], object]) -> float:
         first = once(run)
-        return first if first > _SHORT else once(run)
+        return first if first > _SHORT else once(run, min(most_calls, 1 + int(_SHORT / first)))
 
     running = []
     for name, run in runs.items():

@@ -21,6 +21,7 @@ from kronblocks.ops import kept
 from kronblocks.ops.backends import backend_key
 from kronblocks.ops.cost import Problem
 from kronblocks.ops.kron import PLAN_NAMES
+from kronblocks.ops.precision import float32_products
 from kronblocks.ops.timing import REFERENCE, measure, measured_rows
 
 Tables = dict[str, dict[str, float]]
@@ -102,7 +103,7 @@ def _key(problem: Problem) -> str:
             "threads": torch.get_num_threads() if device == "cpu" else None,
             "torch": torch.__version__,
             "backend": backend_key(device, problem.dtype),
-            "precision": None if device == "cpu" else torch.get_float32_matmul_precision(),
+            "precision": None if device == "cpu" else float32_products(),
             "tuned": None if device == "cpu" else os.environ.get("KRONBLOCKS_TUNE") == "1",
             "shape": [problem.grid.out_features, problem.grid.in_features],
             "block": list(problem.grid.block),

@@ -46,7 +46,13 @@ def serves(device: str, dtype: torch.dtype) -> bool:
     Only where KRONBLOCKS_TRITON=1 asks for them, as long as they have been compiled for GPUs but run on none.
     """
     wanted = os.environ.get("KRONBLOCKS_TRITON") == "1"
-    return wanted and device == "cuda" and dtype in DTYPES and torch.version.hip is None and is_installed()
+    return wanted and device == "cuda" and dtype in DTYPES and is_installed() and _has_their_arithmetic()
+
+
+@functools.cache
+def _has_their_arithmetic() -> bool:
+    """Whether the GPU, where there is one, knows TF32 and bfloat16: NVIDIA's from compute capability 8.0 on."""
+    return torch.version.hip is None and (not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0))
 
 
 @functools.cache

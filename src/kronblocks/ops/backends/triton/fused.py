@@ -20,10 +20,11 @@ from kronblocks.ops.backends.triton import tuning
 from kronblocks.ops.backends.triton.launch import arithmetic, cells, launch, padded, sum_dtype
 from kronblocks.ops.backends.triton.tuning import Sizes
 from kronblocks.ops.backends.triton.weights import weight, weight_backward
+from kronblocks.ops.precision import float32_products
 
 Result = TypeVar("Result")
 
-_LARGEST = 128  # side of a tile that fits on chip
+LARGEST_TILE = 128  # side of a tile that fits on chip
 _SUMS = {2: 2**15, 4: 2**13, 8: 2**12}
 """How many sums a program keeps in registers, by bytes of a value: float32 is multiplied in three parts, which take more."""
 
@@ -34,9 +35,9 @@ def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, li
     """y = x W^T + bias; x (rows, n) -> (rows, m)."""
     if plan == "dense":
         return linear(x, weight(coeff, tiles, live), bias)
-    if max(tiles.shape[2:]) > _LARGEST:
+    if max(tiles.shape[2:]) > LARGEST_TILE:
         return plain.kron_linear(x, coeff, tiles, bias, live, plan)
-    factors = _Factors.of(coeff, tiles, live)
+    factors, bias = _Factors.of(coeff, tiles, live), None if bias is None else bias.contiguous()
     return factors.mix_then_tile(x, bias) if plan == "coeff_first" else factors.tile_then_mix(x, bias)
 
 
@@ -47,7 +48,7 @@ def kron_backward(
     if plan == "dense":
         dx = dy @ weight(coeff, tiles, live) if input_grad else None
         return dx, *weight_backward(dy.t() @ x, coeff, tiles, live)
-    if max(tiles.shape[2:]) > _LARGEST:
+    if max(tiles.shape[2:]) > LARGEST_TILE:
         return plain.kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
     forward = _Factors.of(coeff, tiles, live)
     adjoint = forward.adjoint()
@@ -135,18 +136,18 @@ class _Factors:
     def _chunks(self, sizes: Sizes) -> int:
         return self._chunks_per_bank(sizes) * (self.banks if self.bank_of_output else 1)
 
-    def _run(self, kernel: str, rows: int, run: Callable[[Sizes], Result]) -> Result:
-        """Launch with the sizes that suit so many rows."""
+    def _run(self, kernel: str, x: Tensor, run: Callable[[Sizes], Result]) -> Result:
+        """Launch with the sizes that suit so many rows of x."""
         gradient = kernel == "mix_gradient"
-        default = self._sums_over_rows() if gradient else self._sizes(rows)
+        default = self._sums_over_rows() if gradient else self._sizes(x.shape[0])
         if not tuning.wanted(self.planes.device):
-            return run(default)
+            return tuning.within_resources(kernel, default, run)
         about = {
             **{"rank": self.rank, "groups": self.banks, "grid": list(self.planes.shape[1:]), "tile": list(self.tiles.shape[2:])},
             **{"adjoint": not self.bank_of_output, "live": self.live is not None, "dtype": str(self.tiles.dtype)},
-            "precision": torch.get_float32_matmul_precision(),
+            "precision": float32_products(),
         }
-        return tuning.tuned(kernel, about, rows, default, self._others(default), run)
+        return tuning.tuned(kernel, about, x, default, self._others(default), run)
 
     def _sizes(self, rows: int) -> Sizes:
         """What one program takes: as much as its registers hold, or less where there would be too few programs."""
@@ -173,17 +174,19 @@ class _Factors:
         return Sizes(outputs, max(self._side(), min(32, rows)), sources, warps=8, stages=2)
 
     def _others(self, sizes: Sizes) -> Iterator[Sizes]:
-        """What else to try: half and twice as much of everything."""
-        most = padded(self._outputs_per_bank, 16), 128, padded(self._sources_per_bank, 16)
-        least = 16, self._side(), 16
-        for factors in itertools.product((0.5, 1, 2), repeat=3):
-            each = (sizes.outputs, sizes.rows, sizes.sources)
-            outputs, rows, sources = (int(size * factor) for size, factor in zip(each, factors, strict=True))
-            if all(low <= size <= high for low, size, high in zip(least, (outputs, rows, sources), most, strict=True)):
-                for warps, stages in itertools.product((4, 8), (2, 3)):
-                    other = Sizes(outputs, rows, sources, warps, stages)
-                    if other != sizes:
-                        yield other
+        """What else to try: half or twice as much of one thing, or other warps and loads ahead."""
+        bounds = {
+            "outputs": (16, padded(self._outputs_per_bank, 16)),
+            "rows": (self._side(), 128),
+            "sources": (16, padded(self._sources_per_bank, 16)),
+        }
+        for name, (least, most) in bounds.items():
+            for size in (getattr(sizes, name) // 2, getattr(sizes, name) * 2):
+                if least <= size <= most:
+                    yield replace(sizes, **{name: size})
+        for warps, stages in itertools.product((4, 8), (2, 3, 4)):
+            if (warps, stages) != (sizes.warps, sizes.stages):
+                yield replace(sizes, warps=warps, stages=stages)
 
     def _side(self) -> int:
         """How many rows stand side by side, so that products on tensor cores sum over 16 terms."""
@@ -227,16 +230,16 @@ class _Factors:
             self._mix(x, bias, None, y, None, sizes, sizes.rows)
             return y
 
-        return self._run("mix_then_tile", x.shape[0], run)
+        return self._run("mix_then_tile", x, run)
 
     def mix_then_tile_with_gradient(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """y, and the tiles' gradient, if x is the gradient of their output and `other` their input, or the other way round."""
         y = x.new_empty(x.shape[0], self.outputs * self.tile_out)
-        return y, self._run("mix_then_tile, both", x.shape[0], lambda sizes: self._tiles_gradient(x, other, y, sizes))
+        return y, self._run("mix_then_tile, both", x, lambda sizes: self._tiles_gradient(x, other, y, sizes))
 
     def tiles_gradient(self, x: Tensor, other: Tensor) -> Tensor:
         """That gradient alone, in float32."""
-        return self._run("mix_then_tile, gradient", x.shape[0], lambda sizes: self._tiles_gradient(x, other, None, sizes))
+        return self._run("mix_then_tile, gradient", x, lambda sizes: self._tiles_gradient(x, other, None, sizes))
 
     def _tiles_gradient(self, x: Tensor, other: Tensor, y: Tensor | None, sizes: Sizes) -> Tensor:
         rows, chunks, per_bank = x.shape[0], self._chunks(sizes), self._chunks_per_bank(sizes)
@@ -280,7 +283,7 @@ class _Factors:
             )  # fmt: skip
             return y
 
-        return self._run("tile_then_mix", rows, run)
+        return self._run("tile_then_mix", x, run)
 
     def coeff_gradient(self, x: Tensor, other: Tensor) -> Tensor:
         """(r, m1, n1) in float32: <other, tile x> of every output and input block; anything where a block is dead."""
@@ -297,4 +300,4 @@ class _Factors:
             )  # fmt: skip
             return out.sum(0)
 
-        return self._run("mix_gradient", rows, run)
+        return self._run("mix_gradient", x, run)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kronblocks.ops.precision import float32_products
 
 PROGRAMS = 512
 """Programs that fill a GPU: sums over rows are split until there are as many."""
@@ -25,9 +29,16 @@ def _kernel(name: str) -> Any:
 
 
 def launch(name: str, programs: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Run a kernel; nothing where there are no programs."""
+    """Run a kernel on the device of its tensors; nothing where there are no programs."""
     if all(programs):
-        _kernel(name)[programs](*arguments, **settings)
+        with on_device_of(arguments):
+            _kernel(name)[programs](*arguments, **settings)
+
+
+def on_device_of(arguments: Iterable[Any]) -> contextlib.AbstractContextManager[object]:
+    """Make the GPU that holds the first tensor the current one: Triton launches there, and on its stream."""
+    device = next(each.device for each in arguments if isinstance(each, Tensor))
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def padded(size: int, least: int = 1) -> int:
@@ -46,11 +57,11 @@ def sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    """How products are taken and summed: in float32 as precisely as torch.get_float32_matmul_precision says. "highest" takes
-    three products of TF32, which together are as good as one of float32.
+    """How products are taken and summed: of float32 in TF32 where torch may do that too, else by three products of TF32, which
+    together are as good as one of float32.
     """
     import triton.language as tl
 
     total = tl.float64 if dtype == torch.float64 else tl.float32
-    precise = dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
-    return {"PRECISION": ("ieee" if dtype == torch.float64 else "tf32x3") if precise else "tf32", "SUM": total}
+    precise = {"ieee": "tf32x3", "tf32": "tf32"}[float32_products()]
+    return {"PRECISION": "ieee" if dtype == torch.float64 else precise, "SUM": total}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -14,6 +14,7 @@ from kronblocks.ops.backends.triton import tuning
 from kronblocks.ops.backends.triton.launch import PROGRAMS, arithmetic, cells, launch, padded, sum_dtype
 from kronblocks.ops.backends.triton.tuning import Sizes
 from kronblocks.ops.backends.triton.weights import gather, scatter
+from kronblocks.ops.precision import float32_products
 
 if TYPE_CHECKING:
     from kronblocks.ops.packed import BlockIndex
@@ -42,7 +43,7 @@ def packed_grad_input(dy: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
 
 
 def _product(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex, *, transposed: bool) -> Tensor:
-    x, values = x.contiguous(), values.contiguous()
+    x, values, bias = x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous()
     _, bm, bn = values.shape
     height, width, columns = (bn, bm, index.grid[1]) if transposed else (bm, bn, index.grid[0])
     starts, source = (index.ccol, index.row) if transposed else (index.crow, index.col)
@@ -78,20 +79,19 @@ def _launched(
 ) -> Tensor:
     """Run a launch, with the quickest sizes where tuning is asked for."""
     if not tuning.wanted(x.device):
-        return run(default)
+        return tuning.within_resources(kernel, default, run)
     about: dict[str, Any] = {
         **{"grid": list(index.grid), "block": list(block), "capacity": len(index.slot), "dtype": str(x.dtype)},
-        "precision": torch.get_float32_matmul_precision(),
+        "precision": float32_products(),
     }
-    return tuning.tuned(kernel, about, x.shape[0], default, _others(default), run)
+    return tuning.tuned(kernel, about, x, default, _others(default), run)
 
 
 def _others(default: Sizes) -> Iterator[Sizes]:
-    """What else to try."""
-    for rows, warps, stages in itertools.product((32, 64, 128, 256), (4, 8), (2, 3, 4)):
-        other = Sizes(default.outputs, rows, default.sources, warps, stages)
-        if other != default:
-            yield other
+    """What else to try: other numbers of rows, or other warps and loads ahead."""
+    sizes = [replace(default, rows=rows) for rows in (32, 64, 128, 256)]
+    sizes += [replace(default, warps=warps, stages=stages) for warps, stages in itertools.product((4, 8), (2, 3, 4, 5))]
+    yield from (other for other in dict.fromkeys(sizes) if other != default)
 
 
 def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:

@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from kronblocks.ops import kept
-from kronblocks.ops.backends.triton.launch import padded
+from kronblocks.ops.backends.triton.launch import on_device_of, padded
 
 Result = TypeVar("Result")
 
 _VERSION = 1
 _memo: dict[str, Sizes] = {}
+_fitting: dict[tuple[str, Sizes], Sizes] = {}  # what ran in place of what did not fit
 
 
 @dataclass(frozen=True)
@@ -49,27 +51,51 @@ def wanted(device: torch.device) -> bool:
 
 
 def tuned(
-    kernel: str, about: dict[str, Any], rows: int, default: Sizes, others: Iterable[Sizes], run: Callable[[Sizes], Result]
+    kernel: str, about: dict[str, Any], x: Tensor, default: Sizes, others: Iterable[Sizes], run: Callable[[Sizes], Result]
 ) -> Result:
     """Run a launch with the sizes known to be quickest for its shape, or after finding them; but nothing is tried while a CUDA
     graph is recorded.
 
     Args:
         kernel: its name.
-        about: what the quickest sizes depend on, beside rows and the machine.
-        rows: of x; numbers up to the same power of two count as one.
+        about: what the quickest sizes depend on, beside x and the machine.
+        x: numbers of its rows up to the same power of two count as one.
         default: sizes that are always possible.
         others: what else to try.
         run: the launch; called several times to measure it.
     """
-    key = json.dumps({"kernel": kernel, **about, "rows": padded(max(1, rows)), **_machine()}, sort_keys=True)
+    key = json.dumps({"kernel": kernel, **about, "rows": padded(max(1, x.shape[0])), **_machine(x.device)}, sort_keys=True)
     if key not in _memo:
         others = list(others)
         known = _read(key, (default, *others))
-        if known is None and _recording():
-            return run(default)
-        _memo[key] = known or _quickest(key, default, others, run)
-    return run(_memo[key])
+        with on_device_of([x]):
+            if known is None and _recording():
+                return within_resources(kernel, default, run)
+            _memo[key] = known or _quickest(key, default, others, run)
+    return within_resources(kernel, _memo[key], run)
+
+
+def within_resources(kernel: str, sizes: Sizes, run: Callable[[Sizes], Result]) -> Result:
+    """Run a launch, with fewer loads ahead on a GPU whose shared memory does not hold them all.
+
+    Raises:
+        OutOfResources: it does not hold one either.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    known = _fitting.get((kernel, sizes), sizes)
+    for stages in range(known.stages, 0, -1):
+        fewer = dataclasses.replace(known, stages=stages)
+        try:
+            result = run(fewer)
+        except OutOfResources:
+            if stages == 1:
+                raise
+            continue
+        if fewer != sizes:
+            _fitting[kernel, sizes] = fewer
+        return result
+    raise AssertionError(f"{sizes} has no stages")
 
 
 def _recording() -> bool:
@@ -80,25 +106,25 @@ def _recording() -> bool:
 def forget() -> None:
     """Forget what this process knows; the files stay."""
     _memo.clear()
+    _fitting.clear()
 
 
 @functools.cache
-def _machine() -> dict[str, str]:
+def _machine(device: torch.device) -> dict[str, str]:
     import triton
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "torch": torch.__version__, "triton": triton.__version__}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "torch": torch.__version__, "triton": triton.__version__}
 
 
 def _quickest(key: str, default: Sizes, others: Iterable[Sizes], run: Callable[[Sizes], Any]) -> Sizes:
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.errors import TritonError
 
-    seconds = {default: _seconds(lambda: run(default))}
-    for sizes in others:
-        with contextlib.suppress(OutOfResources, PTXASError, CompilationError):  # more registers or shared memory than there are
+    seconds: dict[Sizes, float] = {}
+    for sizes in (default, *others):
+        with contextlib.suppress(TritonError, RuntimeError):  # more registers or shared memory than there are, or than compile
             seconds[sizes] = _seconds(functools.partial(run, sizes))
-    best = min(seconds, key=seconds.__getitem__)
+    best = min(seconds, key=seconds.__getitem__, default=default)
     kept.write("sizes", _VERSION, key, sizes=dataclasses.asdict(best))
     return best
 
