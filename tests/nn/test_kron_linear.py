@@ -1,5 +1,6 @@
 """`KroneckerBlockLinear`: initial scale, from_linear, gate, what it refuses."""
 
+import copy
 import math
 
 import pytest
@@ -187,3 +188,21 @@ def test_gate_multiplies_and_its_gradient():
         layer.gate.mul_(-4)
         layer.coeff.div_(-4)
     assert torch.equal(layer.weight.detach(), weight), "powers of two are exact"
+
+
+def test_whether_all_blocks_live_is_known_without_asking_the_device():
+    """A GPU's kernels skip the mask then; on a CPU they get it always."""
+    layer = KroneckerBlockLinear(8, 12, (3, 2), rank=2)
+    assert layer._all_live and layer._mask_for_product() is layer.block_mask
+    assert KroneckerBlockLinear.from_linear(nn.Linear(8, 12), block_size=(3, 2), rank=2)._all_live
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[1, 2] = False
+    layer.set_block_mask_(mask)
+    other = KroneckerBlockLinear(8, 12, (3, 2), rank=2)
+    other.load_state_dict(layer.state_dict())
+    assert not layer._all_live and not other._all_live and not copy.deepcopy(other)._all_live
+    layer.set_block_mask_(torch.ones_like(mask))
+    other.scale_blocks_(torch.ones(4, 4))
+    assert layer._all_live and not other._all_live
+    other.reset_parameters()
+    assert other._all_live

@@ -307,7 +307,8 @@ def compiled(name, programs, *arguments, **settings):
     constants = {name: given[name] for name, kind in signature.items() if kind == "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     result = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
-    assert result.metadata.shared <= 99 * 1024, (kernel.__name__, constants, result.metadata.shared)
+    room = {80: 163, 90: 227}[int(sys.argv[1])] * 1024  # of an A100 and an H100; others take fewer loads ahead if they have to
+    assert result.metadata.shared <= room, (kernel.__name__, constants, result.metadata.shared)
     print(kernel.__name__, result.metadata.shared)
 
 

@@ -103,6 +103,7 @@ class KroneckerBlockLinear(BlockLayer):
         coeff, tiles, _ = nearest_kronecker_sum(weight, layer.grid, rank, tile_groups=tile_groups)
         with torch.no_grad():
             layer.block_mask.fill_(True)
+            layer._all_live = True
             layer.coeff.copy_(coeff)
             layer.tiles.copy_(tiles)
             if layer.gate is not None:
@@ -116,6 +117,7 @@ class KroneckerBlockLinear(BlockLayer):
     def reset_parameters(self) -> None:
         """Orthonormal tiles and normal coefficients that give W the variance of nn.Linear's default (equation 13)."""
         self.block_mask.fill_(True)
+        self._all_live = True
         reset_bias_(self.bias, self.in_features)
         if self.gate is not None:
             self.gate.fill_(1)
@@ -142,8 +144,16 @@ class KroneckerBlockLinear(BlockLayer):
         return self.coeff if self.gate is None else self.coeff * self.gate.unsqueeze(-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        live = self._index.index if self.active_plan == "packed" else self.block_mask
+        live = self._index.index if self.active_plan == "packed" else self._mask_for_product()
         return kron.kron_linear(x, self.effective_coeff(), self.tiles, self.bias, plan=self.active_plan, live=live)
+
+    def _mask_for_product(self) -> Tensor | None:
+        """The mask, or None where a GPU's kernels need not look at it."""
+        return None if self._all_live and self.block_mask.is_cuda else self.block_mask
+
+    def mask_changed_(self) -> None:
+        super().mask_changed_()
+        self._all_live = not self.block_mask.is_meta and bool(self.block_mask.all())
 
     def dense_weight(self) -> Tensor:
         coeff = self.effective_coeff().masked_fill(~self.block_mask.unsqueeze(-1), 0)

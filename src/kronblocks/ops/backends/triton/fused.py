@@ -28,6 +28,7 @@ LARGEST_TILE = 128  # side of a tile that fits on chip
 _SUMS = {2: 2**15, 4: 2**13, 8: 2**12}
 """How many sums a program keeps in registers, by bytes of a value: float32 is multiplied in three parts, which take more."""
 
+_TERMS, _TILE_BYTES = 2, 2**14  # terms whose sums over rows one program keeps, at most, and of their tiles
 _ENOUGH = 256  # programs that keep a GPU busy; sums over rows are split into about as many
 
 
@@ -192,6 +193,11 @@ class _Factors:
         """How many rows stand side by side, so that products on tensor cores sum over 16 terms."""
         return max(1, 16 // min(padded(self.tile_in), padded(self.tile_out)))
 
+    def _terms(self) -> int:
+        """Of how many terms one program sums the coefficients' gradient: their tiles stay on chip meanwhile."""
+        tile = padded(self.tile_in) * padded(self.tile_out) * self._side() ** 2 * self.tiles.element_size()
+        return max(1, min(self.rank, _TERMS, _TILE_BYTES // tile))
+
     def _spread(self, sizes: Sizes) -> int:
         """How many rows stand side by side where small tiles' gradients are summed."""
         return min(sizes.rows, max(1, 32 // min(padded(self.tile_in), padded(self.tile_out))))
@@ -290,13 +296,15 @@ class _Factors:
         x, other, rows = x.contiguous(), other.contiguous(), x.shape[0]
 
         def run(sizes: Sizes) -> Tensor:
+            terms = self._terms()
             chunks, parts = self._chunks(sizes), self._own_banks * cells(self._sources_per_bank, sizes.sources)
+            parts *= cells(self.rank, terms)
             splits, share = _split(rows, sizes.rows, chunks * parts)
             out = x.new_empty(splits, *self.planes.shape, dtype=sum_dtype(x))
             launch(
                 "mix_gradient", (splits, chunks, parts),
                 x, self.tiles, other, out, *self._listed(sizes), rows, share, x.shape[1], other.shape[1],
-                self.planes.numel(), *self._places(sizes), **self._known(sizes),
+                self.planes.numel(), *self._places(sizes), TERMS=terms, **self._known(sizes),
             )  # fmt: skip
             return out.sum(0)
 

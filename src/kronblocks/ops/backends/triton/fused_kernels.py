@@ -158,20 +158,26 @@ def mix_then_tile(
 
 
 @triton.jit
-def _tiled(x, tiles, number, first, end, s, s_exists, stride, C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr,
-           BD: tl.constexpr, SIDE: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, FLIPPED: tl.constexpr,
-           PRECISION: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
-    """A tile on the input blocks s of BT rows, (BK, BT*BC), from a load of them as (BK*BT/SIDE, SIDE*BD)."""
-    column = tl.arange(0, SIDE * BD)
-    t, d = first + tl.arange(0, BT // SIDE)[:, None] * SIDE + (column // BD)[None, :], column % BD  # (BT/SIDE, SIDE*BD)
-    place = t.to(tl.int64)[None, :, :] * stride + s[:, None, None] * D + d[None, None, :]
-    inside = s_exists[:, None, None] & (t < end)[None, :, :] & (d < D)[None, None, :]
-    a = tl.load(
-        x + tl.reshape(place, (BK * BT // SIDE, SIDE * BD)), mask=tl.reshape(inside, (BK * BT // SIDE, SIDE * BD)), other=0.0
-    )
+def _inputs(x, k, first, end, bank, place, sources, counts, sources_per_bank, stride, D: tl.constexpr, BD: tl.constexpr,
+            SIDE: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BANK_OF_OUTPUT: tl.constexpr,
+            LISTED: tl.constexpr):  # fmt: skip
+    """BT rows of the BK input blocks from the k-th on, as (BK*BT/SIDE, SIDE*BD); addresses of a row of it are contiguous."""
+    row, column = tl.arange(0, BK * BT // SIDE), tl.arange(0, SIDE * BD)
+    s, s_exists = _sources(k + row // (BT // SIDE), bank, place, sources, counts, sources_per_bank, BANK_OF_OUTPUT, LISTED)
+    t, d = first + (row % (BT // SIDE))[:, None] * SIDE + (column // BD)[None, :], column % BD
+    return tl.load(
+        x + t.to(tl.int64) * stride + s[:, None] * D + d[None, :],
+        mask=s_exists[:, None] & (t < end) & (d < D)[None, :], other=0.0,
+    )  # fmt: skip
+
+
+@triton.jit
+def _tiled(a, tiles, number, C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, SIDE: tl.constexpr,
+           BT: tl.constexpr, BK: tl.constexpr, FLIPPED: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+    """A tile on `_inputs`, (BK, BT*BC)."""
     b = _tile(tiles, number, C, D, BC, BD, SIDE, FLIPPED)
     z = tl.dot(a, b, input_precision=PRECISION, out_dtype=SUM)
-    return tl.reshape(z.to(x.dtype.element_ty), (BK, BT * BC))
+    return tl.reshape(z.to(a.dtype), (BK, BT * BC))
 
 
 @triton.jit
@@ -194,11 +200,12 @@ def tile_then_mix(
         own_bank = chunk // chunks_per_bank if BANK_OF_OUTPUT else bank
         for k in range(0, count, BK):
             s, s_exists = _sources(k + step, bank, place, sources, counts, sources_per_bank, BANK_OF_OUTPUT, LISTED)
+            a = _inputs(
+                x, k, first, rows, bank, place, sources, counts, sources_per_bank, x_stride, D, BD, SIDE, BT, BK, BANK_OF_OUTPUT,
+                LISTED,
+            )  # fmt: skip
             for i in range(RANK):
-                z = _tiled(
-                    x, tiles, own_bank * RANK + i, first, rows, s, s_exists, x_stride,
-                    C, D, BC, BD, SIDE, BT, BK, FLIPPED, PRECISION, SUM,
-                )  # fmt: skip
+                z = _tiled(a, tiles, own_bank * RANK + i, C, D, BC, BD, SIDE, BT, BK, FLIPPED, PRECISION, SUM)
                 c = _coefficients(coeff, i, o, o_exists, s, s_exists, term_stride, out_stride, source_stride)
                 total = tl.dot(c, z, total, input_precision=PRECISION, out_dtype=SUM)
     _store(y, total, bias, first, rows, o, o_exists, y_stride, C, BC, BO, BT, HAS_BIAS)
@@ -210,12 +217,16 @@ def mix_gradient(
     split_stride, term_stride, out_stride, source_stride, outputs_per_bank, chunks_per_bank, sources_per_bank,
     RANK: tl.constexpr, BANKS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     SIDE: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, FLIPPED: tl.constexpr, LISTED: tl.constexpr,
-    BANK_OF_OUTPUT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    BANK_OF_OUTPUT: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """out[split, i, o, s] = sum over t of <other[t, o], tile[bank, i] x[t, s]>; a program per split, chunk and BK inputs."""
+    """out[split, i, o, s] = sum over t of <other[t, o], tile[bank, i] x[t, s]>; a program per split, chunk, BK inputs and TERMS,
+    one or two, of the terms, whose sums it keeps in registers while it goes through the rows once.
+    """
     split, chunk = tl.program_id(0), tl.program_id(1)
+    groups: tl.constexpr = (RANK + TERMS - 1) // TERMS
     parts = tl.cdiv(sources_per_bank, BK)
-    bank, part = tl.program_id(2) // parts, tl.program_id(2) % parts
+    i, part_of_bank = (tl.program_id(2) % groups) * TERMS, tl.program_id(2) // groups
+    bank, part = part_of_bank // parts, part_of_bank % parts
     place = chunk * BANKS + bank
     own_bank = chunk // chunks_per_bank if BANK_OF_OUTPUT else bank
     o, o_exists = _outputs(chunk, outputs_per_bank, chunks_per_bank, BO)
@@ -225,21 +236,27 @@ def mix_gradient(
     begin, end = split * share, tl.minimum((split + 1) * share, rows)
     count = tl.load(counts + place) if LISTED else sources_per_bank
     if part * BK < count:
-        to = out + split.to(tl.int64) * split_stride + o[:, None] * out_stride + s[None, :] * source_stride
-        to_exists = o_exists[:, None] & s_exists[None, :]
+        number = own_bank * RANK + i
+        following = own_bank * RANK + tl.minimum(i + 1, RANK - 1)  # where there is none, what is not stored
+        g = tl.zeros((BO, BK), SUM)
+        g1 = tl.zeros((BO, BK), SUM)
         for first in range(begin, end, BT):
             t = first + column // BC
             e = tl.load(
                 other + t[None, :].to(tl.int64) * other_stride + o[:, None] * C + c[None, :],
                 mask=o_exists[:, None] & ((t < end) & (c < C))[None, :], other=0.0,
             )  # fmt: skip
-            for i in range(RANK):
-                z = _tiled(
-                    x, tiles, own_bank * RANK + i, first, end, s, s_exists, x_stride,
-                    C, D, BC, BD, SIDE, BT, BK, FLIPPED, PRECISION, SUM,
-                )  # fmt: skip
-                g = tl.dot(e, tl.trans(z), input_precision=PRECISION, out_dtype=SUM)
-                if first > begin:
-                    tl.debug_barrier()  # what other threads have added
-                    g += tl.load(to + i * term_stride, mask=to_exists, other=0.0)
-                tl.store(to + i * term_stride, g, mask=to_exists)
+            a = _inputs(
+                x, part * BK, first, end, bank, place, sources, counts, sources_per_bank, x_stride, D, BD, SIDE, BT, BK,
+                BANK_OF_OUTPUT, LISTED,
+            )  # fmt: skip
+            z = _tiled(a, tiles, number, C, D, BC, BD, SIDE, BT, BK, FLIPPED, PRECISION, SUM)
+            g = tl.dot(e, tl.trans(z), g, input_precision=PRECISION, out_dtype=SUM)
+            if TERMS > 1:
+                z = _tiled(a, tiles, following, C, D, BC, BD, SIDE, BT, BK, FLIPPED, PRECISION, SUM)
+                g1 = tl.dot(e, tl.trans(z), g1, input_precision=PRECISION, out_dtype=SUM)
+        to = out + split.to(tl.int64) * split_stride + o[:, None] * out_stride + s[None, :] * source_stride
+        exists = o_exists[:, None] & s_exists[None, :]
+        tl.store(to + i * term_stride, g, mask=exists)
+        if TERMS > 1:
+            tl.store(to + (i + 1) * term_stride, g1, mask=exists & (i + 1 < RANK))
