@@ -21,7 +21,7 @@ from kronblocks.experiments.reproduce.searches import SearchStudy
 from kronblocks.experiments.reproduce.searches import page as searches_page
 from kronblocks.experiments.reproduce.statistics import CellResult, cells, paired
 from kronblocks.experiments.reproduce.studies import METHODS, STUDIES, Cell, Study
-from kronblocks.experiments.reproduce.trials import rates, space_of
+from kronblocks.experiments.reproduce.trials import Space, rates, space_of
 
 TINY = Study(
     name="tiny",
@@ -252,7 +252,7 @@ def test_every_method_has_as_many_trials_and_every_training_of_the_studies_can_b
                 study.training(cell, study.settings(cell.method, number), 0, tmp_path)
 
 
-def test_a_study_of_ones_own(tmp_path, capsys):
+def test_a_study_of_ones_own(tmp_path, capsys, monkeypatch):
     words = "reproduce mlp --name mine --data digits --methods magnitude --block-sizes 8 --sparsities 0.5 --seeds 7 --epochs 1"
     config = ReproduceConfig(
         what="mlp", name="mine", data="digits", methods=("magnitude",), block_sizes=("8", "16x4"), sparsities=(0.5, 0.75)
@@ -263,6 +263,7 @@ def test_a_study_of_ones_own(tmp_path, capsys):
     twice = dataclasses.replace(config, block_sizes=("4", "4x4"), sparsities=(0.5, 0.5))
     assert twice.studies()[0].cells == (("4", 0.5),)
     assert ReproduceConfig(what="vit-tiny", name="mine", seeds=(7,)).studies()[0].tuned()  # not at one rate for all methods
+    monkeypatch.setattr(Study, "space", lambda self, method: Space([rates((4e-3,), slice(0, 1))]))  # one trial
     main([*words.split(), "--out", str(tmp_path), "--work", str(tmp_path / "work")])
     rows = read(tmp_path / "reproduce-mine.json")["rows"]
     assert {row["seed"] for row in rows if row["part"] == "compare"} == {7}
