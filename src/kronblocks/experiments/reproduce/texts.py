@@ -50,23 +50,23 @@ kronblocks reproduce swin-tiny --full
 
 WHERE_BASELINES_WIN = {
     "mlp": """Where a baseline wins: at 50% with 16x16 blocks `magnitude`, clearly, and `rigl`, both by 0.19 points, `iterative`
-by 0.13 and `static` by 0.05: half of the blocks carry the weight, and `two-phase` trains their free values only from the lift on,
-after about a quarter of the training. At 90% with 2x2 and 8x8 blocks `kron-l1`, with intervals that include 0: at 2x2 with more
-parameters than dense, at 8x8 level, at a rate (tuned at 16x16) that is four to eight times the others' and the largest that may
-be tried. At 80% with 16x16 blocks `static` and `rigl` are level: random live blocks are enough there, and train from the first
-step; at 95% they are not. Both lassos end at or near the earliest end of pruning that may be tried: what shrinks all blocks wants
-time to recover.""",
-    "linear-mnist5k": """Where baselines win: at 50% `magnitude`, by 0.2 points, with an interval that includes 0. At 90% `kron-l1`, by 1.7
-points, and both lassos, by 0.3 to 0.4 with intervals that include 0, at four times the rate. What does it is the penalty in the
-loss, over four fifths of the training: in the trials at rate 0.016 with rank 4, `kron-l1` ends at 82.2% with a strength of 0.3, at
-86.5% with 1 and at 87.9% with 3. Such a penalty while `two-phase` looks for its blocks was tried apart, on validation, five folds:
-it finds better blocks (88.7% without a lift, level with `kron-l1`; `two-phase` as it is 87.2%), but after the lift free values fit
-the 4,000 images too closely (88.4% at the most, less the higher their rate). Gradient times weight as the score, norms of columns
-weighted by what reaches them, decay and regrowth gained less. The largest rate that may be tried is taken by `kron-l1`, both
-lassos, `rigl` and `static`: some 320 steps are few.""",
-    "linear-fashion": """Where baselines win: at 50% `iterative`, `magnitude` and both lassos, by less than 0.2 points, with intervals that
-include 0. At 90% `kron-l1`, by 0.9 points, with more parameters than dense and for the reason given under linear-mnist5k, and
-`group-lasso` and `magnitude` by 0.2 to 0.4, with intervals that include 0.""",
+by 0.13 and `static` by 0.05: half of the blocks carry the weight, and `two-phase` trains their free values only from the lift
+on, after about a quarter of the training. At 90% with 2x2 and 8x8 blocks `kron-l1`, with intervals that include 0: at 2x2 with
+more parameters than dense, at 8x8 level, at a rate (tuned at 16x16) that is four to eight times the others' and the largest
+that may be tried. At 80% with 16x16 blocks `static` and `rigl` are level: random live blocks are enough there, and train from
+the first step; at 95% they are not. Both lassos end at or near the earliest end of pruning that may be tried: what shrinks all
+blocks wants time to recover.""",
+    "linear-mnist5k": """Where baselines win: at 50% `magnitude`, by 0.2 points, with an interval that includes 0. At 90%
+`kron-l1`, by 1.7 points, and both lassos, by 0.3 to 0.4 with intervals that include 0, at four times the rate. What does it is
+the penalty in the loss, over four fifths of the training: in the trials at rate 0.016 with rank 4, `kron-l1` ends at 82.2% with
+a strength of 0.3, at 86.5% with 1 and at 87.9% with 3. Such a penalty while `two-phase` looks for its blocks was tried apart,
+on validation, five folds: it finds better blocks (88.7% without a lift, level with `kron-l1`; `two-phase` as it is 87.2%), but
+after the lift free values fit the 3,200 images too closely (88.4% at the most, less the higher their rate). Gradient times
+weight as the score, norms of columns weighted by what reaches them, decay and regrowth gained less. The largest rate that may
+be tried is taken by `kron-l1`, both lassos, `rigl` and `static`: 260 steps are few.""",
+    "linear-fashion": """Where baselines win: at 50% `iterative`, `magnitude` and both lassos, by less than 0.2 points, with
+intervals that include 0. At 90% `kron-l1`, by 0.9 points, with more parameters than dense and for the reason given under
+linear-mnist5k, and `group-lasso` and `magnitude` by 0.2 to 0.4, with intervals that include 0.""",
     "vit-tiny-fashion": """What this shows, and what it does not: all methods train at one learning rate, untuned, for some 300
 steps, after which dense has only begun to learn (52%). Factors learn faster at that rate, hence the lead of `two-phase` and
 `kron-l1`; a longer training, or a rate of its own for each method, may order them otherwise.""",
