@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,12 +185,19 @@ def _comparison(here: Sequence[CellResult], settings: dict[str, Any]) -> list[st
             f"{cell.to_dense('trainable_parameters_max'):.2f}",
             f"{cell.to_dense('trainable_parameters_end'):.2f}",
             f"{cell.to_dense('training_macs'):.2f}",
-            f"{cell.to_dense('inference_macs_per_sample'):.2f}",
+            _ratio(cell.to_dense("inference_macs_per_sample")),
             f"{cell.to_dense(*BYTES):.2f}",
         ]
         value = PUBLISHED.get((settings["model"], cell.method))
         lines.append(line + [str(value or "")] * any(published))
-    return table(columns, lines) + (["", FOOTNOTE] if any(published) else [])
+    footnotes = ["", FOOTNOTE] * any(published)
+    if any(row["inference_macs_per_sample"] is None for cell in here for row in cell.rows):
+        footnotes += ["", "Inference multiply-adds that were counted in an earlier way are left out."]
+    return table(columns, lines) + footnotes
+
+
+def _ratio(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
 
 
 def _sizes(here: Iterable[CellResult]) -> list[str]:

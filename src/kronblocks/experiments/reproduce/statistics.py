@@ -67,8 +67,8 @@ class CellResult:
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
     def mean(self, name: str) -> float:
-        """Mean of a measured number."""
-        return statistics.fmean(row[name] for row in self.rows)
+        """Mean of a measured number; NaN where a row lacks it."""
+        return statistics.fmean(math.nan if row[name] is None else row[name] for row in self.rows)
 
     def to_dense(self, *names: str) -> float:
         """Ratio to dense of means, of one measured number or the sum of several; NaN where dense was not run."""
