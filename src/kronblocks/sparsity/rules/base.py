@@ -86,10 +86,11 @@ def shrink(scores: Sequence[Tensor], thresholds: Sequence[float], ctx: RuleConte
     Blocks that would die beyond the cap, or the last one of a layer or of a block row of the head, are left alone, so that the
     target can be hit exactly.
     """
-    multipliers = [
-        (1 - threshold / score.clamp_min(torch.finfo(score.dtype).tiny)).clamp_min(0).masked_fill(~mask, 0)
-        for score, threshold, mask in zip(scores, thresholds, ctx.masks, strict=True)
-    ]
+    multipliers = []
+    for score, threshold, mask in zip(scores, thresholds, ctx.masks, strict=True):
+        multiplier = (1 - threshold / score.clamp_min(torch.finfo(score.dtype).tiny)).clamp_min(0)
+        dies = ~mask | (score <= threshold) if threshold > 0 else ~mask  # of equal ones the quotient may round to below 1
+        multipliers.append(multiplier.masked_fill(dies, 0))
     head = best_of_rows(scores[-1].masked_fill(~ctx.masks[-1], -1.0)) & (multipliers[-1] == 0)
     multipliers[-1] = multipliers[-1].masked_fill(head, 1.0)
     if _stays_within(multipliers, ctx, sparsity_cap):
