@@ -23,18 +23,18 @@ def last_to_die(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float)
     (1.0, 0.0)
     """
     flat = torch.cat([score.flatten().to(scores[0].device) for score in scores])
-    if len(set(areas)) == 1:  # asked at every step, so without sorting where that can be; on a GPU sorting is quick
-        count = blocks_to_kill(len(flat), sparsity)
-        if count == 0:
-            return 0.0
-        last = flat.kthvalue(count).values if flat.device.type == "cpu" else flat.sort().values[count - 1]
+    alike = len(set(areas)) == 1  # then blocks are counted, else their weights
+    sizes = [1 if alike else area for area in areas]
+    due = blocks_to_kill(sum(score.numel() * size for score, size in zip(scores, sizes, strict=True)), sparsity)
+    if due == 0:
+        return 0.0
+    if alike and flat.device.type == "cpu":  # asked at every step, so without sorting where that can be
+        last = flat.kthvalue(due).values
     else:
-        weights = torch.cat([torch.full(score.shape, area).flatten() for score, area in zip(scores, areas, strict=True)])
+        device = flat.device
+        weights = torch.cat([torch.full((s.numel(),), size, device=device) for s, size in zip(scores, sizes, strict=True)])
         ordered, order = flat.sort()
-        count = blocks_to_kill(int(weights.sum()), sparsity)
-        if count == 0:
-            return 0.0
-        last = ordered[(weights.to(flat.device)[order].cumsum(0) >= count).int().argmax()]
+        last = ordered[(weights[order].cumsum(0) >= due).int().argmax()]
     if torch.isinf(last):  # then all that can die has to
         last = flat.masked_fill(flat.isinf(), 0).max()
     return float(last)

@@ -60,7 +60,7 @@ def tuned(
         kernel: its name.
         about: what the quickest sizes depend on, beside x and the machine.
         x: numbers of its rows up to the same power of two count as one.
-        default: sizes that are always possible.
+        default: sizes that suit, without a measurement.
         others: what else to try.
         run: the launch; called several times to measure it.
     """
