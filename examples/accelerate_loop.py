@@ -41,6 +41,8 @@ def main(folder: str) -> None:
     accelerator.print(f"{100 * sparsifier.sparsity:.1f}% of the weights in zero blocks, test accuracy {accuracy:.3f}")
     if accelerator.is_main_process:
         kronblocks.save_pretrained(model, folder)
+    accelerator.wait_for_everyone()  # a process that leaves early can take the one that saves with it
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
