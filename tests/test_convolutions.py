@@ -151,3 +151,25 @@ def test_an_error_leaves_the_model_as_it_was():
     assert dict(model.named_modules()) == before
     with pytest.raises(KronblocksError, match="no structure record"):
         apply_structure_(model, {"version": 1, "layers": {}, "unfolded": "0"})
+
+
+@pytest.mark.parametrize("method", ["two-phase", "magnitude", "static"])
+@pytest.mark.parametrize("last", [False, True])
+def test_the_output_lies_in_memory_as_that_of_a_convolution(method, last):
+    layout = torch.channels_last if last else torch.contiguous_format
+    conv = nn.Conv2d(8, 16, 3, padding=1)
+    model = nn.Sequential(conv, nn.ReLU())
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=layout)
+    expected = conv(x).stride()
+    sparsifier = sparsify_(model, SparsityConfig(method=method, block_size=4, convolutions=True, target_sparsity=0.5))
+    sparsifier.attach(torch.optim.SGD(model.parameters(), lr=0.1), total_steps=4)  # who watches the rows sees patches
+    assert model[0](x).stride() == expected
+    assert model[0].weight.shape == conv.weight.shape
+
+
+@pytest.mark.parametrize("conv", [nn.Conv1d(4, 8, 3), nn.Conv2d(4, 8, (2, 3))])
+def test_the_weight_of_an_unfolded_convolution(conv):
+    weight = conv.weight.detach().clone()
+    model = nn.Sequential(conv)
+    sparsify_(model, SparsityConfig(method="magnitude", block_size=4, convolutions=True, target_sparsity=0.5))
+    assert torch.equal(model[0].weight, weight)

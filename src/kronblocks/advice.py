@@ -92,7 +92,7 @@ class Advice:
     """What `advise` found; `print` it for a table, `to_dict` it for JSON."""
 
     rows: int
-    rank: int
+    rank: int | None
     device: str
     dtype: str
     threads: int

@@ -33,7 +33,7 @@ def advise(
     rows: int,
     sparsity: Sequence[float] = (0.8, 0.9, 0.95),
     block_size: BlockSizeLike = 16,
-    rank: int = 4,
+    rank: int | None = None,
     tile_groups: TileGroups = "per-row",
     on_mismatch: Mismatch = "dense",
     device: torch.device | str = "cpu",
@@ -48,7 +48,7 @@ def advise(
         rows: rows of x per step (batch, times tokens).
         sparsity: shares of zero blocks to try.
         block_size: 16, "16x4" or (16, 4), rows first.
-        rank: number of Kronecker terms.
+        rank: number of Kronecker terms; None: what a training takes, a quarter of a block's weights, 2 to 8.
         tile_groups: "per-row", or the number of tile banks.
         on_mismatch: a block size that does not divide a layer: leave it "dense", or take the "nearest" that does.
         device: what to time on.

@@ -112,6 +112,11 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         one_of("method", self.method, Method)
+        for name, kind in (("schedule", ScheduleConfig), ("penalty", PenaltyConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise KronblocksError(f"{name} is a {kind.__name__}(...), not {getattr(self, name)!r}")
+        if not isinstance(self.overrides, Mapping):
+            raise KronblocksError(f'overrides is a dict such as {{"head": LayerOverride(block_size=8)}}, not {self.overrides!r}')
         one_of("on_mismatch", self.on_mismatch, Mismatch)
         one_of("scope", self.scope, Scope)
         for name, allowed in (("init", Init), ("score", Score), ("distribution", Distribution), ("storage", Storage)):
@@ -141,7 +146,7 @@ class SparsityConfig:
     def _refuse_ignored(self) -> None:
         """An option that the method would ignore is an error."""
         method = self.method
-        linear = f"method {method!r} works on nn.Linear itself and has no"
+        linear = f"method {method!r} keeps free values, not factors, and has no"
         for name, allowed, reason in (
             *((name, method in FACTORED, linear) for name in ("tile_groups", "rank", "gate")),
             ("init", method in FACTORED | CONSTANT, f"method {method!r} starts from the weights that are there and has no"),

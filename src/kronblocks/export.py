@@ -113,7 +113,7 @@ def export(
     form: Form = "auto",
     slim: bool = True,
     sparsifier: Sparsifier | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> Exported:
     """Copy a finished model into the form that is fastest in inference, and check the copy against the model.
 
@@ -127,7 +127,7 @@ def export(
         slim: remove features that are constant or unread between two layers, see `kronblocks.slimming`; needs a model that
             `torch.export` can trace.
         sparsifier: of a method that works on nn.Linear itself, so that its layers can be packed too.
-        tolerance: how far outputs may differ, relative to the largest.
+        tolerance: how far outputs may differ, relative to the largest; None: 1e-4, or four roundings of a lower precision.
 
     Returns:
         The copy, what became of each layer, and the difference.
@@ -146,7 +146,8 @@ def export(
     ('dense', True)
     """
     one_of("form", form, Form)
-    number("tolerance", tolerance, 0, float("inf"), "a share of the largest output, from 0 on")
+    if tolerance is not None:
+        number("tolerance", tolerance, 0, float("inf"), "a share of the largest output, from 0 on")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -158,7 +159,7 @@ def export(
     if not expected:
         raise KronblocksError("the model gives no floating point tensors for the example, by which the copy could be checked")
     if sparsifier is not None:
-        pack_masked_(new, sparsifier)
+        pack_masked_(new, bare(model), sparsifier)
     if isinstance(new, BlockLayer):
         new = nn.Sequential(new)
     names = [name for name, module in new.named_modules() if isinstance(module, BlockLayer)]
@@ -171,12 +172,19 @@ def export(
     rows = _rows(new, example)
     layers = tuple(_export_layer(new, name, rows.get(name, 0), form) for name in names)
     error = difference(list(tensors(call(new, example))), expected)
-    if not error <= tolerance:
+    allowed = _tolerance(new, expected) if tolerance is None else tolerance
+    if not error <= allowed:
         raise KronblocksError(
-            f"the exported model's outputs differ by {error:.1e} of the largest output, more than tolerance={tolerance:g}: does "
-            "the model in eval mode give the same at every call?"
+            f"the exported model's outputs differ by {error:.1e} of the largest output, more than tolerance={allowed:.2g}: does "
+            "the model in eval mode give the same at every call? If its precision explains it, write a larger tolerance="
         )
     return Exported(new, layers, tuple(slimmed), remark, error)
+
+
+def _tolerance(model: nn.Module, outputs: list[Tensor]) -> float:
+    """How far a copy may be away by rounding in the lowest precision of the model's weights and outputs."""
+    dtypes = {tensor.dtype for tensor in (*model.parameters(), *outputs) if tensor.is_floating_point()}
+    return max(1e-4, *(4 * torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

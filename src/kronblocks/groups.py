@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kronblocks.checks import number
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
@@ -40,7 +41,7 @@ def parameter_groups(
         weight_decay: of the group "dense"; biases and one-dimensional parameters get none.
         factor_lr_scale: rate of `coeff`, `tiles` and `gate`, relative to `lr`.
         lifted_lr_scale: rate of `values`, relative to `lr`.
-        factor_weight_decay: of `coeff` and `tiles` (the gate gets none).
+        factor_weight_decay: of `coeff`, `tiles` and `gate`.
         lifted_weight_decay: of `values`; None: as factors.
         keep_empty: False leaves groups without parameters out: torch's distributed checkpoints refuse more than one of them.
 
@@ -48,9 +49,10 @@ def parameter_groups(
     >>> [(group["name"], len(group["params"])) for group in parameter_groups(model, lr=1e-3, weight_decay=0.1)]
     [('dense', 1), ('no-decay', 2), ('factors', 2), ('lifted', 0)]
     """
+    if not isinstance(model, nn.Module):
+        raise KronblocksError(f"parameter_groups wants the model, not {type(model).__name__}")
     for name, value in (("lr", lr), ("factor_lr_scale", factor_lr_scale), ("lifted_lr_scale", lifted_lr_scale)):
-        if not 0 <= value < float("inf"):
-            raise KronblocksError(f"{name} must be a number from 0 on, not {value!r}")
+        number(name, value, 0, float("inf"), "a number from 0 on")
     factors, lifted = [], []
     for module in model.modules():
         if isinstance(module, KroneckerBlockLinear):
@@ -73,25 +75,35 @@ def parameter_groups(
 
 
 def replace_parameters_(optimizers: Sequence[Optimizer], old: Sequence[Tensor], new: nn.Parameter) -> None:
-    """Let an optimiser go on with one new parameter for several old ones, whose state is dropped.
+    """Let an optimiser go on with one new parameter for several old ones, whose state and gradients are dropped.
 
-    It joins the group named "lifted", or, where there is none, takes the place of the first old one.
+    It joins the group named "lifted", or, where there is none, takes the place of the first old one: in one optimiser, whichever
+    of them held the old ones.
     """
     gone = {id(p) for p in old}
-    for optimizer in optimizers:
-        home = next((g for g in optimizer.param_groups if any(id(p) in gone for p in g["params"])), None)
-        if home is None:
-            continue
-        lifted = next((g for g in optimizer.param_groups if g.get("name") == LIFTED), None)
-        first = next(i for i, p in enumerate(home["params"]) if id(p) in gone)
-        if lifted is None:
-            home["params"][first] = new
-        else:
-            lifted["params"].append(new)
-        for group in optimizer.param_groups:
-            group["params"][:] = [p for p in group["params"] if id(p) not in gone]
-        for p in old:
-            optimizer.state.pop(p, None)
+    holders = [each for each in optimizers if any(id(p) in gone for group in each.param_groups for p in group["params"])]
+    owner = next((each for each in holders if _lifted_group(each) is not None), holders[0] if holders else None)
+    for optimizer in holders:
+        if optimizer is owner:
+            _add_in_place(optimizer, gone, new)
+        drop_parameters_([optimizer], old)
+
+
+def _lifted_group(optimizer: Optimizer) -> dict[str, Any] | None:
+    return next((group for group in optimizer.param_groups if group.get("name") == LIFTED), None)
+
+
+def _add_in_place(optimizer: Optimizer, gone: set[int], new: nn.Parameter) -> None:
+    lifted = _lifted_group(optimizer)
+    if lifted is not None:
+        lifted["params"].append(new)
+        return
+    home = next(group for group in optimizer.param_groups if any(id(p) in gone for p in group["params"]))
+    first = next(place for place, p in enumerate(home["params"]) if id(p) in gone)
+    has_momentum = "momentum_buffer" in optimizer.state.get(home["params"][first], {})
+    home["params"][first] = new
+    if home.get("fused") and has_momentum:  # torch's fused SGD wants momenta of all parameters of a group, or of none
+        optimizer.state[new]["momentum_buffer"] = torch.zeros_like(new)
 
 
 def drop_parameters_(optimizers: Sequence[Optimizer], gone: Sequence[Tensor]) -> None:
@@ -102,6 +114,8 @@ def drop_parameters_(optimizers: Sequence[Optimizer], gone: Sequence[Tensor]) ->
             group["params"][:] = [p for p in group["params"] if id(p) not in ids]
         for p in gone:
             optimizer.state.pop(p, None)
+    for p in gone:
+        p.grad = None  # whoever kept a list of parameters would count it in norms
 
 
 def keep_slots_(optimizers: Sequence[Optimizer], old: nn.Parameter, new: nn.Parameter, kept: Tensor) -> None:
@@ -113,6 +127,7 @@ def keep_slots_(optimizers: Sequence[Optimizer], old: nn.Parameter, new: nn.Para
         new: (new capacity, bm, bn), the values after it.
         kept: (new capacity,) the slots that were kept.
     """
+    old.grad = None
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"][:] = [new if p is old else p for p in group["params"]]

@@ -47,7 +47,9 @@ def factored(linear: nn.Module, selected: Selected, config: SparsityConfig) -> K
     layer.bias = linear.bias
     if config.rows is not None:
         layer.choose_plan_(config.rows)
-    return layer.train(linear.training).requires_grad_(weight.requires_grad)
+    for parameter in layer.block_parameters():
+        parameter.requires_grad_(weight.requires_grad)
+    return layer.train(linear.training)
 
 
 def packed(linear: nn.Module, selected: Selected, mask: Tensor, config: SparsityConfig) -> BlockLayer:

@@ -19,8 +19,14 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
+
+
 def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module at every place where the one of this name stands.
+    """Put a module at every place where the one of this name stands; the old one's forward and backward hooks go on on it.
 
     Raises:
         KronblocksError: the model itself is the module.
@@ -28,6 +34,9 @@ def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
     old = model.get_submodule(name)
     if old is model:
         raise KronblocksError("the model is itself the layer, which cannot be replaced in place: wrap it in nn.Sequential(...)")
+    for hooks in _HOOKS:  # the same tables, so that handles still remove what they stand for
+        setattr(new, hooks, getattr(old, hooks))
+    new._is_full_backward_hook = old._is_full_backward_hook
     for parent in model.modules():
         for child, module in list(parent._modules.items()):  # named_children() would leave out the second of two places
             if module is old:

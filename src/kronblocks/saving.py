@@ -72,8 +72,8 @@ def save_pretrained(
     """
     folder, model = Path(folder), bare(model)
     if sparsifier is not None and sparsifier.masks_linears:
-        model = copy.deepcopy(model)
-        pack_masked_(model, sparsifier)
+        original, model = model, copy.deepcopy(model)
+        pack_masked_(model, original, sparsifier)
     tensors, aliases = stored(model)
     own = _own_config(model)
     card = {

@@ -18,6 +18,7 @@ from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.methods import FACTORED, own_rank
+from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
 from kronblocks.ranks import RankChoice, choose_ranks
@@ -191,6 +192,8 @@ def _why_not(name: str, module: nn.Module, shared: dict[int, list[str]], names: 
         return _ATTENTION
     if type(module) not in (nn.Linear, KroneckerBlockLinear):
         return f"{type(module).__name__} is a subclass of nn.Linear, whose code may need its weight as it is"
+    if isinstance(module, nn.Linear) and "weight" not in module._parameters:
+        return "its weight is computed from others (spectral_norm, weight_norm or prune), which a block layer would drop"
     weight = next(module.parameters(recurse=False))
     if isinstance(weight, nn.UninitializedParameter):
         return "its weight has no shape yet (a lazy layer): run one batch through the model first"
@@ -218,6 +221,10 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
     kinds = (nn.Linear, KroneckerBlockLinear) if config.method in FACTORED else (nn.Linear,)
     linears = {name: module for name, module in names.modules.items() if isinstance(module, kinds)}
     if not linears:
+        if any(isinstance(module, BlockLayer) for module in names.modules.values()):
+            raise KronblocksError(
+                f"the model's layers are block-sparse already, and {config.method!r} begins with nn.Linear: densify_ it first"
+            )
         raise KronblocksError("the model has no nn.Linear layer, so there is nothing to make block-sparse")
     for what, patterns in (("layers", config.layers), ("exclude", config.exclude), ("overrides", tuple(config.overrides))):
         _check_patterns(tuple(p for p in patterns if isinstance(p, str)), names, list(linears), what)

@@ -87,7 +87,8 @@ class ModelSurgeon:
             layer = self._model.get_submodule(name)
             if isinstance(layer, BlockSparseLinear):
                 old, kept = layer.values, layer.compact_()
-                keep_slots_(optimizers, old, layer.values, kept)
+                if layer.values is not old:
+                    keep_slots_(optimizers, old, layer.values, kept)
 
     def record(self) -> dict[str, Any]:
         return structure(self._model)
@@ -129,6 +130,8 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None) -> Sparsif
     0.5
     """
     config = config or SparsityConfig()
+    if not isinstance(model, nn.Module):
+        raise KronblocksError(f"sparsify_ wants a model, an nn.Module, not {type(model).__name__}")
     if not isinstance(config, SparsityConfig):
         raise KronblocksError(
             f"sparsify_ wants a SparsityConfig, not {type(config).__name__}: SparsityConfig(block_size=16, ...)"
@@ -193,13 +196,33 @@ def _target(model: nn.Module, selected: Selected) -> BlockTarget:
     return LayerTarget(selected.name, layer)
 
 
-def pack_masked_(model: nn.Module, sparsifier: Sparsifier) -> None:
-    """Put packed layers into the places of those plain ones that a sparsifier keeps masks of, in this model or a copy of it."""
-    for target in sparsifier.targets:
-        linear = model.get_submodule(target.name)
-        if type(linear) is nn.Linear:
-            mask = target.mask.to(linear.weight.device)
-            replace_(model, target.name, BlockSparseLinear.from_dense(linear, block_size=target.grid.block, mask=mask))
+def pack_masked_(copy: nn.Module, model: nn.Module, sparsifier: Sparsifier) -> None:
+    """Put packed layers into a copy of a model, in the places of those plain ones that a sparsifier keeps masks of.
+
+    Args:
+        copy: of the model.
+        model: the one that the sparsifier knows, one around that, or a copy of it.
+        sparsifier: of its layers.
+
+    Raises:
+        KronblocksError: it is another model's.
+    """
+    targets = [target for target in sparsifier.targets if type(target.module) is nn.Linear]
+    names = {id(module): name for name, module in model.named_modules()}
+    if any(id(target.module) in names for target in targets):
+        places = [names.get(id(target.module)) for target in targets]
+    else:  # a copy itself, such as an average of weights
+        places = [target.name for target in targets]
+    modules = dict(copy.named_modules())
+    for target, place in zip(targets, places, strict=True):
+        linear = modules.get(place) if place is not None else None
+        if place is None or type(linear) is not nn.Linear or linear.weight.shape != target.module.weight.shape:
+            raise KronblocksError(
+                f"the sparsifier follows {target.name}, which is no layer of this model: give the model that sparsify_ got, one "
+                "that it is a part of, or a copy of it"
+            )
+        mask = target.mask.to(linear.weight.device)
+        replace_(copy, place, BlockSparseLinear.from_dense(linear, block_size=target.grid.block, mask=mask))
 
 
 def weight_targets(model: nn.Module, report: SurgeryReport) -> list[BlockTarget]:
@@ -262,7 +285,7 @@ def plain_linear(layer: BlockLayer) -> nn.Linear:
     weight, bias = layer.dense_weight(), layer.bias
     assert bias is None or isinstance(bias, nn.Parameter)
     new = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta", dtype=weight.dtype)
-    new.weight = nn.Parameter(weight)
+    new.weight = nn.Parameter(weight, requires_grad=any(p.requires_grad for p in layer.block_parameters()))
     if bias is not None:
         new.bias = bias
     return new.train(layer.training)

@@ -66,11 +66,14 @@ def test_config(record):
     seen = {"refused": 0}
 
     @settings(max_examples=count, **QUIET)
-    @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), st.booleans())
-    def run(changes, as_text):
+    @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), st.sampled_from(["text", "table", "call"]))
+    def run(changes, given_as):
         data = {**SparsityConfig().to_dict(), **changes}
-        if as_text:
+        if given_as == "text":
             seen["refused"] += refused(SparsityConfig.from_json, json.dumps(data))
+        elif given_as == "call":
+            changes.pop("version", None)
+            seen["refused"] += refused(SparsityConfig, **changes)
         else:
             seen["refused"] += refused(SparsityConfig.from_dict, data)
 

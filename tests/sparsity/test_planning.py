@@ -115,7 +115,7 @@ def test_tokens_keywords_and_autocast(clock):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier.attach(optimizer, total_steps=STEPS)
     with torch.autocast("cpu"):
-        model["fc"](x=torch.randn(4, 6, 32)).sum().backward()
+        model["fc"](input=torch.randn(4, 6, 32)).sum().backward()
     optimizer.step()
     (problem,) = clock.calls
     assert (problem.rows, problem.dtype) == (24, torch.bfloat16)

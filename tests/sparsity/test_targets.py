@@ -208,11 +208,31 @@ def test_taylor_scores_are_the_gradient_times_the_weight_of_each_block(make):
     assert torch.allclose(target.scores("taylor").double(), expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
 
 
-def test_a_probe_without_a_backward_pass_says_so():
+def test_a_probe_without_a_backward_pass_finds_no_growth():
     target = free()
     target.start_probe()
-    with pytest.raises(KronblocksError, match="no backward pass"):
+    assert target.read_probe().count_nonzero() == 0
+
+
+def test_a_gradient_that_the_probe_did_not_see_is_an_error():
+    target = free()
+    target.start_probe()
+    for parameter in target.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(KronblocksError, match="call the layer as a module"):
         target.read_probe()
+
+
+def test_a_backward_pass_that_overflowed_is_left_out():
+    target = free()
+    x = torch.randn(5, target.module.in_features, dtype=target.parameters()[0].dtype)
+    target.start_probe()
+    target.module(x).sum().backward()
+    expected = target.read_probe()
+    target.start_probe()
+    (target.module(x).sum() * float("inf")).backward()
+    target.module(x).sum().backward()
+    assert expected.any() and torch.equal(target.read_probe(), expected)
 
 
 @kinds

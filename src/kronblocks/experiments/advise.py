@@ -32,8 +32,8 @@ class AdviseConfig:
     """Shares of zero blocks to try."""
     block_size: str = "16"
     """Rows and columns of a block: 16, or 16x4."""
-    rank: int = 4
-    """Kronecker terms of a factored layer."""
+    rank: int | None = None
+    """Kronecker terms of a factored layer; unset: a quarter of a block's weights, 2 to 8, as in a training."""
     tile_groups: str = "per-row"
     """Tile banks of a factored layer: per-row, or a number."""
     on_mismatch: Mismatch = "dense"
@@ -104,8 +104,9 @@ def show(advice: Advice) -> None:
     for gain in advice.gains:
         total.add_row(f"{percent(gain.sparsity)} zeros", summary(gain))
     console.print(total)
+    rank = "of a training" if advice.rank is None else advice.rank
     console.print(
-        f"{advice.rows} rows, rank {advice.rank}, {advice.dtype}, {advice.device}, {advice.threads} threads; "
+        f"{advice.rows} rows, rank {rank}, {advice.dtype}, {advice.device}, {advice.threads} threads; "
         "x: times as quick as dense; MiB: of weights; only nn.Linear layers are counted",
         style="dim",
         highlight=False,

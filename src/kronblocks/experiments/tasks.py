@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import tyro
 
 from kronblocks.blocks import BlockSize
+from kronblocks.checks import number
 from kronblocks.config import Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig, Storage
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import TRANSFORMERS, ModelName
@@ -112,6 +114,9 @@ class ModelAndData:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise KronblocksError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        number("--sparsity", self.sparsity, 0, 1, "the share of zero blocks at the end, from 0 to below 1 (0.9 means 90%)")
+        if self.lr is not None:
+            number("--lr", self.lr, 0, math.inf, "a number from 0 on")
         if self.model != "mlp" and self.widths != ModelAndData.widths:
             raise KronblocksError(f"--widths are the hidden layers of --model mlp, and {self.model} has none to choose")
         if self.model not in TRANSFORMERS and self.image_size is not None:
@@ -175,6 +180,9 @@ class TaskConfig(ModelAndData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in Recipe._fields:
+            if getattr(self, name) is not None:
+                number(f"--{name.replace('_', '-')}", getattr(self, name), 0, math.inf, "a number from 0 on")
         if self.tile_groups is not None:
             tile_groups(self.tile_groups)
         if self.distill is not None and self.start_from is None:

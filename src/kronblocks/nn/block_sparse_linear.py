@@ -136,10 +136,10 @@ class BlockSparseLinear(BlockLayer):
     def _make_index(self) -> BlockIndex:
         return BlockIndex.from_mask(self.block_mask, self.block_position)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.active_plan == "packed":
-            return packed_linear(x, self.values, self._index.index, self.bias)
-        x, weight, bias = autocast(x, self.dense_weight(), self.bias)
+            return packed_linear(input, self.values, self._index.index, self.bias)
+        x, weight, bias = autocast(input, self.dense_weight(), self.bias)
         check_product(x, self.grid.shape[1], self.grid.block.cols, bias, self.out_features, {"values": weight})
         return nn.functional.linear(x, weight, bias)
 
@@ -216,7 +216,7 @@ class BlockSparseLinear(BlockLayer):
 
     @torch.no_grad()
     def compact_(self) -> Tensor:
-        """Give up the slots of dead blocks: `values` becomes a new, smaller parameter.
+        """Give up the slots of dead blocks: `values` becomes a new, smaller parameter, and stays the same where there are none.
 
         Raises:
             KronblocksError: they are sharded.
@@ -227,6 +227,8 @@ class BlockSparseLinear(BlockLayer):
         if is_sharded(self.values):
             raise KronblocksError("values are sharded and keep their slots: call compact_() before fully_shard")
         kept = (~self._dead_slots()).flatten().nonzero().squeeze(1)
+        if len(kept) == self.capacity:
+            return kept
         self.values = nn.Parameter(self.values[kept], requires_grad=self.values.requires_grad)
         self.block_position = self.block_position[kept]
         self.refresh_index_()

@@ -143,9 +143,9 @@ class KroneckerBlockLinear(BlockLayer):
         """The coefficients times the gate, (m1, n1, r)."""
         return self.coeff if self.gate is None else self.coeff * self.gate.unsqueeze(-1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         live = self._index.index if self.active_plan == "packed" else self._mask_for_product()
-        return kron.kron_linear(x, self.effective_coeff(), self.tiles, self.bias, plan=self.active_plan, live=live)
+        return kron.kron_linear(input, self.effective_coeff(), self.tiles, self.bias, plan=self.active_plan, live=live)
 
     def _mask_for_product(self) -> Tensor | None:
         """The mask, or None where a GPU's kernels need not look at it."""

@@ -21,13 +21,18 @@ class Unfolded(nn.Module):
     linear: Any
     block_cols_divide: int
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the ordinary module has it, built at every access; read-only."""
+        raise NotImplementedError
+
     def folded(self) -> nn.Module:
         """The ordinary module again, with the weight of `linear`."""
         raise NotImplementedError
 
-    def _dense(self) -> tuple[Tensor, nn.Parameter | None]:
-        with torch.no_grad():
-            return self.linear.weight.detach(), self.linear.bias
+    @property
+    def _is_trained(self) -> bool:
+        return any(p.requires_grad for name, p in self.linear.named_parameters(recurse=False) if name != "bias")
 
 
 class UnfoldedConv(Unfolded):
@@ -72,8 +77,13 @@ class UnfoldedConv(Unfolded):
             return f"padding_mode={conv.padding_mode!r} is not supported"
         return ""
 
+    @property
+    def weight(self) -> Tensor:
+        kernel = self._kernel(self.linear.weight)
+        return kernel.squeeze(2) if self.one_dimensional else kernel
+
     def folded(self) -> nn.Conv1d | nn.Conv2d:
-        weight, bias = self._dense()
+        weight, bias = self.weight.detach(), self.linear.bias
         last = slice(1, None) if self.one_dimensional else slice(None)
         kind: Any = nn.Conv1d if self.one_dimensional else nn.Conv2d
         conv = kind(
@@ -87,8 +97,7 @@ class UnfoldedConv(Unfolded):
             device="meta",
             dtype=weight.dtype,
         )
-        kernel = self._kernel(weight)
-        conv.weight = nn.Parameter(kernel.squeeze(2) if self.one_dimensional else kernel)
+        conv.weight = nn.Parameter(weight, requires_grad=self._is_trained)
         if bias is not None:
             conv.bias = bias
         return conv.train(self.training)
@@ -97,11 +106,11 @@ class UnfoldedConv(Unfolded):
         """The weight as (out_channels, in_channels, kh, kw)."""
         return weight.unflatten(1, (*self.kernel_size, self.in_channels)).permute(0, 3, 1, 2).contiguous()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.unsqueeze(-2) if self.one_dimensional else x
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.unsqueeze(-2) if self.one_dimensional else input
         batched = x.dim() == 4
         x = x if batched else x.unsqueeze(0)
-        y = self._convolve(x) if self._is_dense() else self.linear(self._patches(x)).permute(0, 3, 1, 2)
+        y = self._convolve(x) if self._is_dense() else self._multiply_patches(x)
         y = y if batched else y.squeeze(0)
         return y.squeeze(-2) if self.one_dimensional else y
 
@@ -112,6 +121,12 @@ class UnfoldedConv(Unfolded):
     def _convolve(self, x: Tensor) -> Tensor:
         settings: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         return nn.functional.conv2d(x, self._kernel(self.linear.weight), self.linear.bias, **settings)
+
+    def _multiply_patches(self, x: Tensor) -> Tensor:
+        """The same, laid out in memory as nn.Conv2d does: with channels last if x is, so that views of it stay possible."""
+        y = self.linear(self._patches(x)).permute(0, 3, 1, 2)
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def _patches(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, H', W', kh * kw * C)."""
@@ -150,12 +165,15 @@ class Transposed(Unfolded):
         self.linear = _linear(conv.weight.detach().t(), conv.bias, conv.weight.requires_grad)
         self.train(conv.training)
 
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight.t()
+
     def folded(self) -> nn.Module:
-        weight, bias = self._dense()
         with torch.device("meta"):
             conv = self._kind[0](self.nf, self.block_cols_divide)
-        conv.weight = nn.Parameter(weight.t().contiguous())
-        conv.bias = bias
+        conv.weight = nn.Parameter(self.weight.detach().contiguous(), requires_grad=self._is_trained)
+        conv.bias = self.linear.bias
         return conv.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:

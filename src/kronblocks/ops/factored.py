@@ -62,17 +62,19 @@ def _setup_backward(ctx, inputs, output):
 
 
 def _backward_backward(ctx, *gradients):
-    """Second derivatives, by autograd through the plain formula; rarely wanted, never fast."""
+    """Second derivatives, and those of them, by autograd through the plain formula; rarely wanted, never fast."""
     *tensors, live = ctx.saved_tensors
+    further = torch.is_grad_enabled()  # derivatives of what comes out are wanted too, so it has to hang on what came in
     with torch.enable_grad():
-        dy, x, coeff, tiles = leaves = [t.detach().requires_grad_() for t in tensors]
+        dy, x, coeff, tiles = leaves = [
+            t.view_as(t) if further and t.requires_grad else t.detach().requires_grad_() for t in tensors
+        ]
         alive = coeff if live is None else coeff.masked_fill(~live.unsqueeze(-1), 0)
         y = x @ dense.first(None, alive, tiles).t()
         first = torch.autograd.grad(y, leaves[1:], dy, create_graph=True)
         used = [(d, g) for d, g in zip(first, gradients, strict=True) if g is not None and (g.shape == d.shape)]
-        second = torch.autograd.grad(
-            [d for d, _ in used], leaves, [g for _, g in used], allow_unused=True, materialize_grads=True
-        )
+        wanted, given = [d for d, _ in used], [g for _, g in used]
+        second = torch.autograd.grad(wanted, leaves, given, create_graph=further, allow_unused=True, materialize_grads=True)
     return *second, None, None, None
 
 

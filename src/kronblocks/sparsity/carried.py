@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -42,13 +42,27 @@ def unpack(packed: Any) -> dict[str, Any]:
         raise KronblocksError(f"{KEY} in the state_dict holds no state of a Sparsifier: {str(error).splitlines()[0]}") from error
 
 
+class _Hook:
+    """A hook that a copy of the model, or a pickled one, has not: sparsifier and optimisers belong to the model itself."""
+
+    def __init__(self, run: Callable[..., None] | None = None) -> None:
+        self._run = run
+
+    def __call__(self, *args: Any) -> None:
+        if self._run is not None:
+            self._run(*args)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
 class CarriedState:
     """Adds the state whenever the model's state_dict is made, and takes it out, first of all, when one is loaded."""
 
     def __init__(self, model: nn.Module, sparsifier: _Stateful) -> None:
         self._model, self._sparsifier = model, sparsifier
-        self._saving = model.register_state_dict_post_hook(lambda *args: self._add(*args))  # torch marks what it gets
-        self._loading = model.register_load_state_dict_pre_hook(self._take)
+        self._saving = model.register_state_dict_post_hook(_Hook(self._add))
+        self._loading = model.register_load_state_dict_pre_hook(_Hook(self._take))
 
     def stop_saving(self) -> None:
         """Leave later state_dicts alone; those that hold a state can still be loaded."""

@@ -15,13 +15,14 @@ from kronblocks.shards import is_sharded
 from kronblocks.sparsity.budget import Scope
 from kronblocks.sparsity.carried import CarriedState
 from kronblocks.sparsity.distributed import agreed, averaged, follow_replaced_parameters, is_shared
+from kronblocks.sparsity.growth import EagerSteps
 from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.report import SparsityReport, count_blocks
 from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState
 from kronblocks.sparsity.schedule import Phase, SparsitySchedule
 from kronblocks.sparsity.state import STATE_VERSION, check_state
 from kronblocks.sparsity.surgeon import Surgeon
-from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
+from kronblocks.sparsity.targets import BlockTarget, HasBlocks, LayerTarget, WeightTarget
 
 _LIFT_WAITS = (
     "the lift is due, but the parameters are sharded and cannot be replaced: training goes on with factors until you call "
@@ -78,6 +79,8 @@ class Sparsifier:
         self._pending: set[int] = set()
         self._rule_state: RuleState = {}
         self._loaded_total_steps: int | None = None
+        self._awaits_penalty = False
+        self._eager = EagerSteps()
         self._has_dead = any(not bool(t.mask.all()) for t in self.targets if not t.mask.is_meta)
 
     def attach(self, optimizers: Optimizer | Sequence[Optimizer], *, total_steps: int, add_penalty: bool = False) -> Attachment:
@@ -94,8 +97,8 @@ class Sparsifier:
             A handle whose `remove()` undoes it.
 
         Raises:
-            KronblocksError: LBFGS, a targeted parameter in none of the optimisers, attached already, or another number of
-                steps than a loaded state had.
+            KronblocksError: LBFGS, a targeted parameter in none of the optimisers, attached already or followed by another
+                sparsifier, or another number of steps than a loaded state had.
         """
         optimizers = [optimizers] if not isinstance(optimizers, Sequence) else optimizers
         optimizers = [_unwrapped(optimizer) for optimizer in optimizers]
@@ -119,6 +122,7 @@ class Sparsifier:
         handles: list[Any] = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         if add_penalty and self.rule.has_penalty:
             handles += [optimizer.register_step_pre_hook(self._add_penalty) for optimizer in optimizers]
+        self._awaits_penalty = self.rule.has_penalty and bool(self.targets)
         for target in self.targets:
             handles += target.hook_gradients()
         handles += self._planner.watch(self.targets)
@@ -126,6 +130,7 @@ class Sparsifier:
         return Attachment(handles, self._detach)
 
     def _detach(self) -> None:
+        self._eager.end()
         self._optimizers, self.schedule = [], None
 
     def _check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
@@ -139,6 +144,13 @@ class Sparsifier:
             raise KronblocksError(
                 "LBFGS calls its closure several times in one step and expects a fixed set of weights, so its line search and a "
                 "changing mask do not go together: use AdamW, SGD or another optimiser of one gradient per step"
+            )
+        if others := _followed(optimizers, self):
+            theirs = {target.name for other in others for target in other.targets}
+            both = [target.name for target in self.targets if target.name in theirs]
+            raise KronblocksError(
+                f"another sparsifier follows {', '.join(both[:5])} on this optimiser already: call sparsify_ once, or make the "
+                "model anew (kronblocks.densify_ gives plain layers again), and the optimiser after it"
             )
         held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         missing = [
@@ -213,6 +225,7 @@ class Sparsifier:
 
     def report(self) -> SparsityReport:
         """Count the exact zeros of every targeted layer now."""
+        self._follow_layers()
         return count_blocks(self.targets)
 
     def penalty(self) -> Tensor:
@@ -223,6 +236,7 @@ class Sparsifier:
         """
         if self.schedule is None:
             raise KronblocksError("penalty() needs the schedule: call sparsifier.attach(optimizer, total_steps=...) first")
+        self._awaits_penalty = False
         wanted = self.rule.has_penalty and self.targets
         term = self.rule.penalty(self.targets, self._context(self.step)) if wanted else None
         return torch.zeros((), device=next(self.model.parameters()).device) if term is None else term
@@ -244,6 +258,7 @@ class Sparsifier:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):  # a fused optimiser skipped its step under a GradScaler
             return
+        self._follow_layers()
         if self._has_dead:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for target in self.targets:
@@ -258,6 +273,14 @@ class Sparsifier:
     def _advance(self) -> None:
         self.step += 1
         schedule = self.schedule
+        if self._awaits_penalty:
+            self._awaits_penalty = False
+            warnings.warn(
+                f"{type(self.rule).__name__} has a penalty in the loss, and penalty() was not called in this step: train on "
+                "loss + sparsifier.penalty(), or attach(..., add_penalty=True)",
+                KronblocksWarning,
+                stacklevel=2,
+            )
         if not self.targets or schedule is None:
             return
         update = schedule.is_update(self.step)
@@ -275,10 +298,11 @@ class Sparsifier:
         self._prepare_probes()
 
     def _apply_rule(self, update: bool) -> None:
-        lifted = self.schedule is not None and self.schedule.lift_step is not None and self.step > self.schedule.lift_step
+        lifted = not all(target.is_factored for target in self.targets)
         kind = "norm" if lifted and self.rule.score == "gate" else self.rule.score  # free values have no gates any more
         scores = agreed([target.scores(kind) for target in self.targets], self.step)
         growth = averaged([target.read_probe() for target in self.targets]) if update and self.rule.needs_growth else None
+        self._eager.end()
         multipliers, self._rule_state = self.rule.propose(scores, growth, self._rule_state, self._context(self.step))
         for target, multiplier in zip(self.targets, multipliers, strict=True):
             multiplier = multiplier.to(target.mask.device)
@@ -289,6 +313,7 @@ class Sparsifier:
 
     def _prepare_probes(self) -> None:
         if self.measures_growth:
+            self._eager.begin()
             for target in self.targets:
                 target.start_probe()
 
@@ -298,6 +323,21 @@ class Sparsifier:
             LayerTarget(target.name, self.model.get_submodule(target.name)) if isinstance(target, LayerTarget) else target
             for target in self.targets
         ]
+
+    def _follow_layers(self) -> None:
+        """Look at the layers that are there now, if the user has lifted some (or made them plain) himself."""
+        for place, target in enumerate(self.targets):
+            if not isinstance(target, LayerTarget):
+                continue
+            found = _module_at(self.model, target.name)
+            if found is None or any(each is target.module for each in found.modules()):  # the same, or around it
+                continue
+            if isinstance(found, HasBlocks):
+                self.targets[place] = LayerTarget(target.name, found)
+                self._planner.forget_choices()
+            elif type(found) is nn.Linear:
+                self.targets[place] = WeightTarget(target.name, found, target.grid)
+                self.targets[place].set_mask_(target.mask)
 
     def _context(self, step: int) -> RuleContext:
         schedule = self.schedule
@@ -365,6 +405,21 @@ class Sparsifier:
         self._loaded_total_steps = state["total_steps"]
         self._has_dead = True
         self._prepare_probes()
+
+
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # it has been wrapped
+        return None
+
+
+def _followed(optimizers: Sequence[Optimizer], by: Sparsifier) -> list[Sparsifier]:
+    """Other sparsifiers of the same model that follow one of these optimisers, and layers in common."""
+    hooks = [hook for optimizer in optimizers for hook in optimizer._optimizer_step_post_hooks.values()]
+    owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Sparsifier) and owner is not by]
+    names = {target.name for target in by.targets}
+    return [each for each in owners if each.model is by.model and any(target.name in names for target in each.targets)]
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -20,6 +20,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.ops.cost import Problem
 from kronblocks.shards import is_sharded, rows_here, summed, whole
 from kronblocks.sparsity.distributed import broadcast_
+from kronblocks.sparsity.growth import GrowthProbe
 from kronblocks.sparsity.moments import moments, restart_
 
 Score = Literal["norm", "gate", "taylor"]
@@ -52,37 +53,6 @@ class HasPlans(Protocol):
     rows: int
 
     def problem(self, *, rows: int | None = None, training: bool = True, input_grad: bool = True) -> Problem: ...
-
-
-class GrowthProbe:
-    """Measures the gradient that the dense weight would have, block by block, dead ones too (equation 19 in docs/math.md).
-
-    It listens to one layer's input and output gradient, and sums over as many backward passes as there are before `read`.
-    """
-
-    def __init__(self, module: nn.Module, grid: BlockGrid) -> None:
-        self._grid, self._gradient = grid, None
-        self._handle: RemovableHandle | None = module.register_forward_hook(self._forward)
-
-    def _forward(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if not output.requires_grad:
-            return
-        x = args[0].detach()
-
-        def add(dy: Tensor) -> None:
-            gradient = dy.detach().flatten(0, -2).float().t() @ x.flatten(0, -2).float()
-            self._gradient = gradient if self._gradient is None else self._gradient + gradient
-
-        output.register_hook(add)
-
-    def read(self) -> Tensor:
-        """|dW block| / sqrt(area), (m1, n1), and stop listening."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        if self._gradient is None:
-            raise KronblocksError("no backward pass went through the layer since the probe began, so it has no growth scores")
-        return self._grid.norms(self._gradient) / self._grid.block.area**0.5
 
 
 class BlockTarget:
@@ -202,10 +172,22 @@ class BlockTarget:
         self._probe = self._probe or GrowthProbe(self.module, self.grid)
 
     def read_probe(self) -> Tensor:
-        """Growth score of every block, (m1, n1)."""
+        """Growth score of every block, (m1, n1); zeros for a layer that is frozen or was not used.
+
+        Raises:
+            KronblocksError: it got a gradient that the probe did not see.
+        """
         assert self._probe is not None, "start_probe comes first"
         probe, self._probe = self._probe, None
-        return probe.read()
+        found = probe.read()
+        if found is not None:
+            return found
+        if any(p.requires_grad and p.grad is not None and bool(whole(p.grad).any()) for p in self.parameters()):
+            raise KronblocksError(
+                f"layer {self.name!r} got a gradient, but its forward hooks were not called, by which dead blocks are compared: "
+                "call the layer as a module, or take a method without regrowth"
+            )
+        return torch.zeros(self.grid.shape, device=self.mask.device)
 
 
 class LayerTarget(BlockTarget):
@@ -298,6 +280,9 @@ class WeightTarget(BlockTarget):
 
     @property
     def mask(self) -> Tensor:
+        device = self._weight.device
+        if self._mask.device != device and device.type != "meta":  # the model has moved
+            self._mask = self._mask.to(device)
         return self._mask
 
     @torch.no_grad()
@@ -323,18 +308,18 @@ class WeightTarget(BlockTarget):
     def apply_(self, multipliers: Tensor) -> bool:
         rows, factors = self._beside(self._weight, multipliers)
         rows.mul_(factors.to(rows.dtype))
-        died = self._mask & (multipliers == 0)
-        self._mask = multipliers != 0
+        died = self.mask & (multipliers.to(self.mask.device) == 0)
+        self._mask = multipliers.to(self.mask.device) != 0
         return bool(died.any())
 
     @torch.no_grad()
     def restart_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
         for name, moment in moments(optimizers, self._weight):
             rows, chosen = self._beside(moment, blocks)
-            restart_(name, moment, rows, chosen, self._beside(moment, self._mask & ~blocks)[1])
+            restart_(name, moment, rows, chosen, self._beside(moment, self.mask & ~blocks)[1])
 
     def set_mask_(self, mask: Tensor) -> None:
-        self._mask = mask.to(self._mask.device, torch.bool).clone()
+        self._mask = mask.to(self.mask.device, torch.bool).clone()
         self.enforce_zeros_()
 
     @torch.no_grad()
@@ -347,10 +332,11 @@ class WeightTarget(BlockTarget):
             assert parameter.grad is not None
             self._zero_dead_blocks(parameter.grad)
 
-        return [self._weight.register_post_accumulate_grad_hook(zero)]
+        weight = self._weight
+        return [weight.register_post_accumulate_grad_hook(zero)] if weight.requires_grad else []
 
     def _zero_dead_blocks(self, weight: Tensor) -> None:
-        rows, dead = self._beside(weight, ~self._mask)
+        rows, dead = self._beside(weight, ~self.mask)
         rows.masked_fill_(dead, 0)
 
     def _beside(self, weight: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
@@ -372,6 +358,6 @@ class WeightTarget(BlockTarget):
 def _check_gradients(name: str, parameters: Sequence[nn.Parameter]) -> None:
     if any(p.grad is None for p in parameters):
         raise KronblocksError(
-            f'layer {name!r} has no gradients after the optimiser\'s step, and score="taylor" needs them: call zero_grad() '
-            'before backward, not right after the step, or use score="norm"'
+            f'layer {name!r} has no gradients after the optimiser\'s step, and score="taylor" needs them: leave layers that are '
+            'frozen or unused out with exclude, call zero_grad() before backward, not right after the step, or use score="norm"'
         )

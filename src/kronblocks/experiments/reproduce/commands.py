@@ -25,8 +25,8 @@ SHORT: dict[str, tuple[str, ...]] = {
     "ablation": ("ablation", "group-lasso-forms", "kron-l1-forms"),
     "linear": ("linear-mnist5k", "linear-fashion"),
     "lenet5": ("lenet5-mnist5k", "lenet5-fashion", "lenet5-fashion-finer"),
-    "vit-tiny": ("vit-tiny-fashion", "vit-tiny-fashion-longer"),
-    "swin-tiny": ("swin-tiny-fashion", "swin-tiny-fashion-longer"),
+    "vit-tiny": ("vit-tiny-fashion", "vit-tiny-fashion-tuned"),
+    "swin-tiny": ("swin-tiny-fashion", "swin-tiny-fashion-tuned"),
 }
 """Studies that a few CPU cores can run."""
 

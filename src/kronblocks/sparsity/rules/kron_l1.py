@@ -44,7 +44,8 @@ class KronL1:
     def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:
         if not self.has_penalty or ctx.phase == "heal":
             return None
-        gates = [target.gate for target in targets]
-        total = sum(gate.numel() for gate in gates if gate is not None)
-        magnitude = torch.stack([gate.abs().sum() for gate in gates if gate is not None]).sum() / total
+        gates = [gate for target in targets if (gate := target.gate) is not None]
+        if not gates:  # all layers have been lifted
+            return None
+        magnitude = torch.stack([gate.abs().sum() for gate in gates]).sum() / sum(gate.numel() for gate in gates)
         return growing_strength(self._strength, self._growth, ctx) * magnitude

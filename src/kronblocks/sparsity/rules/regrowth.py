@@ -18,7 +18,7 @@ def exchange(
     """In every layer, drop live blocks of least score and grow as many of greatest growth score, never more or fewer.
 
     A dropped block competes with the dead ones: where its gradient is greater it stays, with its weights. Of the last layer,
-    which mostly is a model's head, every block row keeps its best block.
+    which mostly is a model's head, every block row keeps its best block. A layer that no gradient reached stays as it is.
 
     Args:
         alive: (m1, n1) bool grids, the blocks that would live.
@@ -36,6 +36,9 @@ def exchange(
     now = share * 0.5 * (1 + math.cos(math.pi * ctx.fraction))
     exchanged = []
     for place, (live, score, growth) in enumerate(zip(alive, scores, growth_scores, strict=True)):
+        if not (growth > 0).any():
+            exchanged.append(live.clone())
+            continue
         kept_anyway = torch.zeros_like(live)
         if place == len(alive) - 1:
             kept_anyway = best_of_rows(score.masked_fill(~live, -1.0))
