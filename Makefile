@@ -14,8 +14,8 @@ help:
 	@echo "make lint   the first three of these"
 	@echo "make reliability  try every fault many times (half an hour), write docs/reliability.md"
 	@echo "make docs   build the site into build/site, every link checked"
-	@echo "make bench-gpu  the same on an NVIDIA GPU, in a venv whose torch has CUDA"
 	@echo "make bench  measure speed and memory against dense (hours), write benchmarks/results/ and docs/benchmarks.md"
+	@echo "make test-gpu, make bench-gpu  tests and benchmarks on an NVIDIA GPU, in a venv whose torch has CUDA"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
@@ -82,6 +82,7 @@ bench: $(VENV)/.experiments
 	$(BIN)/kronblocks bench infer
 	$(BIN)/kronblocks bench deploy
 	$(BIN)/kronblocks bench train
+	$(BIN)/kronblocks bench model
 	$(BIN)/kronblocks bench tables
 
 clean:

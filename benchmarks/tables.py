@@ -52,9 +52,9 @@ def from_trained() -> list[str]:
     about = (
         f"{settings['data']}, a ViT of {settings['layers']} layers, width {settings['hidden_size']}, {size}x{size} images in "
         f"patches of {patch}x{patch}: {epochs} epochs dense, then {epochs} more; blocks of {block}x{block}, the classifier and "
-        "the patches dense, the teacher with half of the loss unless it says so. Test accuracy in percent and points, mean ± "
-        f"standard deviation of {len(on)} seeds; torch {data['versions']['torch']}. The code of `examples/from_trained.py` "
-        "trains, `benchmarks/from_trained.py` measures."
+        "the patches dense, the teacher with half of the loss unless it says so, `magnitude` with a budget for each layer. Test "
+        f"accuracy in percent and points, mean ± standard deviation of {len(on)} seeds; torch {data['versions']['torch']}. The "
+        "code of `examples/from_trained.py` trains, `benchmarks/from_trained.py` measures."
     )
     columns = ["how", "zeros %", "right after", "in the end", "against the dense model", "against it trained on"]
     return [*table(columns, lines), "", about]

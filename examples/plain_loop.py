@@ -1,4 +1,4 @@
-"""Plain PyTorch: three lines of change. python examples/plain_loop.py FOLDER"""
+"""Plain PyTorch, three lines of change: python examples/plain_loop.py [FOLDER to save into]"""
 
 import sys
 
@@ -39,4 +39,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1] if len(sys.argv) > 1 else "runs/saved")

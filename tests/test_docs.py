@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import kronblocks
+
 ROOT = Path(__file__).parent.parent
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text()]
 
@@ -32,3 +34,20 @@ def test_a_generated_page_is_what_its_program_writes(name, tmp_path):
     before = (ROOT / "docs" / f"{name}.md").read_text()
     subprocess.run([sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), str(tmp_path / "page.md")], check=True)
     assert (tmp_path / "page.md").read_text() == before, f"run python benchmarks/{name}.py"
+
+
+def test_everything_public_has_a_place_on_the_api_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    named = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith(":::")}
+    assert set(kronblocks.__all__) - named == set()
+
+
+def _place(path: Path) -> str:
+    """The words of the design's tree for a module."""
+    return "*_kernels.py" if path.name.endswith("_kernels.py") else path.name
+
+
+def test_every_module_has_a_place_in_the_design():
+    tree = (ROOT / "docs" / "design.md").read_text()
+    modules = [path for path in (ROOT / "src" / "kronblocks").rglob("*.py") if not path.name.startswith("__")]
+    assert [str(path.relative_to(ROOT)) for path in modules if _place(path) not in tree and "bench" not in path.parts] == []

@@ -19,6 +19,8 @@ from kronblocks.experiments.search import FindConfig
 from kronblocks.experiments.search import run as run_search
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
 
+DESCRIPTION = "Neural networks with block-sparse weights: train, compare, search, export, measure."
+
 
 def _summary(config: TrainConfig, result: dict[str, Any]) -> Table:
     table = Table(title=f"{config.method} on {config.data}: {config.out}", show_header=False, title_justify="left")
@@ -110,4 +112,4 @@ def run(args: list[str] | None = None) -> None:
         "bench": bench,
         "reproduce": reproduce,
     }
-    tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="kronblocks", description=__doc__)
+    tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="kronblocks", description=DESCRIPTION)

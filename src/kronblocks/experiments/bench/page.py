@@ -46,7 +46,7 @@ value in a repeat. The fastest of a comparison is bold, whoever it is. fp32 ever
 _REPRODUCE = """## How to reproduce
 
 ```sh
-pip install 'kronblocks[experiments]'
+pip install '.[experiments]'  # in a checkout
 kronblocks bench ops    # one layer, forward and forward + backward: the longest, an hour and more
 kronblocks bench step   # whole training steps of an MLP, and their peak memory
 kronblocks bench infer  # one layer in inference
@@ -59,7 +59,7 @@ kronblocks bench tables # this page
 On a GPU, where each line has files of its own and `kronblocks bench tables` adds them to this page:
 
 ```sh
-pip install 'kronblocks[experiments,gpu]'
+pip install '.[experiments,gpu]'  # with a torch that has CUDA
 kronblocks bench step --authors --compiled --device cuda                # the benchmark of the paper's authors; also --dtype tf32
 kronblocks bench step --authors --compiled --device cuda --graphs       # the same without launches, both sides
 kronblocks bench ops --large --compiled --device cuda --dtype bf16      # layers of large models; also --dtype fp32, tf32
@@ -91,19 +91,29 @@ def _ops_summary(rows: Sequence[Row]) -> list[list[str]]:
 def _infer_summary(rows: Sequence[Row]) -> list[list[str]]:
     place = {"shape": "4096x4096", "density": 0.1, "block": "16x16", "rows": 1, "case": "values packed"}
     name = "packed, 90% zeros, 16x16, 4096x4096, one row, inference"
-    return [against_dense(row, name, limit_of(row)) for row in find(rows, **place)]
+    return [
+        against_dense(row, name) for row in find(rows, **place)
+    ]  # no limit: its weight fits into the caches, dense's does not
 
 
 def _step_summary(rows: Sequence[Row]) -> list[list[str]]:
     lines = []
     for number in sorted({row["rows"] for row in rows}, reverse=True):
         here = find(rows, rows=number)
-        for name in ("factors r=1 8x8", "factors r=4 16x16", "packed 90% 16x16"):
+        for name in ("factors r=1 8x8", "factors r=4 16x16", "factors r=8 16x16 per-row", "packed 90% 16x16"):
             fixed = [r for r in here if r["case"] == name or (r["plan"] and r["case"] == f"{name} {r['plan']}")]
             if fixed:
                 best = max(fixed, key=lambda row: row["speed"])
-                lines.append(against_dense(best, f"training step, {best['case']}, {count(number, 'row')}"))
+                default = " (the default)" * ("r=8" in name)
+                lines.append(against_dense(best, f"training step, {best['case']}{default}, {count(number, 'row')}"))
     return lines
+
+
+def _model_summary(data: dict[str, Any]) -> list[list[str]]:
+    """A whole model, all that is not sparse included."""
+    settings = data["settings"]
+    about = f"{settings['model']}, batch {settings['batch_size']}"
+    return [against_dense(row, f"{about}, {row['direction']}: {row['case']}") for row in data["rows"] if row["case"] != "dense"]
 
 
 def _deploy_summary(rows: Sequence[Row]) -> list[list[str]]:
@@ -138,18 +148,23 @@ def _train_summary(rows: Sequence[Row]) -> list[list[str]]:
 
 def summary(folder: Path) -> list[str]:
     """The lines of the table that says the most important of all results in a folder; none where there are none."""
-    return _summary_table(_load(folder))
+    return _summary_table(_load(folder), _models(folder))
 
 
-def _summary_table(parts: dict[str, dict[str, Any]]) -> list[str]:
+def _models(folder: Path) -> list[dict[str, Any]]:
+    return [data for data in others(folder) if data["kind"] == "model" and data["settings"]["device"] == "cpu"]
+
+
+def _summary_table(parts: dict[str, dict[str, Any]], models: Sequence[dict[str, Any]]) -> list[str]:
     makers = {"step": _step_summary, "ops": _ops_summary, "infer": _infer_summary}
     makers |= {"deploy": _deploy_summary, "train": _train_summary}
     lines = [line for kind, make in makers.items() if kind in parts for line in make(parts[kind]["rows"])]
+    lines += [line for data in models for line in _model_summary(data)]
     return table(["what", "ms", "dense, ms", "ratio (of the repeats)", "limit"], lines) if lines else []
 
 
-def _summary(parts: dict[str, dict[str, Any]]) -> list[str]:
-    lines = _summary_table(parts)
+def _summary(parts: dict[str, dict[str, Any]], models: Sequence[dict[str, Any]]) -> list[str]:
+    lines = _summary_table(parts, models)
     if not lines:
         return []
     note = "The limit is what multiply-adds, or bytes at the speed of a plain copy, allow: given where one product is timed."
@@ -307,7 +322,7 @@ def write(folder: Path, page: Path) -> Path:
         figures.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KronblocksError(f"cannot write into {page.parent}: {error.strerror}; choose another --page") from error
-    text = [_INTRO, *_summary(parts)]
+    text = [_INTRO, *_summary(parts, _models(folder))]
     if "step" in parts:
         text += _step_part(parts["step"], figures)
     if "train" in parts:
