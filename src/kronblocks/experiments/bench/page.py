@@ -91,9 +91,7 @@ def _ops_summary(rows: Sequence[Row]) -> list[list[str]]:
 def _infer_summary(rows: Sequence[Row]) -> list[list[str]]:
     place = {"shape": "4096x4096", "density": 0.1, "block": "16x16", "rows": 1, "case": "values packed"}
     name = "packed, 90% zeros, 16x16, 4096x4096, one row, inference"
-    return [
-        against_dense(row, name) for row in find(rows, **place)
-    ]  # no limit: its weight fits into the caches, dense's does not
+    return [against_dense(row, name) for row in find(rows, **place)]  # no limit: dense's weight does not fit into the caches
 
 
 def _step_summary(rows: Sequence[Row]) -> list[list[str]]:
