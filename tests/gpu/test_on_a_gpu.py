@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import get_args
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kronblocks import BlockIndex, kron_linear, packed_linear
+from kronblocks import BlockIndex, SparsityConfig, kron_linear, packed_linear, parameter_groups, sparsify_
+from kronblocks.methods import Method
 from kronblocks.ops import backends
 
 pytestmark = pytest.mark.skipif(
@@ -109,3 +111,20 @@ def test_no_intermediate_in_memory():
     with torch.no_grad():
         kron_linear(*tensors, plan="coeff_first")
     assert torch.cuda.max_memory_allocated() - before < 1.5 * 20_000 * 1024 * 2
+
+
+@pytest.mark.parametrize("method", [method for method in get_args(Method) if method != "dense"])
+def test_a_model_that_moves_after_sparsify_trains(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    sparsifier = sparsify_(model, SparsityConfig(method=method, block_size=16, target_sparsity=0.5))
+    model.cuda()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3))
+    sparsifier.attach(optimizer, total_steps=20)
+    for _ in range(20):
+        x = torch.randn(32, 64, device="cuda")
+        loss = (model(x) - x).square().mean() + sparsifier.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert sparsifier.sparsity >= 0.5
