@@ -113,7 +113,7 @@ def test_a_trial_that_diverges_is_never_the_best_and_a_comparison_that_does_is_a
             raise KronblocksError("the training has diverged")
         return dict.fromkeys(campaign.MEASURED, 0.5)
 
-    monkeypatch.setattr(campaign, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(campaign, "ProcessPoolExecutor", lambda jobs, context, initializer: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(campaign, "_train", train)
     study = Campaign(TINY, tmp_path / "results", tmp_path / "work", jobs=1)
     with pytest.raises(KronblocksError, match="rigl-4-0.5-t0-s1-r[0-9]+: the training has diverged"):
@@ -132,7 +132,7 @@ def test_trials_go_on_beyond_the_first_grid_while_the_best_lies_at_an_edge(tmp_p
         accuracy = 1 - abs(math.log2(config.lr / wanted["lr"])) / 10 - abs(math.log2(config.rank / wanted["rank"])) / 20
         return {**dict.fromkeys(campaign.MEASURED, 0.5), "validation_accuracy": accuracy, "blocks": "4x4"}
 
-    monkeypatch.setattr(campaign, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(campaign, "ProcessPoolExecutor", lambda jobs, context, initializer: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(campaign, "_train", train)
     study = dataclasses.replace(TINY, methods=("two-phase",), rates=None, seeds=(0,))
     rows = Campaign(study, tmp_path, tmp_path / "work", jobs=1).run().rows
