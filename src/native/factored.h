@@ -21,15 +21,15 @@
 
 namespace KRONBLOCKS_ISA {
 
-constexpr std::size_t kTileBytes = 448 << 10;  // what a tile of rows works on should stay in the second-level cache
-constexpr int kMixRows = 4;                    // sums of mixtures in registers at once, each of kMixVectors
+constexpr std::size_t kTileBytes = 448 << 10;       // what a tile of rows works on should stay in the second-level cache
+constexpr int kMixRows = kRegisters == 32 ? 4 : 6;  // sums of mixtures in registers at once, each of kMixVectors
 constexpr int kMixVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kDotSources = kRegisters == 32 ? 4 : 2;
 
 // Which blocks a group of outputs is made of, and with which coefficients: `width` numbers per entry.
 template <class T>
 struct MixLists {
-  int per_group, width;
+  int per_group, width, part;  // part: of the width, in registers at once
   std::vector<std::int32_t> starts, source;
   std::vector<T> coefs;
 
@@ -52,6 +52,9 @@ struct Sides {
   std::int64_t at(std::int64_t o, std::int64_t s) const { return o * outer_step + (first_source + s) * source_step; }
   bool alive(std::int64_t o, std::int64_t s) const { return !live || live[at(o, s)]; }
   int spread() const { return rank * m_width; }
+  // rows of a piece of a panel and of all spreads: odd, since pieces a power of two apart share few sets of the cache
+  std::int64_t panel_rows() const { return sources | 1; }
+  std::int64_t spread_rows() const { return (outer * rank) | 1; }
   const T* bank(std::int64_t o) const { return tiles + bank_number(o) * n_width * spread(); }
   std::int64_t bank_number(std::int64_t o) const { return o / outer_per_bank; }
   double density() const {
@@ -63,9 +66,11 @@ struct Sides {
   }
 };
 
-// Groups share loads of a source, at the price of multiplying by the zeros of those that do not want it.
+// How many outputs of so many rows each go together. Groups fill the registers and share loads of a source, at the price of
+// multiplying by the zeros of those that do not want it.
 inline int group_size(int rows_each, double density) {
-  const int most = kMixRows / std::min(rows_each, kMixRows);
+  const int most = kMixRows / std::gcd(rows_each, kMixRows);
+  if (2 * rows_each > kMixRows) return density > 0.8 ? most : 1;
   return density >= 0.5 ? most : density >= 0.3 ? std::min(most, 2) : 1;
 }
 
@@ -76,6 +81,8 @@ MixLists<T> mix_lists(const Sides<T>& f, bool transposed, double density) {
   MixLists<T> lists;
   lists.per_group = group_size(transposed ? 1 : f.rank, density);
   lists.width = lists.per_group * f.rank;
+  const int parts = (lists.width + kMixRows - 1) / kMixRows;
+  lists.part = (lists.width + parts - 1) / parts;
   const std::int64_t outputs = transposed ? f.sources : f.outer, inputs = transposed ? f.outer : f.sources;
   const std::size_t expected = std::size_t(double(outputs * inputs) / lists.per_group * std::min(1.0, density * lists.per_group)) + 64;
   lists.source.reserve(expected);
@@ -158,8 +165,9 @@ inline void copy_rows(int rows, int width, const T* from, std::ptrdiff_t from_st
 
 // panel[piece][s][number] from rows of M, whose row has row_step numbers; what no row fills becomes 0
 template <class T>
-void pack_pieces(const Pieces& p, int rows, std::int64_t sources, const T* from, std::ptrdiff_t row_step, T* panel) {
-  const std::int64_t piece_step = sources * p.size, filled = std::int64_t(rows) * p.width, all = p.count() * p.size;
+void pack_pieces(const Pieces& p, int rows, std::int64_t sources, std::int64_t panel_rows, const T* from, std::ptrdiff_t row_step,
+                 T* panel) {
+  const std::int64_t piece_step = panel_rows * p.size, filled = std::int64_t(rows) * p.width, all = p.count() * p.size;
   with_width(p.size % p.width ? 0 : p.width, [&](auto w) {
     for_runs(p, rows, [&](int t, int c, std::int64_t piece, int inside, int length) {
       T* to = panel + piece * piece_step + inside;
@@ -172,10 +180,11 @@ void pack_pieces(const Pieces& p, int rows, std::int64_t sources, const T* from,
 }
 
 // R sums over entries, V vectors wide: out[r] = sum_e coef[e][r] * in[source[e]]; `repeat` numbers of coefficients per entry
-// go with as many consecutive inputs (collect), or one input serves all (mix: repeat 1).
-template <class T, int R, int V>
+// go with as many consecutive inputs (collect), or one input serves all (mix: Once).
+template <class T, int R, int V, bool Once>
 inline void weighted_sums(const MixLists<T>& lists, std::int64_t group, int first, int repeat, const T* in, std::ptrdiff_t in_step,
                           T* out, std::ptrdiff_t out_step) {
+  if constexpr (Once) repeat = 1;
   constexpr int n = kLanes<T>;
   Vec<T> sum[R][V] = {};
   const int coef_step = lists.width / repeat;
@@ -186,25 +195,25 @@ inline void weighted_sums(const MixLists<T>& lists, std::int64_t group, int firs
       Vec<T> lanes[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) lanes[v] = load<Vec<T>>(source + v * n);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[r][v] += lanes[v] * coef[r];
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) store(out + r * out_step + v * n, sum[r][v]);
 }
 
-template <class T, int V, int R = kMixRows>
+template <class T, int V, bool Once, int R = kMixRows>
 inline void weighted_sums_of(int rows, const MixLists<T>& lists, std::int64_t group, int first, int repeat, const T* in,
                              std::ptrdiff_t in_step, T* out, std::ptrdiff_t out_step) {
   if (rows == R)
-    weighted_sums<T, R, V>(lists, group, first, repeat, in, in_step, out, out_step);
+    weighted_sums<T, R, V, Once>(lists, group, first, repeat, in, in_step, out, out_step);
   else if constexpr (R > 1)
-    weighted_sums_of<T, V, R - 1>(rows, lists, group, first, repeat, in, in_step, out, out_step);
+    weighted_sums_of<T, V, Once, R - 1>(rows, lists, group, first, repeat, in, in_step, out, out_step);
 }
 
 // R mixtures against up to S sources: sums over all pieces of products, added to out[source][row]
@@ -215,14 +224,14 @@ inline void dots(std::int64_t pieces, int size, const T* left, std::ptrdiff_t le
   Vec<T> sum[R * S] = {};
   for (std::int64_t piece = 0; piece < pieces; ++piece)
     for (int k = 0; k < size; k += n) {
-      Vec<T> lanes[R];
+      Vec<T> sources[S];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) lanes[r] = load<Vec<T>>(left + piece * left_piece + r * size + k);
+      for (int s = 0; s < S; ++s) sources[s] = load<Vec<T>>(right[s] + piece * right_piece + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> own = load_once<Vec<T>>(left + piece * left_piece + r * size + k);
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) {
-        const Vec<T> source = load<Vec<T>>(right[s] + piece * right_piece + k);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum[s * R + r] += lanes[r] * source;
+        for (int s = 0; s < S; ++s) sum[s * R + r] += own * sources[s];
       }
     }
   T total[R * S];
@@ -260,9 +269,9 @@ struct Tile {
   void mix(const MixLists<T>& lists, std::int64_t group) {
     const std::ptrdiff_t length = pieces.count() * size;
     for (std::int64_t piece = 0; piece < pieces.count(); ++piece)
-      for (int first = 0; first < lists.width; first += kMixRows)
-        weighted_sums_of<T, V>(std::min(kMixRows, lists.width - first), lists, group, first, 1,
-                               panel + piece * f.sources * size, size, mixed + first * length + piece * size, length);
+      for (int first = 0; first < lists.width; first += lists.part)
+        weighted_sums_of<T, V, true>(std::min(lists.part, lists.width - first), lists, group, first, 1,
+                               panel + piece * f.panel_rows() * size, size, mixed + first * length + piece * size, length);
   }
 
   // Q of the k-th o of a group as rows [t][i, c]
@@ -303,11 +312,14 @@ struct Tile {
   void collect(const MixLists<T>& lists, const T* bias, T* out, std::ptrdiff_t out_step) {
     alignas(64) T sums[kMixRows * size];
     for (std::int64_t piece = 0; piece < pieces.count(); ++piece) {
-      const T* in = spreads + piece * f.outer * f.rank * size;
+      const T* in = spreads + piece * f.spread_rows() * size;
       const std::int64_t first = piece * size, end = std::min(first + size, std::int64_t(rows) * f.m_width);
       for (std::int64_t group = 0; group < lists.groups(); ++group) {
         const int here = int(std::min<std::int64_t>(lists.per_group, f.sources - group * lists.per_group));
-        weighted_sums_of<T, V>(lists.per_group, lists, group, 0, f.rank, in, size, sums, size);
+        if (f.rank == 1)
+          weighted_sums_of<T, V, true>(lists.per_group, lists, group, 0, 1, in, size, sums, size);
+        else
+          weighted_sums_of<T, V, false>(lists.per_group, lists, group, 0, f.rank, in, size, sums, size);
         with_width(size % f.m_width ? 0 : f.m_width, [&](auto w) {
           for (std::int64_t at = first; at < end;) {
             const std::int64_t t = at / f.m_width;
@@ -345,13 +357,13 @@ struct Tile {
       const int here = std::min(kDotSources, lists.starts[group + 1] - e);
       const T* right[kDotSources];
       T* out[kDotSources];
-      for (int first = 0; first < lists.width; first += kMixRows) {
+      for (int first = 0; first < lists.width; first += lists.part) {
         for (int s = 0; s < here; ++s) {
           right[s] = panel + lists.source[e + s] * size;
           out[s] = dcoefs + std::int64_t(e + s) * lists.width + first;
         }
-        dots_of<T>(std::min(kMixRows, lists.width - first), here, pieces.count(), size, spreads + (place + first) * size,
-                   stride * size, right, f.sources * size, out);
+        dots_of<T>(std::min(lists.part, lists.width - first), here, pieces.count(), size, spreads + (place + first) * size,
+                   stride * size, right, f.panel_rows() * size, out);
       }
     }
   }
@@ -401,8 +413,8 @@ Tile<T, V> make_tile(const Sides<T>& f, int rows, int per_group, bool all_spread
   return {f,
           pieces,
           0,
-          panel.take<T>(length * f.sources),
-          spreads.take<T>(length * f.rank * (all_spreads ? f.outer : per_group) + kMixRows * pieces.size),
+          panel.take<T>(length * f.panel_rows()),
+          spreads.take<T>(length * (all_spreads ? f.spread_rows() : f.rank * per_group) + per_group * f.rank * pieces.size),
           mixed.take<T>(length * f.rank * per_group),
           by_rows.take<T>(std::size_t(rows) * f.spread()),
           block.take<T>(std::size_t(rows) * f.n_width)};
@@ -440,11 +452,11 @@ void kron_forward_group(const Sides<T>& f, const MixLists<T>& lists, bool tile_f
       T* to = y + first * outputs + y_first;
       if (tile_first) {
         for (std::int64_t o = 0; o < f.outer; ++o)
-          tile.spread(o, from + o * f.n_width, inputs, o * f.rank, f.outer * f.rank);
+          tile.spread(o, from + o * f.n_width, inputs, o * f.rank, f.spread_rows());
         tile.collect(lists, bias, to, outputs);
         continue;
       }
-      pack_pieces(tile.pieces, tile.rows, f.sources, from, inputs, tile.panel);
+      pack_pieces(tile.pieces, tile.rows, f.sources, f.panel_rows(), from, inputs, tile.panel);
       for (std::int64_t group = 0; group < lists.groups(); ++group) {
         tile.mix(lists, group);
         for (int k = 0; k < lists.per_group && group * lists.per_group + k < f.outer; ++k) {
@@ -502,11 +514,11 @@ void kron_backward_group(const KronShape& k, const Sides<T>& f, bool tile_first,
       const T* m_rows = tile_first ? dy_rows + f.first_source * k.bm : x_rows;
       const T* n_rows = tile_first ? x_rows : dy_rows;
       const std::int64_t m_step = tile_first ? outputs : inputs, n_step = tile_first ? inputs : outputs;
-      pack_pieces(tile.pieces, tile.rows, f.sources, m_rows, m_step, tile.panel);
+      pack_pieces(tile.pieces, tile.rows, f.sources, f.panel_rows(), m_rows, m_step, tile.panel);
       for (std::int64_t g = 0; g < mixes.groups(); ++g) {
         const int here = int(std::min<std::int64_t>(mixes.per_group, f.outer - g * mixes.per_group));
         const std::int64_t place = collecting ? g * mixes.per_group * f.rank : 0;
-        const std::int64_t stride = collecting ? f.outer * f.rank : std::int64_t(mixes.width);
+        const std::int64_t stride = collecting ? f.spread_rows() : std::int64_t(mixes.width);
         tile.mix(mixes, g);
         for (int j = 0; j < here; ++j) {
           const std::int64_t o = g * mixes.per_group + j;

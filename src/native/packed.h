@@ -13,6 +13,7 @@ namespace KRONBLOCKS_ISA {
 
 constexpr int kMaxVectors = 3;                          // of one panel row, in registers at once
 constexpr int kMaxRows = kRegisters == 32 ? 8 : 4;      // of a block, in registers at once: 8 x 3 + 3 or 4 x 3 + 3 registers
+constexpr int kLineBytes = 64;                          // of the caches
 constexpr std::size_t kPanelBytes = 512 << 10;          // a panel should stay in the second-level cache
 
 // The blocks as one product sees them. W: rows of W are outputs. W^T: its columns are, and `order` lists the entries.
@@ -26,6 +27,21 @@ struct Blocks {
   std::int32_t entry(std::int32_t k) const { return Transposed ? order[k] : k; }
   const T* block(std::int32_t entry) const { return values + std::int64_t(slot[entry]) * out * in; }
 };
+
+// Ask for values that are wanted soon: the next R rows of a block of W; of W^T, whose blocks lie apart, the block after the next.
+template <int R, class T>
+[[gnu::always_inline]] inline void fetch_ahead(const Blocks<T, false>& w, std::int32_t, int, const T* rows) {
+#pragma GCC unroll 8
+  for (int r = R; r < 2 * R; ++r) __builtin_prefetch(rows + r * w.in);
+}
+
+template <int R, class T>
+[[gnu::always_inline]] inline void fetch_ahead(const Blocks<T, true>& w, std::int32_t k, int first, const T*) {
+  constexpr int line = kLineBytes / int(sizeof(T)), most = 16 * line;
+  if (first > 0) return;  // its values are here already
+  const T* next = w.block(w.order[std::min(k + 2, w.starts[w.out_blocks] - 1)]);
+  for (int i = 0; i < std::min(w.in * w.out, most); i += line) __builtin_prefetch(next + i);
+}
 
 // R outputs of one block row, for V vectors of rows of x
 template <class T, int R, int V, bool Transposed>
@@ -42,6 +58,7 @@ inline void multiply_rows(const Blocks<T, Transposed>& w, std::int64_t row, int 
     const std::int32_t entry = w.entry(k);
     const T* block = w.block(entry) + first * row_step;
     const T* x = panel + std::int64_t(w.source[entry]) * w.in * step;
+    fetch_ahead<R>(w, k, first, block);
     for (int p = 0; p < w.in; ++p, x += step, block += col_step) {
       Vec<T> lanes[V];
 #pragma GCC unroll 3
@@ -67,11 +84,11 @@ inline void multiply_rows_of(int rows, const Blocks<T, Transposed>& w, std::int6
     multiply_rows_of<T, V, Transposed, R - 1>(rows, w, row, first, panel, step, bias, out, out_step);
 }
 
-// Block rows [rows.begin, rows.end) for one panel of V vectors. Finished features wait until there are enough for whole vectors.
+// Block rows [rows.begin, rows.end) for one panel of V vectors. Finished features wait until they fill whole lines of y.
 template <class T, int V, bool Transposed>
 void multiply_panel(const Blocks<T, Transposed>& w, Range rows, const T* panel, std::ptrdiff_t step, const T* bias, int count,
                     T* y, std::ptrdiff_t y_step, T* waiting) {
-  constexpr int n = kLanes<T>;
+  constexpr int n = kLanes<T>, line = kLineBytes / int(sizeof(T));
   constexpr std::ptrdiff_t out_step = V * n;
   const int parts = (w.out + kMaxRows - 1) / kMaxRows;
   int have = 0;
@@ -84,7 +101,7 @@ void multiply_panel(const Blocks<T, Transposed>& w, Range rows, const T* panel, 
       multiply_rows_of<T, V, Transposed>(height, w, row, first, panel, step, own_bias, waiting + have * out_step, out_step);
       have += height;
     }
-    const int ready = row + 1 == rows.end ? have : have / n * n;
+    const int ready = row + 1 == rows.end ? have : have / line * line;
     if (ready) {
       unpack_transposed(waiting, out_step, count, ready, to, y_step);
       to += ready;
@@ -119,7 +136,7 @@ void multiply(const Blocks<T, Transposed>& w, const T* x, std::int64_t count, co
     if (self < bands * helpers) {
       static thread_local Scratch panels, outs;
       T* panel = panels.take<T>(std::size_t(inputs) * widest * n);
-      T* waiting = outs.take<T>(std::size_t(w.out + n) * kMaxVectors * n);
+      T* waiting = outs.take<T>(std::size_t(w.out + kLineBytes / sizeof(T)) * kMaxVectors * n);
       const Range band = share(vectors, bands, self / helpers);
       const Range rows = share_rows(w.starts, w.out_blocks, helpers, self % helpers);
       const std::int64_t tiles = (band.end - band.begin + widest - 1) / widest;
@@ -154,14 +171,14 @@ inline void inner_products(const T* dy, const T* x, std::ptrdiff_t step, int lan
   constexpr int n = kLanes<T>;
   Vec<T> sum[R * Q] = {};
   for (int t = 0; t < lanes; t += n) {
-    Vec<T> left[R];
+    Vec<T> right[Q];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) left[r] = load<Vec<T>>(dy + r * step + t);
+    for (int q = 0; q < Q; ++q) right[q] = load<Vec<T>>(x + q * step + t);
 #pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) {
-      const Vec<T> right = load<Vec<T>>(x + q * step + t);
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> left = load_once<Vec<T>>(dy + r * step + t);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r * Q + q] += left[r] * right;
+      for (int q = 0; q < Q; ++q) sum[r * Q + q] += left * right[q];
     }
   }
   T result[R * Q];
@@ -170,7 +187,7 @@ inline void inner_products(const T* dy, const T* x, std::ptrdiff_t step, int lan
     for (int q = 0; q < Q; ++q) block[r * block_step + q] = result[r * Q + q] + (add ? block[r * block_step + q] : T(0));
 }
 
-constexpr int kDotRows = 4, kDotCols = kRegisters == 32 ? 4 : 2;
+constexpr int kDotRows = 4, kDotCols = kRegisters == 32 ? 4 : 3;
 
 template <class T, int R = kDotRows, int Q = kDotCols>
 inline void inner_products_of(int rows, int cols, const T* dy, const T* x, std::ptrdiff_t step, int lanes, T* block,

@@ -44,6 +44,16 @@ inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
+// a load that stays one: GCC would read memory again at each use of what it can put into the instruction that uses it
+template <class V, class T>
+inline V load_once(const T* p) {
+  V v = load<V>(p);
+#if defined(__x86_64__)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+
 template <class T>
 struct LaneIndex;
 template <>
@@ -159,9 +169,9 @@ inline void pack_transposed(const T* from, std::ptrdiff_t from_step, int rows, i
 template <class T>
 inline void unpack_transposed(const T* from, std::ptrdiff_t from_step, int rows, int cols, T* to, std::ptrdiff_t to_step) {
   constexpr int n = kLanes<T>;
-  int c = 0;
-  for (; c + n <= cols; c += n)
-    for (int t = 0; t < rows; t += n) {
+  const int whole = cols / n * n;
+  for (int t = 0; t < rows; t += n)
+    for (int c = 0; c < whole; c += n) {
       Vec<T> square[n];
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) square[i] = load<Vec<T>>(from + (c + i) * from_step + t);
@@ -173,7 +183,7 @@ inline void unpack_transposed(const T* from, std::ptrdiff_t from_step, int rows,
         for (int i = 0; t + i < rows; ++i) store(to + (t + i) * to_step + c, square[i]);
       }
     }
-  for (; c < cols; ++c)
+  for (int c = whole; c < cols; ++c)
     for (int t = 0; t < rows; ++t) to[t * to_step + c] = from[c * from_step + t];
 }
 

@@ -35,7 +35,7 @@ inline void gemm_tile(int depth, const Matrix<T>& a, const T* b, std::ptrdiff_t 
     }
 }
 
-constexpr int kGemmRows = kRegisters == 32 ? 8 : 4;
+constexpr int kGemmRows = kRegisters == 32 ? 8 : 6;
 
 template <class T, int Bytes, int V, int R = kGemmRows>
 inline void gemm_rows(int rows, int depth, Matrix<T> a, const T* b, std::ptrdiff_t b_step, T* c, std::ptrdiff_t c_step, bool add) {
