@@ -46,6 +46,8 @@ def results(tmp_path_factory):
             f"step {TINY} --authors --rows 16 --width 64 --cases 2x2 --no-memory",
             f"ops {TINY} --large --dtype bf16 --compiled --shapes 64x64 --blocks 8 --densities 1 --rows 16 --ranks 2",
             f"step {TINY} --dtype bf16 --rows 16 --width 64 --no-memory",
+            f"step {TINY} --rows 16 --width 64 --cases r=1 --no-memory --label other",
+            f"deploy {TINY} --rows 16 --width 64 --layers 1 --blocks 8 --label other",
             f"model {TINY} --image-size 32",
             f"deploy {TINY} --rows 16 --width 64 --layers 2 --blocks 4 8",
             f"train --quick --threads 1 --data digits --widths 32 --block-size 8 --epochs 1 --work {folder / 'runs'}",
@@ -249,6 +251,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
         ("step --loss-steps 0", "--loss-steps"),
         ("step --quick --cases nothing", "part of no case"),
         ("step --graphs", "--graphs is for a GPU"),
+        ("step --label a/b", "--label becomes part of a file's name"),
         ("ops --dtype tf32", "--dtype tf32 is for a GPU"),
         ("model --batch-size 0", "--batch-size"),
         ("model --block-size x", "block size"),
@@ -267,6 +270,15 @@ def test_bad_options_are_refused(tmp_path, monkeypatch, capsys, line, says):
     assert stopped.value.code == 2
     assert says in re.sub(r"[\s│]+", " ", printed.err + printed.out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_machines_times_are_not_joined(results, tmp_path, monkeypatch, capsys):
+    shutil.copy(results / "bench-step.json", tmp_path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER 1")
+    line = f"step {TINY} --rows 16 --width 64 --cases r=1 90% --loss-steps 2 --no-memory"
+    with pytest.raises(SystemExit):
+        main(["bench", *line.split(), "--out", str(tmp_path)])
+    assert "write --label ANOTHER-1" in re.sub(r"[\s│]+", " ", capsys.readouterr().err)
 
 
 def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
@@ -302,13 +314,17 @@ def test_the_page_holds_what_stands_beside(results, tmp_path):
     data["skipped"] = {"torch BSR F.linear": "no CUDA graph: it reads back"}
     data["machine"] |= {"kind": "a GPU", "backend": "triton 3.9.0"}
     (tmp_path / "bench-ops-large-cuda-bf16-graphs.json").write_text(json.dumps(data))
-    for name in ("step-authors", "step-bf16", "model-vit-tiny"):
+    for name in ("step-authors", "step-bf16", "step-other", "deploy-other", "model-vit-tiny"):
         shutil.copy(results / f"bench-{name}.json", tmp_path)
     page = tmp_path / "benchmarks.md"
     main(["bench", "tables", "--results", str(tmp_path), "--page", str(page)])
     text = page.read_text()
     for title in ("Training steps: step-authors", "Training steps: step-bf16", "A whole model: model-vit-tiny"):
         assert f"## {title}\n" in text
+    assert "## Training steps: step-other\n" in text and "## A whole exported model: deploy-other\n" in text
+    summary = text.partition("## Summary")[2].partition("\n## ")[0]
+    assert [line for line in summary.splitlines() if "training step, factors" in line and "on other" not in line] == []
+    assert "16 rows, on other |" in summary  # another machine's, and neither bf16 nor the authors' grid
     part = text.partition("## One layer: ops-large-cuda-bf16-graphs")[2].partition("\n## ")[0]
     assert "a GPU" in part and "device cuda, bfloat16, every case a CUDA graph" in part and "computed by triton 3.9.0" in part
     assert "no CUDA graph: it reads back" in part and "MiB" in part and "reached" in part

@@ -44,13 +44,23 @@ def begin(settings: TimedSettings, columns: Sequence[str], key: Sequence[str]) -
     """Set the machine up for a benchmark, and open its file, with the roofline in a new one's head.
 
     Raises:
-        KronblocksError: there is no such device, or the file holds something else.
+        KronblocksError: there is no such device, or the file holds something else, or another machine's times.
     """
     use(settings)
     results = Results.open(settings.path, settings.kind, columns, key, settings.shared(), fresh=settings.fresh)
     if "machine" not in results.head:
         results.head.update(machine=roofline(settings))
+    elif (known := results.head["machine"]["kind"]) != (own := _kind(settings.device)):
+        raise KronblocksError(
+            f"{results.path} was measured on {known}, and this machine has {own}: write --label {own.replace(' ', '-')} "
+            "for a file beside it, or --fresh to measure everything again"
+        )
     return results
+
+
+def _kind(device: str) -> str:
+    """The GPU's name, or the vector instructions that torch uses: processors' names do not tell them."""
+    return torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def roofline(settings: TimedSettings) -> dict[str, Any]:
@@ -70,7 +80,7 @@ def roofline(settings: TimedSettings) -> dict[str, Any]:
         "product_gflops": round(2 * rows * features**2 / product.ms / 1e6, 1),
         "copy_mib": list(sources),
         "copy_gb_per_s": [round(2 * size * 2**20 / times[str(size)].ms / 1e6, 1) for size in sources],
-        "kind": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "kind": _kind(device),
         "backend": backends.backend_key(device, dtype),
     }
 

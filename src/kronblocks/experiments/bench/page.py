@@ -18,18 +18,18 @@ from kronblocks.experiments.bench.tables import (
     against_dense,
     auto_table,
     count,
+    deployed_about,
+    deployed_table,
     factors_table,
     find,
     inference_table,
     limit_of,
     ratio,
-    spread,
     step_tables,
     table,
     values_table,
     where,
 )
-from kronblocks.experiments.bench.tables import ms as milliseconds
 from kronblocks.experiments.bench.variants import other_part, others
 from kronblocks.files import write_text
 
@@ -67,7 +67,8 @@ kronblocks bench model --model vit-base --block-size 64 --batch-size 128 --compi
 ```
 
 On an idle machine; `--threads` sets the threads (2 by default), `--quick` takes under two minutes. What is measured is kept in
-`benchmarks/results`, so an interrupted command goes on where it was; `--fresh` measures again. `pyfastkron` is optional
+`benchmarks/results`, so an interrupted command goes on where it was; `--fresh` measures again, and `--label AVX2` keeps what
+another machine measures in files of its own. `pyfastkron` is optional
 (`pip install --no-deps pyfastkron`); it brings an OpenMP runtime of its own, so it is timed after everything else."""
 
 
@@ -94,7 +95,7 @@ def _infer_summary(rows: Sequence[Row]) -> list[list[str]]:
     return [against_dense(row, name) for row in find(rows, **place)]  # no limit: dense's weight does not fit into the caches
 
 
-def _step_summary(rows: Sequence[Row]) -> list[list[str]]:
+def _step_summary(rows: Sequence[Row], machine: str = "") -> list[list[str]]:
     lines = []
     for number in sorted({row["rows"] for row in rows}, reverse=True):
         here = find(rows, rows=number)
@@ -103,14 +104,15 @@ def _step_summary(rows: Sequence[Row]) -> list[list[str]]:
             if fixed:
                 best = max(fixed, key=lambda row: row["speed"])
                 default = " (the default)" * ("r=8" in name)
-                lines.append(against_dense(best, f"training step, {best['case']}{default}, {count(number, 'row')}"))
+                lines.append(against_dense(best, f"training step, {best['case']}{default}, {count(number, 'row')}{machine}"))
     return lines
 
 
 def _model_summary(data: dict[str, Any]) -> list[list[str]]:
     """A whole model, all that is not sparse included."""
     settings = data["settings"]
-    about = f"{settings['model']}, batch {settings['batch_size']}"
+    machine = f", on {settings['label']}" if "label" in settings else ""
+    about = f"{settings['model']}, batch {settings['batch_size']}{machine}"
     return [against_dense(row, f"{about}, {row['direction']}: {row['case']}") for row in data["rows"] if row["case"] != "dense"]
 
 
@@ -146,27 +148,20 @@ def _train_summary(rows: Sequence[Row]) -> list[list[str]]:
 
 def summary(folder: Path) -> list[str]:
     """The lines of the table that says the most important of all results in a folder; none where there are none."""
-    return _summary_table(_load(folder), _models(folder))
+    return _summary_table(_load(folder), others(folder))
 
 
-def _models(folder: Path) -> list[dict[str, Any]]:
-    return [data for data in others(folder) if data["kind"] == "model" and data["settings"]["device"] == "cpu"]
-
-
-def _summary_table(parts: dict[str, dict[str, Any]], models: Sequence[dict[str, Any]]) -> list[str]:
+def _summary_table(parts: dict[str, dict[str, Any]], variants: Sequence[dict[str, Any]]) -> list[str]:
     makers = {"step": _step_summary, "ops": _ops_summary, "infer": _infer_summary}
     makers |= {"deploy": _deploy_summary, "train": _train_summary}
     lines = [line for kind, make in makers.items() if kind in parts for line in make(parts[kind]["rows"])]
-    lines += [line for data in models for line in _model_summary(data)]
-    return table(["what", "ms", "dense, ms", "ratio (of the repeats)", "limit"], lines) if lines else []
-
-
-def _summary(parts: dict[str, dict[str, Any]], models: Sequence[dict[str, Any]]) -> list[str]:
-    lines = _summary_table(parts, models)
-    if not lines:
-        return []
+    for data in (data for data in variants if data["settings"]["device"] == "cpu"):
+        if data["name"] == f"step-{data['settings'].get('label')}":  # the same on another machine
+            lines += _step_summary(data["rows"], f", on {data['settings']['label']}")
+        elif data["kind"] == "model":
+            lines += _model_summary(data)
     note = "The limit is what multiply-adds, or bytes at the speed of a plain copy, allow: given where one product is timed."
-    return ["## Summary", "", *lines, "", note, ""]
+    return [*table(["what", "ms", "dense, ms", "ratio (of the repeats)", "limit"], lines), "", note] if lines else []
 
 
 def _step_part(data: dict[str, Any], figures: Path) -> list[str]:
@@ -287,24 +282,13 @@ def _infer_part(data: dict[str, Any]) -> list[str]:
 
 
 def _deploy_part(data: dict[str, Any]) -> list[str]:
-    settings, lines = data["settings"], []
-    dense = {row["rows"]: row for row in data["rows"] if row["case"] == "dense"}
-    for row in data["rows"]:
-        forms = f" ({row['forms']})" if row["forms"] else ""
-        size = ratio(row["bytes"] / dense[row["rows"]]["bytes"])
-        cells = [milliseconds(row["ms"]), spread(row), size, f"{row['error']:.0e}"]
-        lines.append([f"{row['rows']:,}", f"{row['case']}{forms}", *cells])
-    columns = ["rows", "model", "ms", "ratio to dense", "bytes to dense", "largest error, to float64"]
     return [
         "## A whole exported model",
         "",
-        f"MLP of {count(settings['layers'], 'layer')} of {settings['width']}x{settings['width']}, ReLU between, and a dense one "
-        "of 10 outputs; `export` chose the forms; live blocks at random places, `torch.inference_mode`. The int8 model is "
-        "PyTorch's dynamic quantisation of the dense one: no zeros needed, but other outputs.",
-        "",
+        *deployed_about(data["settings"]),
         where(data),
         "",
-        *table(columns, lines),
+        *deployed_table(data["rows"]),
         "",
     ]
 
@@ -320,7 +304,9 @@ def write(folder: Path, page: Path) -> Path:
         figures.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KronblocksError(f"cannot write into {page.parent}: {error.strerror}; choose another --page") from error
-    text = [_INTRO, *_summary(parts, _models(folder))]
+    variants = others(folder)
+    summary = _summary_table(parts, variants)
+    text = [_INTRO, *(["## Summary", "", *summary, ""] if summary else [])]
     if "step" in parts:
         text += _step_part(parts["step"], figures)
     if "train" in parts:
@@ -331,7 +317,7 @@ def write(folder: Path, page: Path) -> Path:
         text += _ops_part(parts["ops"], figures)
     if "infer" in parts:
         text += _infer_part(parts["infer"])
-    for data in others(folder):
+    for data in variants:
         text += other_part(data)
     write_text(page, "\n".join([*text, _REPRODUCE]) + "\n")
     return page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,9 +75,13 @@ class TimedSettings(BenchSettings):
     seconds: float | None = None
     """Of measuring per case and repeat; unset: 0.04, and 0.02 with --quick."""
     repeats: int = 3
+    label: str | None = None
+    """Added to the file's name, such as AVX2: a second machine's results beside the first one's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.label is not None and not re.fullmatch(r"[a-zA-Z0-9_][a-zA-Z0-9_-]*", self.label):
+            raise KronblocksError(f"--label becomes part of a file's name: letters, digits, - and _, not {self.label!r}")
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise KronblocksError(f"--seconds is the time to measure each case in each repeat, above 0, not {self.seconds}")
         if self.repeats < 1:
@@ -90,7 +95,7 @@ class TimedSettings(BenchSettings):
     def name(self) -> str:
         """Of the file, without its ending: each device and precision has its own."""
         parts = [super().name, *(["cuda"] if self.device == "cuda" else []), *([self.dtype] if self.dtype != "fp32" else [])]
-        return "-".join([*parts, *(["graphs"] if self.graphs else [])])
+        return "-".join([*parts, *(["graphs"] if self.graphs else []), *([self.label] if self.label else [])])
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -112,7 +117,7 @@ class TimedSettings(BenchSettings):
             "seconds": budget.seconds,
             "repeats": budget.repeats,
             "quick": self.quick,
-            **{name: True for name in ("compiled", "graphs") if getattr(self, name)},
+            **{name: getattr(self, name) for name in ("compiled", "graphs", "label") if getattr(self, name)},
             **(on_gpu(self.torch_dtype) if self.device == "cuda" else {}),
         }
 

@@ -225,3 +225,23 @@ def auto_table(rows: Sequence[Row], direction: str, least_rows: int) -> list[str
         lines.append([family.strip(), str(len(pairs)), f"{100 * near / len(pairs):.0f}%", str(slow), ratio(least), found])
     missed = "below 0.97 of dense, where a plan is not"
     return table(["layer", "cases", "within 10% of the best plan", missed, "least ratio", "farthest from the best"], lines)
+
+
+def deployed_about(settings: dict[str, Any]) -> list[str]:
+    """What was exported, and beside what it stands."""
+    text = (
+        f"MLP of {count(settings['layers'], 'layer')} of {settings['width']}x{settings['width']}, ReLU between, and a dense one "
+        "of 10 outputs; `export` chose the forms; live blocks at random places, `torch.inference_mode`. The int8 model is "
+        "PyTorch's dynamic quantisation of the dense one: no zeros needed, but other outputs."
+    )
+    return [text, ""]
+
+
+def deployed_table(rows: Sequence[Row]) -> list[str]:
+    """Whole exported models."""
+    dense, lines = {row["rows"]: row for row in rows if row["case"] == DENSE}, []
+    for row in rows:
+        forms = f" ({row['forms']})" if row["forms"] else ""
+        size = ratio(row["bytes"] / dense[row["rows"]]["bytes"])
+        lines.append([f"{row['rows']:,}", f"{row['case']}{forms}", ms(row["ms"]), spread(row), size, f"{row['error']:.0e}"])
+    return table(["rows", "model", "ms", "ratio to dense", "bytes to dense", "largest error, to float64"], lines)

@@ -10,6 +10,8 @@ from kronblocks.experiments.bench.results import read
 from kronblocks.experiments.bench.tables import (
     Row,
     count,
+    deployed_about,
+    deployed_table,
     factors_table,
     find,
     group,
@@ -24,7 +26,10 @@ from kronblocks.experiments.bench.tables import (
     where,
 )
 
-TITLES = {"step": "Training steps", "ops": "One layer", "infer": "Inference", "model": "A whole model"}
+TITLES = {
+    **{"step": "Training steps", "ops": "One layer", "infer": "Inference", "model": "A whole model"},
+    "deploy": "A whole exported model",
+}
 
 
 def others(folder: Path) -> list[dict[str, Any]]:
@@ -36,7 +41,7 @@ def others(folder: Path) -> list[dict[str, Any]]:
 def other_part(data: dict[str, Any]) -> list[str]:
     """One file's part of the page."""
     kind, settings = data["kind"], data["settings"]
-    makers = {"step": _step, "ops": _ops, "infer": _infer, "model": _model}
+    makers = {"step": _step, "ops": _ops, "infer": _infer, "model": _model, "deploy": _deploy}
     return [f"## {TITLES[kind]}: {data['name']}", "", *_about(data), *makers[kind](data["rows"], settings)]
 
 
@@ -48,6 +53,10 @@ def _about(data: dict[str, Any]) -> list[str]:
     )
     left_out = [f"{name} ({reason})" for name, reason in data.get("skipped", {}).items()]
     return [where(data), "", measured, "", *([f"Not everywhere: {'; '.join(left_out)}.", ""] if left_out else [])]
+
+
+def _deploy(rows: Sequence[Row], settings: dict[str, Any]) -> list[str]:
+    return [*deployed_about(settings), *deployed_table(rows), ""]
 
 
 def _step(rows: Sequence[Row], settings: dict[str, Any]) -> list[str]:
