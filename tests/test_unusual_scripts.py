@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from typing import get_args
 
 import pytest
 import torch
@@ -24,12 +25,12 @@ from kronblocks import (
     save_pretrained,
     sparsify_,
 )
-from kronblocks.methods import OWN
+from kronblocks.methods import OWN, Method
 from kronblocks.nn.base import BlockLayer
 from kronblocks.sparsity.sparsifier import Sparsifier
 
 STEPS = 24
-METHODS = ("two-phase", "kron-l1", "group-lasso", "elastic-group-lasso", "rigl", "iterative", "magnitude", "static")
+METHODS = [method for method in get_args(Method) if method != "dense"]
 
 
 def mlp() -> nn.Sequential:
@@ -51,11 +52,17 @@ def step(model: nn.Module, sparsifier: Sparsifier, *optimizers: torch.optim.Opti
         optimizer.step()
 
 
-def trained(model: nn.Module, settings: SparsityConfig, steps: int = STEPS, within: nn.Module | None = None) -> Sparsifier:
-    """Sparsify a model (or a part of it) and train it."""
+def started(model: nn.Module, settings: SparsityConfig, within: nn.Module | None = None) -> tuple[Sparsifier, torch.optim.AdamW]:
+    """Sparsify a model (or a part of it) and tie the sparsifier to an optimiser."""
     sparsifier = sparsify_(within or model, settings)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
     sparsifier.attach(optimizer, total_steps=STEPS)
+    return sparsifier, optimizer
+
+
+def trained(model: nn.Module, settings: SparsityConfig, steps: int = STEPS, within: nn.Module | None = None) -> Sparsifier:
+    """The same, and train it."""
+    sparsifier, optimizer = started(model, settings, within)
     for _ in range(steps):
         step(model, sparsifier, optimizer)
     return sparsifier
@@ -111,9 +118,7 @@ def test_regrowth_in_a_compiled_model(settings):
     masks = []
     for compiled in (False, True):
         model = mlp()
-        sparsifier = sparsify_(model, settings)
-        optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
-        sparsifier.attach(optimizer, total_steps=STEPS)
+        sparsifier, optimizer = started(model, settings)
         called = torch.compile(model, backend="eager") if compiled else model
         for _ in range(STEPS):
             step(called, sparsifier, optimizer)
@@ -194,9 +199,7 @@ def test_hooks_on_layers_go_on_over_the_lift():
 
     model[0].register_forward_hook(hook("kept"))
     handle = model[2].register_forward_pre_hook(hook("removed"))
-    sparsifier = sparsify_(model, config())
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
-    sparsifier.attach(optimizer, total_steps=STEPS)
+    sparsifier, optimizer = started(model, config())
     for number in range(STEPS):
         if number == STEPS - 1:
             handle.remove()
@@ -213,9 +216,7 @@ def test_computed_weights_are_left_dense():
 
 def test_a_lift_by_hand_is_followed():
     model = mlp()
-    sparsifier = sparsify_(model, config("kron-l1"))
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
-    sparsifier.attach(optimizer, total_steps=STEPS)
+    sparsifier, optimizer = started(model, config("kron-l1"))
     for number in range(STEPS):
         if number == 5:
             lift_(model, optimizer)
@@ -228,9 +229,7 @@ def test_a_lift_by_hand_is_followed():
 
 def test_parameters_that_were_replaced_have_no_gradient():
     model = mlp()
-    sparsifier = sparsify_(model, config())
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
-    sparsifier.attach(optimizer, total_steps=STEPS)
+    sparsifier, optimizer = started(model, config())
     before = list(model.parameters())
     for _ in range(STEPS):
         step(model, sparsifier, optimizer)
@@ -314,9 +313,7 @@ def test_a_second_sparsifier_on_the_same_layers_is_refused():
 def test_a_penalty_that_is_left_out_is_warned_of(method):
     for called in (False, True):
         model = mlp()
-        sparsifier = sparsify_(model, config(method))
-        optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
-        sparsifier.attach(optimizer, total_steps=STEPS)
+        sparsifier, optimizer = started(model, config(method))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", KronblocksWarning)
             for _ in range(3):

@@ -1,6 +1,7 @@
 """Neural networks with block-sparse weights, trained that way from the first step.
 
-Three lines in a training script: `sparsify_` the model, make the optimiser from `parameter_groups`, `attach` the sparsifier.
+Three lines in a training script: `sparsify_` the model, `attach` the optimiser that is made after it, add `penalty()` to
+the loss.
 """
 
 from kronblocks.advice import Advice

@@ -11,18 +11,17 @@ from torch.nn.parallel import DistributedDataParallel
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.unfolded import Unfolded, UnfoldedConv, is_transposed, unfolded
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
+
 
 def bare(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel and torch.compile."""
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, DistributedDataParallel) else model.get_submodule("_orig_mod")
     return model
-
-
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
-    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
-)
 
 
 def replace_(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -208,15 +208,14 @@ def pack_masked_(copy: nn.Module, model: nn.Module, sparsifier: Sparsifier) -> N
         KronblocksError: it is another model's.
     """
     targets = [target for target in sparsifier.targets if type(target.module) is nn.Linear]
-    names = {id(module): name for name, module in model.named_modules()}
-    if any(id(target.module) in names for target in targets):
-        places = [names.get(id(target.module)) for target in targets]
-    else:  # a copy itself, such as an average of weights
-        places = [target.name for target in targets]
+    places = {id(module): name for name, module in model.named_modules()}
+    if not any(id(target.module) in places for target in targets):  # a copy itself, such as an average of weights
+        places = {id(target.module): target.name for target in targets}
     modules = dict(copy.named_modules())
-    for target, place in zip(targets, places, strict=True):
-        linear = modules.get(place) if place is not None else None
-        if place is None or type(linear) is not nn.Linear or linear.weight.shape != target.module.weight.shape:
+    for target in targets:
+        place = places.get(id(target.module), "")
+        linear = modules.get(place)
+        if type(linear) is not nn.Linear or linear.weight.shape != target.module.weight.shape:
             raise KronblocksError(
                 f"the sparsifier follows {target.name}, which is no layer of this model: give the model that sparsify_ got, one "
                 "that it is a part of, or a copy of it"

@@ -70,6 +70,11 @@ def _block_name(size: str) -> str:
     return size if size == "auto" else str(BlockSize.parse(size))
 
 
+def option(name: str) -> str:
+    """How a setting is called on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def tile_groups(text: str) -> TileGroups:
     """Read "per-row" or a number.
 
@@ -113,10 +118,11 @@ class ModelAndData:
         for name in ("epochs", "batch_size", "threads", "train_images", "test_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise KronblocksError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+                raise KronblocksError(f"{option(name)} must be at least 1, not {value}")
         number("--sparsity", self.sparsity, 0, 1, "the share of zero blocks at the end, from 0 to below 1 (0.9 means 90%)")
-        if self.lr is not None:
-            number("--lr", self.lr, 0, math.inf, "a number from 0 on")
+        for name in Recipe._fields:
+            if getattr(self, name, None) is not None:  # searches have the learning rate only
+                number(option(name), getattr(self, name), 0, math.inf, "a number from 0 on")
         if self.model != "mlp" and self.widths != ModelAndData.widths:
             raise KronblocksError(f"--widths are the hidden layers of --model mlp, and {self.model} has none to choose")
         if self.model not in TRANSFORMERS and self.image_size is not None:
@@ -180,9 +186,6 @@ class TaskConfig(ModelAndData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in Recipe._fields:
-            if getattr(self, name) is not None:
-                number(f"--{name.replace('_', '-')}", getattr(self, name), 0, math.inf, "a number from 0 on")
         if self.tile_groups is not None:
             tile_groups(self.tile_groups)
         if self.distill is not None and self.start_from is None:
@@ -215,13 +218,12 @@ class TrainConfig(TaskConfig):
             raise KronblocksError("method 'dense' has no blocks to search for: leave --block-size out")
         stored = self.sparsity_config().chosen_storage
         for name in ("factor_lr_scale", *OF_FREE_VALUES):
-            option = f"--{name.replace('_', '-')}"
             if getattr(self, name) is None:
                 continue
             if self.method not in OF_SOME_METHODS[name]:
-                raise KronblocksError(f"method {self.method!r} has no parameters that {option} is for: leave it out")
+                raise KronblocksError(f"method {self.method!r} has no parameters that {option(name)} is for: leave it out")
             if stored == "dense" and name in OF_FREE_VALUES:
-                raise KronblocksError(f"{option} is for values of live blocks: leave it out, or add --storage packed")
+                raise KronblocksError(f"{option(name)} is for values of live blocks: leave it out, or add --storage packed")
 
     @property
     def recipe(self) -> Recipe:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from kronblocks.errors import KronblocksError, KronblocksWarning
 from kronblocks.shards import is_sharded
+from kronblocks.sparsity.attachment import Attachment, check_optimizers, unwrapped
 from kronblocks.sparsity.budget import Scope
 from kronblocks.sparsity.carried import CarriedState
 from kronblocks.sparsity.distributed import agreed, averaged, follow_replaced_parameters, is_shared
@@ -29,20 +30,6 @@ _LIFT_WAITS = (
     "kronblocks.integrations.fsdp.lifted_anew, or save a checkpoint, build model and sparsifier anew, load, call "
     "sparsifier.lift_(), and shard the model again"
 )
-
-
-class Attachment:
-    """The tie between a `Sparsifier` and optimisers; `remove()` undoes it."""
-
-    def __init__(self, handles: Sequence[Any], release: Callable[[], None]) -> None:
-        self._handles, self._release = handles, release
-
-    def remove(self) -> None:
-        """Take all hooks off the optimisers and parameters. The masks stay as they are."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = ()
-        self._release()
 
 
 class Sparsifier:
@@ -100,9 +87,11 @@ class Sparsifier:
             KronblocksError: LBFGS, a targeted parameter in none of the optimisers, attached already or followed by another
                 sparsifier, or another number of steps than a loaded state had.
         """
+        if self._optimizers:
+            raise KronblocksError("this sparsifier is attached already: call remove() on the handle of the first attach")
         optimizers = [optimizers] if not isinstance(optimizers, Sequence) else optimizers
-        optimizers = [_unwrapped(optimizer) for optimizer in optimizers]
-        self._check_optimizers(optimizers)
+        optimizers = [unwrapped(optimizer) for optimizer in optimizers]
+        check_optimizers(optimizers, self)
         if self._loaded_total_steps not in (None, total_steps):
             raise KronblocksError(
                 f"the loaded state is of a training of {self._loaded_total_steps} steps, so total_steps={total_steps} would move "
@@ -132,35 +121,6 @@ class Sparsifier:
     def _detach(self) -> None:
         self._eager.end()
         self._optimizers, self.schedule = [], None
-
-    def _check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        if self._optimizers:
-            raise KronblocksError("this sparsifier is attached already: call remove() on the handle of the first attach")
-        if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
-            raise KronblocksError(
-                "attach wants a torch optimiser or a list of them: sparsifier.attach(optimizer, total_steps=...)"
-            )
-        if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
-            raise KronblocksError(
-                "LBFGS calls its closure several times in one step and expects a fixed set of weights, so its line search and a "
-                "changing mask do not go together: use AdamW, SGD or another optimiser of one gradient per step"
-            )
-        if others := _followed(optimizers, self):
-            theirs = {target.name for other in others for target in other.targets}
-            both = [target.name for target in self.targets if target.name in theirs]
-            raise KronblocksError(
-                f"another sparsifier follows {', '.join(both[:5])} on this optimiser already: call sparsify_ once, or make the "
-                "model anew (kronblocks.densify_ gives plain layers again), and the optimiser after it"
-            )
-        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        missing = [
-            target.name for target in self.targets if any(p.requires_grad and id(p) not in held for p in target.parameters())
-        ]
-        if missing:
-            raise KronblocksError(
-                f"no optimiser holds the parameters of {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}: make the "
-                "optimiser after sparsify_, from kronblocks.parameter_groups(model, lr=...) or model.parameters()"
-            )
 
     def warn_if_too_dense(self, why: str) -> None:
         """Say so if a training has ended and the target is not reached, for a reason that the caller knows."""
@@ -200,9 +160,8 @@ class Sparsifier:
         if self._is_sharded:
             raise KronblocksError(_LIFT_WAITS)
         self._surgeon.lift([target.name for target in self.targets], self._optimizers)
-        self._retarget()
+        self._follow_layers()
         follow_replaced_parameters(self.model)
-        self._planner.forget_choices()
 
     def _compact(self) -> None:
         self._surgeon.compact([target.name for target in self.targets], self._optimizers)
@@ -317,15 +276,8 @@ class Sparsifier:
             for target in self.targets:
                 target.start_probe()
 
-    def _retarget(self) -> None:
-        """Look the layers up again after surgery; those of this library only, since a plain nn.Linear is never replaced."""
-        self.targets = [
-            LayerTarget(target.name, self.model.get_submodule(target.name)) if isinstance(target, LayerTarget) else target
-            for target in self.targets
-        ]
-
     def _follow_layers(self) -> None:
-        """Look at the layers that are there now, if the user has lifted some (or made them plain) himself."""
+        """Look at the layers that are there now: surgery replaces them, by the schedule or by the user's own hand."""
         for place, target in enumerate(self.targets):
             if not isinstance(target, LayerTarget):
                 continue
@@ -394,7 +346,7 @@ class Sparsifier:
         total_steps = self.schedule.total_steps if self.schedule is not None else None
         check_state(state, rule=type(self.rule).__name__, targets=[t.name for t in self.targets], total_steps=total_steps)
         self._surgeon.restore(state["structure"], self._optimizers)
-        self._retarget()
+        self._follow_layers()
         for target in self.targets:
             if target.name in state["masks"]:
                 target.set_mask_(state["masks"][target.name])
@@ -412,17 +364,3 @@ def _module_at(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:  # it has been wrapped
         return None
-
-
-def _followed(optimizers: Sequence[Optimizer], by: Sparsifier) -> list[Sparsifier]:
-    """Other sparsifiers of the same model that follow one of these optimisers, and layers in common."""
-    hooks = [hook for optimizer in optimizers for hook in optimizer._optimizer_step_post_hooks.values()]
-    owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Sparsifier) and owner is not by]
-    names = {target.name for target in by.targets}
-    return [each for each in owners if each.model is by.model and any(target.name in names for target in each.targets)]
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    """The optimiser whose steps run hooks: Accelerate and Lightning keep it in `optimizer` of their wrappers."""
-    inner = getattr(optimizer, "optimizer", None)
-    return _unwrapped(inner) if isinstance(inner, Optimizer) else optimizer

@@ -308,8 +308,8 @@ class WeightTarget(BlockTarget):
     def apply_(self, multipliers: Tensor) -> bool:
         rows, factors = self._beside(self._weight, multipliers)
         rows.mul_(factors.to(rows.dtype))
-        died = self.mask & (multipliers.to(self.mask.device) == 0)
-        self._mask = multipliers.to(self.mask.device) != 0
+        died = self.mask & (multipliers == 0)
+        self._mask = multipliers != 0
         return bool(died.any())
 
     @torch.no_grad()

@@ -176,15 +176,15 @@ def _finished(pending: dict[Job, TrainConfig], jobs: int) -> Iterable[tuple[Job,
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
+
+
 def _keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors: to get it from the kernel anew at every step can take half of the time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28)):
             mallopt(option, value)
-
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
 def _train(config: TrainConfig) -> Row:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kronblocks.errors import KronblocksError
-from kronblocks.experiments.tasks import DataName
+from kronblocks.experiments.tasks import DataName, option
 from kronblocks.methods import Method
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class ReproduceConfig:
 
         for name in LISTS:
             if getattr(self, name) == ():
-                raise KronblocksError(f"--{name.replace('_', '-')} names nothing: write at least one after it, or leave it out")
+                raise KronblocksError(f"{option(name)} names nothing: write at least one after it, or leave it out")
         if self.name is not None and not re.fullmatch(r"[a-zA-Z0-9_][a-zA-Z0-9_-]*", self.name):
             raise KronblocksError(f"--name becomes part of a file's name: letters, digits, - and _, not {self.name!r}")
         own = ", ".join(self.own)
@@ -100,7 +100,7 @@ class ReproduceConfig:
     def own(self) -> list[str]:
         """What the user set of a study of one's own."""
         names = ("data", *LISTS, "epochs")
-        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+        return [option(name) for name in names if getattr(self, name) is not None]
 
     def studies(self) -> list[Study]:
         """What to run.

@@ -168,11 +168,11 @@ class Study:
 
 _SHORT_TRANSFORMER: dict[str, Any] = {  # some minutes a training
     **{"data": "fashion-mnist", "image_size": 32, "train_images": 1000, "test_images": 2000, "epochs": 5, "batch_size": 16},
-    **{"cells": (("16", 0.8),), "seeds": (0, 1), "lr": 5e-4, "base": {"schedule": ScheduleConfig(update_every=10)}},
+    **{"cells": (("16", 0.8),), "seeds": (0, 1, 2), "lr": 5e-4, "base": {"schedule": ScheduleConfig(update_every=10)}},
 }
 _TUNED_TRANSFORMER: dict[str, Any] = {  # 500 steps instead of 300, a rate of its own for each method
     **_SHORT_TRANSFORMER,
-    **{"train_images": 2000, "test_images": 1000, "epochs": 4, "tuned_at": 0.8, "seeds": (0, 1, 2), "tuning_seeds": (100,)},
+    **{"train_images": 2000, "test_images": 1000, "epochs": 4, "tuned_at": 0.8, "tuning_seeds": (100,)},
     **{"lr": None, "rates": rates((1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), slice(2, 4))},
 }
 _WHOLE_TRANSFORMER: dict[str, Any] = {

@@ -1,0 +1,76 @@
+"""The tie between a sparsifier and the user's optimisers: which ones may be followed, and how it is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from kronblocks.errors import KronblocksError
+from kronblocks.sparsity.targets import BlockTarget
+
+
+class _Follows(Protocol):
+    """What is looked at of a sparsifier."""
+
+    model: nn.Module
+    targets: list[BlockTarget]
+
+
+class Attachment:
+    """The tie between a `Sparsifier` and optimisers; `remove()` undoes it."""
+
+    def __init__(self, handles: Sequence[Any], release: Callable[[], None]) -> None:
+        self._handles, self._release = handles, release
+
+    def remove(self) -> None:
+        """Take all hooks off the optimisers and parameters. The masks stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = ()
+        self._release()
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> None:
+    """Refuse optimisers that a sparsifier cannot follow.
+
+    Raises:
+        KronblocksError: LBFGS, a targeted parameter in none of them, or one whose layers another sparsifier follows.
+    """
+    if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
+        raise KronblocksError("attach wants a torch optimiser or a list of them: sparsifier.attach(optimizer, total_steps=...)")
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        raise KronblocksError(
+            "LBFGS calls its closure several times in one step and expects a fixed set of weights, so its line search and a "
+            "changing mask do not go together: use AdamW, SGD or another optimiser of one gradient per step"
+        )
+    if both := _followed_already(optimizers, sparsifier):
+        raise KronblocksError(
+            f"another sparsifier follows {', '.join(both[:5])} on this optimiser already: call sparsify_ once, or make the "
+            "model anew (kronblocks.densify_ gives plain layers again), and the optimiser after it"
+        )
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [
+        target.name for target in sparsifier.targets if any(p.requires_grad and id(p) not in held for p in target.parameters())
+    ]
+    if missing:
+        raise KronblocksError(
+            f"no optimiser holds the parameters of {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}: make the "
+            "optimiser after sparsify_, from kronblocks.parameter_groups(model, lr=...) or model.parameters()"
+        )
+
+
+def _followed_already(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> list[str]:
+    """Names of the layers that another sparsifier of the same model follows through one of these optimisers."""
+    hooks = [hook for optimizer in optimizers for hook in optimizer._optimizer_step_post_hooks.values()]
+    others = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), type(sparsifier))]
+    theirs = {target.name for other in others if other.model is sparsifier.model for target in other.targets}
+    return [target.name for target in sparsifier.targets if target.name in theirs]
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimiser whose steps run hooks: Accelerate and Lightning keep it in `optimizer` of their wrappers."""
+    inner = getattr(optimizer, "optimizer", None)
+    return unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
