@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -73,6 +74,16 @@ def _block_name(size: str) -> str:
 def option(name: str) -> str:
     """How a setting is called on the command line."""
     return f"--{name.replace('_', '-')}"
+
+
+def part_of_a_file_name(flag: str, value: str) -> None:
+    """Refuse what a file's name cannot hold, or should not.
+
+    Raises:
+        KronblocksError: it names the flag.
+    """
+    if not re.fullmatch(r"[a-zA-Z0-9_][a-zA-Z0-9_-]*", value):
+        raise KronblocksError(f"{flag} becomes part of a file's name: letters, digits, - and _, not {value!r}")
 
 
 def tile_groups(text: str) -> TileGroups:

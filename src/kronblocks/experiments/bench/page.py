@@ -108,11 +108,15 @@ def _step_summary(rows: Sequence[Row], machine: str = "") -> list[list[str]]:
     return lines
 
 
+def _machine(settings: dict[str, Any]) -> str:
+    """Which other machine a file was measured on, behind what was measured."""
+    return f", on {settings['label']}" if "label" in settings else ""
+
+
 def _model_summary(data: dict[str, Any]) -> list[list[str]]:
     """A whole model, all that is not sparse included."""
     settings = data["settings"]
-    machine = f", on {settings['label']}" if "label" in settings else ""
-    about = f"{settings['model']}, batch {settings['batch_size']}{machine}"
+    about = f"{settings['model']}, batch {settings['batch_size']}{_machine(settings)}"
     return [against_dense(row, f"{about}, {row['direction']}: {row['case']}") for row in data["rows"] if row["case"] != "dense"]
 
 
@@ -157,7 +161,7 @@ def _summary_table(parts: dict[str, dict[str, Any]], variants: Sequence[dict[str
     lines = [line for kind, make in makers.items() if kind in parts for line in make(parts[kind]["rows"])]
     for data in (data for data in variants if data["settings"]["device"] == "cpu"):
         if data["name"] == f"step-{data['settings'].get('label')}":  # the same on another machine
-            lines += _step_summary(data["rows"], f", on {data['settings']['label']}")
+            lines += _step_summary(data["rows"], _machine(data["settings"]))
         elif data["kind"] == "model":
             lines += _model_summary(data)
     note = "The limit is what multiply-adds, or bytes at the speed of a plain copy, allow: given where one product is timed."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.timing import Budget
 from kronblocks.experiments.models import TransformerName
-from kronblocks.experiments.tasks import DataName, TrainConfig
+from kronblocks.experiments.tasks import DataName, TrainConfig, part_of_a_file_name
 from kronblocks.methods import Method
 from kronblocks.ops import backends
 
@@ -80,8 +79,8 @@ class TimedSettings(BenchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.label is not None and not re.fullmatch(r"[a-zA-Z0-9_][a-zA-Z0-9_-]*", self.label):
-            raise KronblocksError(f"--label becomes part of a file's name: letters, digits, - and _, not {self.label!r}")
+        if self.label is not None:
+            part_of_a_file_name("--label", self.label)
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise KronblocksError(f"--seconds is the time to measure each case in each repeat, above 0, not {self.seconds}")
         if self.repeats < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kronblocks.errors import KronblocksError
-from kronblocks.experiments.tasks import DataName, option
+from kronblocks.experiments.tasks import DataName, option, part_of_a_file_name
 from kronblocks.methods import Method
 
 if TYPE_CHECKING:
@@ -84,8 +83,8 @@ class ReproduceConfig:
         for name in LISTS:
             if getattr(self, name) == ():
                 raise KronblocksError(f"{option(name)} names nothing: write at least one after it, or leave it out")
-        if self.name is not None and not re.fullmatch(r"[a-zA-Z0-9_][a-zA-Z0-9_-]*", self.name):
-            raise KronblocksError(f"--name becomes part of a file's name: letters, digits, - and _, not {self.name!r}")
+        if self.name is not None:
+            part_of_a_file_name("--name", self.name)
         own = ", ".join(self.own)
         if own and self.what in ("ablation", "search", "all", "tables"):
             raise KronblocksError(f"{own}: name a model, not {self.what}")
