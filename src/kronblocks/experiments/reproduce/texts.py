@@ -68,7 +68,7 @@ be tried is taken by `kron-l1`, both lassos, `rigl` and `static`: 260 steps are 
 intervals that include 0. At 90% `kron-l1`, by 0.9 points, with more parameters than dense and for the reason given under
 linear-mnist5k, and `group-lasso` and `magnitude` by 0.2 to 0.4, with intervals that include 0.""",
     "vit-tiny-fashion": """What this shows, and what it does not: all methods train at one learning rate, untuned, for some 300
-steps, after which dense has only begun to learn (52%). Factors learn faster at that rate, hence the lead of `two-phase` and
+steps, after which dense has only begun to learn (54%). Factors learn faster at that rate, hence the lead of `two-phase` and
 `kron-l1`; the lassos, which shrink all blocks before any has learnt to hold against it, lose most. A longer training with a
 rate of its own for each method may order them otherwise: that is the study vit-tiny-fashion-tuned, which is defined and not
 run to its end yet.""",
