@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kronblocks import SparsityConfig, lift_, sparsify_
+from kronblocks import KroneckerBlockLinear, SparsityConfig, lift_, sparsify_
 from kronblocks.experiments import accounting
 from kronblocks.experiments.models import build_model
 
@@ -27,6 +28,19 @@ def test_dense_models_are_counted_like_torch_does(name):
     model = build_model(name, (1, 28, 28), 10, (64, 32))
     counter = accounting.MacCounter(model, torch.randn(2, 1, 28, 28))
     assert (counter.inference_macs(5), counter.training_macs(5)) == counted(model, torch.randn(5, 1, 28, 28))
+
+
+@pytest.mark.parametrize(("name", "attention"), [("vit-tiny", 12 * 2 * 65 * 65 * 192), ("swin-tiny", 3_961_344)])
+def test_the_products_of_attention_count(name, attention):
+    model = build_model(name, (1, 28, 28), 10, (), 32).eval()
+    dense = accounting.MacCounter(model, torch.randn(2, 1, 28, 28))
+    with sdpa_kernel(SDPBackend.MATH):  # torch's counter knows no fused attention of a CPU
+        assert (dense.inference_macs(3), dense.training_macs(3)) == counted(model, torch.randn(3, 1, 28, 28))
+    sparsify_(model, SparsityConfig(target_sparsity=0.9, block_size=4, on_mismatch="nearest", measure_plans=False))
+    sparse = accounting.MacCounter(model, torch.randn(2, 1, 28, 28))
+    layers = {name: 0.0 for name, module in model.named_modules() if isinstance(module, KroneckerBlockLinear)}
+    patches = sparse.inference_macs(1, layers) - attention  # what is left without a live block: the convolution
+    assert 0 < patches == 64 * 16 * {"vit-tiny": 192, "swin-tiny": 96}[name]
 
 
 @pytest.mark.parametrize("plan", ["dense", "tile_first", "coeff_first"])

@@ -331,15 +331,20 @@ def test_what_a_search_should_have_found():
         key = {"part": "apart", "task": "a task", "size": size, "seed": seed, "blocks": f"{size}x{size}"}
         return {**key, "test_accuracy": accuracy, "seconds": seconds}
 
-    apart = [row(*each) for each in (("2", 0, 0.91, 9), ("2", 1, 0.87, 9), ("4", 0, 0.889, 4), ("4", 1, 0.889, 4))]
-    apart += [row("8", 0, 0.8, 1), row("8", 1, 0.8, 1)]
-    search = {"part": "search", "task": "a task", "size": "auto", "seed": 0, "found": "4x4", "seconds": 5}
-    text = "\n".join(searches_page({"versions": {"processor": "a", "torch": "b"}, "rows": [*apart, search]}))
-    assert (
-        "| **4x4** | 4x4 | 88.90 ± 0.00 | yes | 4.0 | 1 of 1 |" in text
-        and "| 8x8 | 8x8 | 80.00 ± 0.00 | no | 1.0 | 0 of 1 |" in text
-    )
+    def text_of(*apart):
+        search = {"part": "search", "task": "a task", "size": "auto", "seed": 0, "found": "4x4", "seconds": 5}
+        rows = [*(row(*each) for each in apart), search]
+        return "\n".join(searches_page({"versions": {"processor": "a", "torch": "b"}, "rows": rows}))
+
+    eight = (("8", 0, 0.8, 1), ("8", 1, 0.8, 1))
+    text = text_of(("2", 0, 0.91, 9), ("2", 1, 0.87, 9), ("4", 0, 0.889, 4), ("4", 1, 0.889, 4), *eight)
+    assert "| 2x2 | 2x2 | 89.00 ± 2.83 |  | yes | 9.0 | 0 of 1 |" in text
+    assert "| **4x4** | 4x4 | 88.90 ± 0.00 | -0.10 | yes | 4.0 | 1 of 1 |" in text
+    assert "| 8x8 | 8x8 | 80.00 ± 0.00 | -9.00 | no | 1.0 | 0 of 1 |" in text
+    assert "The pooled deviation is 1.63; by that of 2x2 alone, 2.83, the size to find would be 4x4 too." in text
     assert "A search took 5.0 s, 1.25 of a training with 4x4 blocks." in text
+    text = text_of(("2", 0, 0.891, 9), ("2", 1, 0.889, 9), ("4", 0, 0.91, 4), ("4", 1, 0.866, 4), *eight)
+    assert "| **4x4** |" in text and "by that of 2x2 alone, 0.14, the size to find would be 2x2." in text
 
 
 def test_names_of_the_command_are_studies():

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
 from kronblocks.groups import optimizer_bytes
 from kronblocks.nn.base import BlockLayer
@@ -25,8 +27,9 @@ from kronblocks.ops.cost import cost
 class MacCounter:
     """Multiply-adds of one step of a model, from the plan and density that each layer has at that moment.
 
-    Linear, convolution and block layers are counted (products only, as is usual: no activations, no optimiser arithmetic).
-    A layer whose input needs no gradient does not compute one, and is not charged for it.
+    Linear, convolution and block layers are counted, and products outside them: those of activations in attention. As is usual,
+    products only: no activation functions, no optimiser arithmetic. A layer whose input needs no gradient does not compute one,
+    and is not charged for it.
 
     Args:
         model: the model.
@@ -36,23 +39,33 @@ class MacCounter:
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self._model = model
         self._seen: dict[str, tuple[float, bool]] = {}  # rows per sample, and whether the input needs a gradient
+        counter = FlopCounterMode(display=False)  # two operations a multiply-add
+        before = within = 0
+
+        def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal before
+            before = counter.get_total_flops()
+
+        def watch(name: str) -> Any:
+            def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                nonlocal within
+                within += counter.get_total_flops() - before
+                rows = output.numel() / (output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1])
+                self._seen[name] = (rows / len(example), args[0].requires_grad)
+
+            return leave
+
         handles = []
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d | BlockLayer):
-                handles.append(module.register_forward_hook(self._watch(name, len(example))))
+                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(watch(name))]
         was_training = model.training
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # attention as the products that it consists of
             model.eval()(example)
         model.train(was_training)
         for handle in handles:
             handle.remove()
-
-    def _watch(self, name: str, samples: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = output.numel() / (output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1])
-            self._seen[name] = (rows / samples, args[0].requires_grad)
-
-        return hook
+        self._outside = (counter.get_total_flops() - within) / 2 / len(example)  # multiply-adds per sample outside the layers
 
     def _layer(self, name: str, samples: int, training: bool) -> int:
         module = self._model.get_submodule(name)
@@ -67,7 +80,8 @@ class MacCounter:
 
     def training_macs(self, samples: int) -> int:
         """Forward and backward multiply-adds of a batch of this many samples, now."""
-        return sum(self._layer(name, samples, True) for name in self._seen)
+        outside = 3 * round(samples * self._outside)  # such a product has the gradients of two activations
+        return outside + sum(self._layer(name, samples, True) for name in self._seen)
 
     def growth_macs(self, samples: int, weights: Mapping[str, int]) -> int:
         """Multiply-adds of the dense gradients of some layers' weights, which score dead blocks before some mask updates.
@@ -86,7 +100,7 @@ class MacCounter:
             live: shares of the blocks that live, of layers by name: their zero blocks are left out, as export can, where that is
                 less than what the layer's plan takes.
         """
-        total = 0
+        total = round(samples * self._outside)
         for name in self._seen:
             own = self._layer(name, samples, False)
             if live is not None and name in live:

@@ -367,6 +367,8 @@ def test_the_grids_are_the_ones_of_the_docs():
 
 
 def test_trainings_take_turns():
-    runs = TrainSettings(seeds=(3, 4)).trainings("digits")
+    runs = TrainSettings(seeds=(3, 4), methods=("two-phase",)).trainings("digits")
     assert [(run.method, run.seed) for run in runs] == [("dense", 3), ("two-phase", 3), ("two-phase", 4), ("dense", 4)]
     assert len({run.out for run in runs}) == 4 and all(run.threads == 2 for run in runs)
+    everything = TrainSettings(seeds=(3, 4)).trainings("digits")
+    assert len({(run.method, run.seed) for run in everything}) == len(everything) == 18

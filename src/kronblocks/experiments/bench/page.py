@@ -134,12 +134,12 @@ def _train_medians(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 
 
 def _train_summary(rows: Sequence[Row]) -> list[list[str]]:
-    seeds = [seed for seed in dict.fromkeys(r["seed"] for r in rows) if len(find(rows, seed=seed)) == 2]
+    dense, own = ({row["seed"]: row["train_seconds"] for row in find(rows, method=m)} for m in ("dense", "two-phase"))
+    seeds = sorted(dense.keys() & own.keys())
     if not seeds:
         return []
-    dense, own = ({seed: find(rows, seed=seed, method=m)[0]["train_seconds"] for seed in seeds} for m in ("dense", "two-phase"))
     each = [dense[seed] / own[seed] for seed in seeds]
-    middle = [1e3 * statistics.median(times.values()) for times in (own, dense)]
+    middle = [1e3 * statistics.median(times[seed] for seed in seeds) for times in (own, dense)]
     row = {
         "ms": middle[0],
         "dense_ms": middle[1],
@@ -210,7 +210,8 @@ def _train_part(data: dict[str, Any]) -> list[str]:
         f"{settings['data']}, MLP with hidden layers {widths}, {BlockSize.parse(settings['block_size'])} blocks, "
         f"{100 * settings['sparsity']:g}% zeros, {settings['epochs']} epochs, batch {settings['batch_size']}; medians of "
         f"{count(seeds, 'seed')}, the methods in turns, each training in a process of its own. Relative columns below 1 are less "
-        "than dense.",
+        "than dense. Every method as it is by default, untuned: accuracies with settings of their own are on "
+        "[the experiments' page](experiments.md).",
         "",
         where(data),
         "",

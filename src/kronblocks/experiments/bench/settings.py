@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -267,7 +267,7 @@ class ModelSettings(TimedSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(BenchSettings):
-    """Whole trainings on the clock: dense and two-phase, the same epochs, in turns, each in a process of its own."""
+    """Whole trainings on the clock: dense and sparse methods, the same epochs, in turns, each in a process of its own."""
 
     data: DataName | None = None
     """Data set; unset: Fashion-MNIST where it is installed, else 5,000 digits of MNIST, which are also what --quick takes."""
@@ -280,6 +280,8 @@ class TrainSettings(BenchSettings):
     batch_size: int = 256
     seeds: tuple[int, ...] | None = None
     """Unset: 0 1 2, and 0 with --quick."""
+    methods: tuple[Method, ...] | None = None
+    """Beside dense; unset: all, and two-phase with --quick."""
     work: Path | None = None
     """Folder of the trainings, where finished ones are taken from unless --fresh; unset: runs/bench-train, and
     runs/bench-quick/train with --quick."""
@@ -297,6 +299,12 @@ class TrainSettings(BenchSettings):
         """Each gives one training of each method."""
         return self.seeds if self.seeds is not None else ((0,) if self.quick else (0, 1, 2))
 
+    @property
+    def all_methods(self) -> tuple[Method, ...]:
+        """In the order of the first seed."""
+        unset: tuple[Method, ...] = ("two-phase",) if self.quick else get_args(Method)
+        return tuple(dict.fromkeys(("dense", *(unset if self.methods is None else self.methods))))
+
     def trainings(self, data: DataName) -> list[TrainConfig]:
         """What to train, in order: the methods take turns, and the one that begins alternates.
 
@@ -307,8 +315,7 @@ class TrainSettings(BenchSettings):
         epochs = self.epochs if self.epochs is not None else (3 if self.quick else 8)
         trainings = []
         for number, seed in enumerate(dict.fromkeys(self.all_seeds)):
-            methods: list[Method] = ["dense", "two-phase"]
-            for method in methods if number % 2 == 0 else reversed(methods):
+            for method in self.all_methods if number % 2 == 0 else reversed(self.all_methods):
                 trainings.append(
                     TrainConfig(
                         out=work / f"{data}-{method}-s{seed}",

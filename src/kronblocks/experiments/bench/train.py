@@ -1,4 +1,4 @@
-"""`kronblocks bench train`: whole trainings on the clock, dense and two-phase, each in a process of its own."""
+"""`kronblocks bench train`: whole trainings on the clock, dense and sparse methods, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _train(config: TrainConfig, *, fresh: bool) -> Row:
 
 
 def summary(results: Results) -> Table:
-    """Both methods, for the screen."""
+    """All methods, for the screen."""
     table = Table(title=f"whole trainings: {results.path}", title_justify="left")
     for name in ("method", "seeds", "seconds", "accuracy %", "peak MiB"):
         table.add_column(name, justify="left" if name == "method" else "right")
