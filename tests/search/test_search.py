@@ -14,7 +14,7 @@ from torch import nn
 from kronblocks import BlockSize, KronblocksError, KroneckerBlockLinear, SparsityConfig, sparsify_
 from kronblocks.search.candidates import Candidate, find_candidates
 from kronblocks.search.halving import SearchConfig, _judge, _note, _Result, find_block_size, standings
-from kronblocks.search.mixture import MixtureConfig, _MixtureTraining, find_block_size_in_mixture_
+from kronblocks.search.mixture import MixtureConfig, _MixtureTraining, _norms, find_block_size_in_mixture_
 from kronblocks.search.report import Path, Rung, SearchReport
 from kronblocks.search.task import SearchTask, Trial
 
@@ -225,6 +225,33 @@ def test_mixtures_leave_one_candidate_in_each_layer_and_train_on(criterion, per_
     assert [target.name for target in sparsifier.targets] == ["0", "2"]
 
 
+@pytest.mark.parametrize("steps", [200, 1600])
+@pytest.mark.parametrize("weights", ["time", "equal"])
+def test_the_penalty_shrinks_all_candidates_but_one_to_zero(steps, weights):
+    net = model()
+    search = MixtureConfig(criterion="penalty", weights=weights)
+    report = find_block_size_in_mixture_(net, CONFIG, task(), total_steps=steps, search=search, sizes=(2, 4, 8))
+    whys = [path.why for path in report.paths]
+    assert whys.count("won") == 1
+    assert all(why == "won" or why.startswith("lost: its norm was shrunk to 0 at step") for why in whys), whys
+    assert all(layer.dense_weight().norm().item() > 0.1 for layer in net if isinstance(layer, KroneckerBlockLinear))
+
+
+def test_a_weak_penalty_says_that_it_left_several():
+    search = MixtureConfig(criterion="penalty", strength=1e-3)
+    report = find_block_size_in_mixture_(model(), CONFIG, task(), total_steps=200, search=search, sizes=(2, 4, 8))
+    assert sum("of least norm" in path.why for path in report.paths) == 2
+
+
+def test_where_the_penalty_would_take_all_candidates_at_once_one_stays_as_it_is():
+    training = mixed((2, 4, 8), model(), dict.fromkeys(("2x2", "4x4", "8x8"), 1.0))
+    training._search = MixtureConfig(criterion="penalty", strength=1e6)
+    before = _norms(training._mixtures)
+    training._shrink(5, 4, {name: Path(BlockSize.parse(name), {}, 1.0, 0.0) for name in before})
+    best = max(before, key=before.__getitem__)
+    assert _norms(training._mixtures) == {best: pytest.approx(before[best])}
+
+
 def test_the_removal_criterion_keeps_what_the_task_is_made_of():
     """The target is a Kronecker product of 8x8 blocks: without those the loss is large, without the others it is not."""
     torch.manual_seed(0)
@@ -259,6 +286,7 @@ def test_auto_says_who_searches():
         (MixtureConfig, {"criterion": "norm"}, "'removal'"),
         (MixtureConfig, {"weights": "cost"}, "'time'"),
         (MixtureConfig, {"strength": 0.0}, "strength"),
+        (MixtureConfig, {"growth": 0.5}, "growth"),
         (MixtureConfig, {"train_first": 1.0}, "train_first"),
     ],
 )

@@ -41,8 +41,9 @@ class MixtureConfig:
         per_layer: each layer keeps a candidate of its own; else one size for the model.
         budget: steps, as a share of the training that follows.
         train_first: share of those steps before the first candidate may go.
-        strength: of the penalty at first, relative to a candidate's mean norm and over all steps; it grows to `growth` times.
-        growth: see strength.
+        strength: of the penalty at first: what it would take from a candidate over all its steps, as a multiple of the mean norm
+            of candidates. A weak one leaves several candidates, of which the one of greatest norm is kept.
+        growth: how many times its strength the penalty has at the end; it grows by the same factor at each step.
         most: candidates in a layer.
         seed: of batches and factors.
     """
@@ -52,8 +53,8 @@ class MixtureConfig:
     per_layer: bool = False
     budget: float = 0.5
     train_first: float = 0.4
-    strength: float = 1.0
-    growth: float = 3.0
+    strength: float = 10.0
+    growth: float = 10.0
     most: int = 6
     seed: int = 0
 
@@ -62,6 +63,7 @@ class MixtureConfig:
         one_of("weights", self.weights, Weights)
         number("budget", self.budget, 1e-300, math.inf, "a share of the training's steps, above 0")
         number("strength", self.strength, 1e-300, math.inf, "a number above 0")
+        number("growth", self.growth, 1, math.inf, "how many times its strength the penalty has at the end, from 1 on")
         number("train_first", self.train_first, 0, 1, "a share of the steps, from 0 to below 1")
         whole("most", self.most, "how many candidates are tried")
 
@@ -186,21 +188,24 @@ class _MixtureTraining:
         return [{name: m} for name, m in self._mixtures.items()] if self._search.per_layer else [self._mixtures]
 
     def _shrink(self, step: int, first: int, paths: dict[str, Path]) -> None:
-        """The proximal step of the group penalty on whole candidates."""
+        """The proximal step of the group penalty on whole candidates.
+
+        The learning rate does not scale it: as that falls, losers must not come to rest above 0.
+        """
         search = self._search
-        growth = 1 + (search.growth - 1) * (step - first) / (self.steps - first)
-        rate = self._schedule.get_last_lr()[0] / (self._task.lr * FACTOR_LR_SCALE)
+        strength = search.strength * search.growth ** ((step - first) / (self.steps - first)) / (self.steps - first)
         for scope in self._scopes():
             norms = _norms(scope)
             if len(norms) < 2:
                 continue
             typical = sum(norms.values()) / len(norms)
+            left = {name: norm - strength * typical * self._weight(name) for name, norm in norms.items()}
+            most = max(norms, key=lambda name: norms[name] / self._weight(name))  # stays where all would go at once
             for name, norm in norms.items():
-                threshold = search.strength * growth * rate * typical * self._weight(name) / (self.steps - first)
-                factor = max(0.0, float(1 - threshold / max(norm, 1e-30)))
-                for mixture in scope.values():
-                    mixture.scale_(name, factor)
-                if factor == 0 and len(_norms(scope)) > 1:
+                if left[name] > 0:
+                    for mixture in scope.values():
+                        mixture.scale_(name, left[name] / norm)
+                elif name != most:
                     self._remove(scope, name, f"lost: its norm was shrunk to 0 at step {step}", paths)
 
     def _remove_worst(self, step: int, paths: dict[str, Path]) -> None:
