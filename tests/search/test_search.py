@@ -196,6 +196,52 @@ def test_batches_that_end_are_told_of():
         find_block_size(model(), CONFIG, ended, total_steps=400)
 
 
+SEARCHES = [find_block_size, find_block_size_in_mixture_]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"losses": lambda net, batch: (net(batch[0]) - batch[1]).square().mean()}, r'shape \(\): write reduction="none"'),
+        ({"losses": lambda net, batch: (net(batch[0]) - batch[1]).square()}, r"shape \(64, 8\)"),
+        ({"losses": lambda net, batch: (net(batch[0]) - batch[1]).square().mean().item()}, "a float"),
+        ({"held_out": []}, "held_out has no batch"),
+        ({"held_out": torch.randn(64, 32)}, r"list of batches, not Tensor: write held_out=\[batch\]"),
+        ({"held_out": iter(task().held_out)}, r"or list\(batches\)"),
+        ({"held_out": [tuple(part[:1] for part in task().held_out[0])]}, "at least two examples"),
+    ],
+)
+def test_a_task_that_cannot_be_judged_is_refused_before_the_training(search, changes, says):
+    def batches(seed: int):
+        pytest.fail("trained")
+
+    net = model()
+    with pytest.raises(KronblocksError, match=says):
+        search(net, CONFIG, dataclasses.replace(task(), batches=batches, **changes), total_steps=400)
+    assert isinstance(net[0], nn.Linear)
+
+
+def test_the_check_of_a_task_leaves_model_and_random_state_alone():
+    net = nn.Sequential(nn.Linear(32, 8), nn.BatchNorm1d(8).eval(), nn.Dropout())
+    net[0].weight.grad = torch.ones(8, 32)
+    before, state = {name: value.clone() for name, value in net.state_dict().items()}, torch.get_rng_state()
+    noisy = dataclasses.replace(task(), losses=lambda net, batch: net(batch[0] + torch.rand(1)).mean(1))
+    noisy.check(net)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in net] == [True, False, True] and net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(net[0].weight.grad, torch.ones(8, 32))
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_model_that_is_block_sparse_already_is_refused(search):
+    net = model()
+    sparsify_(net, dataclasses.replace(CONFIG, block_size=4))
+    with pytest.raises(KronblocksError, match="0, 2: block-sparse already.*densify_ it"):
+        search(net, CONFIG, task(), total_steps=400)
+
+
 def test_too_short_a_budget_says_so():
     with pytest.raises(KronblocksError, match="larger budget"):
         find_block_size(model(), CONFIG, task(), total_steps=40)

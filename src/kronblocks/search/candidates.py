@@ -115,7 +115,8 @@ def find_candidates(
         rows: rows of x per step, for the estimated times.
 
     Raises:
-        KronblocksError: none of the sizes fits any layer, or leaves blocks enough for the sparsity.
+        KronblocksError: none of the sizes fits any layer, or leaves blocks enough for the sparsity; a layer that is block-sparse
+            already.
     """
     if sizes is None:
         sizes = SIZES if any(_fitting(model, with_block(config, BlockSize(side, side))) for side in SIZES) else _divisors(model)
@@ -126,6 +127,11 @@ def find_candidates(
         layers = _fitting(model, with_block(config, block))
         if not layers:
             continue
+        sparse = [layer.name for layer in layers if not isinstance(model.get_submodule(layer.name), nn.Linear)]
+        if sparse:
+            raise KronblocksError(
+                f"{', '.join(sparse)}: block-sparse already, and a search begins with the dense model: densify_ it first"
+            )
         weights = [model.get_submodule(layer.name).get_parameter("weight") for layer in layers]
         squares = [float(weight.detach().double().square().sum()) for weight in weights]
         shares = [excess_energy(w, layer.grid, layer.rank, layer.tile_groups) for w, layer in zip(weights, layers, strict=True)]

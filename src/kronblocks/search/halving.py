@@ -87,7 +87,8 @@ def find_block_size(
         The report; `report.config(config)` is the config with what was found.
 
     Raises:
-        KronblocksError: no size fits, the budget is too short to train anything, or every candidate diverged.
+        KronblocksError: losses that are not one for each example, nothing held out, no size that fits, a model that is
+            block-sparse already, a budget too short to train anything, or every candidate diverged.
 
     >>> from kronblocks import sparsify_
     >>> def batches(seed):
@@ -103,6 +104,7 @@ def find_block_size(
     """
     search = search or SearchConfig()
     start = time.perf_counter()
+    task.check(model)
     kept, paths = entrants(model, config, search.sizes, search.most, rows)
     made, history = 0, []
     for turn in range(search.rounds):

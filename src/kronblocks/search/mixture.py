@@ -94,9 +94,10 @@ def find_block_size_in_mixture_(
         progress: called with a text and the share that is done.
 
     Raises:
-        KronblocksError: no size fits, or the training diverged.
+        KronblocksError: as `find_block_size`; nothing has been changed then, unless it is the training that diverged.
     """
     search, start = search or MixtureConfig(), time.perf_counter()
+    task.check(model)
     kept, paths = entrants(model, config, sizes, search.most, rows)
     run = _MixtureTraining(model, config, task, kept, search, max(1, int(search.budget * total_steps)))
     run.train(paths, progress)
