@@ -275,6 +275,8 @@ def test_auto_searches_once_and_trains_what_was_found(tmp_path, monkeypatch):
     page = write_report(find_runs([tmp_path / "run"]), tmp_path / "report").read_text()
     for path in result["search"]["paths"]:  # the report says what became of each
         assert html.escape(path["why"], quote=False) in page
+        if path["gap"] is not None:
+            assert page.count(f"<td>{100 * path['gap']:+.1f} ± {100 * path['gap_error']:.1f}%</td>") >= 1
     assert "## The search for the block size" in (tmp_path / "report/report.md").read_text()
 
 

@@ -168,6 +168,9 @@ def test_rounds_count_by_their_steps():
     assert list(found) == ["2x2", "4x4"] and found["2x2"] == (0.0, 0.0, 2.5)
     assert found["4x4"].gap == pytest.approx(0.25 * -0.1 + 0.75 * 0.2)
 
+    for path in report.paths:
+        if " ± " in path.why:
+            assert path.cells()[1] in path.why
 
 def test_noise_counts_as_nothing_lost():
     noisy = {"2x2": [0.0, 2.0, 0.0, 2.0], "8x8": [2.0, 0.0, 2.0, 0.2]}
@@ -220,6 +223,27 @@ def test_a_task_that_cannot_be_judged_is_refused_before_the_training(search, cha
     with pytest.raises(KronblocksError, match=says):
         search(net, CONFIG, dataclasses.replace(task(), batches=batches, **changes), total_steps=400)
     assert isinstance(net[0], nn.Linear)
+
+def test_the_table_shows_the_means_that_decided():
+    """4x4 is the worse one over all rounds and the better one in the last."""
+    history = [
+        results({"2x2": [1.0, 1.0], "4x4": [1.5, 1.5]}, {"2x2": 1.0, "4x4": 2.0}, steps=30),
+        results({"2x2": [0.5, 0.5], "4x4": [0.4, 0.4]}, {"2x2": 3.0, "4x4": 4.0}, steps=10),
+    ]
+    paths = {name: Path(BlockSize.parse(name), {}, 0.0, 0.0) for name in ("2x2", "4x4")}
+    for each, steps in zip(history, (30, 10), strict=True):
+        _note(each, paths, steps)
+    kept = [Candidate(path.block, (), 0.0, 0.0) for path in paths.values()]
+    assert [str(c.block) for c in _judge(history, kept, paths, SearchConfig(), last=True)] == ["2x2"]
+    gap = 100 * (0.75 * 0.5 / 1.0 - 0.25 * 0.1 / 0.5)
+    shown = f"{gap:+.1f} ± 0.0%"
+    assert paths["4x4"].cells() == ["1.2250", shown, "2500.00", "30 + 10"] and shown in paths["4x4"].why
+    assert paths["2x2"].cells() == ["0.8750", "+0.0 ± 0.0%", "1500.00", "30 + 10"] and "1.5e+03 ms" in paths["2x2"].why
+    report = SearchReport("halving", "step-time", list(paths.values()), {}, BlockSize(2, 2), 1.0, 80)
+    line = next(line for line in str(report).splitlines() if line.startswith("4x4"))
+    assert line.split("  ")[0] == "4x4" and line.count(shown) == 2
+    assert SearchReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
 
 
 def test_the_check_of_a_task_leaves_model_and_random_state_alone():

@@ -18,7 +18,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.choice import deployed_seconds
 from kronblocks.search.candidates import Candidate, entrants, with_block
-from kronblocks.search.report import Path, Rung, SearchReport
+from kronblocks.search.report import Path, Rung, SearchReport, percent
 from kronblocks.search.task import SearchTask, Trial
 
 Goal = Literal["step-time", "inference-time", "accuracy"]
@@ -292,11 +292,12 @@ def _judge(
             name for name in dict.fromkeys(places if search.goal == "accuracy" else order) if math.isfinite(places[name].gap)
         ]
         stay = ranked[: max(2, math.ceil(len(places) / 2))]  # two compete to the end
-    for name in places:
+    for name, place in places.items():
+        paths[name].gap, paths[name].gap_error = (place.gap, place.error) if math.isfinite(place.gap) else (None, None)
         if name not in stay:
-            paths[name].why = _why_lost(places[name], best, name in fine, stay, places[stay[0]].cost, search)
+            paths[name].why = _why_lost(place, best, name in fine, stay, places[stay[0]].cost, search)
         elif last:
-            paths[name].why = _why_won(places[name], search)
+            paths[name].why = _why_won(place, search)
     return [candidate for candidate in kept if str(candidate.block) in stay]
 
 
@@ -304,7 +305,7 @@ _CLEARLY = 0.95  # of a measured time: less of a difference is noise
 
 
 def _worse(place: Standing) -> str:
-    return f"held-out loss {100 * place.gap:+.1f} ± {100 * place.error:.1f}%"
+    return f"held-out loss {percent(place.gap, place.error)}"
 
 
 def _why_lost(place: Standing, best: str, fine: bool, stay: Sequence[str], least: float, search: SearchConfig) -> str:
