@@ -277,6 +277,20 @@ def test_batches_that_end_are_told_of():
         find_block_size(model(), CONFIG, ended, total_steps=400)
 
 
+@pytest.mark.parametrize("criterion", ["removal", "penalty"])
+def test_too_few_steps_between_removals_say_so(criterion):
+    net, tried = model(), {"sizes": (2, 4, 8)}
+    short = MixtureConfig(criterion=criterion, budget=0.01)
+    with pytest.raises(KronblocksError, match=r"0\.01 of 200 steps leaves 0 .*2 removals.*20 are needed: give a larger"):
+        find_block_size_in_mixture_(net, CONFIG, task(), total_steps=200, search=short, **tried)
+    assert isinstance(net[0], nn.Linear)
+    enough = MixtureConfig(criterion=criterion, budget=0.5, train_first=0.4)
+    with pytest.raises(KronblocksError, match="leaves 19"):
+        find_block_size_in_mixture_(net, CONFIG, task(), total_steps=196, search=enough, **tried)
+    report = find_block_size_in_mixture_(net, CONFIG, task(), total_steps=200, search=enough, **tried)
+    assert all("when the steps were over" not in path.why for path in report.paths)
+
+
 SEARCHES = [find_block_size, find_block_size_in_mixture_]
 
 

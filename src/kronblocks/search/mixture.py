@@ -33,6 +33,8 @@ Weights = Literal["time", "equal"]
 
 _RANK = 4  # of all candidates, where the config names none: terms are not what they are to differ in
 
+_LEAST_STEPS = 20  # before each removal
+
 
 @dataclass(frozen=True)
 class MixtureConfig:
@@ -118,7 +120,14 @@ def find_block_size_in_mixture_(
         config = dataclasses.replace(config, rank=_RANK)
     task.check(model)
     kept, paths = entrants(model, config, sizes, search.most, rows)
-    run = _MixtureTraining(model, task, kept, search, max(1, int(search.budget * total_steps)))
+    steps = int(search.budget * total_steps)
+    each = (steps - int(search.train_first * steps)) // len(kept)
+    if each < _LEAST_STEPS and len(kept) > 1:
+        raise KronblocksError(
+            f"{search.budget} of {total_steps} steps leaves {each} before each of {len(kept) - 1} removals, and {_LEAST_STEPS} "
+            "are needed: give a larger budget, fewer sizes=, or train longer"
+        )
+    run = _MixtureTraining(model, task, kept, search, max(1, steps))
     run.train(paths, progress)
     chosen = run.collapse()
     survivors = set(run.survivors.values())
