@@ -291,6 +291,13 @@ def test_search_on_the_command_line(tmp_path, capsys, criterion):
     assert f"found: {report['winner']}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("sizes", ["--sizes", "--sizes 4"])
+def test_a_search_wants_two_sizes(capsys, sizes):
+    with pytest.raises(SystemExit):
+        main(f"search --data digits {sizes}".split())
+    assert "a search wants at least two, such as 4 8 16x4" in capsys.readouterr().err
+
+
 def test_the_strength_of_a_penalty_is_refused_where_there_is_none(capsys):
     with pytest.raises(SystemExit):
         main(["search", "--data", "digits", "--strength", "5", "--criterion", "removal"])

@@ -372,6 +372,7 @@ def test_the_penalty_shrinks_all_candidates_but_one_to_zero(steps, weights):
     net = model()
     search = MixtureConfig(criterion="penalty", weights=weights)
     report = find_block_size_in_mixture_(net, CONFIG, task(), total_steps=steps, search=search, sizes=(2, 4, 8))
+    assert report.goal == ("norm per unit of time" if weights == "time" else "norm")  # no held-out loss
     whys = [path.why for path in report.paths]
     assert whys.count("won") == 1
     assert all(why == "won" or why.startswith("lost: its norm was shrunk to 0 at step") for why in whys), whys
@@ -410,6 +411,7 @@ def test_the_removal_criterion_keeps_what_the_task_is_made_of():
     search = MixtureConfig(weights="equal", train_first=0.5)
     config = SparsityConfig(rank=1, tile_groups=1)
     report = find_block_size_in_mixture_(net, config, made, total_steps=1200, search=search, sizes=(2, 8, 16))
+    assert report.goal == "held-out loss"
     assert str(report.winner) == "8x8"
 
 

@@ -85,7 +85,7 @@ class FindConfig(ModelAndData):
     """Folder for the report: search.json and search.png."""
     method: Method = "two-phase"
     sizes: tuple[str, ...] | None = None
-    """Candidates, such as 4 8 16x4; unset: squares of 2 to 64."""
+    """Candidates, such as 4 8 16x4; unset: squares of powers of two from 2 to 64."""
     goal: Goal = "step-time"
     """What counts among candidates that lose nothing."""
     criterion: Literal["halving", "removal", "penalty"] = "halving"
@@ -104,6 +104,9 @@ class FindConfig(ModelAndData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sizes is not None and len(self.sizes) < 2:
+            given = f"names {self.sizes[0]} alone" if self.sizes else "names no block size"
+            raise KronblocksError(f"--sizes {given}: a search wants at least two, such as 4 8 16x4, or leave it out")
         if self.per_layer and self.criterion == "halving":
             raise KronblocksError("--per-layer wants --criterion removal or penalty: halving tries one size for the whole model")
         if self.weights != "time" and self.criterion == "halving":

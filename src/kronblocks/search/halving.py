@@ -1,4 +1,4 @@
-"""Block-size search by held-out loss after equally many steps: short trainings side by side on the same batches, in rounds."""
+"""Block-size search by held-out loss after equally many steps: short trainings side by side, in rounds of successive halving."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SearchConfig:
     """How block sizes are searched for.
 
     Args:
-        sizes: the candidates; None: squares of 2 to 64.
+        sizes: the candidates; None: squares of powers of two from 2 to 64.
         goal: what counts among candidates that lose nothing: "step-time" (of training), "inference-time", or "accuracy" (the
             least held-out loss, whatever it costs).
         budget: steps of all trials together, as a share of the training that follows.
@@ -89,6 +89,10 @@ def find_block_size(
     Raises:
         KronblocksError: losses that are not one for each example, nothing held out, no size that fits, a model that is
             block-sparse already, a budget too short to train anything, or every candidate diverged.
+
+    Source:
+        Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", AISTATS 2016, for
+        successive halving.
 
     >>> from kronblocks import sparsify_
     >>> def batches(seed):

@@ -98,7 +98,7 @@ def find_block_size_in_mixture_(
         total_steps: of the training that follows.
         rows: rows of x per step, for estimated times.
         search: the criterion.
-        sizes: candidates; None: squares of 2 to 64.
+        sizes: candidates; None: squares of powers of two from 2 to 64.
         progress: called with a text and the share that is done.
 
     Raises:
@@ -136,7 +136,7 @@ def find_block_size_in_mixture_(
         layers = [layer for layer, survivor in run.survivors.items() if survivor == name]
         paths[name].why = "won" if winner else f"won in {', '.join(layers)}"
     seconds = time.perf_counter() - start
-    goal = "held-out loss per unit of time" if search.weights == "time" else "held-out loss"
+    goal = ("held-out loss" if search.criterion == "removal" else "norm") + " per unit of time" * (search.weights == "time")
     return SearchReport(search.criterion, goal, list(paths.values()), chosen, winner, seconds, run.steps)
 
 

@@ -82,7 +82,7 @@ class SearchReport:
 
     Args:
         criterion: how they were judged.
-        goal: what counted beside the held-out loss.
+        goal: what counted; by halving, among candidates that lose nothing.
         paths: the candidates, by area.
         chosen: the block size of each layer.
         winner: the winning candidate's size; None where layers got different ones.
