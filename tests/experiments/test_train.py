@@ -275,10 +275,12 @@ def test_auto_searches_once_and_trains_what_was_found(tmp_path, monkeypatch):
     page = write_report(find_runs([tmp_path / "run"]), tmp_path / "report").read_text()
     for path in result["search"]["paths"]:  # the report says what became of each
         assert html.escape(path["why"], quote=False) in page
+        if path["gap"] is not None:
+            assert page.count(f"<td>{100 * path['gap']:+.1f} ± {100 * path['gap_error']:.1f}%</td>") >= 1
     assert "## The search for the block size" in (tmp_path / "report/report.md").read_text()
 
 
-@pytest.mark.parametrize("criterion", ["halving", "removal", "penalty --weights equal"])
+@pytest.mark.parametrize("criterion", ["halving", "removal", "penalty --weights equal --strength 20"])
 def test_search_on_the_command_line(tmp_path, capsys, criterion):
     line = f"search --data digits --widths 32 --epochs 4 --batch-size 32 --sizes 2 4 --threads 1 --criterion {criterion}"
     main([*line.split(), "--out", str(tmp_path / "found")])
@@ -287,6 +289,19 @@ def test_search_on_the_command_line(tmp_path, capsys, criterion):
     assert report["criterion"] == criterion.split()[0] and report["winner"] in ("2x2", "4x4")
     assert all(path["history"] and path["why"] for path in report["paths"])  # the norm of each over the steps
     assert f"found: {report['winner']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", ["--sizes", "--sizes 4"])
+def test_a_search_wants_two_sizes(capsys, sizes):
+    with pytest.raises(SystemExit):
+        main(f"search --data digits {sizes}".split())
+    assert "a search wants at least two, such as 4 8 16x4" in capsys.readouterr().err
+
+
+def test_the_strength_of_a_penalty_is_refused_where_there_is_none(capsys):
+    with pytest.raises(SystemExit):
+        main(["search", "--data", "digits", "--strength", "5", "--criterion", "removal"])
+    assert "--criterion penalty" in capsys.readouterr().err
 
 
 def test_compare_gives_new_settings_to_the_methods_that_have_them(tmp_path):

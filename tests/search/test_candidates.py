@@ -24,6 +24,10 @@ def test_sizes_are_taken_as_near_as_they_fit_and_those_that_make_no_difference_o
     assert few == ["2x2", "4x4", "8x8"]  # of 9 and 15 blocks of 16x16, 0.9 would leave a layer without
     with pytest.raises(KronblocksError, match="none of the block sizes fits"):
         find_candidates(nn.Sequential(nn.Linear(7, 5)), SparsityConfig(), (4,))
+    with pytest.raises(KronblocksError, match="none of the block sizes fits"):
+        find_candidates(nn.Sequential(nn.Linear(7, 5)), SparsityConfig())
+    with pytest.raises(KronblocksError, match="names no block size: a search wants at least two"):
+        find_candidates(model(), SparsityConfig(), ())
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -85,7 +85,7 @@ class FindConfig(ModelAndData):
     """Folder for the report: search.json and search.png."""
     method: Method = "two-phase"
     sizes: tuple[str, ...] | None = None
-    """Candidates, such as 4 8 16x4; unset: squares of 2 to 64."""
+    """Candidates, such as 4 8 16x4; unset: squares of powers of two from 2 to 64."""
     goal: Goal = "step-time"
     """What counts among candidates that lose nothing."""
     criterion: Literal["halving", "removal", "penalty"] = "halving"
@@ -94,6 +94,8 @@ class FindConfig(ModelAndData):
     """A size for each layer; with --criterion removal or penalty."""
     weights: Weights = "time"
     """What a candidate is measured against with --criterion removal or penalty: its time, or equal; equal is the paper's own."""
+    strength: float | None = None
+    """Of the penalty at first, with --criterion penalty; unset: 10. It ends at 10 times that."""
     budget: float | None = None
     """Steps of the search, as a share of the training's; unset: 1 with --criterion halving, 0.5 with the others."""
     tolerance: float = SearchConfig.tolerance
@@ -102,10 +104,15 @@ class FindConfig(ModelAndData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sizes is not None and len(self.sizes) < 2:
+            given = f"names {self.sizes[0]} alone" if self.sizes else "names no block size"
+            raise KronblocksError(f"--sizes {given}: a search wants at least two, such as 4 8 16x4, or leave it out")
         if self.per_layer and self.criterion == "halving":
             raise KronblocksError("--per-layer wants --criterion removal or penalty: halving tries one size for the whole model")
         if self.weights != "time" and self.criterion == "halving":
             raise KronblocksError("--weights is for --criterion removal or penalty: halving has --goal")
+        if self.strength is not None and self.criterion != "penalty":
+            raise KronblocksError(f"--strength is of the penalty of --criterion penalty: {self.criterion} has none")
         if self.tolerance != SearchConfig.tolerance and self.criterion != "halving":
             raise KronblocksError(f"--tolerance is for --criterion halving, not {self.criterion}")
         if self.goal != "step-time" and self.criterion != "halving":
@@ -133,7 +140,12 @@ def run(config: FindConfig) -> SearchReport:
         model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size).to(_device())
         budget = MixtureConfig.budget if config.budget is None else config.budget
         mixture = MixtureConfig(
-            criterion=config.criterion, weights=config.weights, per_layer=config.per_layer, budget=budget, seed=config.seed
+            criterion=config.criterion,
+            weights=config.weights,
+            per_layer=config.per_layer,
+            budget=budget,
+            strength=MixtureConfig.strength if config.strength is None else config.strength,
+            seed=config.seed,
         )
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("looking for the block size", total=1.0)

@@ -151,7 +151,7 @@ class TaskConfig(ModelAndData):
     block_size: str = "16"
     """Rows and columns of a block: 16, or 16x4; auto: search for it first."""
     candidates: tuple[str, ...] | None = None
-    """Of --block-size auto, such as 4 8 16x4; unset: squares of 2 to 64."""
+    """Of --block-size auto, such as 4 8 16x4; unset: squares of powers of two from 2 to 64."""
     goal: Goal = "step-time"
     """Of --block-size auto: what counts among candidates that lose nothing."""
     weight_decay: float | None = None
@@ -206,7 +206,7 @@ class TaskConfig(ModelAndData):
         if self.block_size != "auto" and (self.candidates is not None or self.goal != "step-time"):
             raise KronblocksError(f"--candidates and --goal are for --block-size auto, not {self.block_size}")
         if self.candidates is not None and not self.candidates:
-            raise KronblocksError("--candidates names no block size: write some, such as 4 8 16x4, or leave it out")
+            raise KronblocksError("--candidates names no block size: write at least two, such as 4 8 16x4, or leave it out")
         for size in self.candidates or ():
             BlockSize.parse(size)
         if self.start_from is not None and self.block_size == "auto":

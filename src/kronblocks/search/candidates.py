@@ -20,8 +20,11 @@ from kronblocks.selection import Selected, select
 from kronblocks.sparsity.budget import choose_dead
 
 SIZES = (2, 4, 8, 16, 32, 64)
-"""Sides of the square blocks that are candidates where the user names none; where none fits, those that divide a layer."""
+"""Sides of the square blocks that are candidates where the user names none: powers of two.
 
+A layer takes the nearest that divides it. Its other divisors (12, 24 and 48 of 192) are candidates where none of these fits any
+layer; else name them.
+"""
 
 _CLEARLY = 0.05  # of the energy: less of a difference is chance
 
@@ -111,14 +114,18 @@ def find_candidates(
     Args:
         model: dense, before `sparsify_`.
         config: which layers, which rank; its block size does not count.
-        sizes: those to consider; None: squares of 2, 4, 8 to 64, and where none of them fits, of all sides that divide a layer.
+        sizes: those to consider; None: squares of powers of two from 2 to 64, and only where none of them fits, of all sides up
+            to 64 that divide a layer.
         rows: rows of x per step, for the estimated times.
 
     Raises:
-        KronblocksError: none of the sizes fits any layer, or leaves blocks enough for the sparsity.
+        KronblocksError: no size is named, none of them fits any layer, or leaves blocks enough for the sparsity; a layer that
+            is block-sparse already.
     """
     if sizes is None:
         sizes = SIZES if any(_fitting(model, with_block(config, BlockSize(side, side))) for side in SIZES) else _divisors(model)
+    elif not (sizes := tuple(sizes)):
+        raise KronblocksError("sizes= names no block size: a search wants at least two, such as sizes=(4, 8), or None")
     device = next(model.parameters()).device.type
     found: dict[tuple[str, ...], Candidate] = {}
     for size in sizes:
@@ -126,6 +133,11 @@ def find_candidates(
         layers = _fitting(model, with_block(config, block))
         if not layers:
             continue
+        sparse = [layer.name for layer in layers if not isinstance(model.get_submodule(layer.name), nn.Linear)]
+        if sparse:
+            raise KronblocksError(
+                f"{', '.join(sparse)}: block-sparse already, and a search begins with the dense model: densify_ it first"
+            )
         weights = [model.get_submodule(layer.name).get_parameter("weight") for layer in layers]
         squares = [float(weight.detach().double().square().sum()) for weight in weights]
         shares = [excess_energy(w, layer.grid, layer.rank, layer.tile_groups) for w, layer in zip(weights, layers, strict=True)]

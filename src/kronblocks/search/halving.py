@@ -1,4 +1,4 @@
-"""Block-size search by held-out loss after equally many steps: short trainings side by side on the same batches, in rounds."""
+"""Block-size search by held-out loss after equally many steps: short trainings side by side, in rounds of successive halving."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.choice import deployed_seconds
 from kronblocks.search.candidates import Candidate, entrants, with_block
-from kronblocks.search.report import Path, Rung, SearchReport
+from kronblocks.search.report import Path, Rung, SearchReport, percent
 from kronblocks.search.task import SearchTask, Trial
 
 Goal = Literal["step-time", "inference-time", "accuracy"]
@@ -29,7 +29,7 @@ class SearchConfig:
     """How block sizes are searched for.
 
     Args:
-        sizes: the candidates; None: squares of 2 to 64.
+        sizes: the candidates; None: squares of powers of two from 2 to 64.
         goal: what counts among candidates that lose nothing: "step-time" (of training), "inference-time", or "accuracy" (the
             least held-out loss, whatever it costs).
         budget: steps of all trials together, as a share of the training that follows.
@@ -87,7 +87,12 @@ def find_block_size(
         The report; `report.config(config)` is the config with what was found.
 
     Raises:
-        KronblocksError: no size fits, the budget is too short to train anything, or every candidate diverged.
+        KronblocksError: losses that are not one for each example, nothing held out, no size that fits, a model that is
+            block-sparse already, a budget too short to train anything, or every candidate diverged.
+
+    Source:
+        Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", AISTATS 2016, for
+        successive halving.
 
     >>> from kronblocks import sparsify_
     >>> def batches(seed):
@@ -103,6 +108,7 @@ def find_block_size(
     """
     search = search or SearchConfig()
     start = time.perf_counter()
+    task.check(model)
     kept, paths = entrants(model, config, search.sizes, search.most, rows)
     made, history = 0, []
     for turn in range(search.rounds):
@@ -290,11 +296,12 @@ def _judge(
             name for name in dict.fromkeys(places if search.goal == "accuracy" else order) if math.isfinite(places[name].gap)
         ]
         stay = ranked[: max(2, math.ceil(len(places) / 2))]  # two compete to the end
-    for name in places:
+    for name, place in places.items():
+        paths[name].gap, paths[name].gap_error = (place.gap, place.error) if math.isfinite(place.gap) else (None, None)
         if name not in stay:
-            paths[name].why = _why_lost(places[name], best, name in fine, stay, places[stay[0]].cost, search)
+            paths[name].why = _why_lost(place, best, name in fine, stay, places[stay[0]].cost, search)
         elif last:
-            paths[name].why = _why_won(places[name], search)
+            paths[name].why = _why_won(place, search)
     return [candidate for candidate in kept if str(candidate.block) in stay]
 
 
@@ -302,7 +309,7 @@ _CLEARLY = 0.95  # of a measured time: less of a difference is noise
 
 
 def _worse(place: Standing) -> str:
-    return f"held-out loss {100 * place.gap:+.1f} ± {100 * place.error:.1f}%"
+    return f"held-out loss {percent(place.gap, place.error)}"
 
 
 def _why_lost(place: Standing, best: str, fine: bool, stay: Sequence[str], least: float, search: SearchConfig) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,17 +17,23 @@ from torch.optim.lr_scheduler import OneCycleLR
 from kronblocks.checks import number, one_of, whole
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
-from kronblocks.groups import FACTOR_LR_SCALE, drop_parameters_
+from kronblocks.groups import drop_parameters_, parameter_groups
+from kronblocks.methods import FACTORED
 from kronblocks.modules import replace_
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.mixture import BlockMixtureLinear
+from kronblocks.ranks import RankChoice
 from kronblocks.search.candidates import Candidate, entrants
 from kronblocks.search.report import Path, SearchReport
 from kronblocks.search.task import SearchTask
+from kronblocks.selection import Selected
 
 Criterion = Literal["removal", "penalty"]
 Weights = Literal["time", "equal"]
 
-_RANK = 4  # of all candidates, where the config names none
+_RANK = 4  # of all candidates, where the config names none: terms are not what they are to differ in
+
+_LEAST_STEPS = 20  # before each removal
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,9 @@ class MixtureConfig:
         per_layer: each layer keeps a candidate of its own; else one size for the model.
         budget: steps, as a share of the training that follows.
         train_first: share of those steps before the first candidate may go.
-        strength: of the penalty at first, relative to a candidate's mean norm and over all steps; it grows to `growth` times.
-        growth: see strength.
+        strength: of the penalty at first: what it would take from a candidate over all its steps, as a multiple of the mean norm
+            of candidates. A weak one leaves several candidates, of which the one of greatest norm is kept.
+        growth: how many times its strength the penalty has at the end; it grows by the same factor at each step.
         most: candidates in a layer.
         seed: of batches and factors.
     """
@@ -52,8 +60,8 @@ class MixtureConfig:
     per_layer: bool = False
     budget: float = 0.5
     train_first: float = 0.4
-    strength: float = 1.0
-    growth: float = 3.0
+    strength: float = 10.0
+    growth: float = 10.0
     most: int = 6
     seed: int = 0
 
@@ -62,6 +70,7 @@ class MixtureConfig:
         one_of("weights", self.weights, Weights)
         number("budget", self.budget, 1e-300, math.inf, "a share of the training's steps, above 0")
         number("strength", self.strength, 1e-300, math.inf, "a number above 0")
+        number("growth", self.growth, 1, math.inf, "how many times its strength the penalty has at the end, from 1 on")
         number("train_first", self.train_first, 0, 1, "a share of the steps, from 0 to below 1")
         whole("most", self.most, "how many candidates are tried")
 
@@ -83,20 +92,42 @@ def find_block_size_in_mixture_(
 
     Args:
         model: dense.
-        config: which layers, which rank and tile groups; its block size does not count.
-        task: data and loss.
+        config: which layers, which rank (where none is named, 4 for all) and tile groups, with its overrides; its block size does
+            not count. Candidates begin anew, from random factors.
+        task: data, loss and optimiser; what it says of lifted values is for the training that follows.
         total_steps: of the training that follows.
         rows: rows of x per step, for estimated times.
         search: the criterion.
-        sizes: candidates; None: squares of 2 to 64.
+        sizes: candidates; None: squares of powers of two from 2 to 64.
         progress: called with a text and the share that is done.
 
     Raises:
-        KronblocksError: no size fits, or the training diverged.
+        KronblocksError: as `find_block_size`; a method without factors, or a start from the present weights. Nothing has been
+            changed then, unless it is the training that diverged.
     """
     search, start = search or MixtureConfig(), time.perf_counter()
+    if config.method not in FACTORED:
+        raise KronblocksError(
+            f"candidates that are trained together are made of factors, and method {config.method!r} has none: take "
+            "find_block_size (--criterion halving), or method 'two-phase' or 'kron-l1'"
+        )
+    if config.init not in (None, "random") or isinstance(config.rank, RankChoice):
+        raise KronblocksError(
+            "candidates that are trained together begin anew, and init='nearest', init='spectral' and RankChoice go by the "
+            "weights that are there: take find_block_size (--criterion halving), or leave init out and give rank a number"
+        )
+    if config.rank is None:
+        config = dataclasses.replace(config, rank=_RANK)
+    task.check(model)
     kept, paths = entrants(model, config, sizes, search.most, rows)
-    run = _MixtureTraining(model, config, task, kept, search, max(1, int(search.budget * total_steps)))
+    steps = int(search.budget * total_steps)
+    each = (steps - int(search.train_first * steps)) // len(kept)
+    if each < _LEAST_STEPS and len(kept) > 1:
+        raise KronblocksError(
+            f"{search.budget} of {total_steps} steps leaves {each} before each of {len(kept) - 1} removals, and {_LEAST_STEPS} "
+            "are needed: give a larger budget, fewer sizes=, or train longer"
+        )
+    run = _MixtureTraining(model, task, kept, search, max(1, steps))
     run.train(paths, progress)
     chosen = run.collapse()
     survivors = set(run.survivors.values())
@@ -105,7 +136,7 @@ def find_block_size_in_mixture_(
         layers = [layer for layer, survivor in run.survivors.items() if survivor == name]
         paths[name].why = "won" if winner else f"won in {', '.join(layers)}"
     seconds = time.perf_counter() - start
-    goal = "held-out loss per unit of time" if search.weights == "time" else "held-out loss"
+    goal = ("held-out loss" if search.criterion == "removal" else "norm") + " per unit of time" * (search.weights == "time")
     return SearchReport(search.criterion, goal, list(paths.values()), chosen, winner, seconds, run.steps)
 
 
@@ -115,7 +146,6 @@ class _MixtureTraining:
     def __init__(
         self,
         model: nn.Module,
-        config: SparsityConfig,
         task: SearchTask,
         kept: Sequence[Candidate],
         search: MixtureConfig,
@@ -123,27 +153,27 @@ class _MixtureTraining:
     ) -> None:
         self._model, self._task, self._search, self.steps = model, task, search, steps
         self._mixtures: dict[str, BlockMixtureLinear] = {}
-        grids = {str(c.block): {layer.name: layer.grid.block for layer in c.layers} for c in kept}
-        names = [layer.name for layer in kept[0].layers if all(layer.name in fits for fits in grids.values())]
+        fits = {str(c.block): {layer.name: layer for layer in c.layers} for c in kept}
+        names = [layer.name for layer in kept[0].layers if all(layer.name in found for found in fits.values())]
         if not names:
             raise KronblocksError("no layer is fit by all candidates together: name other sizes, or search by short trainings")
-        rank = config.rank if isinstance(config.rank, int) else _RANK
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(search.seed)
             for name in names:
                 linear = model.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
-                sizes = {candidate: fits[name] for candidate, fits in grids.items()}
-                mixture = BlockMixtureLinear.like(linear, sizes, rank, per_row=config.tiles == "per-row")
+                mixture = _mixture(linear, {candidate: found[name] for candidate, found in fits.items()})
                 replace_(model, name, mixture)
                 self._mixtures[name] = mixture
         self._seconds = {str(c.block): c.estimated_seconds for c in kept}
-        factors = {id(p) for mixture in self._mixtures.values() for p in mixture.candidates.parameters()}
-        groups = [
-            {"params": [p for p in model.parameters() if id(p) in factors], "lr": task.lr * FACTOR_LR_SCALE},
-            {"params": [p for p in model.parameters() if id(p) not in factors], "lr": task.lr},
-        ]
-        self._optimizer: Optimizer = AdamW(groups, weight_decay=0.0)
+        groups = parameter_groups(
+            model,
+            lr=task.lr,
+            weight_decay=task.weight_decay,
+            factor_weight_decay=task.factor_weight_decay,
+            factor_lr_scale=task.factor_lr_scale,
+        )
+        self._optimizer: Optimizer = AdamW(groups)
         rates = [group["lr"] for group in groups]
         self._schedule = OneCycleLR(self._optimizer, rates, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False)
         self.survivors: dict[str, str] = {}
@@ -186,21 +216,24 @@ class _MixtureTraining:
         return [{name: m} for name, m in self._mixtures.items()] if self._search.per_layer else [self._mixtures]
 
     def _shrink(self, step: int, first: int, paths: dict[str, Path]) -> None:
-        """The proximal step of the group penalty on whole candidates."""
+        """The proximal step of the group penalty on whole candidates.
+
+        The learning rate does not scale it: as that falls, losers must not come to rest above 0.
+        """
         search = self._search
-        growth = 1 + (search.growth - 1) * (step - first) / (self.steps - first)
-        rate = self._schedule.get_last_lr()[0] / (self._task.lr * FACTOR_LR_SCALE)
+        strength = search.strength * search.growth ** ((step - first) / (self.steps - first)) / (self.steps - first)
         for scope in self._scopes():
             norms = _norms(scope)
             if len(norms) < 2:
                 continue
             typical = sum(norms.values()) / len(norms)
+            left = {name: norm - strength * typical * self._weight(name) for name, norm in norms.items()}
+            most = max(norms, key=lambda name: norms[name] / self._weight(name))  # stays where all would go at once
             for name, norm in norms.items():
-                threshold = search.strength * growth * rate * typical * self._weight(name) / (self.steps - first)
-                factor = max(0.0, float(1 - threshold / max(norm, 1e-30)))
-                for mixture in scope.values():
-                    mixture.scale_(name, factor)
-                if factor == 0 and len(_norms(scope)) > 1:
+                if left[name] > 0:
+                    for mixture in scope.values():
+                        mixture.scale_(name, left[name] / norm)
+                elif name != most:
                     self._remove(scope, name, f"lost: its norm was shrunk to 0 at step {step}", paths)
 
     def _remove_worst(self, step: int, paths: dict[str, Path]) -> None:
@@ -265,6 +298,21 @@ class _MixtureTraining:
             chosen[name] = str(layer.grid.block)
             replace_(self._model, name, layer.train(mixture.training))
         return chosen
+
+
+def _mixture(linear: nn.Linear, candidates: Mapping[str, Selected]) -> BlockMixtureLinear:
+    """The mixture in a dense layer's place, each candidate with the rank and the tile groups that were selected for it."""
+    sizes = {name: each.grid.block for name, each in candidates.items()}
+    mixture = BlockMixtureLinear.like(linear, sizes, max(each.rank for each in candidates.values()))
+    for name, each in candidates.items():
+        made = mixture.candidates[name]
+        assert isinstance(made, KroneckerBlockLinear)
+        if (made.rank, made.tile_groups) != (each.rank, each.tile_groups):
+            shape = (linear.in_features, linear.out_features, each.grid.block, each.rank)
+            like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+            mixture.candidates[name] = KroneckerBlockLinear(*shape, tile_groups=each.tile_groups, bias=False, **like)
+            mixture.scale_(name, len(candidates) ** -0.5)
+    return mixture.train(linear.training)
 
 
 def _norms(scope: dict[str, BlockMixtureLinear]) -> dict[str, float]:

@@ -39,15 +39,41 @@ class Rung:
 
 @dataclass
 class Path:
-    """A candidate's way through the search."""
+    """A candidate's way through the search.
+
+    Args:
+        block: its size.
+        sizes: what each layer takes of it.
+        estimated_seconds: of a step, by the counts.
+        energy: see `kronblocks.search.candidates.Candidate`.
+        rungs: a round each.
+        history: norm of its weights over the steps of each round.
+        why: lost, or won.
+        gap: to the best over all rounds it was in, as a share of the best one's held-out loss; None where it was not compared.
+        gap_error: standard error of that.
+    """
 
     block: BlockSize
     sizes: dict[str, str]
     estimated_seconds: float
     energy: float
     rungs: list[Rung] = field(default_factory=list)
-    history: list[dict[str, float]] = field(default_factory=list)  # norm of its weights over the steps of each round
-    why: str = ""  # lost, or won
+    history: list[dict[str, float]] = field(default_factory=list)
+    why: str = ""
+    gap: float | None = None
+    gap_error: float | None = None
+
+    def mean(self, name: str) -> float:
+        """Mean over its rounds, which count by their steps, of what a rung has under a name."""
+        return sum(rung.steps * getattr(rung, name) for rung in self.rungs) / sum(rung.steps for rung in self.rungs)
+
+    def cells(self) -> list[str]:
+        """What decided, for a table: held-out loss and gap to the best, milliseconds a step, means over rounds; steps of each."""
+        if not self.rungs:
+            return [""] * 4
+        gap = "" if self.gap is None or self.gap_error is None else percent(self.gap, self.gap_error)
+        steps = " + ".join(str(rung.steps) for rung in self.rungs)
+        return [f"{self.mean('loss'):.4f}", gap, f"{1e3 * self.mean('seconds_per_step'):.2f}", steps]
 
 
 @dataclass
@@ -56,7 +82,7 @@ class SearchReport:
 
     Args:
         criterion: how they were judged.
-        goal: what counted beside the held-out loss.
+        goal: what counted; by halving, among candidates that lose nothing.
         paths: the candidates, by area.
         chosen: the block size of each layer.
         winner: the winning candidate's size; None where layers got different ones.
@@ -111,21 +137,15 @@ class SearchReport:
             raise KronblocksError(f"the search report is damaged ({error!r}): search again") from error
 
     def __str__(self) -> str:
-        rows = [("block", "held-out loss", "gap to the best", "ms a step", "steps", "")]
-        for path in self.paths:
-            last = path.rungs[-1] if path.rungs else None
-            rows.append(
-                (
-                    str(path.block),
-                    f"{last.loss:.4f}" if last else "",
-                    f"{last.gap:+.4f} ± {last.gap_error:.4f}" if last else "",
-                    f"{1e3 * last.seconds_per_step:.2f}" if last else "",
-                    " + ".join(str(rung.steps) for rung in path.rungs),
-                    path.why,
-                )
-            )
+        rows = [["block", "mean held-out loss", "gap to the best", "ms a step", "steps", ""]]
+        rows += [[str(path.block), *path.cells(), path.why] for path in self.paths]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def percent(gap: float, error: float) -> str:
+    """A gap to the best with its standard error, both given as shares."""
+    return f"{100 * gap:+.1f} ± {100 * error:.1f}%"
 
 
 def _escaped(name: str) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +31,8 @@ class SearchTask:
 
     Args:
         batches: gives training batches for a seed, without end.
-        held_out: batches that no training sees; never the test set.
-        losses: loss of every example (or token) of a batch, (N,), differentiable.
+        held_out: a list of batches that no training sees; never the test set.
+        losses: loss of every example (or token) of a batch, (N,), differentiable: no mean of them.
         lr: learning rate of AdamW for what is not sparse, as for `parameter_groups`.
         weight_decay: of dense weights.
         factor_weight_decay: of factors.
@@ -61,16 +63,52 @@ class SearchTask:
             yield batch
         raise KronblocksError(f"batches(seed) ended after {number} batches: let it begin again, in a `while True:` loop")
 
+    def check(self, model: nn.Module) -> None:
+        """See on one held-out batch that losses come as a search needs them; the model and the random state stay as they are.
+
+        Raises:
+            KronblocksError: they do not, or there is nothing held out.
+        """
+        held_out: object = self.held_out
+        if isinstance(held_out, Tensor | Mapping | str | Iterator) or not isinstance(held_out, Iterable):
+            raise KronblocksError(
+                f"held_out is a list of batches, not {type(held_out).__name__}: write held_out=[batch], or list(batches)"
+            )
+        first = list(itertools.islice(held_out, 2))
+        if not first:
+            raise KronblocksError("held_out has no batch: give at least one, of data that no training sees")
+        devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), _evaluating(model):
+            losses: object = self.losses(model, first[0])
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            shape = f"of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+            raise KronblocksError(
+                f'losses(model, batch) gives one loss for each example, (N,), and this one is {shape}: write reduction="none" in '
+                "the loss function, .mean(1) or .flatten() where it has more dimensions, and no .mean() or .item()"
+            )
+        if len(losses) + len(first) - 1 < 2:
+            raise KronblocksError("a search compares losses example by example: hold out at least two examples")
+
     @torch.no_grad()
     def judge(self, model: nn.Module) -> Tensor:
         """Held-out loss of every example, (N,), float64, of the model in eval mode."""
-        training = model.training
-        model.eval()
-        losses = torch.cat([self.losses(model, batch).detach().double().flatten() for batch in self.held_out])
-        model.train(training)
+        with _evaluating(model):
+            losses = torch.cat([self.losses(model, batch).detach().double().flatten() for batch in self.held_out])
         if not torch.isfinite(losses).all():
             return torch.full_like(losses, torch.inf)
         return losses
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards each module is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class Trial:
