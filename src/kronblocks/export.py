@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kronblocks.checks import number, one_of
 from kronblocks.errors import KronblocksError
 from kronblocks.files import write_json
-from kronblocks.modules import bare, replace_
+from kronblocks.modules import bare, evaluating, replace_
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.bsr_linear import BsrLinear
@@ -148,14 +148,9 @@ def export(
     one_of("form", form, Form)
     if tolerance is not None:
         number("tolerance", tolerance, 0, float("inf"), "a share of the largest output, from 0 on")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         expected = list(tensors(_called(model, example)))
         new = copy.deepcopy(bare(model)).requires_grad_(False)
-    finally:
-        for module, training in modes:
-            module.training = training
     if not expected:
         raise KronblocksError("the model gives no floating point tensors for the example, by which the copy could be checked")
     if sparsifier is not None:

@@ -1,4 +1,4 @@
-"""Putting modules into the places of others, in every place where they stand."""
+"""Putting modules into the places of others, in every place where they stand, and looking at models without changing them."""
 
 from __future__ import annotations
 
@@ -97,3 +97,15 @@ def unfoldable(model: nn.Module, convolutions: bool) -> dict[str, str]:
         else:
             found[name] = "" if is_transposed(module) else UnfoldedConv.why_not(module)
     return found
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards each module is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

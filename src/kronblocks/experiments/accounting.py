@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from kronblocks.groups import optimizer_bytes
+from kronblocks.modules import evaluating
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.cost import cost
 
@@ -59,10 +60,13 @@ class MacCounter:
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d | BlockLayer):
                 handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(watch(name))]
-        was_training = model.training
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # attention as the products that it consists of
-            model.eval()(example)
-        model.train(was_training)
+        with (
+            evaluating(model),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            counter,
+        ):  # attention as the products that it consists of
+            model(example)
         for handle in handles:
             handle.remove()
         self._outside = (counter.get_total_flops() - within) / 2 / len(example)  # multiply-adds per sample outside the layers

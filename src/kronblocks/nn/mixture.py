@@ -24,8 +24,9 @@ class BlockMixtureLinear(nn.Module):
         in_features: n.
         out_features: m.
         candidates: name to block size; each must divide (m, n).
-        rank: Kronecker terms of each candidate, at most the area of its blocks.
+        rank: Kronecker terms of every candidate, or of each by name; at most the area of its blocks.
         per_row: tiles for each block row; else one bank.
+        tile_groups: number of tile banks of each candidate by name, instead of per_row.
         bias: add a trained bias.
 
     Source:
@@ -42,9 +43,10 @@ class BlockMixtureLinear(nn.Module):
         in_features: int,
         out_features: int,
         candidates: Mapping[str, BlockSize],
-        rank: int,
+        rank: int | Mapping[str, int],
         *,
         per_row: bool = True,
+        tile_groups: Mapping[str, int] | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -56,12 +58,13 @@ class BlockMixtureLinear(nn.Module):
         layers = {}
         for name, block in candidates.items():
             groups = out_features // block.rows if per_row else 1
+            terms = rank if isinstance(rank, int) else rank[name]
             layers[name] = KroneckerBlockLinear(
                 in_features,
                 out_features,
                 block,
-                min(rank, block.area),
-                tile_groups=groups,
+                min(terms, block.area),
+                tile_groups=groups if tile_groups is None else tile_groups[name],
                 bias=False,
                 device=device,
                 dtype=dtype,
@@ -129,7 +132,15 @@ class BlockMixtureLinear(nn.Module):
         return layer
 
     @classmethod
-    def like(cls, linear: nn.Linear, candidates: Mapping[str, BlockSize], rank: int, *, per_row: bool = True) -> Self:
+    def like(
+        cls,
+        linear: nn.Linear,
+        candidates: Mapping[str, BlockSize],
+        rank: int | Mapping[str, int],
+        *,
+        per_row: bool = True,
+        tile_groups: Mapping[str, int] | None = None,
+    ) -> Self:
         """A mixture of the sizes, device and dtype of a dense layer, with its bias object."""
         weight = linear.weight
         new = cls(
@@ -138,6 +149,7 @@ class BlockMixtureLinear(nn.Module):
             candidates,
             rank,
             per_row=per_row,
+            tile_groups=tile_groups,
             bias=linear.bias is not None,
             device=weight.device,
             dtype=weight.dtype,

@@ -19,7 +19,7 @@ from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.choice import deployed_seconds
 from kronblocks.search.candidates import Candidate, entrants, with_block
 from kronblocks.search.report import Path, Rung, SearchReport, percent
-from kronblocks.search.task import SearchTask, Trial
+from kronblocks.search.task import SearchTask, Trial, check_steps
 
 Goal = Literal["step-time", "inference-time", "accuracy"]
 
@@ -115,11 +115,7 @@ def find_block_size(
         if len(kept) == 1:
             break
         steps = int(search.budget * total_steps / search.rounds / len(kept))
-        if steps < _LEAST_STEPS:
-            raise KronblocksError(
-                f"{search.budget} of {total_steps} steps leaves {steps} for each of {len(kept)} candidates, and {_LEAST_STEPS} "
-                "are needed: give a larger budget, fewer sizes=, or train longer"
-            )
+        check_steps(search.budget, total_steps, steps, f"for each of {len(kept)} candidates")
         tell = _teller(progress, f"round {turn + 1} of {search.rounds}: {steps} steps of", turn, search.rounds)
         results = _round(model, config, task, kept, steps, search.goal, search.seed + turn, tell)
         for name, result in results.items():
@@ -133,8 +129,6 @@ def find_block_size(
     seconds = time.perf_counter() - start
     return SearchReport("halving", search.goal, list(paths.values()), winner.sizes, winner.block, seconds, made)
 
-
-_LEAST_STEPS = 20
 
 _Tell = Callable[[str, float], None]
 

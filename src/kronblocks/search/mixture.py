@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,20 +20,16 @@ from kronblocks.errors import KronblocksError
 from kronblocks.groups import drop_parameters_, parameter_groups
 from kronblocks.methods import FACTORED
 from kronblocks.modules import replace_
-from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.mixture import BlockMixtureLinear
 from kronblocks.ranks import RankChoice
 from kronblocks.search.candidates import Candidate, entrants
 from kronblocks.search.report import Path, SearchReport
-from kronblocks.search.task import SearchTask
-from kronblocks.selection import Selected
+from kronblocks.search.task import SearchTask, check_steps
 
 Criterion = Literal["removal", "penalty"]
 Weights = Literal["time", "equal"]
 
 _RANK = 4  # of all candidates, where the config names none: terms are not what they are to differ in
-
-_LEAST_STEPS = 20  # before each removal
 
 
 @dataclass(frozen=True)
@@ -122,11 +118,8 @@ def find_block_size_in_mixture_(
     kept, paths = entrants(model, config, sizes, search.most, rows)
     steps = int(search.budget * total_steps)
     each = (steps - int(search.train_first * steps)) // len(kept)
-    if each < _LEAST_STEPS and len(kept) > 1:
-        raise KronblocksError(
-            f"{search.budget} of {total_steps} steps leaves {each} before each of {len(kept) - 1} removals, and {_LEAST_STEPS} "
-            "are needed: give a larger budget, fewer sizes=, or train longer"
-        )
+    if len(kept) > 1:
+        check_steps(search.budget, total_steps, each, f"before each of {len(kept) - 1} removals")
     run = _MixtureTraining(model, task, kept, search, max(1, steps))
     run.train(paths, progress)
     chosen = run.collapse()
@@ -162,7 +155,13 @@ class _MixtureTraining:
             for name in names:
                 linear = model.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
-                mixture = _mixture(linear, {candidate: found[name] for candidate, found in fits.items()})
+                here = {candidate: found[name] for candidate, found in fits.items()}
+                mixture = BlockMixtureLinear.like(
+                    linear,
+                    {candidate: each.grid.block for candidate, each in here.items()},
+                    {candidate: each.rank for candidate, each in here.items()},
+                    tile_groups={candidate: each.tile_groups for candidate, each in here.items()},
+                )
                 replace_(model, name, mixture)
                 self._mixtures[name] = mixture
         self._seconds = {str(c.block): c.estimated_seconds for c in kept}
@@ -298,21 +297,6 @@ class _MixtureTraining:
             chosen[name] = str(layer.grid.block)
             replace_(self._model, name, layer.train(mixture.training))
         return chosen
-
-
-def _mixture(linear: nn.Linear, candidates: Mapping[str, Selected]) -> BlockMixtureLinear:
-    """The mixture in a dense layer's place, each candidate with the rank and the tile groups that were selected for it."""
-    sizes = {name: each.grid.block for name, each in candidates.items()}
-    mixture = BlockMixtureLinear.like(linear, sizes, max(each.rank for each in candidates.values()))
-    for name, each in candidates.items():
-        made = mixture.candidates[name]
-        assert isinstance(made, KroneckerBlockLinear)
-        if (made.rank, made.tile_groups) != (each.rank, each.tile_groups):
-            shape = (linear.in_features, linear.out_features, each.grid.block, each.rank)
-            like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-            mixture.candidates[name] = KroneckerBlockLinear(*shape, tile_groups=each.tile_groups, bias=False, **like)
-            mixture.scale_(name, len(candidates) ** -0.5)
-    return mixture.train(linear.training)
 
 
 def _norms(scope: dict[str, BlockMixtureLinear]) -> dict[str, float]:

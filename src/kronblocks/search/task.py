@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import itertools
@@ -22,6 +21,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError, PerformanceWarning
 from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, parameter_groups
+from kronblocks.modules import evaluating
 from kronblocks.surgery import sparsify_
 
 
@@ -78,7 +78,7 @@ class SearchTask:
         if not first:
             raise KronblocksError("held_out has no batch: give at least one, of data that no training sees")
         devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), _evaluating(model):
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(model):
             losses: object = self.losses(model, first[0])
         if not isinstance(losses, Tensor) or losses.dim() != 1:
             shape = f"of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
@@ -92,23 +92,33 @@ class SearchTask:
     @torch.no_grad()
     def judge(self, model: nn.Module) -> Tensor:
         """Held-out loss of every example, (N,), float64, of the model in eval mode."""
-        with _evaluating(model):
+        with evaluating(model):
             losses = torch.cat([self.losses(model, batch).detach().double().flatten() for batch in self.held_out])
         if not torch.isfinite(losses).all():
             return torch.full_like(losses, torch.inf)
         return losses
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards each module is in its own again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def check_steps(budget: float, total_steps: int, steps: int, for_what: str) -> None:
+    """Refuse a search whose candidates would train too little to be judged.
+
+    Args:
+        budget: steps of the search, as a share of the training that follows.
+        total_steps: of that training.
+        steps: what that leaves.
+        for_what: "for each of 3 candidates".
+
+    Raises:
+        KronblocksError: they are fewer than 20.
+    """
+    if steps < _LEAST_STEPS:
+        raise KronblocksError(
+            f"{budget} of {total_steps} steps leaves {steps} {for_what}, and {_LEAST_STEPS} are needed: give a larger budget, "
+            "fewer sizes=, or train longer"
+        )
+
+
+_LEAST_STEPS = 20
 
 
 class Trial:
