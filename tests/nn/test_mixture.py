@@ -19,7 +19,8 @@ def test_output_and_gradients_are_those_of_the_summed_weights(bias, per_row):
     assert [each.rank for each in layer.candidates.values()] == [3, 3, 3]
     x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
     weights = [each.dense_weight() for each in layer.candidates.values()]
-    wanted = nn.functional.linear(x, sum(weights), layer.bias)
+    assert torch.allclose(layer.weight, sum(weights), rtol=1e-12)
+    wanted = nn.functional.linear(x, layer.weight, layer.bias)
     y = layer(x)
     assert torch.allclose(y, wanted, rtol=1e-10)
     names, parameters = zip(*layer.named_parameters(), strict=True)
@@ -32,9 +33,8 @@ def test_output_and_gradients_are_those_of_the_summed_weights(bias, per_row):
 def test_the_start_has_the_variance_of_a_dense_layer():
     torch.manual_seed(0)
     layer = BlockMixtureLinear(256, 256, {"4": BlockSize(4, 4), "8": BlockSize(8, 8)}, rank=4)
-    weight = sum(each.dense_weight() for each in layer.candidates.values()).detach()
     # 5%: 65,536 weights, of which neighbours share tiles
-    assert weight.std().item() == pytest.approx((3 * 256) ** -0.5, rel=0.05)
+    assert layer.weight.detach().std().item() == pytest.approx((3 * 256) ** -0.5, rel=0.05)
 
 
 def test_norms_scaling_removal_and_collapse():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kronblocks import BlockGrid, BlockSize, KronblocksError, SparsityConfig, nearest_kronecker_sum
+from kronblocks.nn.unfolded import UnfoldedConv
 from kronblocks.search.candidates import Candidate, captured_energy, excess_energy, find_candidates, shortlist
 
 
@@ -70,3 +71,21 @@ def test_where_no_usual_size_fits_the_divisors_are_candidates():
     config = SparsityConfig(rank=1, target_sparsity=0.5)
     assert [str(c.block) for c in find_candidates(nn.Sequential(nn.Linear(147, 63)), config)] == ["3x3", "7x7", "21x21"]
     assert [str(c.block) for c in find_candidates(nn.Sequential(nn.Linear(144, 48)), config)][:3] == ["2x2", "4x4", "8x8"]
+
+
+def test_convolutions_are_candidates_where_they_are_wanted_and_stand_where_they_stood():
+    conv = nn.Conv2d(4, 8, 3)
+    net = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 16))
+    config = SparsityConfig(rank=1, target_sparsity=0.5)
+    assert [each.sizes for each in find_candidates(net, config, (2, 4))] == [{"4": "2x2"}, {"4": "4x4"}]
+    found = find_candidates(net, SparsityConfig(rank=1, target_sparsity=0.5, convolutions=True), (2, 4, 8))
+    assert [each.sizes for each in found] == [
+        {"0.linear": "2x2", "4": "2x2"},
+        {"0.linear": "4x4", "4": "4x4"},
+        {"0.linear": "8x4", "4": "8x8"},  # no block across kernel positions
+    ]
+    assert net[0] is conv and not any(isinstance(module, UnfoldedConv) for module in net.modules())
+    odd = nn.Sequential(nn.Conv2d(3, 5, 3))
+    with pytest.raises(KronblocksError, match="none of the block sizes fits"):
+        find_candidates(odd, SparsityConfig(convolutions=True), (4,))
+    assert isinstance(odd[0], nn.Conv2d)

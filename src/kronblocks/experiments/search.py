@@ -97,7 +97,7 @@ class FindConfig(ModelAndData):
     strength: float | None = None
     """Of the penalty at first, with --criterion penalty; unset: 10. It ends at 10 times that."""
     budget: float | None = None
-    """Steps of the search, as a share of the training's; unset: 1 with --criterion halving, 0.5 with the others."""
+    """Steps of the search, as a share of the training's; unset: 1 with --criterion halving, 0.5 with the others, or the least."""
     tolerance: float = SearchConfig.tolerance
     """Share of the best held-out loss that counts as nothing; with --criterion halving."""
     seed: int = 0
@@ -132,18 +132,17 @@ def run(config: FindConfig) -> SearchReport:
     training = config.training()
     data = limited(load_data(config.data, data_dir=config.data_dir), config.train_images, config.test_images)
     if config.criterion == "halving":
-        budget = SearchConfig.budget if config.budget is None else config.budget
-        search = SearchConfig(sizes=config.sizes, goal=config.goal, budget=budget, tolerance=config.tolerance, seed=config.seed)
+        chosen = {"goal": config.goal, "budget": config.budget, "tolerance": config.tolerance, "seed": config.seed}
+        search = SearchConfig(sizes=config.sizes, **chosen)
         report = search_for(training, data, search)
     else:
         torch.manual_seed(config.seed)
         model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size).to(_device())
-        budget = MixtureConfig.budget if config.budget is None else config.budget
         mixture = MixtureConfig(
             criterion=config.criterion,
             weights=config.weights,
             per_layer=config.per_layer,
-            budget=budget,
+            budget=config.budget,
             strength=MixtureConfig.strength if config.strength is None else config.strength,
             seed=config.seed,
         )

@@ -90,6 +90,12 @@ class BlockMixtureLinear(nn.Module):
             y = y + layer(x)
         return y if self.bias is None else y + self.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, (out_features, in_features), the candidates' sum, built at every access; read-only."""
+        first, *others = (layer.dense_weight() for layer in self._layers().values())
+        return sum(others, first)
+
     @torch.no_grad()
     def norms(self) -> dict[str, float]:
         """Frobenius norm of every candidate's weight."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import BlockSizeLike, SparsityConfig
 from kronblocks.errors import KronblocksError
+from kronblocks.modules import fold_, unfoldable, unfolding
 from kronblocks.ops.cost import Problem, estimated_seconds, possible_plans
 from kronblocks.search.report import Path
 from kronblocks.selection import Selected, select
@@ -111,6 +112,8 @@ def find_candidates(
 ) -> list[Candidate]:
     """The block sizes that make a difference for a model, by ascending area.
 
+    Convolutions count as what `sparsify_` makes of them, and stand where they stood afterwards.
+
     Args:
         model: dense, before `sparsify_`.
         config: which layers, which rank; its block size does not count.
@@ -122,6 +125,15 @@ def find_candidates(
         KronblocksError: no size is named, none of them fits any layer, or leaves blocks enough for the sparsity; a layer that
             is block-sparse already.
     """
+    found = unfoldable(model, config.convolutions)
+    with unfolding(model, [name for name, reason in found.items() if not reason]) as originals:
+        candidates = _find(model, config, sizes, rows)
+        fold_(model, originals)
+    return candidates
+
+
+def _find(model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike] | None, rows: int) -> list[Candidate]:
+    """The same for a model of linear layers alone."""
     if sizes is None:
         sizes = SIZES if any(_fitting(model, with_block(config, BlockSize(side, side))) for side in SIZES) else _divisors(model)
     elif not (sizes := tuple(sizes)):

@@ -19,7 +19,7 @@ from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.choice import deployed_seconds
 from kronblocks.search.candidates import Candidate, entrants, with_block
 from kronblocks.search.report import Path, Rung, SearchReport, percent
-from kronblocks.search.task import SearchTask, Trial, check_steps
+from kronblocks.search.task import SearchTask, Trial, steps_of_search
 
 Goal = Literal["step-time", "inference-time", "accuracy"]
 
@@ -32,7 +32,8 @@ class SearchConfig:
         sizes: the candidates; None: squares of powers of two from 2 to 64.
         goal: what counts among candidates that lose nothing: "step-time" (of training), "inference-time", or "accuracy" (the
             least held-out loss, whatever it costs).
-        budget: steps of all trials together, as a share of the training that follows.
+        budget: steps of all trials together, as a share of the training that follows; None: 1, or more where that leaves a trial
+            fewer than 20.
         rounds: after each of which about half of the candidates go. Each has other batches and factors, and what counts is a
             candidate's mean over all its rounds: two trainings that differ in nothing else end a percent or two apart.
         most: candidates that are tried at all.
@@ -43,7 +44,7 @@ class SearchConfig:
 
     sizes: tuple[BlockSizeLike, ...] | None = None
     goal: Goal = "step-time"
-    budget: float = 1.0
+    budget: float | None = None
     rounds: int = 3
     most: int = 6
     tolerance: float = 0.02
@@ -51,7 +52,8 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         one_of("goal", self.goal, Goal)
-        number("budget", self.budget, 1e-300, math.inf, "steps of all trials, as a share of the training's, above 0")
+        if self.budget is not None:
+            number("budget", self.budget, 1e-300, math.inf, "steps of all trials, as a share of the training's, above 0")
         number("tolerance", self.tolerance, 0, math.inf, "a share of the best held-out loss, from 0 on")
         whole("rounds", self.rounds, "the number of rounds")
         whole("most", self.most, "how many candidates are tried")
@@ -71,8 +73,8 @@ def find_block_size(
 
     In each round every candidate left is trained from the start with the method's whole course (warm-up, pruning, lift, healing)
     in a share of `total_steps`, all in turns on the same batches, then judged on held-out data. The better half goes on: the best
-    one, then those that lose nothing, the cheapest first, then the others by their loss. The steps of all rounds together
-    are `budget * total_steps`.
+    one, then those that lose nothing, the cheapest first, then the others by their loss. All rounds have equally many steps,
+    and together `budget * total_steps`.
 
     Args:
         model: dense; it stays as it is.
@@ -110,12 +112,13 @@ def find_block_size(
     start = time.perf_counter()
     task.check(model)
     kept, paths = entrants(model, config, search.sizes, search.most, rows)
+    turns = f"each of {len(kept)} candidates in each of {search.rounds} rounds"
+    budget = steps_of_search(search.budget, _USUAL_BUDGET, total_steps, search.rounds * len(kept), turns)
     made, history = 0, []
     for turn in range(search.rounds):
         if len(kept) == 1:
             break
-        steps = int(search.budget * total_steps / search.rounds / len(kept))
-        check_steps(search.budget, total_steps, steps, f"for each of {len(kept)} candidates")
+        steps = budget // (search.rounds * len(kept))
         tell = _teller(progress, f"round {turn + 1} of {search.rounds}: {steps} steps of", turn, search.rounds)
         results = _round(model, config, task, kept, steps, search.goal, search.seed + turn, tell)
         for name, result in results.items():
@@ -129,6 +132,8 @@ def find_block_size(
     seconds = time.perf_counter() - start
     return SearchReport("halving", search.goal, list(paths.values()), winner.sizes, winner.block, seconds, made)
 
+
+_USUAL_BUDGET = 1.0
 
 _Tell = Callable[[str, float], None]
 

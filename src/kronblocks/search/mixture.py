@@ -19,16 +19,17 @@ from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.groups import drop_parameters_, parameter_groups
 from kronblocks.methods import FACTORED
-from kronblocks.modules import replace_
+from kronblocks.modules import replace_, unfolding
 from kronblocks.nn.mixture import BlockMixtureLinear
 from kronblocks.ranks import RankChoice
 from kronblocks.search.candidates import Candidate, entrants
 from kronblocks.search.report import Path, SearchReport
-from kronblocks.search.task import SearchTask, check_steps
+from kronblocks.search.task import SearchTask, steps_of_search
 
 Criterion = Literal["removal", "penalty"]
 Weights = Literal["time", "equal"]
 
+_USUAL_BUDGET = 0.5
 _RANK = 4  # of all candidates, where the config names none: terms are not what they are to differ in
 
 
@@ -42,7 +43,8 @@ class MixtureConfig:
             it alone the candidate with most parameters tends to win, whatever the data.
         weights: what a candidate's loss or penalty is measured against: the "time" it takes, or "equal".
         per_layer: each layer keeps a candidate of its own; else one size for the model.
-        budget: steps, as a share of the training that follows.
+        budget: steps, as a share of the training that follows; None: 0.5, or more where that leaves fewer than 20 before each
+            removal.
         train_first: share of those steps before the first candidate may go.
         strength: of the penalty at first: what it would take from a candidate over all its steps, as a multiple of the mean norm
             of candidates. A weak one leaves several candidates, of which the one of greatest norm is kept.
@@ -54,7 +56,7 @@ class MixtureConfig:
     criterion: Criterion = "removal"
     weights: Weights = "time"
     per_layer: bool = False
-    budget: float = 0.5
+    budget: float | None = None
     train_first: float = 0.4
     strength: float = 10.0
     growth: float = 10.0
@@ -64,7 +66,8 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         one_of("criterion", self.criterion, Criterion)
         one_of("weights", self.weights, Weights)
-        number("budget", self.budget, 1e-300, math.inf, "a share of the training's steps, above 0")
+        if self.budget is not None:
+            number("budget", self.budget, 1e-300, math.inf, "a share of the training's steps, above 0")
         number("strength", self.strength, 1e-300, math.inf, "a number above 0")
         number("growth", self.growth, 1, math.inf, "how many times its strength the penalty has at the end, from 1 on")
         number("train_first", self.train_first, 0, 1, "a share of the steps, from 0 to below 1")
@@ -116,11 +119,9 @@ def find_block_size_in_mixture_(
         config = dataclasses.replace(config, rank=_RANK)
     task.check(model)
     kept, paths = entrants(model, config, sizes, search.most, rows)
-    steps = int(search.budget * total_steps)
-    each = (steps - int(search.train_first * steps)) // len(kept)
-    if len(kept) > 1:
-        check_steps(search.budget, total_steps, each, f"before each of {len(kept) - 1} removals")
-    run = _MixtureTraining(model, task, kept, search, max(1, steps))
+    parts = len(kept) / (1 - search.train_first) if len(kept) > 1 else 1
+    steps = steps_of_search(search.budget, _USUAL_BUDGET, total_steps, parts, f"each of {len(kept) - 1} removals")
+    run = _MixtureTraining(model, task, kept, search, steps)
     run.train(paths, progress)
     chosen = run.collapse()
     survivors = set(run.survivors.values())
@@ -150,7 +151,9 @@ class _MixtureTraining:
         names = [layer.name for layer in kept[0].layers if all(layer.name in found for found in fits.values())]
         if not names:
             raise KronblocksError("no layer is fit by all candidates together: name other sizes, or search by short trainings")
-        with torch.random.fork_rng(devices=[]):
+        plain = dict(model.named_modules())
+        around = [name.rpartition(".")[0] for name in names if name not in plain]
+        with torch.random.fork_rng(devices=[]), unfolding(model, around):
             torch.manual_seed(search.seed)
             for name in names:
                 linear = model.get_submodule(name)

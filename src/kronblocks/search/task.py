@@ -99,23 +99,28 @@ class SearchTask:
         return losses
 
 
-def check_steps(budget: float, total_steps: int, steps: int, for_what: str) -> None:
-    """Refuse a search whose candidates would train too little to be judged.
+def steps_of_search(budget: float | None, usual: float, total_steps: int, parts: float, for_what: str) -> int:
+    """Steps of a whole search, enough for each of its parts to tell candidates apart.
 
     Args:
-        budget: steps of the search, as a share of the training that follows.
+        budget: as a share of the training that follows; None: `usual`, or more where that is too short.
+        usual: share of a training that is long enough.
         total_steps: of that training.
-        steps: what that leaves.
-        for_what: "for each of 3 candidates".
+        parts: that share the steps evenly, and want 20 each.
+        for_what: "each of 3 candidates in each of 3 rounds".
 
     Raises:
-        KronblocksError: they are fewer than 20.
+        KronblocksError: the budget leaves fewer.
     """
-    if steps < _LEAST_STEPS:
+    least = math.ceil(_LEAST_STEPS * parts)
+    if budget is None:
+        return max(least, int(usual * total_steps))
+    if int(budget * total_steps) < least:
         raise KronblocksError(
-            f"{budget} of {total_steps} steps leaves {steps} {for_what}, and {_LEAST_STEPS} are needed: give a larger budget, "
-            "fewer sizes=, or train longer"
+            f"{budget:g} of {total_steps} steps leaves {int(budget * total_steps / parts)} for {for_what}, and {_LEAST_STEPS} "
+            f"are needed: give a budget of {math.ceil(100 * least / total_steps) / 100:g} or more, or none, or fewer sizes"
         )
+    return int(budget * total_steps)
 
 
 _LEAST_STEPS = 20
