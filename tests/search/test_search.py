@@ -237,6 +237,13 @@ def test_too_short_a_budget_says_what_is_enough():
     assert {rung.steps for path in report.paths for rung in path.rungs} == {20} and report.steps == 80
 
 
+def test_a_single_candidate_needs_no_steps():
+    report = find_block_size(model(), CONFIG, task(), total_steps=10, search=SearchConfig(sizes=(4,), budget=0.1))
+    assert str(report.winner) == "4x4" and report.steps == 0
+    short = MixtureConfig(budget=0.1)
+    assert find_block_size_in_mixture_(model(), CONFIG, task(), total_steps=10, search=short, sizes=(4,)).steps == 1
+
+
 @pytest.mark.parametrize(
     ("search", "settings", "steps"),
     [(find_block_size, SearchConfig(sizes=(2, 4), rounds=2), 80), (find_block_size_in_mixture_, MixtureConfig(), 67)],

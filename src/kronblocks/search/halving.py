@@ -112,8 +112,8 @@ def find_block_size(
     start = time.perf_counter()
     task.check(model)
     kept, paths = entrants(model, config, search.sizes, search.most, rows)
-    turns = f"each of {len(kept)} candidates in each of {search.rounds} rounds"
-    budget = steps_of_search(search.budget, _USUAL_BUDGET, total_steps, search.rounds * len(kept), turns)
+    parts, turns = search.rounds * len(kept), f"each of {len(kept)} candidates in each of {search.rounds} rounds"
+    budget = steps_of_search(search.budget, _USUAL_BUDGET, total_steps, parts if len(kept) > 1 else 0, turns)
     made, history = 0, []
     for turn in range(search.rounds):
         if len(kept) == 1:

@@ -119,9 +119,9 @@ def find_block_size_in_mixture_(
         config = dataclasses.replace(config, rank=_RANK)
     task.check(model)
     kept, paths = entrants(model, config, sizes, search.most, rows)
-    parts = len(kept) / (1 - search.train_first) if len(kept) > 1 else 1
+    parts = len(kept) / (1 - search.train_first) if len(kept) > 1 else 0
     steps = steps_of_search(search.budget, _USUAL_BUDGET, total_steps, parts, f"each of {len(kept) - 1} removals")
-    run = _MixtureTraining(model, task, kept, search, steps)
+    run = _MixtureTraining(model, task, kept, search, max(1, steps))
     run.train(paths, progress)
     chosen = run.collapse()
     survivors = set(run.survivors.values())

@@ -106,7 +106,7 @@ def steps_of_search(budget: float | None, usual: float, total_steps: int, parts:
         budget: as a share of the training that follows; None: `usual`, or more where that is too short.
         usual: share of a training that is long enough.
         total_steps: of that training.
-        parts: that share the steps evenly, and want 20 each.
+        parts: that share the steps evenly, and want 20 each; 0 where there is nothing to compare.
         for_what: "each of 3 candidates in each of 3 rounds".
 
     Raises:
