@@ -88,7 +88,7 @@ the trainings with 100 epochs to say, which have not been run.""",
 points, of which only the interval of `iterative` leaves 0 out, and both lassos by 1.1 to 1.2, with intervals that include 0. A
 training of some 300 steps is too short to tell good blocks from bad ones (random ones are as good as any), and what counts is
 how long free values train: `two-phase` trains them only from the lift on. All methods train at one learning rate here, untuned;
-swin-tiny-fashion-tuned, with rates of their own, is defined and not run yet. What `two-phase`, `rigl` and `static` leave alive
+swin-tiny-fashion-tuned, with rates of their own, is under way. What `two-phase`, `rigl` and `static` leave alive
 costs twice as much in inference as what the others leave, at the same zeros: one budget over all layers took more of the last
 layers, which few tokens reach, and shares by Erdos-Renyi do the same; `scope="layer"` takes the same share of each. The last
 stage has one token here, so its queries and keys get no gradient: blocks that `rigl` grows there stay zeros, which is why two
