@@ -1,4 +1,4 @@
-"""A small model, its task and its config."""
+"""Small models, their task and their config."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ CONFIG = SparsityConfig(rank=2, target_sparsity=0.75)
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8))
+
+
+def convolutional() -> nn.Sequential:
+    """Another one for the same task."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Unflatten(1, (4, 8)), nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(48, 8))
 
 
 def task(lr: float = 1e-2) -> SearchTask:

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from tests.search.small_task import CONFIG, model, task
+from tests.search.small_task import CONFIG, convolutional, model, task
 from torch import nn
 
 from kronblocks import BlockSize, KronblocksError, KroneckerBlockLinear, SparsityConfig, sparsify_
@@ -74,8 +74,7 @@ def test_halving_gives_every_candidate_its_steps_and_a_reason():
 
 
 def test_halving_takes_convolutions_where_they_are_wanted():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Unflatten(1, (4, 8)), nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(48, 8))
+    net = convolutional()
     config, before = dataclasses.replace(CONFIG, convolutions=True), net[1]
     report = find_block_size(net, config, task(), total_steps=100, search=SearchConfig(sizes=(2, 4), rounds=1))
     assert set(report.chosen) == {"1.linear", "3"} and net[1] is before

@@ -60,12 +60,8 @@ class MacCounter:
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d | BlockLayer):
                 handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(watch(name))]
-        with (
-            evaluating(model),
-            torch.enable_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            counter,
-        ):  # attention as the products that it consists of
+        attention = sdpa_kernel(SDPBackend.MATH)  # as the products that it consists of
+        with evaluating(model), torch.enable_grad(), attention, counter:
             model(example)
         for handle in handles:
             handle.remove()

@@ -132,8 +132,7 @@ def run(config: FindConfig) -> SearchReport:
     training = config.training()
     data = limited(load_data(config.data, data_dir=config.data_dir), config.train_images, config.test_images)
     if config.criterion == "halving":
-        chosen = {"goal": config.goal, "budget": config.budget, "tolerance": config.tolerance, "seed": config.seed}
-        search = SearchConfig(sizes=config.sizes, **chosen)
+        search = SearchConfig(config.sizes, config.goal, config.budget, tolerance=config.tolerance, seed=config.seed)
         report = search_for(training, data, search)
     else:
         torch.manual_seed(config.seed)

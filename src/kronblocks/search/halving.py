@@ -112,13 +112,14 @@ def find_block_size(
     start = time.perf_counter()
     task.check(model)
     kept, paths = entrants(model, config, search.sizes, search.most, rows)
-    parts, turns = search.rounds * len(kept), f"each of {len(kept)} candidates in each of {search.rounds} rounds"
-    budget = steps_of_search(search.budget, _USUAL_BUDGET, total_steps, parts if len(kept) > 1 else 0, turns)
+    parts = search.rounds * len(kept) if len(kept) > 1 else 0
+    for_what = f"each of {len(kept)} candidates in each of {search.rounds} rounds"
+    all_steps = steps_of_search(search.budget, _USUAL_BUDGET, total_steps, parts, for_what)
     made, history = 0, []
     for turn in range(search.rounds):
         if len(kept) == 1:
             break
-        steps = budget // (search.rounds * len(kept))
+        steps = all_steps // (search.rounds * len(kept))
         tell = _teller(progress, f"round {turn + 1} of {search.rounds}: {steps} steps of", turn, search.rounds)
         results = _round(model, config, task, kept, steps, search.goal, search.seed + turn, tell)
         for name, result in results.items():

@@ -115,12 +115,13 @@ def steps_of_search(budget: float | None, usual: float, total_steps: int, parts:
     least = math.ceil(_LEAST_STEPS * parts)
     if budget is None:
         return max(least, int(usual * total_steps))
-    if int(budget * total_steps) < least:
+    steps = int(budget * total_steps)
+    if steps < least:
         raise KronblocksError(
-            f"{budget:g} of {total_steps} steps leaves {int(budget * total_steps / parts)} for {for_what}, and {_LEAST_STEPS} "
+            f"{budget:g} of {total_steps} steps leaves {int(steps / parts)} for {for_what}, and {_LEAST_STEPS} "
             f"are needed: give a budget of {math.ceil(100 * least / total_steps) / 100:g} or more, or none, or fewer sizes"
         )
-    return int(budget * total_steps)
+    return steps
 
 
 _LEAST_STEPS = 20
