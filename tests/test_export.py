@@ -141,6 +141,21 @@ def test_keyword_arguments_nested_outputs_shared_and_unused_layers():
     assert export(Pair(), {"x": torch.randn(2, 8), "scale": 2.0}).layers[1].why == "the example does not reach it"
 
 
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = BlockSparseLinear(8, 8, 2, mask=torch.eye(4).bool())
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+@pytest.mark.parametrize("form", ["auto", "dense", "packed", "bsr"])
+def test_layers_that_are_called_by_keyword(form):
+    model, x = ByName(), torch.randn(3, 8)
+    torch.testing.assert_close(export(model, x, form=form).model(x), model(x))
+
+
 def test_a_single_layer_and_wrong_arguments():
     layer = BlockSparseLinear(8, 8, 2)
     x = torch.randn(3, 8)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kronblocks.checks import number, one_of
 from kronblocks.errors import KronblocksError
 from kronblocks.files import write_json
+from kronblocks.hooks import forward_input
 from kronblocks.modules import bare, evaluating, replace_
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
@@ -239,10 +240,10 @@ def _rows(model: nn.Module, example: Any) -> dict[str, int]:
     rows: dict[str, int] = {}
 
     def watch(name: str):
-        return lambda module, args: rows.update({name: args[0].shape[:-1].numel()})
+        return lambda module, args, kwargs: rows.update({name: forward_input(args, kwargs).shape[:-1].numel()})
 
     blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, BlockLayer)]
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in blocks]
+    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in blocks]
     try:
         call(model, example)
     finally:

@@ -13,15 +13,15 @@ SIZES = {"2x2": BlockSize(2, 2), "4x2": BlockSize(4, 2), "4x8": BlockSize(4, 8)}
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("per_row", [True, False])
-def test_output_and_gradients_are_those_of_the_summed_weights(bias, per_row):
-    layer = BlockMixtureLinear(16, 8, SIZES, rank=3, per_row=per_row, bias=bias, dtype=torch.float64)
+@pytest.mark.parametrize("tile_groups", ["per-row", 1])
+def test_output_and_gradients_are_those_of_the_summed_weights(bias, tile_groups):
+    layer = BlockMixtureLinear(16, 8, SIZES, rank=3, tile_groups=tile_groups, bias=bias, dtype=torch.float64)
     assert [each.rank for each in layer.candidates.values()] == [3, 3, 3]
     x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
     weights = [each.dense_weight() for each in layer.candidates.values()]
     assert torch.allclose(layer.weight, sum(weights), rtol=1e-12)
     wanted = nn.functional.linear(x, layer.weight, layer.bias)
-    y = layer(x)
+    y = layer(input=x)
     assert torch.allclose(y, wanted, rtol=1e-10)
     names, parameters = zip(*layer.named_parameters(), strict=True)
     got = torch.autograd.grad(y.pow(2).sum(), (x, *parameters))

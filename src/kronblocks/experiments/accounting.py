@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from kronblocks.groups import optimizer_bytes
+from kronblocks.hooks import forward_input
 from kronblocks.modules import evaluating
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.cost import cost
@@ -43,23 +44,24 @@ class MacCounter:
         counter = FlopCounterMode(display=False)  # two operations a multiply-add
         before = within = 0
 
-        def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def enter(*_: Any) -> None:
             nonlocal before
             before = counter.get_total_flops()
 
         def watch(name: str) -> Any:
-            def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            def leave(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
                 nonlocal within
                 within += counter.get_total_flops() - before
                 rows = output.numel() / (output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1])
-                self._seen[name] = (rows / len(example), args[0].requires_grad)
+                self._seen[name] = (rows / len(example), forward_input(args, kwargs).requires_grad)
 
             return leave
 
         handles = []
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d | BlockLayer):
-                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(watch(name))]
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
         attention = sdpa_kernel(SDPBackend.MATH)  # as the products that it consists of
         with evaluating(model), torch.enable_grad(), attention, counter:
             model(example)

@@ -56,8 +56,8 @@ class BsrLinear(nn.Module):
             size = (self.out_features, self.in_features)
             return torch.sparse_bsr_tensor(self.crow, self.col, self.values, size, check_invariants=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = (self.weight @ x.reshape(-1, self.in_features).t()).t().reshape(*x.shape[:-1], self.out_features)
+    def forward(self, input: Tensor) -> Tensor:
+        y = (self.weight @ input.reshape(-1, self.in_features).t()).t().reshape(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,7 @@ class BlockMixtureLinear(nn.Module):
         out_features: m.
         candidates: name to block size; each must divide (m, n).
         rank: Kronecker terms of every candidate, or of each by name; at most the area of its blocks.
-        per_row: tiles for each block row; else one bank.
-        tile_groups: number of tile banks of each candidate by name, instead of per_row.
+        tile_groups: "per-row", tiles for each block row; or the number of tile banks, of every candidate or of each by name.
         bias: add a trained bias.
 
     Source:
@@ -45,8 +44,7 @@ class BlockMixtureLinear(nn.Module):
         candidates: Mapping[str, BlockSize],
         rank: int | Mapping[str, int],
         *,
-        per_row: bool = True,
-        tile_groups: Mapping[str, int] | None = None,
+        tile_groups: int | Literal["per-row"] | Mapping[str, int] = "per-row",
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -57,14 +55,14 @@ class BlockMixtureLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         layers = {}
         for name, block in candidates.items():
-            groups = out_features // block.rows if per_row else 1
             terms = rank if isinstance(rank, int) else rank[name]
+            groups = tile_groups[name] if isinstance(tile_groups, Mapping) else tile_groups
             layers[name] = KroneckerBlockLinear(
                 in_features,
                 out_features,
                 block,
                 min(terms, block.area),
-                tile_groups=groups if tile_groups is None else tile_groups[name],
+                tile_groups=out_features // block.rows if groups == "per-row" else groups,
                 bias=False,
                 device=device,
                 dtype=dtype,
@@ -83,11 +81,11 @@ class BlockMixtureLinear(nn.Module):
             found[name] = layer
         return found
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         first, *others = self.candidates.values()
-        y = first(x)
+        y = first(input)
         for layer in others:
-            y = y + layer(x)
+            y = y + layer(input)
         return y if self.bias is None else y + self.bias
 
     @property
@@ -144,8 +142,7 @@ class BlockMixtureLinear(nn.Module):
         candidates: Mapping[str, BlockSize],
         rank: int | Mapping[str, int],
         *,
-        per_row: bool = True,
-        tile_groups: Mapping[str, int] | None = None,
+        tile_groups: int | Literal["per-row"] | Mapping[str, int] = "per-row",
     ) -> Self:
         """A mixture of the sizes, device and dtype of a dense layer, with its bias object."""
         weight = linear.weight
@@ -154,7 +151,6 @@ class BlockMixtureLinear(nn.Module):
             linear.out_features,
             candidates,
             rank,
-            per_row=per_row,
             tile_groups=tile_groups,
             bias=linear.bias is not None,
             device=weight.device,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kronblocks.blocks import BlockGrid
+from kronblocks.hooks import forward_input
 
 
 class GrowthProbe:
@@ -26,7 +27,7 @@ class GrowthProbe:
     def _forward(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         if not output.requires_grad:
             return
-        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        x = forward_input(args, kwargs).detach()
 
         def add(dy: Tensor) -> None:
             gradient = dy.detach().flatten(0, -2).float().t() @ x.flatten(0, -2).float()

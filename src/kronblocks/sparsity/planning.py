@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from kronblocks.errors import KronblocksError
+from kronblocks.hooks import forward_input
 from kronblocks.ops.choice import plan_seconds
 from kronblocks.ops.timing import candidates
 from kronblocks.ops.timing_cache import Tables, load_tables
@@ -36,7 +37,7 @@ class _Watch:
         self.compiled = False
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = forward_input(args, kwargs)
         if module.training and torch.is_grad_enabled():
             self.seen, self.compiled = (x.shape[:-1].numel(), x.requires_grad, _product_dtype(x)), torch.compiler.is_compiling()
 
