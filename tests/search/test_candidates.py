@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.search.small_task import convolutional, task
 from torch import nn
 
 from kronblocks import BlockGrid, BlockSize, KronblocksError, SparsityConfig, nearest_kronecker_sum
@@ -71,6 +72,23 @@ def test_where_no_usual_size_fits_the_divisors_are_candidates():
     config = SparsityConfig(rank=1, target_sparsity=0.5)
     assert [str(c.block) for c in find_candidates(nn.Sequential(nn.Linear(147, 63)), config)] == ["3x3", "7x7", "21x21"]
     assert [str(c.block) for c in find_candidates(nn.Sequential(nn.Linear(144, 48)), config)][:3] == ["2x2", "4x4", "8x8"]
+
+
+def test_estimated_times_count_the_rows_that_reach_each_layer():
+    net, seen = convolutional(), []
+    config = SparsityConfig(rank=2, target_sparsity=0.75, convolutions=True)
+
+    def rows(model: nn.Module):
+        seen.append(task().rows(model, seed=0))
+        return seen[-1]
+
+    torch.manual_seed(3)
+    (counted,) = find_candidates(net, config, (4,), rows=rows)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(3))) and net.training
+    assert seen == [{"1.linear": 16 * 6, "3": 16}]  # batches of 16, and 6 places of the kernel
+    assert not net[3]._forward_pre_hooks and isinstance(net[1], nn.Conv1d)
+    few, many = (find_candidates(net, config, (4,), rows=number)[0].estimated_seconds for number in (16, 96))
+    assert few < counted.estimated_seconds < many
 
 
 def test_convolutions_are_candidates_where_they_are_wanted_and_stand_where_they_stood():

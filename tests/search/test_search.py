@@ -134,6 +134,17 @@ def test_rounds_count_by_their_steps():
     assert found["4x4"].gap == pytest.approx(0.25 * -0.1 + 0.75 * 0.2)
 
 
+def test_examples_that_are_as_bad_in_every_round_are_no_less_uncertain_for_it():
+    one = {"2x2": [1.0, 1.0, 1.0, 1.0], "4x4": [1.1, 0.9, 1.3, 0.9]}
+    other = {"2x2": [1.0, 1.0, 1.0, 1.0], "4x4": [0.9, 1.1, 0.7, 1.1]}
+    first, again, opposite = (results(each, {"2x2": 1.0, "4x4": 1.0}) for each in (one, one, other))
+    names = ["2x2", "4x4"]
+    once = standings([first], names)["4x4"].error
+    assert once == pytest.approx(torch.tensor([0.1, -0.1, 0.3, -0.1]).std().item() / 2)
+    assert standings([first, again], names)["4x4"].error == pytest.approx(once)
+    assert standings([first, opposite], names)["4x4"].error == pytest.approx(0, abs=1e-12)
+
+
 def test_the_table_shows_the_means_that_decided():
     """4x4 is the worse one over all rounds and the better one in the last."""
     history = [

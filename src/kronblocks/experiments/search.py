@@ -71,7 +71,6 @@ def search_for(config: TrainConfig, data: Dataset, search: SearchConfig | None =
             config.sparsity_config(),
             task,
             total_steps=steps_of(config, data),
-            rows=config.batch_size,
             search=search or SearchConfig(sizes=config.candidates, goal=config.goal, seed=config.seed),
             progress=lambda text, done: progress.update(bar, description=text, completed=done),
         )
@@ -152,7 +151,6 @@ def run(config: FindConfig) -> SearchReport:
                 training.sparsity_config(),
                 search_task(data, config.batch_size, training.recipe),
                 total_steps=steps_of(training, data),
-                rows=config.batch_size,
                 search=mixture,
                 sizes=config.sizes,
                 progress=lambda text, done: progress.update(bar, description=text, completed=done),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +108,11 @@ def _divisors(model: nn.Module) -> list[int]:
 
 
 def find_candidates(
-    model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike] | None = None, *, rows: int = 1024
+    model: nn.Module,
+    config: SparsityConfig,
+    sizes: Iterable[BlockSizeLike] | None = None,
+    *,
+    rows: int | Callable[[nn.Module], Mapping[str, int]] = 1024,
 ) -> list[Candidate]:
     """The block sizes that make a difference for a model, by ascending area.
 
@@ -119,7 +123,8 @@ def find_candidates(
         config: which layers, which rank; its block size does not count.
         sizes: those to consider; None: squares of powers of two from 2 to 64, and only where none of them fits, of all sides up
             to 64 that divide a layer.
-        rows: rows of x per step, for the estimated times.
+        rows: rows of x per step, for the estimated times: of every layer, or counted by a function of the model whose
+            convolutions are linear layers, by the layers' names.
 
     Raises:
         KronblocksError: no size is named, none of them fits any layer, or leaves blocks enough for the sparsity; a layer that
@@ -127,12 +132,14 @@ def find_candidates(
     """
     found = unfoldable(model, config.convolutions)
     with unfolding(model, [name for name, reason in found.items() if not reason]) as originals:
-        candidates = _find(model, config, sizes, rows)
+        candidates = _find(model, config, sizes, rows if isinstance(rows, int) else rows(model))
         fold_(model, originals)
     return candidates
 
 
-def _find(model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike] | None, rows: int) -> list[Candidate]:
+def _find(
+    model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike] | None, rows: int | Mapping[str, int]
+) -> list[Candidate]:
     """The same for a model of linear layers alone."""
     if sizes is None:
         sizes = SIZES if any(_fitting(model, with_block(config, BlockSize(side, side))) for side in SIZES) else _divisors(model)
@@ -154,7 +161,9 @@ def _find(model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLik
         squares = [float(weight.detach().double().square().sum()) for weight in weights]
         shares = [excess_energy(w, layer.grid, layer.rank, layer.tile_groups) for w, layer in zip(weights, layers, strict=True)]
         energy = sum(s * e for s, e in zip(squares, shares, strict=True)) / max(sum(squares), 1e-300)
-        seconds = sum(_step_seconds(layer, config, rows, device) for layer in layers)
+        seconds = sum(
+            _step_seconds(layer, config, rows if isinstance(rows, int) else rows[layer.name], device) for layer in layers
+        )
         found.setdefault(tuple(str(layer.grid) for layer in layers), Candidate(block, layers, seconds, energy))
     if not found:
         raise KronblocksError("none of the block sizes fits the layers and the sparsity: name others, such as sizes=(2, 4)")
@@ -190,7 +199,11 @@ def shortlist(candidates: Sequence[Candidate], most: int) -> tuple[list[Candidat
 
 
 def entrants(
-    model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike] | None, most: int, rows: int
+    model: nn.Module,
+    config: SparsityConfig,
+    sizes: Iterable[BlockSizeLike] | None,
+    most: int,
+    rows: Callable[[nn.Module], Mapping[str, int]],
 ) -> tuple[list[Candidate], dict[str, Path]]:
     """The candidates that are trained, and the paths of all, by size, with the reasons of those that are not.
 

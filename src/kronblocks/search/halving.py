@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -65,7 +66,6 @@ def find_block_size(
     task: SearchTask,
     *,
     total_steps: int,
-    rows: int = 1024,
     search: SearchConfig | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> SearchReport:
@@ -81,7 +81,6 @@ def find_block_size(
         config: what `sparsify_` will get; its block size does not count.
         task: data and loss.
         total_steps: of the training that follows.
-        rows: rows of x per step, for the shortlist by estimated times.
         search: candidates, goal and budget.
         progress: called with a text and the share that is done.
 
@@ -111,7 +110,7 @@ def find_block_size(
     search = search or SearchConfig()
     start = time.perf_counter()
     task.check(model)
-    kept, paths = entrants(model, config, search.sizes, search.most, rows)
+    kept, paths = entrants(model, config, search.sizes, search.most, functools.partial(task.rows, seed=search.seed))
     parts = search.rounds * len(kept) if len(kept) > 1 else 0
     for_what = f"each of {len(kept)} candidates in each of {search.rounds} rounds"
     all_steps = steps_of_search(search.budget, _USUAL_BUDGET, total_steps, parts, for_what)
@@ -221,16 +220,14 @@ def _note(results: dict[str, _Result], paths: dict[str, Path], steps: int) -> No
     if not math.isfinite(means[best]):
         raise KronblocksError("every candidate diverged: lower the learning rate of the task")
     for name, result in results.items():
-        gap, error = _difference(result, results[best])
+        finite = math.isfinite(means[name])
+        gap, error = _mean_and_error(result.losses - results[best].losses) if finite else (math.inf, 0.0)
         paths[name].rungs.append(Rung(steps, means[name], gap, error, result.seconds_per_step, result.cost))
 
 
-def _difference(own: _Result, other: _Result) -> tuple[float, float]:
-    """Mean difference of held-out losses, example by example, and its standard error."""
-    difference = own.losses - other.losses if torch.isfinite(own.losses).all() else None
-    if difference is None:
-        return math.inf, 0.0
-    return float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
+def _mean_and_error(examples: Tensor) -> tuple[float, float]:
+    """Mean over (N,) examples, and its standard error."""
+    return float(examples.mean()), float(examples.std()) / math.sqrt(len(examples))
 
 
 class Standing(NamedTuple):
@@ -258,14 +255,13 @@ def standings(history: Sequence[dict[str, _Result]], names: Sequence[str]) -> di
     costs = {name: sum(w * results[name].cost for w, results in zip(weights, history, strict=True)) for name in names}
 
     def against(reference: str) -> dict[str, Standing]:
-        found = {}
-        for name in names:
-            gap, variance = 0.0, 0.0
+        found = {name: Standing(math.inf, 0.0, costs[name]) for name in names}
+        for name in finite:
+            share = torch.zeros(())  # of each example, held out in every round alike: (N,) when summed
             for weight, results in zip(weights, history, strict=True):
-                mean, error = _difference(results[name], results[reference])
-                scale = weight / float(results[reference].losses.mean())
-                gap, variance = gap + scale * mean, variance + (scale * error) ** 2
-            found[name] = Standing(gap, math.sqrt(variance), costs[name])
+                own, others = results[name].losses, results[reference].losses
+                share = share + weight * (own - others) / others.mean()
+            found[name] = Standing(*_mean_and_error(share), costs[name])
         return found
 
     finite = [name for name in names if all(torch.isfinite(results[name].losses).all() for results in history)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -80,7 +81,6 @@ def find_block_size_in_mixture_(
     task: SearchTask,
     *,
     total_steps: int,
-    rows: int = 1024,
     search: MixtureConfig | None = None,
     sizes: Sequence[Any] | None = None,
     progress: Callable[[str, float], None] | None = None,
@@ -95,7 +95,6 @@ def find_block_size_in_mixture_(
             not count. Candidates begin anew, from random factors.
         task: data, loss and optimiser; what it says of lifted values is for the training that follows.
         total_steps: of the training that follows.
-        rows: rows of x per step, for estimated times.
         search: the criterion.
         sizes: candidates; None: squares of powers of two from 2 to 64.
         progress: called with a text and the share that is done.
@@ -118,7 +117,7 @@ def find_block_size_in_mixture_(
     if config.rank is None:
         config = dataclasses.replace(config, rank=_RANK)
     task.check(model)
-    kept, paths = entrants(model, config, sizes, search.most, rows)
+    kept, paths = entrants(model, config, sizes, search.most, functools.partial(task.rows, seed=search.seed))
     parts = len(kept) / (1 - search.train_first) if len(kept) > 1 else 0
     steps = steps_of_search(search.budget, _USUAL_BUDGET, total_steps, parts, f"each of {len(kept) - 1} removals")
     run = _MixtureTraining(model, task, kept, search, max(1, steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -21,6 +22,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError, PerformanceWarning
 from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, parameter_groups
+from kronblocks.hooks import forward_input
 from kronblocks.modules import evaluating
 from kronblocks.surgery import sparsify_
 
@@ -77,8 +79,7 @@ class SearchTask:
         first = list(itertools.islice(held_out, 2))
         if not first:
             raise KronblocksError("held_out has no batch: give at least one, of data that no training sees")
-        devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(model):
+        with _same_random_state(model), torch.no_grad(), evaluating(model):
             losses: object = self.losses(model, first[0])
         if not isinstance(losses, Tensor) or losses.dim() != 1:
             shape = f"of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
@@ -89,6 +90,30 @@ class SearchTask:
         if len(losses) + len(first) - 1 < 2:
             raise KronblocksError("a search compares losses example by example: hold out at least two examples")
 
+    def rows(self, model: nn.Module, seed: int) -> dict[str, int]:
+        """How many rows of x reach each linear layer in a training step; the model and the random state stay as they are.
+
+        A layer that the first batch does not reach counts as the others do at most.
+        """
+        seen: dict[str, int] = {}
+
+        def watch(name: str) -> Callable[..., None]:
+            def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+                seen[name] = seen.get(name, 0) + forward_input(args, kwargs).shape[:-1].numel()
+
+            return note
+
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in layers.items()]
+        try:
+            with _same_random_state(model), torch.enable_grad(), evaluating(model):  # without, attention may go past its layers
+                self.losses(model, next(self.stream(seed)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        most = max(seen.values(), default=1)
+        return {name: seen.get(name, most) for name in layers}
+
     @torch.no_grad()
     def judge(self, model: nn.Module) -> Tensor:
         """Held-out loss of every example, (N,), float64, of the model in eval mode."""
@@ -97,6 +122,10 @@ class SearchTask:
         if not torch.isfinite(losses).all():
             return torch.full_like(losses, torch.inf)
         return losses
+
+
+def _same_random_state(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return torch.random.fork_rng(devices=list({p.device for p in model.parameters() if p.device.type == "cuda"}))
 
 
 def steps_of_search(budget: float | None, usual: float, total_steps: int, parts: float, for_what: str) -> int:
