@@ -220,13 +220,22 @@ def test_records_that_do_not_fit_are_refused_and_change_nothing(change, says):
 def test_parameter_groups_cover_every_parameter_once_with_the_right_rates():
     model = nn.Sequential(*mlp(), nn.LayerNorm(5), nn.Conv1d(2, 3, 1))
     sparsify_(model, config())
-    groups = parameter_groups(model, lr=0.1, weight_decay=0.3, factor_lr_scale=2.0, lifted_lr_scale=3.0, factor_weight_decay=0.2)
+    scales = {"factor_lr_scale": 2.0, "tile_lr_scale": 0.5, "lifted_lr_scale": 3.0}
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.3, factor_weight_decay=0.2, **scales)
     found = {g["name"]: (round(g["lr"], 9), g["weight_decay"], len(g["params"])) for g in groups}
-    assert found == {"dense": (0.1, 0.3, 2), "no-decay": (0.1, 0.0, 5), "factors": (0.2, 0.2, 4), "lifted": (0.3, 0.2, 0)}
+    assert found == {
+        "dense": (0.1, 0.3, 2),
+        "no-decay": (0.1, 0.0, 5),
+        "coefficients": (0.2, 0.2, 2),
+        "tiles": (0.1, 0.2, 2),
+        "lifted": (0.3, 0.2, 0),
+    }
     apart = parameter_groups(model, lr=0.1, factor_weight_decay=0.2, lifted_weight_decay=0.4)
-    assert [g["weight_decay"] for g in apart] == [0.0, 0.0, 0.2, 0.4]
+    assert [g["weight_decay"] for g in apart] == [0.0, 0.0, 0.2, 0.2, 0.4]
     held = [id(p) for g in groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
+    with pytest.raises(KronblocksError, match="tile_lr_scale is a number"):
+        parameter_groups(model, lr=0.1, tile_lr_scale=-1.0)
     for lr in (-1.0, math.inf, math.nan):
         with pytest.raises(KronblocksError, match="lr is a number"):
             parameter_groups(model, lr=lr)

@@ -27,12 +27,12 @@ def mixed(sizes: tuple[int, ...], net: nn.Module, seconds: dict[str, float] | No
 
 
 def test_candidates_together_train_with_the_whole_recipe():
-    recipe = dataclasses.replace(task(), weight_decay=0.1, factor_weight_decay=0.05, factor_lr_scale=3.0)
+    recipe = dataclasses.replace(task(), weight_decay=0.1, factor_weight_decay=0.05, factor_lr_scale=3.0, tile_lr_scale=0.5)
     training = _MixtureTraining(model(), recipe, find_candidates(model(), CONFIG, (2, 4)), MixtureConfig(), 10)
     groups = {group["name"]: group for group in training._optimizer.param_groups}
     found = {name: (group["weight_decay"], group["max_lr"] / recipe.lr) for name, group in groups.items() if group["params"]}
-    assert found == {"no-decay": (0.0, 1.0), "factors": (0.05, 3.0)}
-    assert len(groups["factors"]["params"]) == 8
+    assert found == {"no-decay": (0.0, 1.0), "coefficients": (0.05, 3.0), "tiles": (0.05, 1.5)}
+    assert [len(groups[name]["params"]) for name in ("coefficients", "tiles")] == [4, 4]
 
 
 def test_candidates_together_have_the_ranks_and_tile_groups_of_the_config():

@@ -53,7 +53,7 @@ def test_two_phase_lifts_compacts_and_never_trains_a_dense_matrix():
     assert max(counts) < dense
     live = training.sparsifier.report().live_blocks
     assert counts[-1] == live * 16 + 24 + 16 + 8
-    assert [len(group["params"]) for group in training.optimizer.param_groups] == [0, 3, 0, 3]
+    assert [len(group["params"]) for group in training.optimizer.param_groups] == [0, 3, 0, 0, 3]
 
 
 def random_model(seed: int) -> tuple[nn.Sequential, SparsityConfig]:

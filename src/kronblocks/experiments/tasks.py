@@ -16,14 +16,14 @@ from kronblocks.checks import number
 from kronblocks.config import Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig, Storage
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import TRANSFORMERS, ModelName
-from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE
+from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE
 from kronblocks.methods import CONSTANT, FACTORED, LIFTED, PENALISED, PRUNING, REGROWING, STORED, Init, Method, TileGroups
 from kronblocks.search.halving import Goal
 from kronblocks.sparsity.budget import Distribution, Scope
 from kronblocks.sparsity.targets import Score
 
 OF_SOME_METHODS: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("rank", "tile_groups", "gate", "factor_lr_scale"), FACTORED),
+    **dict.fromkeys(("rank", "tile_groups", "gate", "factor_lr_scale", "tile_lr_scale"), FACTORED),
     "init": FACTORED | CONSTANT,
     "factor_weight_decay": FACTORED | STORED,
     **dict.fromkeys(("lifted_lr_scale", "lifted_weight_decay"), LIFTED | STORED),
@@ -51,6 +51,7 @@ class Recipe(NamedTuple):
     weight_decay: float = 0.0
     factor_weight_decay: float = 0.0
     factor_lr_scale: float = FACTOR_LR_SCALE  # rate of factors, relative to lr
+    tile_lr_scale: float = TILE_LR_SCALE  # rate of tiles, relative to that of the other factors
     lifted_lr_scale: float = LIFTED_LR_SCALE  # rate of free block values, relative to lr
     lifted_weight_decay: float | None = None  # of free block values; None: as factors
 
@@ -160,6 +161,8 @@ class TaskConfig(ModelAndData):
     """Of factors, and of free block values; unset: the method's own."""
     factor_lr_scale: float | None = None
     """Learning rate of factors, relative to --lr; unset: the method's own."""
+    tile_lr_scale: float | None = None
+    """Learning rate of tiles, relative to that of the other factors; unset: 1."""
     lifted_lr_scale: float | None = None
     """Learning rate of free block values, relative to --lr; unset: the method's own."""
     lifted_weight_decay: float | None = None
@@ -228,7 +231,7 @@ class TrainConfig(TaskConfig):
         if self.block_size == "auto" and self.method == "dense":
             raise KronblocksError("method 'dense' has no blocks to search for: leave --block-size out")
         stored = self.sparsity_config().chosen_storage
-        for name in ("factor_lr_scale", *OF_FREE_VALUES):
+        for name in ("factor_lr_scale", "tile_lr_scale", *OF_FREE_VALUES):
             if getattr(self, name) is None:
                 continue
             if self.method not in OF_SOME_METHODS[name]:

@@ -173,6 +173,7 @@ class _MixtureTraining:
             weight_decay=task.weight_decay,
             factor_weight_decay=task.factor_weight_decay,
             factor_lr_scale=task.factor_lr_scale,
+            tile_lr_scale=task.tile_lr_scale,
         )
         self._optimizer: Optimizer = AdamW(groups)
         rates = [group["lr"] for group in groups]

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError, PerformanceWarning
-from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, parameter_groups
+from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE, parameter_groups
 from kronblocks.hooks import forward_input
 from kronblocks.modules import evaluating
 from kronblocks.surgery import sparsify_
@@ -40,6 +40,7 @@ class SearchTask:
         factor_weight_decay: of factors.
         lifted_weight_decay: of free block values; None: as factors.
         factor_lr_scale: rate of factors, relative to `lr`.
+        tile_lr_scale: rate of tiles, relative to that of the other factors.
         lifted_lr_scale: rate of free block values, relative to `lr`.
     """
 
@@ -50,6 +51,7 @@ class SearchTask:
     weight_decay: float = 0.0
     factor_weight_decay: float = 0.0
     factor_lr_scale: float = FACTOR_LR_SCALE
+    tile_lr_scale: float = TILE_LR_SCALE
     lifted_lr_scale: float = LIFTED_LR_SCALE
     lifted_weight_decay: float | None = None
 
@@ -179,6 +181,7 @@ class Trial:
             weight_decay=task.weight_decay,
             factor_weight_decay=task.factor_weight_decay,
             factor_lr_scale=task.factor_lr_scale,
+            tile_lr_scale=task.tile_lr_scale,
             lifted_lr_scale=task.lifted_lr_scale,
             lifted_weight_decay=task.lifted_weight_decay,
         )

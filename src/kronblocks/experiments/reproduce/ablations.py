@@ -66,6 +66,8 @@ VARIANTS: dict[str, Settings] = {
     "decay of factors 0.05": {"factor_weight_decay": 0.05, "lifted_weight_decay": 0.0},
     "rate of factors x1, rate after the lift x1": {"factor_lr_scale": 1.0, "lifted_lr_scale": 1.0},
     "as shipped: every setting left out": {**dict.fromkeys(BASE), "scope": "global", "schedule": ScheduleConfig()},
+    "rate of tiles half that of coefficients": {"tile_lr_scale": 0.5},
+    "rate of tiles twice that of coefficients": {"tile_lr_scale": 2.0},
 }
 """Name to the settings that differ from the default method."""
 
