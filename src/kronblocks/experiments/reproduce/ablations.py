@@ -26,6 +26,8 @@ def _schedule(**changes: Any) -> ScheduleConfig:
 
 _A: Settings = {"factor_lr_scale": 1.0, "regrow": 0.1, "schedule": _schedule(update_every=25)}
 
+_SHIPPED: Settings = {**dict.fromkeys(BASE), "scope": "global", "schedule": ScheduleConfig()}
+
 VARIANTS: dict[str, Settings] = {
     DEFAULT: {},
     "score: gradient times weight": {"score": "taylor"},
@@ -65,9 +67,11 @@ VARIANTS: dict[str, Settings] = {
     "A, pruning until 0.4, rank 8": {**_A, "schedule": _schedule(end=0.4, update_every=25), "rank": 8},
     "decay of factors 0.05": {"factor_weight_decay": 0.05, "lifted_weight_decay": 0.0},
     "rate of factors x1, rate after the lift x1": {"factor_lr_scale": 1.0, "lifted_lr_scale": 1.0},
-    "as shipped: every setting left out": {**dict.fromkeys(BASE), "scope": "global", "schedule": ScheduleConfig()},
+    "as shipped: every setting left out": _SHIPPED,
     "rate of tiles half that of coefficients": {"tile_lr_scale": 0.5},
     "rate of tiles twice that of coefficients": {"tile_lr_scale": 2.0},
+    "rate of tiles a quarter of that of coefficients": {"tile_lr_scale": 0.25},
+    "as shipped, rate of tiles half that of coefficients": {**_SHIPPED, "tile_lr_scale": 0.5},
 }
 """Name to the settings that differ from the default method."""
 
