@@ -138,10 +138,10 @@ def test_trials_go_on_beyond_the_first_grid_while_the_best_lies_at_an_edge(tmp_p
     rows = Campaign(study, tmp_path, tmp_path / "work", jobs=1).run().rows
     compared = [row for row in rows if row["part"] == "compare"]
     assert [row["settings"] for row in compared] == ["lr 0.032, rank 4"]
-    # six, then 0.016 and rank 2 beside 0.008, then 0.032 and both ranks beside 0.016, then both ranks beside 0.032
-    assert len(trained) == 6 + 2 + 3 + 2 + 1 and len(set(trained)) == len(trained) - 1
+    # six, then 0.016 and rank 2 beside 0.008, then 0.032 and both ranks beside 0.016, then 0.064 and both ranks beside 0.032
+    assert len(trained) == 6 + 2 + 3 + 3 + 1 and len(set(trained)) == len(trained) - 1
     page = write(tmp_path, tmp_path / "page.md").read_text()
-    assert "| two-phase | 4x4 | lr 0.032, rank 4 | 13 |" in page
+    assert "| two-phase | 4x4 | lr 0.032, rank 4 | 14 |" in page
     wanted["lr"] = 8e-3  # other trials: what was compared is compared again, at another place
     (tmp_path / "reproduce-tiny.json").unlink()
     campaigned = Campaign(study, tmp_path, tmp_path / "work", jobs=1)

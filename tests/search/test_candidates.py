@@ -51,7 +51,7 @@ def test_random_weights_have_no_energy_beyond_chance_and_structured_ones_all():
 
 
 def candidate(side: int, seconds: float, energy: float) -> Candidate:
-    return Candidate(BlockSize(side, side), (), seconds, energy)
+    return Candidate(BlockSize(side, side), (), {"0": seconds}, energy)
 
 
 def test_shortlist_drops_what_another_beats_in_both_and_thins_the_rest():

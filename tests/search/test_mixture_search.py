@@ -22,7 +22,8 @@ def mixed(sizes: tuple[int, ...], net: nn.Module, seconds: dict[str, float] | No
     """A training of candidates together, at its beginning."""
     kept = find_candidates(net, CONFIG, sizes)
     training = _MixtureTraining(net, task(), kept, MixtureConfig(weights="time"), 10)
-    training._seconds = seconds or training._seconds
+    if seconds is not None:
+        training._seconds = {name: dict.fromkeys(training._mixtures, each) for name, each in seconds.items()}
     return training
 
 
@@ -90,6 +91,19 @@ def test_of_candidates_that_do_harm_the_one_that_takes_longer_goes_first(monkeyp
     paths = {name: Path(BlockSize.parse(name), {}, 1.0, 0.0) for name in missed}
     training._remove_worst(1, paths)
     assert {name for mixture in training._mixtures.values() for name in mixture.candidates} == {"4x4", "8x8"}
+
+
+def test_candidates_are_weighed_by_their_time_in_the_layers_that_are_judged():
+    training = mixed((16, 32), nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 6)))  # 2x16 and 2x32 in the second
+    time = {name: dict(layers) for name, layers in training._seconds.items()}
+    for scope in (["0"], ["1"], ["0", "1"]):
+        spent = {name: sum(layers[layer] for layer in scope) for name, layers in time.items()}
+        weights = training._weights(scope)
+        assert weights["16x16"] / weights["32x32"] == pytest.approx(spent["16x16"] / spent["32x32"])
+        assert sum(weights.values()) == pytest.approx(2)
+    training._seconds = {"16x16": {"0": 3.0, "1": 1.0}, "32x32": {"0": 1.0, "1": 1.0}}
+    assert training._weights(["1"]) == {"16x16": 1.0, "32x32": 1.0}
+    assert training._weights(["0", "1"])["16x16"] == pytest.approx(4 / 3)
 
 
 def test_candidates_that_fit_other_layers_meet_where_all_fit():

@@ -85,7 +85,7 @@ def test_halving_takes_convolutions_where_they_are_wanted():
 def judged(losses: dict[str, list[float]], costs: dict[str, float], **settings):
     """Who goes on after one round, and why the others do not."""
     history = [results(losses, costs)]
-    kept = [Candidate(BlockSize.parse(name), (), 0.0, 0.0) for name in losses]
+    kept = [Candidate(BlockSize.parse(name), (), {}, 0.0) for name in losses]
     paths = {name: Path(BlockSize.parse(name), {}, 0.0, 0.0) for name in losses}
     last = settings.pop("last", True)
     _note(history[0], paths, 50)
@@ -155,7 +155,7 @@ def test_the_table_shows_the_means_that_decided():
     paths = {name: Path(BlockSize.parse(name), {}, 0.0, 0.0) for name in ("2x2", "4x4")}
     for each, steps in zip(history, (30, 10), strict=True):
         _note(each, paths, steps)
-    kept = [Candidate(path.block, (), 0.0, 0.0) for path in paths.values()]
+    kept = [Candidate(path.block, (), {}, 0.0) for path in paths.values()]
     assert [str(c.block) for c in _judge(history, kept, paths, SearchConfig(), last=True)] == ["2x2"]
     gap = 100 * (0.75 * 0.5 / 1.0 - 0.25 * 0.1 / 0.5)
     shown = f"{gap:+.1f} ± 0.0%"

@@ -37,15 +37,20 @@ class Candidate:
     Args:
         block: the size asked for.
         layers: what the layers take of it: the nearest size that divides them.
-        estimated_seconds: a training step of these layers at the target sparsity, by the counts.
+        layer_seconds: a training step of each of these layers at the target sparsity, by the counts.
         energy: what the best mixtures of this block size keep of the weights' squares, from 0, no more than of random weights, to
             1, everything. Of an untrained model about 0 for all sizes.
     """
 
     block: BlockSize
     layers: tuple[Selected, ...]
-    estimated_seconds: float
+    layer_seconds: Mapping[str, float]
     energy: float
+
+    @property
+    def estimated_seconds(self) -> float:
+        """A training step of all of them."""
+        return sum(self.layer_seconds.values())
 
     @property
     def sizes(self) -> dict[str, str]:
@@ -161,9 +166,10 @@ def _find(
         squares = [float(weight.detach().double().square().sum()) for weight in weights]
         shares = [excess_energy(w, layer.grid, layer.rank, layer.tile_groups) for w, layer in zip(weights, layers, strict=True)]
         energy = sum(s * e for s, e in zip(squares, shares, strict=True)) / max(sum(squares), 1e-300)
-        seconds = sum(
-            _step_seconds(layer, config, rows if isinstance(rows, int) else rows[layer.name], device) for layer in layers
-        )
+        seconds = {
+            layer.name: _step_seconds(layer, config, rows if isinstance(rows, int) else rows[layer.name], device)
+            for layer in layers
+        }
         found.setdefault(tuple(str(layer.grid) for layer in layers), Candidate(block, layers, seconds, energy))
     if not found:
         raise KronblocksError("none of the block sizes fits the layers and the sparsity: name others, such as sizes=(2, 4)")

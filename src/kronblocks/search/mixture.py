@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -166,7 +166,7 @@ class _MixtureTraining:
                 )
                 replace_(model, name, mixture)
                 self._mixtures[name] = mixture
-        self._seconds = {str(c.block): c.estimated_seconds for c in kept}
+        self._seconds = {str(c.block): c.layer_seconds for c in kept}
         groups = parameter_groups(
             model,
             lr=task.lr,
@@ -207,11 +207,12 @@ class _MixtureTraining:
         while any(len(mixture.candidates) > 1 for mixture in self._mixtures.values()):
             self._remove_least(self.steps, paths)
 
-    def _weight(self, name: str) -> float:
-        """What a candidate's contribution is divided by, 1 on average."""
+    def _weights(self, scope: Iterable[str]) -> dict[str, float]:
+        """What each candidate's contribution to some layers is divided by, 1 on average."""
         if self._search.weights == "equal":
-            return 1.0
-        return self._seconds[name] * len(self._seconds) / sum(self._seconds.values())
+            return dict.fromkeys(self._seconds, 1.0)
+        seconds = {name: sum(layers[layer] for layer in scope) for name, layers in self._seconds.items()}
+        return {name: own * len(seconds) / sum(seconds.values()) for name, own in seconds.items()}
 
     def _scopes(self) -> list[dict[str, BlockMixtureLinear]]:
         """Mixtures that decide together."""
@@ -228,9 +229,9 @@ class _MixtureTraining:
             norms = _norms(scope)
             if len(norms) < 2:
                 continue
-            typical = sum(norms.values()) / len(norms)
-            left = {name: norm - strength * typical * self._weight(name) for name, norm in norms.items()}
-            most = max(norms, key=lambda name: norms[name] / self._weight(name))  # stays where all would go at once
+            typical, weights = sum(norms.values()) / len(norms), self._weights(scope)
+            left = {name: norm - strength * typical * weights[name] for name, norm in norms.items()}
+            most = max(norms, key=lambda name: norms[name] / weights[name])  # stays where all would go at once
             for name, norm in norms.items():
                 if left[name] > 0:
                     for mixture in scope.values():
@@ -247,7 +248,7 @@ class _MixtureTraining:
             whole = self._task.judge(self._model).mean()
             missed = {name: float(self._without(scope, name) - whole) for name in names}
             # what does harm has to go, and first what takes long
-            weights = {name: self._weight(name) for name in names}
+            weights = self._weights(scope)
             rated = {name: value / weights[name] if value > 0 else value * weights[name] for name, value in missed.items()}
             worst = min(rated, key=rated.__getitem__)
             others = ", ".join(f"{name} {value:+.4f}" for name, value in rated.items() if name != worst)

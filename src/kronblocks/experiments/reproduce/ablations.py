@@ -84,5 +84,5 @@ def _forms(first: str, *strengths: float) -> dict[str, Settings]:
     return {first: both.pop(first), **both}
 
 
-GROUP_LASSO_FORMS = _forms("proximal", 0.03, 0.1, 0.3, 1.0, 3.0)
+GROUP_LASSO_FORMS = _forms("proximal", 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 KRON_L1_FORMS = _forms("in the loss, strength 1", 0.1, 0.3, 1.0, 3.0, 10.0)

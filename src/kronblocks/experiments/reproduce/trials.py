@@ -33,18 +33,18 @@ def rates(values: Sequence[float], first: slice) -> Axis:
     return Axis("lr", tuple(values), first)
 
 
-RATES = rates((1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), slice(1, 4))
+RATES = rates((1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128), slice(1, 4))
 
-_MIDDLE = slice(1, 3)
+_RANKS = Axis("rank", (2, 4, 8, 16, 32, 64), slice(1, 3))
 _DECAY = (0.0, 0.05, 0.1, 0.2)
 _OTHERS: dict[str, tuple[Axis, ...]] = {  # beside the learning rate, what matters most for the method
     "dense": (Axis("weight_decay", _DECAY, slice(0, 2)),),
     "static": (Axis("factor_weight_decay", _DECAY, slice(0, 2)),),  # of its free values
-    "two-phase": (Axis("rank", (2, 4, 8, 16), _MIDDLE),),
-    **dict.fromkeys(("magnitude", "iterative"), (Axis("schedule.end", (0.25, 0.4, 0.7, 0.85), _MIDDLE),)),
-    **dict.fromkeys(("group-lasso", "elastic-group-lasso"), (Axis("schedule.end", (0.3, 0.5, 0.8, 0.9), _MIDDLE),)),
-    "rigl": (Axis("regrow", (0.1, 0.3, 0.5, 0.7), _MIDDLE),),
-    "kron-l1": (Axis("rank", (2, 4, 8, 16), _MIDDLE), Axis("penalty.strength", (0.3, 1.0, 3.0), slice(1, 2))),
+    "two-phase": (_RANKS,),
+    **dict.fromkeys(("magnitude", "iterative"), (Axis("schedule.end", (0.1, 0.15, 0.25, 0.4, 0.7, 0.85, 0.95), slice(3, 5)),)),
+    **dict.fromkeys(("group-lasso", "elastic-group-lasso"), (Axis("schedule.end", (0.1, 0.2, 0.3, 0.5, 0.8, 0.9), slice(3, 5)),)),
+    "rigl": (Axis("regrow", (0.01, 0.03, 0.1, 0.3, 0.5, 0.7), slice(3, 5)),),
+    "kron-l1": (_RANKS, Axis("penalty.strength", (0.1, 0.3, 1.0, 3.0, 10.0), slice(2, 3))),
 }
 
 
