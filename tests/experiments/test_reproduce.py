@@ -319,8 +319,9 @@ def test_searches_beside_trainings_of_every_size(tmp_path, monkeypatch):
     task = {"data": "digits", "model": "mlp", "widths": (16,), "epochs": 2, "batch_size": 8, "sparsity": 0.5}
     study = SearchStudy({"digits": task}, sizes=("2", "4"), seeds=(0,), threads=1)
     results = study.run(tmp_path / "results", tmp_path / "work")
-    assert [(row["part"], row["size"]) for row in results.rows] == [("apart", "2"), ("apart", "4"), ("search", "auto")]
-    assert results.rows[2]["found"] in ("2x2", "4x4") and results.rows[1]["blocks"] == "2x4 4x4"
+    searches = [(part, "auto") for part in ("search", "removal", "penalty")]
+    assert [(row["part"], row["size"]) for row in results.rows] == [("apart", "2"), ("apart", "4"), *searches]
+    assert {row["found"] for row in results.rows[2:]} <= {"2x2", "4x4"} and results.rows[1]["blocks"] == "2x4 4x4"
     monkeypatch.setattr(SearchStudy, "_search", lambda self, key: pytest.fail("run again"))
     study.run(tmp_path / "results", tmp_path / "work")
     assert "## Search" in (write(tmp_path / "results", tmp_path / "page.md")).read_text()
@@ -333,16 +334,16 @@ def test_what_a_search_should_have_found():
 
     def text_of(*apart):
         search = {"part": "search", "task": "a task", "size": "auto", "seed": 0, "found": "4x4", "seconds": 5}
-        rows = [*(row(*each) for each in apart), search]
+        rows = [*(row(*each) for each in apart), search, {**search, "part": "removal", "found": "2x2", "seconds": 2}]
         return "\n".join(searches_page({"versions": {"processor": "a", "torch": "b"}, "rows": rows}))
 
     eight = (("8", 0, 0.8, 1), ("8", 1, 0.8, 1))
     text = text_of(("2", 0, 0.91, 9), ("2", 1, 0.87, 9), ("4", 0, 0.889, 4), ("4", 1, 0.889, 4), *eight)
-    assert "| 2x2 | 2x2 | 89.00 ± 2.83 |  | yes | 9.0 | 0 of 1 |" in text
-    assert "| **4x4** | 4x4 | 88.90 ± 0.00 | -0.10 | yes | 4.0 | 1 of 1 |" in text
-    assert "| 8x8 | 8x8 | 80.00 ± 0.00 | -9.00 | no | 1.0 | 0 of 1 |" in text
+    assert "| 2x2 | 2x2 | 89.00 ± 2.83 |  | yes | 9.0 | 0 of 1 | 1 of 1 |" in text
+    assert "| **4x4** | 4x4 | 88.90 ± 0.00 | -0.10 | yes | 4.0 | 1 of 1 | 0 of 1 |" in text
+    assert "| 8x8 | 8x8 | 80.00 ± 0.00 | -9.00 | no | 1.0 | 0 of 1 | 0 of 1 |" in text
     assert "The pooled deviation is 1.63; by that of 2x2 alone, 2.83, the size to find would be 4x4 too." in text
-    assert "A search took 5.0 s, 1.25 of a training with 4x4 blocks." in text
+    assert "A search took 5.0 s by halving, 2.0 s by removal: 1.25, 0.50 of a training with 4x4 blocks." in text
     text = text_of(("2", 0, 0.891, 9), ("2", 1, 0.889, 9), ("4", 0, 0.91, 4), ("4", 1, 0.866, 4), *eight)
     assert "| **4x4** |" in text and "by that of 2x2 alone, 0.14, the size to find would be 2x2." in text
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -59,21 +59,22 @@ def steps_of(config: TrainConfig, data: Dataset) -> int:
     return config.epochs * math.ceil(len(data.train) / config.batch_size)
 
 
-def search_for(config: TrainConfig, data: Dataset, search: SearchConfig | None = None) -> SearchReport:
-    """The search that a training with `block_size="auto"` begins with."""
+def search_for(config: TrainConfig, data: Dataset, search: SearchConfig | MixtureConfig | None = None) -> SearchReport:
+    """A search before a training; with `search` unset the one that a training with `block_size="auto"` begins with."""
     torch.manual_seed(config.seed)
     model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size).to(_device())
     task = search_task(data, config.batch_size, config.recipe)
     with Progress(console=Console(stderr=True), transient=True, disable=not config.progress) as progress:
         bar = progress.add_task("looking for the block size", total=1.0)
-        return find_block_size(
-            model,
-            config.sparsity_config(),
-            task,
-            total_steps=steps_of(config, data),
-            search=search or SearchConfig(sizes=config.candidates, goal=config.goal, seed=config.seed),
-            progress=lambda text, done: progress.update(bar, description=text, completed=done),
-        )
+        shared: dict[str, Any] = {
+            "total_steps": steps_of(config, data),
+            "progress": lambda text, done: progress.update(bar, description=text, completed=done),
+        }
+        if isinstance(search, MixtureConfig):
+            sparse = config.sparsity_config()
+            return find_block_size_in_mixture_(model, sparse, task, search=search, sizes=config.candidates, **shared)
+        own = SearchConfig(sizes=config.candidates, goal=config.goal, seed=config.seed)
+        return find_block_size(model, config.sparsity_config(), task, search=search or own, **shared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ class FindConfig(ModelAndData):
     def training(self) -> TrainConfig:
         """The training that would follow."""
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelAndData)}
-        return TrainConfig(out=Path(), method=self.method, block_size="auto", seed=self.seed, **shared)
+        return TrainConfig(out=Path(), method=self.method, block_size="auto", candidates=self.sizes, seed=self.seed, **shared)
 
 
 def run(config: FindConfig) -> SearchReport:
@@ -132,11 +133,8 @@ def run(config: FindConfig) -> SearchReport:
     data = limited(load_data(config.data, data_dir=config.data_dir), config.train_images, config.test_images)
     if config.criterion == "halving":
         search = SearchConfig(config.sizes, config.goal, config.budget, tolerance=config.tolerance, seed=config.seed)
-        report = search_for(training, data, search)
     else:
-        torch.manual_seed(config.seed)
-        model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size).to(_device())
-        mixture = MixtureConfig(
+        search = MixtureConfig(
             criterion=config.criterion,
             weights=config.weights,
             per_layer=config.per_layer,
@@ -144,17 +142,7 @@ def run(config: FindConfig) -> SearchReport:
             strength=MixtureConfig.strength if config.strength is None else config.strength,
             seed=config.seed,
         )
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("looking for the block size", total=1.0)
-            report = find_block_size_in_mixture_(
-                model,
-                training.sparsity_config(),
-                search_task(data, config.batch_size, training.recipe),
-                total_steps=steps_of(training, data),
-                search=mixture,
-                sizes=config.sizes,
-                progress=lambda text, done: progress.update(bar, description=text, completed=done),
-            )
+    report = search_for(training, data, search)
     console = Console(soft_wrap=True, highlight=False)
     console.print(str(report), markup=False)
     chosen = str(report.winner) if report.winner else ", ".join(f"{name} {size}" for name, size in report.chosen.items())

@@ -72,6 +72,8 @@ VARIANTS: dict[str, Settings] = {
     "rate of tiles twice that of coefficients": {"tile_lr_scale": 2.0},
     "rate of tiles a quarter of that of coefficients": {"tile_lr_scale": 0.25},
     "as shipped, rate of tiles half that of coefficients": {**_SHIPPED, "tile_lr_scale": 0.5},
+    "as shipped, rank 4": {**_SHIPPED, "rank": 4},
+    "as shipped, rank 8": {**_SHIPPED, "rank": 8},
 }
 """Name to the settings that differ from the default method."""
 

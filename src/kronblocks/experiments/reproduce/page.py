@@ -1,4 +1,4 @@
-"""`kronblocks reproduce tables`: the page of the experiments, wholly from the JSON files."""
+"""`kronblocks reproduce tables`: the page of the experiments: tables from the JSON files, with the words of texts.py."""
 
 from __future__ import annotations
 

@@ -38,5 +38,6 @@ FOOTNOTE = (
     "Published: Zhu, Zuo, Khalili, TMLR 2025, table 3, CIFAR-100, 4x4 blocks. Their accuracy is that of the best epoch on the "
     "test set, mostly the mean of 2 runs; their sparsity counts every s below 1e-4 without its sign, so about half of any "
     "symmetric weights; their counts of parameters and multiply-adds left the Kronecker layers out. Ours: last epoch, exact "
-    "zeros in blocks, every layer and the products of attention counted."
+    "zeros in blocks, every layer and the products of attention counted. Their lassos put the penalty into the loss; ours shrink "
+    "blocks as the schedule says (see group-lasso-forms)."
 )

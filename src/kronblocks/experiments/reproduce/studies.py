@@ -177,7 +177,8 @@ _TUNED_TRANSFORMER: dict[str, Any] = {  # 500 steps instead of 300, a rate of it
 }
 _WHOLE_TRANSFORMER: dict[str, Any] = {
     **{"data": "cifar100", "epochs": 100, "batch_size": 256, "cells": (("4", 0.5), ("32", 0.8), ("32", 0.9))},
-    **{"seeds": (0, 1, 2), "lr": 1e-3, "threads": None},
+    **{"seeds": (0, 1, 2), "threads": None, "tuned_at": 0.8, "tuned_as": {"4": "32"}, "tuning_seeds": (100,)},
+    **{"rates": rates((1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), slice(2, 4))},  # each trial is a whole training
 }
 
 _FORMS: tuple[tuple[Method, Settings, Mapping[str, Settings]], ...] = (
