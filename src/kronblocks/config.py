@@ -62,8 +62,8 @@ class SparsityConfig:
         tile_groups: "per-row", or the number of tile banks of each layer; None: the method's own, "per-row" for two-phase and
             1 for kron-l1, as in the paper.
         gate: a trained gate for each block, the paper's S; None: the method's own, True for kron-l1.
-        init: of factors "random" (orthonormal tiles, nn.Linear's variance), "spectral" (nearest to the layer's present weights,
-            with the variance put right) or "nearest" (nearest to the present weights: for trained models); None: the method's
+        init: of factors "random" (orthonormal tiles, the variance of the layer's weights), "spectral" (nearest to these weights,
+            with their variance) or "nearest" (nearest to the present weights: for trained models); None: the method's
             own. Of rigl's and static's live blocks "random" (the default) or "nearest": those of greatest norm in each layer.
         score: what blocks are compared by: "norm" (their norm), "gate" (|S|) or "taylor" (gradient times weight); None: the
             method's own, "gate" for kron-l1.

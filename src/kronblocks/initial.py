@@ -42,8 +42,8 @@ def factored(linear: nn.Module, selected: Selected, config: SparsityConfig) -> K
         )
     else:
         layer = KroneckerBlockLinear.from_linear(linear, block_size=selected.grid.block, **shape)
-        if init == "spectral":
-            layer.match_variance_()
+    if init != "nearest" and not weight.is_meta:
+        layer.match_variance_(weight)
     layer.bias = linear.bias
     if config.rows is not None:
         layer.choose_plan_(config.rows)

@@ -163,6 +163,14 @@ def test_match_variance(gate):
     assert float(cosine) == pytest.approx(1, abs=1e-5)
 
 
+def test_match_variance_of_another_weight():
+    layer, weight = KroneckerBlockLinear(64, 48, 4, 2), 0.02 * torch.randn(48, 64)
+    layer.match_variance_(weight)
+    assert float(layer.weight.detach().square().mean()) == pytest.approx(float(weight.square().mean()), rel=1e-5)
+    layer.match_variance_(torch.zeros(48, 64))
+    assert float(layer.weight.detach().square().mean()) * 3 * 64 == pytest.approx(1, rel=1e-5)
+
+
 def test_match_variance_of_a_zero_weight():
     layer = KroneckerBlockLinear(15, 12, "3x5", 2)
     nn.init.zeros_(layer.coeff)

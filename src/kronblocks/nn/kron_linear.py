@@ -132,12 +132,19 @@ class KroneckerBlockLinear(BlockLayer):
         self.refresh_index_()
 
     @torch.no_grad()
-    def match_variance_(self) -> None:
-        """Scale the coefficients so that the mean square of W is that of nn.Linear's default, 1/(3n) (equation 13)."""
+    def match_variance_(self, weight: Tensor | None = None) -> None:
+        """Scale the coefficients so that W has the mean square of a dense weight.
+
+        Models begin with other variances than nn.Linear's default, and train worse when it is put in their place.
+
+        Args:
+            weight: (m, n); None, or one of zeros: nn.Linear's default, 1/(3n) (equation 13).
+        """
         mean_square = self.block_norms().square().sum() / self.grid.weights
-        if mean_square == 0:
-            return
-        self.coeff.mul_((mean_square * 3 * self.in_features).rsqrt().to(self.coeff.dtype))
+        wanted = 0.0 if weight is None else float(whole(weight.detach()).float().square().mean())
+        wanted = wanted or 1 / (3 * self.in_features)
+        if mean_square > 0:
+            self.coeff.mul_((wanted / mean_square).sqrt().to(self.coeff.dtype))
 
     def effective_coeff(self) -> Tensor:
         """The coefficients times the gate, (m1, n1, r)."""

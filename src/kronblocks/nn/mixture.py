@@ -17,7 +17,8 @@ from kronblocks.nn.kron_linear import KroneckerBlockLinear
 class BlockMixtureLinear(nn.Module):
     """y = sum over candidates c of x W_c^T, plus bias: each W_c a sum of Kronecker products with blocks of its own size.
 
-    At the start every candidate has an equal share of the variance of nn.Linear's default. `remove_` takes a candidate out for
+    At the start every candidate has an equal share of the variance: of nn.Linear's default, or of the layer that the mixture is
+    `like`. `remove_` takes a candidate out for
     good, `collapse` makes an ordinary layer of the last one.
 
     Args:
@@ -70,9 +71,14 @@ class BlockMixtureLinear(nn.Module):
         self.candidates = nn.ModuleDict(layers)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         with torch.no_grad():
-            for layer in self._layers().values():
-                layer.coeff.div_(len(layers) ** 0.5)
+            self._share_variance_(None)
             reset_bias_(self.bias, in_features)
+
+    def _share_variance_(self, weight: Tensor | None) -> None:
+        layers = self._layers().values()
+        for layer in layers:
+            layer.match_variance_(weight)
+            layer.coeff.div_(len(layers) ** 0.5)
 
     def _layers(self) -> dict[str, KroneckerBlockLinear]:
         found = {}
@@ -144,7 +150,7 @@ class BlockMixtureLinear(nn.Module):
         *,
         tile_groups: int | Literal["per-row"] | Mapping[str, int] = "per-row",
     ) -> Self:
-        """A mixture of the sizes, device and dtype of a dense layer, with its bias object."""
+        """A mixture of the sizes, device, dtype and variance of a dense layer, with its bias object."""
         weight = linear.weight
         new = cls(
             linear.in_features,
@@ -156,6 +162,8 @@ class BlockMixtureLinear(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
+        with torch.no_grad():
+            new._share_variance_(weight)
         new.bias = linear.bias
         return new.train(linear.training)
 
