@@ -69,8 +69,8 @@ OWN: dict[str, Own] = {
 def own_rank(area: int) -> int:
     """Kronecker terms for blocks of this many weights, where the user sets none: a quarter of them, from 2 to 8.
 
-    Measured (docs/experiments.md): at 16x16 trials choose 8 rather than 4; at 4x4 the two are level where all else is the default's
-    (trials choose 8 by 0.1 to 0.4 points of validation accuracy, at other rates), and 8 costs twice the factors.
+    Measured (docs/experiments.md): at 16x16 trials choose 8 rather than 4. At 4x4 they do too, by 0.1 to 1.1 points of validation
+    accuracy in one or two seeds; with all else as by default five seeds are level, and 8 has twice the factors.
 
     >>> own_rank(4), own_rank(16), own_rank(256)
     (2, 4, 8)

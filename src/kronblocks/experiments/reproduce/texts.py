@@ -20,15 +20,16 @@ ran at a time on a machine that had other work too, so their seconds are not tol
 methods](benchmarks.md#whole-trainings) were timed one after the other. Where a study names another way of choosing settings,
 that holds.
 
-What these comparisons do not settle: one or two seeds a trial leave tenths of a point to chance, in the choice of every method's
-settings. What `two-phase` does by default (when it prunes and lifts, rank, rates of factors and values, tile banks) was found by
-the ablation below, on the MLP, with the same validation images and three of the five seeds as in the table of the MLP: more
-trials than any baseline had, so that table may favour it by a little. The linear model, LeNet-5 and the transformers, for which
-nothing of it was chosen, are the check. The five folds of the linear model share training images, so its intervals are somewhat
-too narrow. All intervals are over seeds, on one test set: 10,000 images leave an accuracy of 90% uncertain by 0.3 points, and
-most of that is common to two methods, but not all; on the validation images, by which every method was tuned, differences of the
-same trainings differ by up to 0.45 points from those on the test images (both are in the results' files). How much the lassos shrink follows from the schedule, so their strength is not tuned; what the penalty does in the
-loss, with a strength of its own, is a study by itself below.
+What these comparisons do not settle: one or two seeds a trial leave tenths of a point to chance, in the choice of every
+method's settings. What `two-phase` does by default (when it prunes and lifts, rank, rates of factors and values, tile banks)
+was found by the ablation below, on the MLP, with the same validation images and three of the five seeds as in the table of the
+MLP: more trials than any baseline had, so that table may favour it by a little. The linear model, LeNet-5 and the transformers,
+for which nothing of it was chosen, are the check. The five folds of the linear model share training images, so its intervals
+are somewhat too narrow. All intervals are over seeds, on one test set: 10,000 images leave an accuracy of 90% uncertain by 0.3
+points, and most of that is common to two methods, but not all; on the validation images, by which every method was tuned,
+differences of the same trainings differ by up to 0.45 points from those on the test images (both are in the results' files).
+How much the lassos shrink follows from the schedule, so their strength is not tuned; what the penalty does in the loss, with a
+strength of its own, is a study by itself below.
 """
 
 REPRODUCE = """## How to reproduce
