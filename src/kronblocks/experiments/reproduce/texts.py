@@ -96,7 +96,7 @@ length of training random blocks are nearly as good as any. It trains for half o
 do, and what it leaves alive costs half of theirs in inference: its blocks are chosen by norm over all layers, theirs are given to
 layers by Erdos-Renyi. New factors begin with the variance of the weights in whose place they stand; with that of `nn.Linear`,
 whose standard deviation is up to three times as large here, `two-phase` ended 3.6 points lower and left most of the last layers
-alive. Eight to sixteen times the rate for factors gains another half point of validation accuracy (one seed, not in the table).""",
+alive. Eight to sixteen times the rate for factors gains another half point on validation (one seed, not in the table).""",
     "swin-tiny-fashion": """Where baselines win: `iterative`, `magnitude`, `static` and `rigl` are ahead by 2.1 to 2.3
 points, of which only the interval of `iterative` leaves 0 out, and both lassos by 1.1 to 1.2, with intervals that include 0. A
 training of some 300 steps is too short to tell good blocks from bad ones (random ones are as good as any), and what counts is
