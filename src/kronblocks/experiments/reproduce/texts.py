@@ -78,9 +78,9 @@ be tried is taken by `kron-l1`, both lassos, `rigl` and `static`: 260 steps are 
 intervals that include 0. At 90% `kron-l1`, by 0.9 points, with more parameters than dense and for the reason given under
 linear-mnist5k, and `group-lasso` and `magnitude` by 0.2 to 0.4, with intervals that include 0.""",
     "vit-tiny-fashion": """Where baselines win: `kron-l1` by 11 points, and `static`, `rigl`, `iterative` and `magnitude` by 2
-to 8, with intervals that include 0. All methods train at one learning rate here, untuned, for some 300 steps, after which dense has
-only begun to learn (54%): what is compared is how fast each begins. vit-tiny-fashion-tuned has rates of their own and 500 steps,
-and says what slows `two-phase` down.""",
+to 8, with intervals that include 0. All methods train at one learning rate here, untuned, for some 300 steps, after which
+dense has only begun to learn (54%): what is compared is how fast each begins. vit-tiny-fashion-tuned has rates of their own
+and 500 steps, and says what slows `two-phase` down.""",
     "vit-tiny-fashion-tuned": """Twice the images of vit-tiny-fashion, 500 steps instead of 315, and a learning rate of its own
 for each method, found in three or four trials of one seed: the first grid has two rates here and no second setting. Where
 baselines win: `kron-l1` by 13 points, `magnitude`, `iterative`, `static` and `rigl` by 5 to 9, with intervals that include 0, and
