@@ -18,7 +18,8 @@ leave zero blocks out, whatever method made them; "parameters" are those trained
 parameters, gradients, optimiser state and tensors kept for backward at their largest; all relative to dense. Several trainings
 ran at a time on a machine that had other work too, so their seconds are not told here: [whole trainings of all
 methods](benchmarks.md#whole-trainings) were timed one after the other. Where a study names another way of choosing settings,
-that holds.
+that holds. The ranges of the linear model's, LeNet-5's and the MLP's second settings and rates were widened lately, since some
+best trials lay at their ends: what is below stopped at the earlier ends, and `kronblocks reproduce` goes on beyond them.
 
 What these comparisons do not settle: one or two seeds a trial leave tenths of a point to chance, in the choice of every
 method's settings. What `two-phase` does by default (when it prunes and lifts, rank, rates of factors and values, tile banks)
