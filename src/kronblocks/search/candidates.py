@@ -137,13 +137,14 @@ def find_candidates(
     """
     found = unfoldable(model, config.convolutions)
     with unfolding(model, [name for name, reason in found.items() if not reason]) as originals:
-        candidates = _find(model, config, sizes, rows if isinstance(rows, int) else rows(model))
+        counted = dict.fromkeys((name for name, _ in model.named_modules()), rows) if isinstance(rows, int) else rows(model)
+        candidates = _find(model, config, sizes, counted)
         fold_(model, originals)
     return candidates
 
 
 def _find(
-    model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike] | None, rows: int | Mapping[str, int]
+    model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike] | None, rows: Mapping[str, int]
 ) -> list[Candidate]:
     """The same for a model of linear layers alone."""
     if sizes is None:
@@ -166,10 +167,7 @@ def _find(
         squares = [float(weight.detach().double().square().sum()) for weight in weights]
         shares = [excess_energy(w, layer.grid, layer.rank, layer.tile_groups) for w, layer in zip(weights, layers, strict=True)]
         energy = sum(s * e for s, e in zip(squares, shares, strict=True)) / max(sum(squares), 1e-300)
-        seconds = {
-            layer.name: _step_seconds(layer, config, rows if isinstance(rows, int) else rows[layer.name], device)
-            for layer in layers
-        }
+        seconds = {layer.name: _step_seconds(layer, config, rows[layer.name], device) for layer in layers}
         found.setdefault(tuple(str(layer.grid) for layer in layers), Candidate(block, layers, seconds, energy))
     if not found:
         raise KronblocksError("none of the block sizes fits the layers and the sparsity: name others, such as sizes=(2, 4)")
