@@ -350,7 +350,7 @@ def test_what_a_search_should_have_found():
 
 def test_names_of_the_command_are_studies():
     assert {*ReproduceConfig(what="all").names, *ReproduceConfig(what="all", full=True).names} == set(studies.STUDIES)
-    assert ReproduceConfig(what="vit-tiny").names == ("vit-tiny-fashion", "vit-tiny-fashion-tuned")
+    assert ReproduceConfig(what="vit-tiny").names == ("vit-tiny-fashion", "vit-tiny-fashion-tuned", "vit-tiny-factor-rates")
     assert ReproduceConfig(what="vit-tiny", full=True).names == ("vit-tiny-cifar100",)
     for settings, says in (
         ({"what": "vit-base"}, "add --full"),

@@ -88,3 +88,10 @@ def _forms(first: str, *strengths: float) -> dict[str, Settings]:
 
 GROUP_LASSO_FORMS = _forms("proximal", 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 KRON_L1_FORMS = _forms("in the loss, strength 1", 0.1, 0.3, 1.0, 3.0, 10.0)
+
+FACTOR_RATES: dict[str, Settings] = {
+    f"rate {lr:g}, of factors x{scale:g}": {"lr": lr, "factor_lr_scale": scale}
+    for lr in (5e-4, 2.5e-4)
+    for scale in (1.0, 4.0, 16.0)
+}
+"""Of transformers, whose dense rates are some ten times lower than the MLP's."""

@@ -24,8 +24,8 @@ SHORT: dict[str, tuple[str, ...]] = {
     "ablation": ("ablation", "group-lasso-forms", "kron-l1-forms"),
     "linear": ("linear-mnist5k", "linear-fashion"),
     "lenet5": ("lenet5-mnist5k", "lenet5-fashion", "lenet5-fashion-finer"),
-    "vit-tiny": ("vit-tiny-fashion", "vit-tiny-fashion-tuned"),
-    "swin-tiny": ("swin-tiny-fashion", "swin-tiny-fashion-tuned"),
+    "vit-tiny": ("vit-tiny-fashion", "vit-tiny-fashion-tuned", "vit-tiny-factor-rates"),
+    "swin-tiny": ("swin-tiny-fashion", "swin-tiny-fashion-tuned", "swin-tiny-factor-rates"),
 }
 """Studies that a few CPU cores can run."""
 
@@ -53,7 +53,7 @@ class ReproduceConfig:
     work: Path = Path("runs/reproduce")
     """Folder of the trainings."""
     full: bool = False
-    """The transformers as in the paper, on CIFAR-100 with images of 224 pixels and one learning rate for all: wants a GPU."""
+    """The transformers as in the paper, on CIFAR-100 with images of 224 pixels, each method at its own rate: wants a GPU."""
     jobs: int | None = None
     """Trainings at a time; unset: two, of one thread each, and one with --full."""
     data: DataName | None = None

@@ -13,7 +13,7 @@ from kronblocks.config import ScheduleConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.data import FOLDS
 from kronblocks.experiments.models import ModelName, TransformerName
-from kronblocks.experiments.reproduce.ablations import BASE, GROUP_LASSO_FORMS, KRON_L1_FORMS, VARIANTS
+from kronblocks.experiments.reproduce.ablations import BASE, FACTOR_RATES, GROUP_LASSO_FORMS, KRON_L1_FORMS, VARIANTS
 from kronblocks.experiments.reproduce.trials import Axis, Settings, Space, describe, rates, space_of, words
 from kronblocks.experiments.tasks import DataName, TrainConfig
 from kronblocks.methods import FACTORED, Method
@@ -175,6 +175,7 @@ _TUNED_TRANSFORMER: dict[str, Any] = {  # 500 steps instead of 300, a rate of it
     **{"train_images": 2000, "test_images": 1000, "epochs": 4, "tuned_at": 0.8, "tuning_seeds": (100,)},
     **{"lr": None, "rates": rates((1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), slice(2, 4))},
 }
+_FACTOR_RATES: dict[str, Any] = {**_TUNED_TRANSFORMER, "methods": ("two-phase",), "rates": None, "variants": FACTOR_RATES}
 _WHOLE_TRANSFORMER: dict[str, Any] = {
     **{"data": "cifar100", "epochs": 100, "batch_size": 256, "cells": (("4", 0.5), ("32", 0.8), ("32", 0.9))},
     **{"seeds": (0, 1, 2), "threads": None, "tuned_at": 0.8, "tuned_as": {"4": "32"}, "tuning_seeds": (100,)},
@@ -191,6 +192,7 @@ STUDIES = {
     for study in (
         *(Study(name=f"{model}-fashion", model=model, **_SHORT_TRANSFORMER) for model in ("vit-tiny", "swin-tiny")),
         *(Study(name=f"{model}-fashion-tuned", model=model, **_TUNED_TRANSFORMER) for model in ("vit-tiny", "swin-tiny")),
+        *(Study(name=f"{model}-factor-rates", model=model, **_FACTOR_RATES) for model in ("vit-tiny", "swin-tiny")),
         *(Study(name=f"{model}-cifar100", model=model, **_WHOLE_TRANSFORMER) for model in get_args(TransformerName)),
         Study(
             name="mlp",
