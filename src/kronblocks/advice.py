@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from kronblocks.ops.choice import milliseconds
+
 WORTH = 1.03
 """How many times quicker than dense something must be to be advised: less is within what timings vary."""
 
@@ -120,11 +122,6 @@ class Advice:
 def percent(share: float) -> str:
     """A share in words."""
     return f"{100 * share:.4g} %"
-
-
-def milliseconds(seconds: float) -> str:
-    """A time in words."""
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def label(way: Way) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.bsr_linear import BsrLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
-from kronblocks.ops.choice import VALUES, choose_deployed
+from kronblocks.ops.choice import VALUES, DeployedForm, choose_deployed, milliseconds
 from kronblocks.ops.cost import possible_plans
 from kronblocks.saving import save_pretrained
 from kronblocks.slimming import Slimmed, remove_dead_features_
@@ -47,6 +48,7 @@ class ExportedLayer:
     rows: int  # of the example's x
     bytes: int  # of what it stores
     why: str
+    timed: dict[str, float] = field(default_factory=dict)  # seconds at those rows on this machine, of every form that was timed
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,7 @@ class _Chosen(NamedTuple):
     form: str
     plan: str
     why: str
+    timed: Mapping[str, float] = MappingProxyType({})
 
 
 def _choose(layer: BlockLayer, rows: int, form: Form) -> _Chosen:
@@ -266,13 +269,22 @@ def _choose(layer: BlockLayer, rows: int, form: Form) -> _Chosen:
         return _Chosen(form, _best_factored(layer, rows) if form == "factored" else "packed", "asked for")
     if not rows:
         return _Chosen("packed", "packed", "the example does not reach it")
-    plan = choose_deployed(layer.problem(rows=rows, training=False))
+    choice = choose_deployed(layer.problem(rows=rows, training=False))
+    plan, timed, why = choice.form, choice.timed, f"at {rows} rows {_times(choice)}"
     if plan == "dense":
-        return _Chosen("dense", plan, f"fastest on this machine at {rows} rows")
+        return _Chosen("dense", plan, why, timed)
     if factored and plan in _FACTORED:
-        return _Chosen("factored", plan, f"fastest on this machine at {rows} rows ({plan})")
-    why = "live blocks multiplied out of the factors: " if plan == VALUES else ""
-    return _Chosen("packed", "packed", f"{why}fastest on this machine at {rows} rows")
+        return _Chosen("factored", plan, f"{why}; {plan}", timed)
+    return _Chosen("packed", "packed", why + "; live blocks multiplied out of the factors" * (plan == VALUES), timed)
+
+
+def _times(choice: DeployedForm) -> str:
+    """The time of a form, and of what it was taken instead of."""
+    others = {form: seconds for form, seconds in choice.timed.items() if form != choice.form}
+    if choice.form not in choice.timed or not others:
+        return "nothing else came near it by its counts"
+    other = "dense" if "dense" in others else min(others, key=others.__getitem__)
+    return f"{milliseconds(choice.seconds)}, {other} {milliseconds(others[other])}"
 
 
 def _best_factored(layer: BlockLayer, rows: int) -> str:
@@ -292,7 +304,7 @@ def _export_layer(model: nn.Module, name: str, rows: int, form: Form) -> Exporte
         replace_(model, name.rpartition(".")[0], around.folded())
     stored = sum(t.numel() * t.element_size() for t in new.state_dict().values())
     size, grid = (old.out_features, old.in_features), old.grid
-    return ExportedLayer(name, chosen.form, *size, str(grid.block), old.density, rows, stored, chosen.why)
+    return ExportedLayer(name, chosen.form, *size, str(grid.block), old.density, rows, stored, chosen.why, dict(chosen.timed))
 
 
 def _in_form(layer: BlockLayer, chosen: _Chosen) -> nn.Module:

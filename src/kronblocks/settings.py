@@ -17,14 +17,23 @@ BlockSizeLike = BlockSize | int | str | tuple[int, int]
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """When pruning happens, in shares of the whole training; `None` means the method's own default."""
+    """When pruning happens; `None` means the method's own default.
+
+    Args:
+        start: of pruning, as a share of the whole training.
+        end: of pruning; None: 0.5, of two-phase 0.4, of kron-l1 0.8, of rigl 0.75. The mask stays as it is from then on.
+        lift_at: when factors become free values, as a share of the time from start to end; two-phase only.
+        shape: of the sparsity over time, "cubic", "linear" or "staircase"; None: cubic, of iterative staircase.
+        update_every: optimiser steps between mask updates.
+        stages: of the staircase.
+    """
 
     start: float = 0.05
-    end: float | None = None  # 0.5; two-phase 0.4, kron-l1 0.8, rigl 0.75
-    lift_at: float = 2 / 3  # share of the pruning span; two-phase only
-    shape: Shape | None = None  # "cubic"; iterative "staircase"
-    update_every: int = 50  # optimiser steps between mask updates
-    stages: int = 5  # of the staircase shape
+    end: float | None = None
+    lift_at: float = 2 / 3
+    shape: Shape | None = None
+    update_every: int = 50
+    stages: int = 5
 
     def __post_init__(self) -> None:
         if self.shape is not None:
@@ -43,12 +52,20 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PenaltyConfig:
-    """Strength of a penalty; `None` means 1 in the loss, and for the proximal form what the schedule wants."""
+    """The penalty of kron-l1 and both lassos.
+
+    Args:
+        strength: None: 1 in the loss, and for the proximal form what the schedule wants.
+        growth: in the loss: how many times the strength at the end of pruning.
+        form: in the loss ("gradient"), or as a step after the optimiser's ("proximal"); None: of kron-l1 gradient, of the lassos
+            proximal.
+        ridge: of elastic-group-lasso: strength of the squared norm, relative to that of the norm.
+    """
 
     strength: float | None = None
-    growth: float = 3.0  # in the loss: how many times the strength at the end
-    form: Form | None = None  # in the loss ("gradient"), or as a proximal step; None: kron-l1 "gradient", the others "proximal"
-    ridge: float = 1.0  # elastic-group-lasso: strength of the squared norm, relative to that of the norm
+    growth: float = 3.0
+    form: Form | None = None
+    ridge: float = 1.0
 
     def __post_init__(self) -> None:
         if self.form is not None:
@@ -63,7 +80,13 @@ class PenaltyConfig:
 
 @dataclass(frozen=True)
 class LayerOverride:
-    """Other settings for the layers that match a pattern; `None` leaves a setting as it is."""
+    """Other settings for the layers that match a pattern: `SparsityConfig(overrides={"head.*": LayerOverride(block_size=4)})`.
+
+    Args:
+        block_size: of these layers; None: as it is for all.
+        rank: the same.
+        tile_groups: the same.
+    """
 
     block_size: BlockSizeLike | None = None
     rank: int | None = None

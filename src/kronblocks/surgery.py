@@ -24,7 +24,7 @@ from kronblocks.nn.unfolded import Unfolded
 from kronblocks.selection import Selected, SurgeryReport, select
 from kronblocks.sparsity.budget import choose_dead
 from kronblocks.sparsity.planning import Planner
-from kronblocks.sparsity.rules.base import Rule
+from kronblocks.sparsity.rules.base import Rule, check_rule
 from kronblocks.sparsity.rules.fixed import Fixed
 from kronblocks.sparsity.rules.group_lasso import GroupLasso
 from kronblocks.sparsity.rules.kron_l1 import KronL1
@@ -55,7 +55,6 @@ def _rule(config: SparsityConfig) -> Rule:
         "kron-l1": lambda: KronL1(form, penalty.strength, penalty.growth),
         "rigl": lambda: Rigl(config.regrown),
         "static": Fixed,
-        "dense": Fixed,
     }
     return rules[config.method]()
 
@@ -102,7 +101,7 @@ class ModelSurgeon:
                 replace_parameters_(optimizers, old.block_parameters(), new.values)
 
 
-def sparsify_(model: nn.Module, config: SparsityConfig | None = None) -> Sparsifier:
+def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: Rule | None = None) -> Sparsifier:
     """Make a model's linear layers block-sparse in training, in place.
 
     Afterwards make the optimiser (from `parameter_groups` or `model.parameters()`) and call
@@ -112,6 +111,8 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None) -> Sparsif
     Args:
         model: any module with nn.Linear layers; new or trained.
         config: what to do; the default is two-phase with 16x16 blocks to 90% zeros.
+        rule: an algorithm of your own, which decides instead of the method's; how weights are stored, the schedule and the lift
+            stay the method's.
 
     Raises:
         KronblocksError: nothing selected, unknown patterns, weights that are not finite, a sparsity that is not possible. Nothing
@@ -136,18 +137,22 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None) -> Sparsif
         raise KronblocksError(
             f"sparsify_ wants a SparsityConfig, not {type(config).__name__}: SparsityConfig(block_size=16, ...)"
         )
+    if rule is not None:
+        check_rule(rule)
+        if config.method == "dense":
+            raise KronblocksError("method 'dense' has no blocks for a rule: name one, such as 'magnitude' for plain nn.Linear")
     if config.method == "dense":
-        return _sparsified(model, config, SurgeryReport((), ()))
+        return _sparsified(model, config, SurgeryReport((), ()), Fixed())
     found = unfoldable(model, config.convolutions)
     with unfolding(model, [name for name, reason in found.items() if not reason]) as originals:
         report = select(model, config)
         taken = {each.name for each in report.selected}
         left = {name: old for name, old in originals.items() if f"{name}.linear" not in taken}
         fold_(model, left)
-        return _sparsified(model, config, report.folded(left, found))
+        return _sparsified(model, config, report.folded(left, found), rule or _rule(config))
 
 
-def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport) -> Sparsifier:
+def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport, rule: Rule) -> Sparsifier:
     """Replace the layers of a selection."""
     grids = [torch.zeros(each.grid.shape) for each in report.selected]
     areas = [each.grid.block.area for each in report.selected]
@@ -166,7 +171,7 @@ def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport)
             target.set_mask_(masks[target.name])
     planner = Planner(measure=config.measure_plans, rows=config.rows)
     surgeon = ModelSurgeon(model, report)
-    return Sparsifier(model, targets, _rule(config), _schedule(config), surgeon, scope=config.scope, planner=planner)
+    return Sparsifier(model, targets, rule, _schedule(config), surgeon, scope=config.scope, planner=planner)
 
 
 def _replace_layers(

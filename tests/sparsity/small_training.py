@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronblocks import SparsityConfig, parameter_groups, sparsify_
+from kronblocks import Rule, SparsityConfig, parameter_groups, sparsify_
 from kronblocks.methods import FACTORED
 
 STEPS = 40
@@ -31,10 +31,10 @@ def mlp(*sizes: int) -> nn.Sequential:
 class Training:
     """A plain loop whose whole state can be saved and loaded."""
 
-    def __init__(self, config: SparsityConfig, optimizer=torch.optim.AdamW, seed: int = 0) -> None:
+    def __init__(self, config: SparsityConfig, optimizer=torch.optim.AdamW, seed: int = 0, rule: Rule | None = None) -> None:
         torch.manual_seed(seed)
         self.model = mlp(32, 24, 16, 8)
-        self.sparsifier = sparsify_(self.model, config)
+        self.sparsifier = sparsify_(self.model, config, rule=rule)
         self.make_optimizer = optimizer
 
     def start(self, state: dict[str, Any] | None = None) -> Training:

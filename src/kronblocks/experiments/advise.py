@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kronblocks.advice import Advice, LayerAdvice, Way, label, milliseconds, percent, remarks, summary, title
+from kronblocks.advice import Advice, LayerAdvice, Way, label, percent, remarks, summary, title
 from kronblocks.advise import advise
 from kronblocks.config import Mismatch
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.tasks import tile_groups
 from kronblocks.files import write_json
+from kronblocks.ops.choice import milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)

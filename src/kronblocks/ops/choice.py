@@ -57,10 +57,10 @@ def choose_plan(problem: Problem, *, measure: bool = False) -> PlanChoice:
         return _estimated(problem)
     best = min(plans, key=plans.__getitem__)
     seconds = {name: value for name, value in timings(problem).items() if name in (*plans, REFERENCE)}
-    dense = f" against {_milliseconds(seconds[REFERENCE])} for dense {REFERENCE}" if REFERENCE in seconds else ""
+    dense = f" against {milliseconds(seconds[REFERENCE])} for dense {REFERENCE}" if REFERENCE in seconds else ""
     others = ", ".join(f"{plan} {plans[plan] / plans[best]:.2f}x" for plan in plans if plan != best)
     why = (
-        f"{best}: measured {_milliseconds(plans[best])}{dense}, for {_about(problem)}; "
+        f"{best}: measured {milliseconds(plans[best])}{dense}, for {_about(problem)}; "
         f"{f'the others relative to it: {others}' if others else 'no other plan came near it by its counts'}"
     )
     return PlanChoice(best, backends.name(problem.device, problem.dtype), why, _costs(problem), MappingProxyType(seconds))
@@ -73,25 +73,34 @@ _DEPLOY_GAIN = 1.05  # a block-sparse form must be measured this much faster tha
 _FEW_ROWS, _FEW_ROWS_GAIN = 4, 1.25  # and this much where the time is that of fetching weights, whose caches are anyone's
 
 
-def choose_deployed(problem: Problem) -> str:
-    """The form in which to store a finished layer, by timings of this machine for inference.
+@dataclass(frozen=True)
+class DeployedForm:
+    """How to store a finished layer, and the seconds of one inference in this and in every other form that was timed.
 
-    Returns:
-        A plan that computes from what the layer stores; "values" for factors that are better multiplied out into free values of
-        the live blocks; "dense" for a plain `nn.Linear`, whose weight is built once and not at every call.
+    Args:
+        form: a plan that computes from what the layer stores; "values" for factors that are better multiplied out into free
+            values of the live blocks; "dense" for a plain `nn.Linear`, whose weight is built once and not at every call.
+        timed: seconds by form; empty where nothing could be timed.
     """
-    forms = _deployed_forms(problem)
-    dense = forms.pop("dense", None)
-    if not forms or dense is None:
-        return "dense"
-    best = min(forms, key=forms.__getitem__)
+
+    form: str
+    timed: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Of the form itself; NaN where it could not be timed."""
+        return self.timed.get(self.form, math.nan)
+
+
+def choose_deployed(problem: Problem) -> DeployedForm:
+    """The form in which to store a finished layer, by timings of this machine for inference."""
+    timed = _deployed_forms(problem)
+    sparse = {form: seconds for form, seconds in timed.items() if form != "dense"}
+    if not sparse or "dense" not in timed:
+        return DeployedForm("dense", timed)
+    best = min(sparse, key=sparse.__getitem__)
     gain = _FEW_ROWS_GAIN if problem.rows <= _FEW_ROWS else _DEPLOY_GAIN
-    return best if forms[best] * gain < dense else "dense"
-
-
-def deployed_seconds(problem: Problem) -> float:
-    """Seconds of one inference of a finished layer in the form that `choose_deployed` picks; NaN where nothing could be timed."""
-    return _deployed_forms(problem).get(choose_deployed(problem), math.nan)
+    return DeployedForm(best if sparse[best] * gain < timed["dense"] else "dense", timed)
 
 
 def _deployed_forms(problem: Problem) -> dict[str, float]:
@@ -127,5 +136,10 @@ def _about(problem: Problem) -> str:
     return f"{problem.grid} at density {problem.density:.2f} and {problem.rows} rows"
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
+def milliseconds(seconds: float) -> str:
+    """A time in words.
+
+    >>> milliseconds(0.00041), milliseconds(2.5)
+    ('0.41 ms', '2.50 s')
+    """
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -17,7 +17,7 @@ from kronblocks.checks import number, one_of, whole
 from kronblocks.config import BlockSizeLike, SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer
-from kronblocks.ops.choice import deployed_seconds
+from kronblocks.ops.choice import choose_deployed
 from kronblocks.search.candidates import Candidate, entrants, with_block
 from kronblocks.search.report import Path, Rung, SearchReport, percent
 from kronblocks.search.task import SearchTask, Trial, steps_of_search
@@ -206,7 +206,7 @@ def _cost(trial: Trial, goal: Goal) -> float:
     if goal != "inference-time":
         return trial.seconds_per_step
     layers = [module for module in trial.model.modules() if isinstance(module, BlockLayer)]
-    return sum(deployed_seconds(dataclasses.replace(layer.problem(), training=False)) for layer in layers)
+    return sum(choose_deployed(dataclasses.replace(layer.problem(), training=False)).seconds for layer in layers)
 
 
 def _note(results: dict[str, _Result], paths: dict[str, Path], steps: int) -> None:

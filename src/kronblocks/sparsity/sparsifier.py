@@ -19,7 +19,7 @@ from kronblocks.sparsity.distributed import agreed, averaged, follow_replaced_pa
 from kronblocks.sparsity.growth import EagerSteps
 from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.report import SparsityReport, count_blocks
-from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState
+from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState, check_multipliers
 from kronblocks.sparsity.schedule import Phase, SparsitySchedule
 from kronblocks.sparsity.state import STATE_VERSION, check_state
 from kronblocks.sparsity.surgeon import Surgeon
@@ -262,7 +262,9 @@ class Sparsifier:
         scores = agreed([target.scores(kind) for target in self.targets], self.step)
         growth = averaged([target.read_probe() for target in self.targets]) if update and self.rule.needs_growth else None
         self._eager.end()
-        multipliers, self._rule_state = self.rule.propose(scores, growth, self._rule_state, self._context(self.step))
+        context = self._context(self.step)
+        multipliers, self._rule_state = self.rule.propose(scores, growth, self._rule_state, context)
+        check_multipliers(multipliers, self.rule, context)
         for target, multiplier in zip(self.targets, multipliers, strict=True):
             multiplier = multiplier.to(target.mask.device)
             grown = ~target.mask & (multiplier != 0)

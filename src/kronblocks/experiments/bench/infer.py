@@ -34,7 +34,7 @@ def ways(group: Group, settings: InferSettings) -> Ways:
     for name, layer in (("values", values), (factors_name(settings.rank, True), factors)):
         layer.eval()
         found.cases += [layer_case(name, layer, plan, rows) for plan in plans_of(layer) if plan != "dense"]
-        form = choose_deployed(layer.problem(rows=rows))
+        form = choose_deployed(layer.problem(rows=rows)).form
         alias = {"dense": DENSE, VALUES: "values packed"}.get(form, f"{name} {form}")
         found.autos.append(Auto(f"{name} auto", FORWARD, alias))
     if settings.device != "cpu" or rows * grid.weights * group.density <= PEER_MACS:

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from kronblocks.checks import one_of
+from kronblocks.errors import KronblocksError
 from kronblocks.sparsity.budget import Scope, best_of_rows, blocks_to_kill, choose_dead
 from kronblocks.sparsity.schedule import Phase
 from kronblocks.sparsity.targets import BlockTarget, Score
@@ -38,29 +40,77 @@ class RuleContext:
 
 
 class Rule(Protocol):
-    """One algorithm: a pure function on grids, and a penalty for the forms that live in the loss."""
+    """One algorithm: a pure function on grids, and a penalty for the forms that live in the loss.
 
-    score: Score
-    every_step: bool  # propose is wanted after every step of the pruning span, not only at mask updates
-    needs_growth: bool  # growth scores are measured on the way to each mask update
-    has_penalty: bool  # penalty is wanted at every step
+    Subclass it for an algorithm of your own, and give `sparsify_` one as `rule=`.
+
+    Args:
+        score: what `propose` gets of each block: "norm" (its norm / sqrt(area)), "gate" or "taylor".
+        every_step: `propose` is wanted after every step of the pruning span, not only at mask updates.
+        needs_growth: growth scores, the norms of the gradients of all blocks, are measured on the way to each mask update.
+        has_penalty: `penalty` is wanted at every step.
+    """
+
+    score: Score = "norm"
+    every_step: bool = False
+    needs_growth: bool = False
+    has_penalty: bool = False
 
     def propose(
         self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
     ) -> tuple[list[Tensor], RuleState]:
         """One multiplier per block, and the new state. Neither `scores` nor `state` is changed.
 
-        0 kills a block or leaves it dead; another number scales it, and brings a dead one back, at zero.
+        0 kills a block or leaves it dead; another number scales it, and brings a dead one back, at zero. The state is a dict of
+        plain values and tensors, empty at first, and is saved with the sparsifier's.
         """
         ...
 
     def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:
         """A differentiable term for the loss, or None."""
-        ...
+        return None
+
+
+def check_rule(rule: Any) -> None:
+    """Refuse what is no rule.
+
+    Raises:
+        KronblocksError: it says what is missing.
+    """
+    if isinstance(rule, type):
+        raise KronblocksError(f"rule={rule.__name__} is a class: write rule={rule.__name__}(...)")
+    wanted = ("propose", "penalty", "score", "every_step", "needs_growth", "has_penalty")
+    if missing := [name for name in wanted if not hasattr(rule, name)]:
+        raise KronblocksError(f"rule={type(rule).__name__} has no {', '.join(missing)}: make it a subclass of kronblocks.Rule")
+    one_of(f"{type(rule).__name__}.score", rule.score, Score)
+
+
+def check_multipliers(multipliers: Sequence[Tensor], rule: Rule, ctx: RuleContext) -> None:
+    """Refuse what `propose` must not give.
+
+    Raises:
+        KronblocksError: it says what it should give.
+    """
+    given, wanted = [tuple(each.shape) for each in multipliers], [tuple(mask.shape) for mask in ctx.masks]
+    if given != wanted:
+        raise KronblocksError(
+            f"{type(rule).__name__}.propose gave multipliers of the shapes {given}: give one a block, in grids of {wanted}"
+        )
 
 
 def cut(scores: Sequence[Tensor], ctx: RuleContext, sparsity: float) -> list[Tensor]:
-    """Multipliers that kill the blocks of least score so that exactly `sparsity` are dead; the dead stay dead."""
+    """Multipliers that kill the blocks of least score so that exactly `sparsity` are dead; the dead stay dead.
+
+    Args:
+        scores: one (m1, n1) grid a layer, from 0 on.
+        ctx: what the rule was given.
+        sparsity: share to be dead, such as `ctx.sparsity`.
+
+    Raises:
+        KronblocksError: a live block's score is below 0 or not a number.
+    """
+    if not all((score[mask] >= 0).all() for score, mask in zip(scores, ctx.masks, strict=True)):
+        raise KronblocksError("cut wants scores from 0 on for live blocks, and no NaN among them: shift them, or take exp()")
     ranked = [score.masked_fill(~mask, -1.0) for score, mask in zip(scores, ctx.masks, strict=True)]
     dead = choose_dead(ranked, ctx.areas, sparsity, ctx.scope)
     return [(mask & ~each).to(torch.float32) for mask, each in zip(ctx.masks, dead, strict=True)]
