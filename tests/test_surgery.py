@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from kronblocks import (
     sparsify_,
     structure,
 )
-from kronblocks.methods import FACTORED
+from kronblocks.methods import CONSTANT, FACTORED, Method
 
 
 def mlp() -> nn.Sequential:
@@ -254,3 +255,36 @@ def test_meta_models_can_be_sparsified_and_filled_later():
     model.to_empty(device="cpu").load_state_dict(source.state_dict())
     x = torch.randn(2, 24)
     assert torch.equal(model(x), source(x))
+
+
+@pytest.mark.parametrize("method", [method for method in get_args(Method) if method != "dense"])
+@pytest.mark.parametrize("storage", [None, "dense"])
+def test_meta_models_can_be_made_real_and_trained_anew(method, storage):
+    if storage is not None and method not in CONSTANT:
+        pytest.skip("has one storage")
+    with torch.device("meta"):
+        model = mlp()
+    sparsifier = sparsify_(model, SparsityConfig(method=method, block_size=4, target_sparsity=0.5, storage=storage))
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sparsifier.attach(optimizer, total_steps=20)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (model(torch.randn(4, 24)).square().mean() + sparsifier.penalty()).backward()
+        optimizer.step()
+    assert sparsifier.sparsity == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+        sparsify_(model, SparsityConfig(block_size=8))
+        assert model(torch.randn(2, 64)).dtype == dtype
+    finally:
+        torch.set_default_dtype(before)

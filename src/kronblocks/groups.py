@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from kronblocks.checks import number
 from kronblocks.errors import KronblocksError
+from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 
@@ -80,36 +81,65 @@ def parameter_groups(
     ]
 
 
-def replace_parameters_(optimizers: Sequence[Optimizer], old: Sequence[Tensor], new: nn.Parameter) -> None:
-    """Let an optimiser go on with one new parameter for several old ones, whose state and gradients are dropped.
+_GROUPS = {"coeff": "coefficients", "gate": "coefficients", "tiles": "tiles", "values": LIFTED}
 
-    It joins the group named "lifted", or, where there is none, takes the place of the first old one: in one optimiser, whichever
-    of them held the old ones.
+
+def replace_parameters_(optimizers: Sequence[Optimizer], old: BlockLayer, new: BlockLayer) -> None:
+    """Let an optimiser go on with the parameters of the layer that has taken another's place; state and gradients are dropped.
+
+    They join the groups that `parameter_groups` makes for them, or, where there are none, take the place of the first old one: in
+    one optimiser, whichever of them held the old ones.
     """
-    gone = {id(p) for p in old}
+    gone = {id(p) for p in old.block_parameters()}
     holders = [each for each in optimizers if any(id(p) in gone for group in each.param_groups for p in group["params"])]
-    owner = next((each for each in holders if _lifted_group(each) is not None), holders[0] if holders else None)
+    owner = next((each for each in holders if _group(each, LIFTED) is not None), holders[0] if holders else None)
     for optimizer in holders:
         if optimizer is owner:
-            _add_in_place(optimizer, gone, new)
-        drop_parameters_([optimizer], old)
+            _put_in_place(optimizer, gone, new)
+        drop_parameters_([optimizer], old.block_parameters())
 
 
-def _lifted_group(optimizer: Optimizer) -> dict[str, Any] | None:
-    return next((group for group in optimizer.param_groups if group.get("name") == LIFTED), None)
+def _group(optimizer: Optimizer, name: str) -> dict[str, Any] | None:
+    return next((group for group in optimizer.param_groups if group.get("name") == name), None)
 
 
-def _add_in_place(optimizer: Optimizer, gone: set[int], new: nn.Parameter) -> None:
-    lifted = _lifted_group(optimizer)
-    if lifted is not None:
-        lifted["params"].append(new)
-        return
+def _put_in_place(optimizer: Optimizer, gone: set[int], new: BlockLayer) -> None:
     home = next(group for group in optimizer.param_groups if any(id(p) in gone for p in group["params"]))
-    first = next(place for place, p in enumerate(home["params"]) if id(p) in gone)
-    has_momentum = "momentum_buffer" in optimizer.state.get(home["params"][first], {})
-    home["params"][first] = new
-    if home.get("fused") and has_momentum:  # torch's fused SGD wants momenta of all parameters of a group, or of none
-        optimizer.state[new]["momentum_buffer"] = torch.zeros_like(new)
+    place = next(place for place, p in enumerate(home["params"]) if id(p) in gone)
+    has_momentum = "momentum_buffer" in optimizer.state.get(home["params"][place], {})
+    layer = home["param_names"][place].rpartition(".")[0] if "param_names" in home else ""
+    ours = {id(p) for p in new.block_parameters()}
+    for name, p in new.named_parameters(recurse=False):
+        if id(p) not in ours or not p.requires_grad:
+            continue
+        group = _group(optimizer, _GROUPS[name])
+        place += group is None
+        _insert(home if group is None else group, place if group is None else len(group["params"]), p, f"{layer}.{name}")
+        if group is None and home.get("fused") and has_momentum:  # torch's fused SGD wants momenta of all of a group, or of none
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
+def _insert(group: dict[str, Any], place: int, parameter: nn.Parameter, name: str) -> None:
+    group["params"].insert(place, parameter)
+    if "param_names" in group:  # of torch's named parameters
+        group["param_names"].insert(place, name)
+
+
+def _keep(group: dict[str, Any], kept: Sequence[int]) -> None:
+    """Let a group go on with the parameters at these places."""
+    for name in ("params", "param_names"):
+        if name in group:
+            group[name][:] = [group[name][place] for place in kept]
+
+
+def in_order_of_(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    """Sort the groups of factors and of values as `parameter_groups` does: states are saved by place."""
+    order = {id(p): place for place, p in enumerate(model.parameters())}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if group.get("name") in _GROUPS.values():
+                places = [order.get(id(p), len(order)) for p in group["params"]]
+                _keep(group, sorted(range(len(places)), key=places.__getitem__))
 
 
 def drop_parameters_(optimizers: Sequence[Optimizer], gone: Sequence[Tensor]) -> None:
@@ -117,7 +147,7 @@ def drop_parameters_(optimizers: Sequence[Optimizer], gone: Sequence[Tensor]) ->
     ids = {id(p) for p in gone}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["params"][:] = [p for p in group["params"] if id(p) not in ids]
+            _keep(group, [place for place, p in enumerate(group["params"]) if id(p) not in ids])
         for p in gone:
             optimizer.state.pop(p, None)
     for p in gone:

@@ -117,7 +117,7 @@ def _looks_trained(weight: Tensor) -> bool:
     if weight.is_meta or min(weight.shape) < 32:
         return False
     values = whole(weight).float()
-    (m, n), vector = values.shape, torch.ones(values.shape[1], device=values.device)
+    (m, n), vector = values.shape, torch.ones(values.shape[1], device=values.device, dtype=values.dtype)
     for _ in range(10):
         vector = torch.nn.functional.normalize(values.T @ (values @ vector), dim=0)
     largest = float(torch.linalg.vector_norm(values @ vector))

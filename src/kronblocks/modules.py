@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +41,9 @@ def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
         for child, module in list(parent._modules.items()):  # named_children() would leave out the second of two places
             if module is old:
                 setattr(parent, child, new)
+                initialize: Any = getattr(parent, "_initialize", None)
+                if child == "_orig_mod" and initialize is not None:  # torch.compile would go on calling the old one
+                    initialize()
 
 
 @contextlib.contextmanager

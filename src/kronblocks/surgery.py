@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
-from kronblocks.groups import keep_slots_, replace_parameters_
+from kronblocks.groups import in_order_of_, keep_slots_, replace_parameters_
 from kronblocks.initial import factored, first_masks, packed, relative_error, warn_of_dropped_weights, warn_of_rank
 from kronblocks.methods import FACTORED, LIFTED
 from kronblocks.modules import fold_, replace_, unfoldable, unfolding
@@ -78,27 +78,34 @@ class ModelSurgeon:
         self.report = report
         self._model = model
 
-    def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
-        _lift(self._model, names, optimizers)
+    def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> bool:
+        return bool(_lift(self._model, names, optimizers))
 
-    def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
+    def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> bool:
+        changed = False
         for name in names:
             layer = self._model.get_submodule(name)
             if isinstance(layer, BlockSparseLinear):
                 old, kept = layer.values, layer.compact_()
                 if layer.values is not old:
                     keep_slots_(optimizers, old, layer.values, kept)
+                    changed = True
+        return changed
 
     def record(self) -> dict[str, Any]:
         return structure(self._model)
 
-    def restore(self, record: dict[str, Any], optimizers: Sequence[Optimizer]) -> None:
+    def restore(self, record: dict[str, Any], optimizers: Sequence[Optimizer]) -> bool:
         before = _layers(self._model, BlockLayer)
         apply_structure_(self._model, record)
+        changed = False
         for name, old in before.items():
             new = self._model.get_submodule(name)
-            if isinstance(new, BlockSparseLinear) and new is not old:
-                replace_parameters_(optimizers, old.block_parameters(), new.values)
+            if isinstance(new, BlockLayer) and new is not old:
+                replace_parameters_(optimizers, old, new)
+                changed = True
+        in_order_of_(optimizers, self._model)
+        return changed
 
 
 def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: Rule | None = None) -> Sparsifier:
@@ -248,7 +255,7 @@ def _lift(model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimizer
         new = BlockSparseLinear.from_kron(old)
         new.values.requires_grad_(old.coeff.requires_grad)
         replace_(model, name, new)
-        replace_parameters_(optimizers, old.block_parameters(), new.values)
+        replace_parameters_(optimizers, old, new)
         lifted.append(name)
     return lifted
 
@@ -386,4 +393,7 @@ def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device 
         raise KronblocksError(f"the record's layer {name!r} has settings that {kind.__name__} does not know: {error}") from error
     if old.bias is not None and layer.bias is not None:
         layer.bias = old.bias
+    is_trained = any(p.requires_grad for attribute, p in old.named_parameters(recurse=False) if attribute != "bias")
+    for p in layer.block_parameters():
+        p.requires_grad_(is_trained)
     return layer.train(old.training)

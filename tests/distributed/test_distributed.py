@@ -55,6 +55,7 @@ EXACT = ("two-phase", "kron-l1", "group-lasso", "magnitude", "static")  # rigl g
 ALL = (*EXACT, "rigl")
 RUNS = [
     *((2, "ddp", method) for method in (*ALL, "elastic-group-lasso")),
+    *((2, "static", method) for method in ("two-phase", "group-lasso")),
     *((2, "fsdp", method) for method in ALL),
     *((4, way, method) for way in ("ddp", "fsdp") for method in ("two-phase", "rigl")),
 ]
@@ -66,6 +67,7 @@ def test_processes_do_what_one_does(worker, two, four, way, method, world):
     found = [torch.load(folder / f"{way}-{method}-{rank}.pt", weights_only=True) for rank in range(world)]
     for other in found[1:]:
         assert torch.equal(other["masks"], found[0]["masks"]) and torch.equal(other["losses"], found[0]["losses"])
+    assert found[0].get("calls", worker.STEPS) >= worker.STEPS
     assert found[0]["sparsity"] == pytest.approx(0.75, abs=0.02)
     if method != "rigl":
         model, sparsifier = worker.make(method)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -41,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 FEW = ("two-phase", "rigl")
+STATIC = ("two-phase", "group-lasso")
 
 
 def make(method: str, seed: int = 0) -> tuple[nn.Module, Any]:
@@ -100,6 +102,21 @@ def ddp(rank: int, world: int, folder: Path) -> None:
     for method in METHODS if world == 2 else FEW:
         bare, sparsifier = make(method, seed=0 if method in ("two-phase", "kron-l1") else rank)
         torch.save(train(DistributedDataParallel(bare), sparsifier, rank, world), folder / f"ddp-{method}-{rank}.pt")
+
+
+def static_graph(rank: int, world: int, folder: Path) -> None:
+    """DDP that knows its graph from the first step on, with a communication hook of the user's."""
+    for method in STATIC:
+        bare, sparsifier = make(method)
+        wrapper, calls = DistributedDataParallel(bare, static_graph=True), []
+
+        def hook(state, bucket, calls=calls):  # DDP reads annotations, and wants types, not their names
+            calls.append(1)
+            return allreduce_hook(state, bucket)
+
+        wrapper.register_comm_hook(None, hook)
+        found = train(wrapper, sparsifier, rank, world)
+        torch.save({**found, "calls": torch.tensor(len(calls))}, folder / f"static-{method}-{rank}.pt")
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -181,7 +198,7 @@ def unwrapped(rank: int, world: int, folder: Path) -> None:
 
 
 SCENARIOS: dict[str, tuple[Callable[[int, int, Path], None], ...]] = {
-    "two": (ddp, fsdp, unwrapped, saved),
+    "two": (ddp, static_graph, fsdp, unwrapped, saved),
     "four": (ddp, fsdp, resumed),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -266,3 +267,62 @@ def test_schedule_settings_reach_the_schedule():
     schedule = Training(config).start().sparsifier.schedule
     assert schedule is not None
     assert (schedule.start_step, schedule.lift_step, schedule.end_step, schedule.shape) == (4, 20, 36, "linear")
+
+
+@pytest.mark.parametrize("earlier", [5, 11, 14, 20])  # before the lift, after it, after more blocks have died, when healing
+@pytest.mark.parametrize("method", ["two-phase", "kron-l1", "rigl", "magnitude"])
+def test_going_back_in_place_gives_the_same_bits(method, earlier):
+    """The last good state after a divergence: model, sparsifier and optimiser stay the objects that they are."""
+    config = SparsityConfig(method=method, block_size=4, target_sparsity=0.75, **factors(method))
+    whole = Training(config).start().run(STEPS)
+    training = Training(config).start().run(earlier)
+    good = training.state()
+    training.run(30)
+    for part in ("sparsifier", "model", "optimizer", "scheduler"):
+        getattr(training, part).load_state_dict(good[part])
+    assert same(training.run(STEPS).state(), whole.state())
+
+
+def test_a_penalty_is_added_to_the_gradients_of_a_closure_too():
+    strong = PenaltyConfig(strength=30.0)
+    gates = []
+    for with_closure in (False, True):
+        training = Training(SparsityConfig(method="kron-l1", block_size=4, rank=2, penalty=strong))
+        optimizer = torch.optim.SGD(training.model.parameters(), lr=0.05)
+        training.sparsifier.attach(optimizer, total_steps=STEPS, add_penalty=True)
+
+        def closure(training=training, optimizer=optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = training.model(torch.ones(2, 32)).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(10):
+            if with_closure:
+                assert isinstance(optimizer.step(closure), Tensor)
+            else:
+                closure()
+                optimizer.step()
+        gates.append(training.model[0].gate.detach().clone())
+    assert torch.equal(*gates) and gates[0].mean() < 0.9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_optimisers_that_set_their_steps_by_themselves(method):
+    class Signs(torch.optim.Optimizer):
+        def __init__(self, params, lr=None) -> None:
+            super().__init__(params, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self, closure=None) -> Any:
+            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                p -= 1e-3 * p.grad.sign()
+
+    training = Training(SparsityConfig(method=method, block_size=4, target_sparsity=0.75, **factors(method)))
+    optimizer = Signs(training.model.parameters())
+    training.sparsifier.attach(optimizer, total_steps=STEPS)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        (training.model(torch.randn(4, 32)).square().mean() + training.sparsifier.penalty()).backward()
+        optimizer.step()
+    assert training.sparsifier.sparsity == 0.75

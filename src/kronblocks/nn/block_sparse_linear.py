@@ -72,6 +72,7 @@ class BlockSparseLinear(BlockLayer):
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("block_position", slots)
         self.block_mask.copy_(mask)
+        self._outline = mask if self.block_mask.is_meta else None
         self.choose_plan_()
         self.reset_parameters()
 
@@ -115,6 +116,17 @@ class BlockSparseLinear(BlockLayer):
         new.bias = layer.bias
         new.choose_plan_(layer.rows)
         return new
+
+    @torch.no_grad()
+    def _apply(self, fn, recurse: bool = True) -> Self:
+        """What moves a module; from the meta device the mask comes along, which `to_empty` would leave undefined."""
+        outline = self._outline if self.block_mask.is_meta else None
+        super()._apply(fn, recurse)
+        if outline is not None and not self.block_mask.is_meta:
+            self.block_mask.copy_(outline)
+            self.block_position.copy_(outline.flatten().nonzero().squeeze(1))
+            self._outline = None
+        return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

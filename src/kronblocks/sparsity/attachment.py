@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -37,10 +38,17 @@ def check_optimizers(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> N
     """Refuse optimisers that a sparsifier cannot follow.
 
     Raises:
-        KronblocksError: LBFGS, a targeted parameter in none of them, or one whose layers another sparsifier follows.
+        KronblocksError: LBFGS, an optimiser whose steps run no hooks, flattened weights, a targeted parameter in none of
+            the optimisers, or one whose layers another sparsifier follows.
     """
     if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
         raise KronblocksError("attach wants a torch optimiser or a list of them: sparsifier.attach(optimizer, total_steps=...)")
+    for optimizer in optimizers:
+        if not getattr(type(optimizer).step, "hooked", False):
+            raise KronblocksError(
+                f"steps of {type(optimizer).__name__} run no hooks, by which a sparsifier follows them: its __init__ has to call "
+                "super().__init__(params, defaults), as torch's optimisers do"
+            )
     if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
         raise KronblocksError(
             "LBFGS calls its closure several times in one step and expects a fixed set of weights, so its line search and a "
@@ -50,6 +58,11 @@ def check_optimizers(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> N
         raise KronblocksError(
             f"another sparsifier follows {', '.join(both[:5])} on this optimiser already: call sparsify_ once, or make the "
             "model anew (kronblocks.densify_ gives plain layers again), and the optimiser after it"
+        )
+    if flattened := [target.name for target in sparsifier.targets if _is_flattened(target)]:
+        raise KronblocksError(
+            f"the weights of {', '.join(flattened[:5])} have been flattened, as FullyShardedDataParallel does: use fully_shard, "
+            "which leaves them their shape"
         )
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     missing = [
@@ -62,10 +75,17 @@ def check_optimizers(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> N
         )
 
 
+def _is_flattened(target: BlockTarget) -> bool:
+    try:
+        return any(p.dim() < 2 for p in target.parameters())
+    except AttributeError:  # they are not even there
+        return True
+
+
 def _followed_already(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> list[str]:
     """Names of the layers that another sparsifier of the same model follows through one of these optimisers."""
     hooks = [hook for optimizer in optimizers for hook in optimizer._optimizer_step_post_hooks.values()]
-    others = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), type(sparsifier))]
+    others = [owner for hook in hooks if isinstance(owner := getattr(inspect.unwrap(hook), "__self__", None), type(sparsifier))]
     theirs = {target.name for other in others if other.model is sparsifier.model for target in other.targets}
     return [target.name for target in sparsifier.targets if target.name in theirs]
 

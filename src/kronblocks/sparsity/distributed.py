@@ -76,6 +76,7 @@ def follow_replaced_parameters(model: nn.Module) -> None:
         return
     for wrapper in [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]:
         if any(module is model for module in wrapper.module.modules()):
+            wrapper._static_graph_delay_allreduce_enqueued = False  # a static graph's first iteration comes once more
             try:
                 wrapper.__setstate__(wrapper.__getstate__())  # what unpickling does: a new reducer over the present parameters
             except RuntimeError as error:
@@ -83,3 +84,5 @@ def follow_replaced_parameters(model: nn.Module) -> None:
                     "the layers were replaced, and DistributedDataParallel of another process group than the default one cannot "
                     "follow: leave process_group= and device_mesh= out"
                 ) from error
+            for hook, state in wrapper._comm_hooks:
+                distributed._register_comm_hook(wrapper.reducer, state, hook)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class GrowthProbe:
         x = forward_input(args, kwargs).detach()
 
         def add(dy: Tensor) -> None:
-            gradient = dy.detach().flatten(0, -2).float().t() @ x.flatten(0, -2).float()
+            gradient = dy.detach().reshape(-1, dy.shape[-1]).float().t() @ x.reshape(-1, x.shape[-1]).float()
             if torch.isfinite(gradient).all():
                 self._gradient = gradient if self._gradient is None else self._gradient + gradient
 
@@ -46,19 +47,43 @@ class GrowthProbe:
         return self._grid.norms(self._gradient) / self._grid.block.area**0.5
 
 
+class _Stance:
+    """Of torch.compile, for the whole process: eager while anybody wants it, then what it was before."""
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._stance: Any = None
+
+    def hold(self) -> None:
+        if not self._users:
+            self._stance = torch.compiler.set_stance("force_eager")
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self._stance.__exit__(None, None, None)
+
+
+_STANCE = _Stance()
+
+
 class EagerSteps:
     """Steps that compiled models run uncompiled, since what is compiled does not call the hooks that growth is measured by."""
 
     def __init__(self) -> None:
-        self._stance: Any = None
+        self._release: Any = None
+
+    def __reduce__(self) -> tuple[type[EagerSteps], tuple[()]]:  # a copy has begun none
+        return EagerSteps, ()
 
     def begin(self) -> None:
-        """From the next forward on."""
-        if self._stance is None and "torch._dynamo" in sys.modules:  # else nothing has been compiled
-            self._stance = torch.compiler.set_stance("force_eager")
+        """From the next forward on, until `end`, or until nobody has this object any more."""
+        if (self._release is None or not self._release.alive) and "torch._dynamo" in sys.modules:  # else nothing is compiled
+            _STANCE.hold()
+            self._release = weakref.finalize(self, _STANCE.release)
 
     def end(self) -> None:
         """As it was before."""
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        if self._release is not None:
+            self._release()

@@ -108,9 +108,10 @@ class Sparsifier:
         if is_shared():
             for target in self.targets:
                 target.share_mask_()
-        handles: list[Any] = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        after, before = torch.compiler.disable(self._after_step), torch.compiler.disable(self._add_penalty)  # of compiled steps
+        handles: list[Any] = [optimizer.register_step_post_hook(after) for optimizer in optimizers]
         if add_penalty and self.rule.has_penalty:
-            handles += [optimizer.register_step_pre_hook(self._add_penalty) for optimizer in optimizers]
+            handles += [optimizer.register_step_pre_hook(before) for optimizer in optimizers]
         self._awaits_penalty = self.rule.has_penalty and bool(self.targets)
         for target in self.targets:
             handles += target.hook_gradients()
@@ -120,6 +121,8 @@ class Sparsifier:
 
     def _detach(self) -> None:
         self._eager.end()
+        for target in self.targets:
+            target.drop_probe()
         self._optimizers, self.schedule = [], None
 
     def warn_if_too_dense(self, why: str) -> None:
@@ -159,13 +162,13 @@ class Sparsifier:
         """
         if self._is_sharded:
             raise KronblocksError(_LIFT_WAITS)
-        self._surgeon.lift([target.name for target in self.targets], self._optimizers)
-        self._follow_layers()
-        follow_replaced_parameters(self.model)
+        if self._surgeon.lift([target.name for target in self.targets], self._optimizers):
+            self._follow_layers()
+            follow_replaced_parameters(self.model)
 
     def _compact(self) -> None:
-        self._surgeon.compact([target.name for target in self.targets], self._optimizers)
-        follow_replaced_parameters(self.model)
+        if self._surgeon.compact([target.name for target in self.targets], self._optimizers):
+            follow_replaced_parameters(self.model)
 
     @property
     def masks_linears(self) -> bool:
@@ -200,7 +203,23 @@ class Sparsifier:
         term = self.rule.penalty(self.targets, self._context(self.step)) if wanted else None
         return torch.zeros((), device=next(self.model.parameters()).device) if term is None else term
 
-    def _add_penalty(self, optimizer: Optimizer, *_: Any) -> None:
+    def _add_penalty(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a step: its arguments, if it is given a closure, whose gradients are to have the penalty's added."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._add_gradients(optimizer)
+            return None
+
+        def with_penalty() -> Any:
+            loss = closure()
+            self._add_gradients(optimizer)
+            return loss
+
+        others = {name: value for name, value in kwargs.items() if name != "closure"}
+        return (optimizer, with_penalty, *args[2:]), others
+
+    @torch.no_grad()
+    def _add_gradients(self, optimizer: Optimizer) -> None:
         """Add the penalty's gradient to those of an optimiser's parameters; a fused one may hold scaled gradients."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         with torch.enable_grad():
@@ -257,11 +276,11 @@ class Sparsifier:
         self._prepare_probes()
 
     def _apply_rule(self, update: bool) -> None:
+        self._eager.end()
         lifted = not all(target.is_factored for target in self.targets)
         kind = "norm" if lifted and self.rule.score == "gate" else self.rule.score  # free values have no gates any more
         scores = agreed([target.scores(kind) for target in self.targets], self.step)
         growth = averaged([target.read_probe() for target in self.targets]) if update and self.rule.needs_growth else None
-        self._eager.end()
         context = self._context(self.step)
         multipliers, self._rule_state = self.rule.propose(scores, growth, self._rule_state, context)
         check_multipliers(multipliers, self.rule, context)
@@ -315,8 +334,9 @@ class Sparsifier:
         )
 
     def _learning_rates(self) -> tuple[float, ...]:
-        rate = {id(p): group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
-        return tuple(float(rate.get(id(target.parameters()[0]), 0.0)) for target in self.targets)
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        rate = {id(p): 1.0 if group.get("lr") is None else float(group["lr"]) for group in groups for p in group["params"]}
+        return tuple(rate.get(id(target.parameters()[0]), 0.0) for target in self.targets)
 
     def save_with_model(self) -> CarriedState:
         """Keep the state in `model.state_dict()` from now on, as the tensor "kronblocks_state", and restore it, layers included,
@@ -346,9 +366,10 @@ class Sparsifier:
             KronblocksError: the state is of another version, algorithm, model or number of steps.
         """
         total_steps = self.schedule.total_steps if self.schedule is not None else None
-        check_state(state, rule=type(self.rule).__name__, targets=[t.name for t in self.targets], total_steps=total_steps)
-        self._surgeon.restore(state["structure"], self._optimizers)
-        self._follow_layers()
+        check_state(state, rule=type(self.rule).__name__, targets=self.targets, total_steps=total_steps)
+        if self._surgeon.restore(state["structure"], self._optimizers):
+            self._follow_layers()
+            follow_replaced_parameters(self.model)
         for target in self.targets:
             if target.name in state["masks"]:
                 target.set_mask_(state["masks"][target.name])

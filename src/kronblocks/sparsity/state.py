@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kronblocks.errors import KronblocksError
+from kronblocks.sparsity.targets import BlockTarget, WeightTarget
 
 STATE_VERSION = 2
 
@@ -15,13 +17,13 @@ _DICTS = ("rule_state", "structure", "plans", "planner", "masks")
 _PARTS = frozenset({"version", "rule", "step", "total_steps", *_DICTS})
 
 
-def check_state(state: Any, *, rule: str, targets: Sequence[str], total_steps: int | None) -> None:
+def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget], total_steps: int | None) -> None:
     """Refuse what is no state of a sparsifier like this one.
 
     Args:
         state: anything.
         rule: name of the sparsifier's algorithm.
-        targets: names of its layers.
+        targets: its layers.
         total_steps: of its schedule; None before `attach`.
 
     Raises:
@@ -34,14 +36,32 @@ def check_state(state: Any, *, rule: str, targets: Sequence[str], total_steps: i
         raise KronblocksError("this is no state of a Sparsifier: save sparsifier.state_dict() and load that")
     if state["rule"] != rule:
         raise KronblocksError(f"the state is of the rule {state['rule']}, but this sparsifier has {rule}: take the same")
-    names = {*state["plans"], *state["masks"]}
-    if names != set(targets):
+    names, own = {*state["plans"], *state["masks"]}, [target.name for target in targets]
+    if names != set(own):
         raise KronblocksError(
-            f"the state targets {sorted(map(str, names))}, but this model's targets are {list(targets)}: "
+            f"the state targets {sorted(map(str, names))}, but this model's targets are {own}: "
             "use the same model and SparsityConfig"
         )
+    for target in targets:
+        _check_target(state, target)
     if total_steps is not None and state["total_steps"] not in (None, total_steps):
         raise KronblocksError(f"the state is of a training of {state['total_steps']} steps, but attach was told {total_steps}")
+
+
+def _check_target(state: dict[str, Any], target: BlockTarget) -> None:
+    mask = state["masks"].get(target.name)
+    masks_weight = isinstance(target, WeightTarget)
+    if (mask is not None) != masks_weight:
+        forms = ("a block layer of its own", "a plain nn.Linear with a mask")
+        raise KronblocksError(
+            f"of {target.name!r} the state has {forms[mask is not None]}, and here it is {forms[masks_weight]}: use the same "
+            "method and storage"
+        )
+    if mask is not None and (mask.shape != target.grid.shape or mask.dtype != torch.bool):
+        raise KronblocksError(
+            f"of {target.name!r} the state has a mask of {tuple(mask.shape)}, and here blocks are {target.grid.shape}: use the "
+            "same block size"
+        )
 
 
 def _is_whole(state: dict[str, Any]) -> bool:

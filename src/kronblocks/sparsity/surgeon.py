@@ -13,18 +13,18 @@ class Surgeon(Protocol):
 
     report: Any
 
-    def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
-        """Replace Kronecker layers by layers of free block values, in the optimisers too."""
+    def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> bool:
+        """Replace Kronecker layers by layers of free block values, in the optimisers too; whether there were any."""
         ...
 
-    def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
-        """Give up the slots of dead blocks, in the optimisers' state too."""
+    def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> bool:
+        """Give up the slots of dead blocks, in the optimisers' state too; whether there were any."""
         ...
 
     def record(self) -> dict[str, Any]:
         """The structure of the model's block layers, as plain values."""
         ...
 
-    def restore(self, record: dict[str, Any], optimizers: Sequence[Optimizer]) -> None:
-        """Give the model that structure again."""
+    def restore(self, record: dict[str, Any], optimizers: Sequence[Optimizer]) -> bool:
+        """Give the model that structure again, and optimisers its parameters; whether a layer was replaced."""
         ...

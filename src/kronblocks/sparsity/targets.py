@@ -171,6 +171,12 @@ class BlockTarget:
         """Begin to measure growth scores; the next `read_probe` ends it."""
         self._probe = self._probe or GrowthProbe(self.module, self.grid)
 
+    def drop_probe(self) -> None:
+        """End it without a result."""
+        if self._probe is not None:
+            self._probe.read()
+        self._probe = None
+
     def read_probe(self) -> Tensor:
         """Growth score of every block, (m1, n1); zeros for a layer that is frozen or was not used.
 
@@ -272,7 +278,8 @@ class WeightTarget(BlockTarget):
 
     def __init__(self, name: str, module: nn.Linear, grid: BlockGrid) -> None:
         super().__init__(name, module, grid)
-        self._mask = torch.ones(grid.shape, dtype=torch.bool, device=module.weight.device)
+        device = "cpu" if module.weight.is_meta else module.weight.device
+        self._mask = torch.ones(grid.shape, dtype=torch.bool, device=device)
 
     @property
     def _weight(self) -> nn.Parameter:

@@ -33,7 +33,7 @@ def rates(values: Sequence[float], first: slice) -> Axis:
     return Axis("lr", tuple(values), first)
 
 
-RATES = rates((1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128), slice(1, 4))
+RATES = rates((1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128, 0.256, 0.512), slice(1, 4))
 
 _RANKS = Axis("rank", (2, 4, 8, 16, 32, 64), slice(1, 3))
 _DECAY = (0.0, 0.05, 0.1, 0.2)

@@ -35,7 +35,7 @@ class RuleContext:
     steps_to_update: int  # until then, at least 1
     masks: tuple[Tensor, ...]  # (m1, n1) bool a layer, True = live
     areas: tuple[int, ...]  # weights per block, a number a layer
-    learning_rates: tuple[float, ...]  # a number a layer
+    learning_rates: tuple[float, ...]  # a number a layer; 1 where the optimiser sets its steps by itself
     scope: Scope = "global"
 
 
