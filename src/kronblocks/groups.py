@@ -108,14 +108,16 @@ def _put_in_place(optimizer: Optimizer, gone: set[int], new: BlockLayer) -> None
     place = next(place for place, p in enumerate(home["params"]) if id(p) in gone)
     has_momentum = "momentum_buffer" in optimizer.state.get(home["params"][place], {})
     layer = home["param_names"][place].rpartition(".")[0] if "param_names" in home else ""
-    ours = {id(p) for p in new.block_parameters()}
     for name, p in new.named_parameters(recurse=False):
-        if id(p) not in ours or not p.requires_grad:
+        if name not in _GROUPS:
             continue
         group = _group(optimizer, _GROUPS[name])
-        place += group is None
-        _insert(home if group is None else group, place if group is None else len(group["params"]), p, f"{layer}.{name}")
-        if group is None and home.get("fused") and has_momentum:  # torch's fused SGD wants momenta of all of a group, or of none
+        if group is not None:
+            _insert(group, len(group["params"]), p, f"{layer}.{name}")
+            continue
+        place += 1
+        _insert(home, place, p, f"{layer}.{name}")
+        if home.get("fused") and has_momentum:  # torch's fused SGD wants momenta of all parameters of a group, or of none
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
