@@ -248,6 +248,14 @@ def test_kron_l1_penalty_is_the_mean_magnitude_and_grows_to_three_times():
     assert torch.allclose(gate.grad, 0.12 * gate.detach().sign())
 
 
+def test_kron_l1_penalty_of_many_half_precision_gates_is_finite():
+    gate = torch.ones(256, 256, dtype=torch.float16, requires_grad=True)
+    penalty = KronL1(strength=1.0).penalty([FakeGate(gate)], context([torch.ones(256, 256, dtype=torch.bool)], step=0))
+    assert penalty is not None and penalty.item() == 1.0
+    penalty.backward()
+    assert gate.grad is not None and torch.equal(gate.grad, torch.full_like(gate, 2**-16))
+
+
 def test_kron_l1_gradient_form_cuts_only_at_the_end():
     rule, mask = KronL1(), torch.ones(1, 4, dtype=torch.bool)
     scores = [torch.tensor([[0.1, 0.9, 0.2, 0.8]])]

@@ -47,5 +47,6 @@ class KronL1:
         gates = [gate for target in targets if (gate := target.gate) is not None]
         if not gates:  # all layers have been lifted
             return None
-        magnitude = torch.stack([gate.abs().sum() for gate in gates]).sum() / sum(gate.numel() for gate in gates)
+        sums = [gate.abs().sum(dtype=torch.promote_types(gate.dtype, torch.float32)) for gate in gates]  # fp16 ends at 65,504
+        magnitude = torch.stack(sums).sum() / sum(gate.numel() for gate in gates)
         return growing_strength(self._strength, self._growth, ctx) * magnitude
