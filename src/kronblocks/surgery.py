@@ -59,7 +59,8 @@ def _rule(config: SparsityConfig) -> Rule:
     return rules[config.method]()
 
 
-def _schedule(config: SparsityConfig) -> Callable[[int], SparsitySchedule]:
+def schedule_of(config: SparsityConfig) -> Callable[[int], SparsitySchedule]:
+    """What gives a config's schedule for a number of steps."""
     plan = config.schedule
     end = config.own.end if plan.end is None else plan.end
     lift_at = plan.lift_at if config.method in LIFTED else None
@@ -178,7 +179,7 @@ def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport,
             target.set_mask_(masks[target.name])
     planner = Planner(measure=config.measure_plans, rows=config.rows)
     surgeon = ModelSurgeon(model, report)
-    return Sparsifier(model, targets, rule, _schedule(config), surgeon, scope=config.scope, planner=planner)
+    return Sparsifier(model, targets, rule, schedule_of(config), surgeon, scope=config.scope, planner=planner)
 
 
 def _replace_layers(

@@ -242,6 +242,13 @@ def test_settings_that_do_not_fit_the_model_leave_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("settings", [{}, {"block_size": "auto"}, {"method": "dense"}])
+def test_too_few_steps_leave_no_folder(tmp_path, settings):
+    with pytest.raises(KronblocksError, match=r"^1 step is too few to prune from 0.05 to 0.\d of the training: train longer"):
+        training.train(config(tmp_path / "run", epochs=1, batch_size=5000, **settings))
+    assert not (tmp_path / "run").exists()
+
+
 def test_compare_gives_settings_to_the_methods_that_have_them(tmp_path):
     settings = {"rank": 2, "schedule": ScheduleConfig(end=0.7, lift_at=0.5), "penalty": PenaltyConfig(strength=2.0, growth=5.0)}
     runs = CompareConfig(out=tmp_path, methods=("dense", "two-phase", "kron-l1", "group-lasso"), **settings).runs()

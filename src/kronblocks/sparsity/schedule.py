@@ -46,9 +46,8 @@ class SparsitySchedule:
         if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int) or self.total_steps < 1:
             raise KronblocksError(f"total_steps is the number of optimiser steps of the training, not {self.total_steps!r}")
         if self.end_step <= self.start_step:
-            raise KronblocksError(
-                f"{self.total_steps} steps are too few to prune from {self.start} to {self.end} of the training: train longer"
-            )
+            steps = "1 step is" if self.total_steps == 1 else f"{self.total_steps} steps are"
+            raise KronblocksError(f"{steps} too few to prune from {self.start} to {self.end} of the training: train longer")
 
     @property
     def start_step(self) -> int:
