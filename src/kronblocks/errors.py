@@ -1,8 +1,12 @@
-"""The one error class and the warnings of the library."""
+"""The error of the library, with the kind of it that searches go on after, and the warnings."""
 
 
 class KronblocksError(ValueError):
     """A mistake in the use of the library: says what was given, what is allowed and what to write instead."""
+
+
+class DoesNotFit(KronblocksError):
+    """A block size with which a model cannot become as sparse, or as small, as is wanted: others may, and searches try them."""
 
 
 class KronblocksWarning(UserWarning):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kronblocks.blocks import BlockGrid
 from kronblocks.checks import number
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import DoesNotFit, KronblocksError
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _within_budget(spectra: Sequence[Tensor], costs: Sequence[int], budget: floa
     ranks = [1] * len(spectra)
     left = budget - sum(costs)
     if left < 0:
-        raise KronblocksError(
+        raise DoesNotFit(
             f"one Kronecker term in every layer has {sum(costs)} parameters already, above the {int(budget)} that max_parameters "
             "allows: raise it, or take larger blocks or fewer tile groups"
         )
@@ -98,7 +98,7 @@ def choose_ranks(choice: RankChoice, layers: Sequence[tuple[Tensor, BlockGrid, i
         layers: weight (out_features, in_features), how it is cut, and tile banks of each.
 
     Raises:
-        KronblocksError: not even one term a layer fits the budget.
+        DoesNotFit: not even one term a layer fits the budget.
 
     >>> from kronblocks.blocks import BlockSize
     >>> weight = torch.kron(torch.eye(4), torch.eye(2)) + torch.kron(torch.ones(4, 4), torch.ones(2, 2))

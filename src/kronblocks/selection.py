@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import SparsityConfig
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import DoesNotFit, KronblocksError
 from kronblocks.methods import FACTORED, own_rank
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
@@ -238,7 +238,7 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
     ]
     if not selected:
         report = SurgeryReport((), tuple(left))
-        raise KronblocksError(f"no layer was selected, so nothing would be sparse:\n{report}")
+        raise DoesNotFit(f"no layer was selected, so nothing would be sparse:\n{report}")
     for each in selected:
         weight = next(linears[each.name].parameters(recurse=False))
         if not weight.is_meta and not torch.isfinite(weight).all():

@@ -7,7 +7,7 @@ import torch
 from tests.search.small_task import convolutional, task
 from torch import nn
 
-from kronblocks import BlockGrid, BlockSize, KronblocksError, SparsityConfig, nearest_kronecker_sum
+from kronblocks import BlockGrid, BlockSize, KronblocksError, RankChoice, SparsityConfig, nearest_kronecker_sum
 from kronblocks.nn.unfolded import UnfoldedConv
 from kronblocks.search.candidates import Candidate, captured_energy, excess_energy, find_candidates, shortlist
 
@@ -30,6 +30,17 @@ def test_sizes_are_taken_as_near_as_they_fit_and_those_that_make_no_difference_o
         find_candidates(nn.Sequential(nn.Linear(7, 5)), SparsityConfig())
     with pytest.raises(KronblocksError, match="names no block size: a search wants at least two"):
         find_candidates(model(), SparsityConfig(), ())
+
+
+def test_a_size_whose_factors_are_too_many_does_not_fit_and_the_others_do():
+    layers = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+    shared = {"tile_groups": 1, "init": "nearest", "target_sparsity": 0.5}
+    found = find_candidates(layers, SparsityConfig(rank=RankChoice(max_parameters=0.2), **shared))
+    assert [str(each.block) for each in found] == ["4x4", "8x8", "16x16"]  # one term of 2x2 has 0.25 of the weights
+    assert all(layer.rank >= 1 for each in found for layer in each.layers)
+    says = "none of the block sizes fits.*name others.*8x8: one Kronecker term in every layer has 208 parameters already"
+    with pytest.raises(KronblocksError, match=says):
+        find_candidates(layers, SparsityConfig(rank=RankChoice(max_parameters=0.01), **shared), (4, 8))
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import BlockSizeLike, SparsityConfig
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import DoesNotFit, KronblocksError
 from kronblocks.modules import fold_, unfoldable, unfolding
 from kronblocks.ops.cost import Problem, estimated_seconds, possible_plans
 from kronblocks.search.report import Path
@@ -94,16 +94,24 @@ def _step_seconds(layer: Selected, config: SparsityConfig, rows: int, device: st
 
 
 def _fitting(model: nn.Module, config: SparsityConfig) -> tuple[Selected, ...]:
-    """The layers that a block size fits; none where too few blocks are left to reach the sparsity."""
-    try:
-        layers = select(model, config).selected
-        scores = [torch.zeros(layer.grid.shape) for layer in layers]
-        choose_dead(scores, [layer.grid.block.area for layer in layers], config.target_sparsity, config.scope)
-    except KronblocksError as error:
-        if not any(reason in str(error) for reason in ("no layer was selected", "without a live block")):
-            raise
-        return ()
+    """The layers that a block size fits.
+
+    Raises:
+        DoesNotFit: there are none, too few blocks are left to reach the sparsity, or the factors have more parameters than
+            `RankChoice` allows.
+    """
+    layers = select(model, config).selected
+    scores = [torch.zeros(layer.grid.shape) for layer in layers]
+    choose_dead(scores, [layer.grid.block.area for layer in layers], config.target_sparsity, config.scope)
     return layers
+
+
+def _fits(model: nn.Module, config: SparsityConfig) -> bool:
+    try:
+        _fitting(model, config)
+    except DoesNotFit:
+        return False
+    return True
 
 
 def _divisors(model: nn.Module) -> list[int]:
@@ -132,8 +140,8 @@ def find_candidates(
             convolutions are linear layers, by the layers' names.
 
     Raises:
-        KronblocksError: no size is named, none of them fits any layer, or leaves blocks enough for the sparsity; a layer that
-            is block-sparse already.
+        KronblocksError: no size is named, none of them fits any layer, leaves blocks enough for the sparsity, or makes factors as
+            few as `RankChoice` allows; a layer that is block-sparse already.
     """
     found = unfoldable(model, config.convolutions)
     with unfolding(model, [name for name, reason in found.items() if not reason]) as originals:
@@ -148,15 +156,18 @@ def _find(
 ) -> list[Candidate]:
     """The same for a model of linear layers alone."""
     if sizes is None:
-        sizes = SIZES if any(_fitting(model, with_block(config, BlockSize(side, side))) for side in SIZES) else _divisors(model)
+        sizes = SIZES if any(_fits(model, with_block(config, BlockSize(side, side))) for side in SIZES) else _divisors(model)
     elif not (sizes := tuple(sizes)):
         raise KronblocksError("sizes= names no block size: a search wants at least two, such as sizes=(4, 8), or None")
     device = next(model.parameters()).device.type
     found: dict[tuple[str, ...], Candidate] = {}
+    why_not = ""
     for size in sizes:
         block = BlockSize.parse(size)
-        layers = _fitting(model, with_block(config, block))
-        if not layers:
+        try:
+            layers = _fitting(model, with_block(config, block))
+        except DoesNotFit as error:
+            why_not = f"; {block}: {str(error).splitlines()[0].rstrip(':')}"
             continue
         sparse = [layer.name for layer in layers if not isinstance(model.get_submodule(layer.name), nn.Linear)]
         if sparse:
@@ -170,7 +181,9 @@ def _find(
         seconds = {layer.name: _step_seconds(layer, config, rows[layer.name], device) for layer in layers}
         found.setdefault(tuple(str(layer.grid) for layer in layers), Candidate(block, layers, seconds, energy))
     if not found:
-        raise KronblocksError("none of the block sizes fits the layers and the sparsity: name others, such as sizes=(2, 4)")
+        raise KronblocksError(
+            f"none of the block sizes fits the layers, the sparsity and the rank: name others, such as sizes=(2, 4){why_not}"
+        )
     return sorted(found.values(), key=lambda candidate: candidate.block.area)
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import DoesNotFit
 
 Scope = Literal["global", "layer"]
 Distribution = Literal["erk", "uniform"]
@@ -70,7 +70,7 @@ def _choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float
         count = int(torch.nonzero(reached)[0]) + 1 if wanted > 0 else 0
     free = len(flat) - int(protected.sum())
     if count > free:
-        raise KronblocksError(
+        raise DoesNotFit(
             f"a sparsity of {sparsity} of {len(flat)} blocks in {len(sizes)} layers would leave a layer without a live block: "
             f"at most {free / len(flat):.4f} is possible here (lower target_sparsity, or take smaller blocks)"
         )
@@ -100,7 +100,7 @@ def choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float,
         One (m1, n1) bool grid a layer, True = dead.
 
     Raises:
-        KronblocksError: a layer would be left without a live block.
+        DoesNotFit: a layer would be left without a live block.
 
     >>> [dead.tolist() for dead in choose_dead([torch.tensor([[3.0, 1.0, 2.0, 1.0]])], [4], 0.5)]
     [[[False, True, False, True]]]
