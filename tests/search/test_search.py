@@ -13,6 +13,8 @@ from tests.search.small_task import CONFIG, convolutional, model, task
 from torch import nn
 
 from kronblocks import BlockSize, KronblocksError, KroneckerBlockLinear, SparsityConfig, sparsify_
+from kronblocks.ops.choice import DeployedForm
+from kronblocks.search import halving
 from kronblocks.search.candidates import Candidate
 from kronblocks.search.halving import SearchConfig, _judge, _note, _Result, find_block_size, standings
 from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
@@ -34,6 +36,31 @@ def test_a_trial_is_the_training_that_the_config_means():
     for _ in range(40):
         other.step(next(data))
     assert torch.equal(task().judge(trial.model), task().judge(other.model))
+
+
+@pytest.mark.parametrize("method", ["two-phase", "magnitude", "group-lasso", "rigl"])
+def test_inference_time_is_that_of_the_exported_layers_however_they_are_stored(monkeypatch, method):
+    """A made-up time, by rows and live weights, of packed problems."""
+    asked = []
+
+    def deployed(problem):
+        asked.append(problem)
+        return DeployedForm("packed", {"packed": 1e-6 * problem.rows * problem.density * problem.grid.weights})
+
+    monkeypatch.setattr(halving, "choose_deployed", deployed)
+    config = SparsityConfig(method, rank=2 if method == "two-phase" else None, target_sparsity=0.75, convolutions=True)
+    search = SearchConfig(sizes=(2, 4), rounds=1, goal="inference-time")
+    net = convolutional().double()
+    doubled = dataclasses.replace(task(), losses=lambda net, batch: task().losses(net, tuple(part.double() for part in batch)))
+    report = find_block_size(net, config, doubled, total_steps=80, search=search)
+    assert {(p.rank, p.dtype, p.device, p.training) for p in asked} == {(None, torch.float64, "cpu", False)}
+    sizes = [(p.grid.out_features, p.grid.in_features, str(p.grid.block), p.rows) for p in asked]
+    # batches of 16, and 6 places of the kernel
+    assert sizes == [(8, 12, "2x2", 16 * 6), (8, 48, "2x2", 16), (8, 12, "4x4", 16 * 6), (8, 48, "4x4", 16)]
+    for path, problems in zip(report.paths, (asked[:2], asked[2:]), strict=True):
+        live = sum(p.density * p.grid.weights for p in problems)
+        assert live == pytest.approx(0.25 * (8 * 12 + 8 * 48), abs=16)  # within one block
+        assert path.rungs[0].cost == sum(deployed(p).seconds for p in problems)
 
 
 def test_a_trial_takes_the_whole_recipe():

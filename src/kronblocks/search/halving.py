@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -18,9 +17,11 @@ from kronblocks.config import BlockSizeLike, SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.choice import choose_deployed
+from kronblocks.ops.cost import Problem
 from kronblocks.search.candidates import Candidate, entrants, with_block
 from kronblocks.search.report import Path, Rung, SearchReport, percent
 from kronblocks.search.task import SearchTask, Trial, steps_of_search
+from kronblocks.sparsity.targets import WeightTarget
 
 Goal = Literal["step-time", "inference-time", "accuracy"]
 
@@ -110,7 +111,14 @@ def find_block_size(
     search = search or SearchConfig()
     start = time.perf_counter()
     task.check(model)
-    kept, paths = entrants(model, config, search.sizes, search.most, functools.partial(task.rows, seed=search.seed))
+    rows: dict[str, int] = {}
+
+    def count_rows(unfolded: nn.Module) -> dict[str, int]:
+        rows.update(task.rows(unfolded, search.seed))
+        return rows
+
+    kept, paths = entrants(model, config, search.sizes, search.most, count_rows)
+    cost = functools.partial(_cost, goal=search.goal, rows=rows)
     parts = search.rounds * len(kept) if len(kept) > 1 else 0
     for_what = f"each of {len(kept)} candidates in each of {search.rounds} rounds"
     all_steps = steps_of_search(search.budget, _USUAL_BUDGET, total_steps, parts, for_what)
@@ -120,7 +128,7 @@ def find_block_size(
             break
         steps = all_steps // (search.rounds * len(kept))
         tell = _teller(progress, f"round {turn + 1} of {search.rounds}: {steps} steps of", turn, search.rounds)
-        results = _round(model, config, task, kept, steps, search.goal, search.seed + turn, tell)
+        results = _round(model, config, task, kept, steps, cost, search.seed + turn, tell)
         for name, result in results.items():
             paths[name].history += [{"round": turn + 1, "step": step, "norm": norm} for step, norm in result.norms]
         made += steps * len(kept)
@@ -162,7 +170,7 @@ def _round(
     task: SearchTask,
     kept: Sequence[Candidate],
     steps: int,
-    goal: Goal,
+    cost: Callable[[Trial], float],
     seed: int,
     tell: _Tell,
 ) -> dict[str, _Result]:
@@ -197,16 +205,27 @@ def _round(
     results = {}
     for name, trial in trials.items():
         losses = torch.full((1,), torch.inf) if name in diverged else task.judge(trial.model)
-        results[name] = _Result(losses, trial.seconds_per_step, _cost(trial, goal), steps, norms[name])
+        results[name] = _Result(losses, trial.seconds_per_step, cost(trial), steps, norms[name])
     return results
 
 
-def _cost(trial: Trial, goal: Goal) -> float:
-    """What the goal counts, in seconds."""
+def _cost(trial: Trial, goal: Goal, rows: Mapping[str, int]) -> float:
+    """What the goal counts, in seconds; the inference of plain layers with masks is that of what `export` makes of them.
+
+    Args:
+        trial: when it is over.
+        goal: of the search.
+        rows: of x in a training step, by the layers' names.
+    """
     if goal != "inference-time":
         return trial.seconds_per_step
-    layers = [module for module in trial.model.modules() if isinstance(module, BlockLayer)]
-    return sum(choose_deployed(dataclasses.replace(layer.problem(), training=False)).seconds for layer in layers)
+    problems = [module.problem(training=False) for module in trial.model.modules() if isinstance(module, BlockLayer)]
+    for target in trial.sparsifier.targets:
+        if isinstance(target, WeightTarget):
+            weight, density = target.module.get_parameter("weight"), int(target.mask.sum()) / target.grid.blocks
+            kind = {"dtype": weight.dtype, "device": weight.device.type, "training": False}
+            problems.append(Problem(target.grid, None, rows=rows[target.name], density=density, **kind))
+    return sum(choose_deployed(problem).seconds for problem in problems)
 
 
 def _note(results: dict[str, _Result], paths: dict[str, Path], steps: int) -> None:
