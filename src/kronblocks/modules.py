@@ -103,11 +103,16 @@ def unfoldable(model: nn.Module, convolutions: bool) -> dict[str, str]:
     return found
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """The model in eval mode; afterwards each module is in its own again."""
+    return in_mode(model, training=False)
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in training or eval mode; afterwards each module is in its own again."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:

@@ -37,6 +37,18 @@ def test_the_start_has_the_variance_of_a_dense_layer():
     assert layer.weight.detach().std().item() == pytest.approx((3 * 256) ** -0.5, rel=0.05)
 
 
+def test_a_mixture_like_a_layer_has_its_variance_and_is_frozen_where_it_is():
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 256)
+    with torch.no_grad():
+        linear.weight.mul_(3)
+    linear.weight.requires_grad_(False)
+    layer = BlockMixtureLinear.like(linear, {"4": BlockSize(4, 4), "8": BlockSize(8, 8)}, rank=4)
+    wanted = linear.weight.norm().item() / 2**0.5
+    assert list(layer.norms().values()) == pytest.approx([wanted, wanted], rel=1e-5)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["bias"]
+
+
 def test_norms_scaling_removal_and_collapse():
     linear = nn.Linear(16, 8)
     layer = BlockMixtureLinear.like(linear, SIZES, rank=2).eval()

@@ -154,6 +154,28 @@ def test_mixtures_leave_one_candidate_in_each_layer_and_train_on(criterion, per_
     assert [target.name for target in sparsifier.targets] == ["0", "2"]
 
 
+def test_frozen_layers_stay_frozen_and_every_module_in_its_mode():
+    net = nn.Sequential(*convolutional(), nn.Dropout(0.1)).eval()
+    net[4].train()
+    net[3].weight.requires_grad_(False)
+    config, modes = dataclasses.replace(CONFIG, convolutions=True), []
+    watched = dataclasses.replace(task(), losses=lambda net, batch: (modes.append(net.training), task().losses(net, batch))[1])
+    find_block_size_in_mixture_(net, config, watched, total_steps=200, sizes=(2, 4))
+    assert isinstance(net[3], KroneckerBlockLinear) and isinstance(net[1].linear, KroneckerBlockLinear)
+    assert {name: p.requires_grad for name, p in net[3].named_parameters()} == {"coeff": False, "tiles": False, "bias": True}
+    assert all(p.requires_grad for p in net[1].parameters())
+    assert [name for name, module in net.named_modules() if module.training] == ["4"]
+    assert {True, False} == set(modes)  # trained in the one, judged in the other
+
+
+def test_a_training_that_diverges_leaves_the_modes_too():
+    net = model().eval()
+    bad = dataclasses.replace(task(), losses=lambda net, batch: task().losses(net, batch) * (torch.nan if net.training else 1))
+    with pytest.raises(KronblocksError, match="diverged"):
+        find_block_size_in_mixture_(net, CONFIG, bad, total_steps=200, sizes=(2, 4))
+    assert not any(module.training for module in net.modules())
+
+
 @pytest.mark.parametrize("steps", [200, 1600])
 @pytest.mark.parametrize("weights", ["time", "equal"])
 def test_the_penalty_shrinks_all_candidates_but_one_to_zero(steps, weights):

@@ -17,9 +17,8 @@ from kronblocks.nn.kron_linear import KroneckerBlockLinear
 class BlockMixtureLinear(nn.Module):
     """y = sum over candidates c of x W_c^T, plus bias: each W_c a sum of Kronecker products with blocks of its own size.
 
-    At the start every candidate has an equal share of the variance: of nn.Linear's default, or of the layer that the mixture is
-    `like`. `remove_` takes a candidate out for
-    good, `collapse` makes an ordinary layer of the last one.
+    At the start every candidate has an equal share of the variance. `remove_` takes a candidate out for good, `collapse` makes an
+    ordinary layer of the last one.
 
     Args:
         in_features: n.
@@ -28,6 +27,7 @@ class BlockMixtureLinear(nn.Module):
         rank: Kronecker terms of every candidate, or of each by name; at most the area of its blocks.
         tile_groups: "per-row", tiles for each block row; or the number of tile banks, of every candidate or of each by name.
         bias: add a trained bias.
+        variance_of: a dense weight, (m, n), whose variance is shared out; None: that of nn.Linear's default.
 
     Source:
         Zhu, Zuo, Khalili, TMLR 2025, section 4.
@@ -49,6 +49,7 @@ class BlockMixtureLinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        variance_of: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not candidates:
@@ -71,14 +72,10 @@ class BlockMixtureLinear(nn.Module):
         self.candidates = nn.ModuleDict(layers)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         with torch.no_grad():
-            self._share_variance_(None)
+            for layer in layers.values():
+                layer.match_variance_(variance_of)
+                layer.coeff.div_(len(layers) ** 0.5)
             reset_bias_(self.bias, in_features)
-
-    def _share_variance_(self, weight: Tensor | None) -> None:
-        layers = self._layers().values()
-        for layer in layers:
-            layer.match_variance_(weight)
-            layer.coeff.div_(len(layers) ** 0.5)
 
     def _layers(self) -> dict[str, KroneckerBlockLinear]:
         found = {}
@@ -150,7 +147,7 @@ class BlockMixtureLinear(nn.Module):
         *,
         tile_groups: int | Literal["per-row"] | Mapping[str, int] = "per-row",
     ) -> Self:
-        """A mixture of the sizes, device, dtype and variance of a dense layer, with its bias object."""
+        """A mixture of the sizes, device, dtype and variance of a dense layer, with its bias object, frozen where that is."""
         weight = linear.weight
         new = cls(
             linear.in_features,
@@ -161,10 +158,11 @@ class BlockMixtureLinear(nn.Module):
             bias=linear.bias is not None,
             device=weight.device,
             dtype=weight.dtype,
+            variance_of=weight,
         )
-        with torch.no_grad():
-            new._share_variance_(weight)
         new.bias = linear.bias
+        for parameter in new.candidates.parameters():
+            parameter.requires_grad_(weight.requires_grad)
         return new.train(linear.training)
 
     def extra_repr(self) -> str:

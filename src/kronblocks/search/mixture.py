@@ -20,7 +20,7 @@ from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.groups import drop_parameters_, parameter_groups
 from kronblocks.methods import FACTORED
-from kronblocks.modules import replace_, unfolding
+from kronblocks.modules import in_mode, replace_, unfolding
 from kronblocks.nn.mixture import BlockMixtureLinear
 from kronblocks.ranks import RankChoice
 from kronblocks.search.candidates import Candidate, entrants
@@ -186,26 +186,29 @@ class _MixtureTraining:
         count = max(len(mixture.candidates) for mixture in self._mixtures.values())
         removals = {first + round((i + 1) * (self.steps - first) / count) for i in range(count - 1)}
         batches = self._task.stream(search.seed)
-        self._model.train()
-        for step in range(1, self.steps + 1):
-            loss = self._task.losses(self._model, next(batches)).mean()
-            if not torch.isfinite(loss):
-                raise KronblocksError("the training of the mixture diverged: lower the learning rate of the task")
-            self._optimizer.zero_grad()
-            loss.backward()
-            self._optimizer.step()
-            self._schedule.step()
-            if search.criterion == "penalty" and step > first:
-                self._shrink(step, first, paths)
-            if search.criterion == "removal" and step in removals:
-                self._remove_worst(step, paths)
-            if step % max(1, self.steps // 50) == 0:
-                self._note(step, paths)
-            if progress is not None:
-                left = sorted({name for mixture in self._mixtures.values() for name in mixture.candidates})
-                progress(f"training {', '.join(left)} together", step / self.steps)
+        with in_mode(self._model, training=True):
+            for step in range(1, self.steps + 1):
+                self._step(next(batches))
+                if search.criterion == "penalty" and step > first:
+                    self._shrink(step, first, paths)
+                if search.criterion == "removal" and step in removals:
+                    self._remove_worst(step, paths)
+                if step % max(1, self.steps // 50) == 0:
+                    self._note(step, paths)
+                if progress is not None:
+                    left = sorted({name for mixture in self._mixtures.values() for name in mixture.candidates})
+                    progress(f"training {', '.join(left)} together", step / self.steps)
         while any(len(mixture.candidates) > 1 for mixture in self._mixtures.values()):
             self._remove_least(self.steps, paths)
+
+    def _step(self, batch: Any) -> None:
+        loss = self._task.losses(self._model, batch).mean()
+        if not torch.isfinite(loss):
+            raise KronblocksError("the training of the mixture diverged: lower the learning rate of the task")
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self._schedule.step()
 
     def _weights(self, scope: Iterable[str]) -> dict[str, float]:
         """What each candidate's contribution to some layers is divided by, 1 on average."""
