@@ -239,6 +239,8 @@ def test_settings_that_do_not_fit_the_model_leave_no_folder(tmp_path):
         training.train(config(tmp_path / "run", model="lenet5"))
     with pytest.raises(KronblocksError, match="without a live block"):
         training.train(config(tmp_path / "run", model="linear", block_size="10x64"))
+    with pytest.raises(KronblocksError, match="none of the block sizes fits"):
+        training.train(config(tmp_path / "run", block_size="auto", candidates=("7", "9")))
     assert not (tmp_path / "run").exists()
 
 

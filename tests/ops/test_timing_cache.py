@@ -261,7 +261,7 @@ def test_a_measured_choice_says_so(measured):
     choice = choose_plan(PROBLEM, measure=True)
     assert choice.plan == "packed" and choice.seconds == {REFERENCE: 4.0, "dense": 2.5, "packed": 0.5}
     assert choice.why == (
-        "packed: measured 500 ms against 4000 ms for dense F.linear, for 64x64 in 4x4 blocks at density 0.50 and 100 rows; "
+        "packed: measured 500 ms against 4.00 s for dense F.linear, for 64x64 in 4x4 blocks at density 0.50 and 100 rows; "
         "the others relative to it: dense 5.00x"
     )
     assert choose_plan(PROBLEM).seconds is None and len(measured) == 1, "without measure=True the cache is not even asked"

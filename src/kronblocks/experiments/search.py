@@ -23,6 +23,7 @@ from kronblocks.experiments.tasks import ModelAndData, Recipe, TrainConfig
 from kronblocks.experiments.versions import versions
 from kronblocks.files import write_json
 from kronblocks.methods import Method
+from kronblocks.search.candidates import find_candidates
 from kronblocks.search.halving import Goal, SearchConfig, find_block_size
 from kronblocks.search.mixture import MixtureConfig, Weights, find_block_size_in_mixture_
 from kronblocks.search.report import SearchReport
@@ -75,6 +76,16 @@ def search_for(config: TrainConfig, data: Dataset, search: SearchConfig | Mixtur
             return find_block_size_in_mixture_(model, sparse, task, search=search, sizes=config.candidates, **shared)
         own = SearchConfig(sizes=config.candidates, goal=config.goal, seed=config.seed)
         return find_block_size(model, config.sparsity_config(), task, search=search or own, **shared)
+
+
+def check_candidates(config: TrainConfig, data: Dataset) -> None:
+    """Refuse block sizes of which none can be searched among, in a moment instead of when the search begins.
+
+    Raises:
+        KronblocksError: none fits the model, the sparsity and the rank.
+    """
+    model = build_model(config.model, data.image_shape, data.classes, config.widths, config.image_size)
+    find_candidates(model, config.sparsity_config(), config.candidates)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from kronblocks.experiments.classifier import Classification
 from kronblocks.experiments.data import BatchSampler, Dataset, limited, load_data, loader
 from kronblocks.experiments.deploy import CLASSES, SHAPE
 from kronblocks.experiments.runs import RunFolder
-from kronblocks.experiments.search import search_for, steps_of
+from kronblocks.experiments.search import check_candidates, search_for, steps_of
 from kronblocks.experiments.tasks import RESULT_VERSION, TrainConfig
 from kronblocks.experiments.versions import versions
 from kronblocks.files import read_json, write_json
@@ -89,9 +89,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     data = load_data(config.data, data_dir=config.data_dir, fold=config.fold)
     data = limited(data, config.train_images, config.test_images)
     memory = accounting.PeakMemory()
-    # before anything is written
+    schedule_of(config.sparsity_config())(steps_of(config, data))  # refused before anything is written
     module = None if config.block_size == "auto" else Classification(config, data)
-    schedule_of(config.sparsity_config())(steps_of(config, data))
+    if module is None:
+        check_candidates(config, data)
     with RunFolder.open(config) as folder, _writing_into(folder.path):
         if folder.result is not None:
             return folder.result
