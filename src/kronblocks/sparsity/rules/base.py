@@ -109,7 +109,7 @@ def cut(scores: Sequence[Tensor], ctx: RuleContext, sparsity: float) -> list[Ten
     Raises:
         KronblocksError: a live block's score is below 0 or not a number.
     """
-    if not all((score[mask] >= 0).all() for score, mask in zip(scores, ctx.masks, strict=True)):
+    if not all(((score >= 0) | ~mask).all() for score, mask in zip(scores, ctx.masks, strict=True)):
         raise KronblocksError("cut wants scores from 0 on for live blocks, and no NaN among them: shift them, or take exp()")
     ranked = [score.masked_fill(~mask, -1.0) for score, mask in zip(scores, ctx.masks, strict=True)]
     dead = choose_dead(ranked, ctx.areas, sparsity, ctx.scope)
