@@ -147,8 +147,7 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: R
         )
     if rule is not None:
         check_rule(rule)
-        if config.method == "dense":
-            raise KronblocksError("method 'dense' has no blocks for a rule: name one, such as 'magnitude' for plain nn.Linear")
+        _check_for_rule(config)
     if config.method == "dense":
         return _sparsified(model, config, SurgeryReport((), ()), Fixed())
     found = unfoldable(model, config.convolutions)
@@ -158,6 +157,14 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: R
         left = {name: old for name, old in originals.items() if f"{name}.linear" not in taken}
         fold_(model, left)
         return _sparsified(model, config, report.folded(left, found), rule or _rule(config))
+
+
+def _check_for_rule(config: SparsityConfig) -> None:
+    """Refuse settings that a rule of the user's own would leave without effect."""
+    if config.method == "dense":
+        raise KronblocksError("method 'dense' has no blocks for a rule: name one, such as 'magnitude' for plain nn.Linear")
+    if given := [name for name in ("score", "regrow", "penalty") if getattr(config, name) != getattr(SparsityConfig, name)]:
+        raise KronblocksError(f"{', '.join(given)}: a rule= of your own decides that, so leave it out of the config")
 
 
 def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport, rule: Rule) -> Sparsifier:

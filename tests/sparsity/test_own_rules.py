@@ -62,6 +62,16 @@ def test_what_is_no_rule_is_refused_before_anything_is_changed(rule, says):
         sparsify_(model, SparsityConfig(method="dense"), rule=Slowest())
 
 
+@pytest.mark.parametrize("settings", [{"score": "taylor"}, {"regrow": 0.1}])
+def test_settings_that_a_rule_of_ones_own_decides_are_refused(settings):
+    (name,) = settings
+    with pytest.raises(KronblocksError, match=f"^{name}: a rule= of your own decides that"):
+        sparsify_(mlp(32, 24, 16), SparsityConfig(method="magnitude", block_size=4, **settings), rule=Slowest())
+    with pytest.raises(KronblocksError, match="^penalty: a rule= of your own"):
+        config = SparsityConfig(method="kron-l1", block_size=4, penalty=kronblocks.PenaltyConfig(strength=2.0))
+        sparsify_(mlp(32, 24, 16), config, rule=Slowest())
+
+
 def test_multipliers_and_scores_that_cannot_be_are_refused():
     class Short(Slowest):
         def propose(self, scores, growth_scores, state, ctx):
