@@ -214,13 +214,17 @@ def test_triton_keeps_the_intermediate_on_chip(monkeypatch):
         ((64, 64), {"rank": None, "density": 0.1}, {"packed"}),
         # W is built for blocks that tensor cores cannot take, so nothing is won by skipping zeros
         ((4, 4), {"rank": None, "density": 0.1}, {"dense"}),
-        # few rows: launches and W decide, not products
-        ((4, 4), {"rank": 4, "rows": 16}, {"dense"}),
     ],
 )
 def test_choices_on_a_gpu(monkeypatch, block, settings, plans):
     p = on_triton(monkeypatch, block, **settings)
     assert choose_plan(p).plan in plans
+
+
+def test_launches_decide_about_small_layers_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(backends, "name", lambda device, dtype: "triton")
+    for rows, plans in ((64, {"dense"}), (20_000, {"tile_first", "coeff_first"})):
+        assert choose_plan(problem((64, 64), (8, 8), rank=4, rows=rows, device="cuda")).plan in plans
 
 
 def test_choice_without_rows():

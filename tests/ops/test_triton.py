@@ -125,6 +125,9 @@ FACTORS = [  # m1, n1, bm, bn, rank, groups, rows, share of live blocks or None
     (70, 35, 2, 2, 1, 1, 9, 0.2),
     (6, 18, 32, 8, 2, 3, 20, 0.0),
     (2, 2, 8, 8, 2, 1, 0, 0.5),
+    (5, 20, 8, 8, 3, 1, 40, 0.5),
+    (18, 3, 16, 16, 5, 1, 33, None),
+    (4, 6, 16, 16, 6, 2, 18, 0.4),
 ]
 
 
@@ -154,23 +157,36 @@ def test_products_with_factors(case, plan, monkeypatch):
             assert live is None or not found[1][~live].any()
 
 
-def test_sums_are_the_same_whatever_the_sizes(monkeypatch):
-    """Tuning may choose any sizes: all give the product."""
-    x, dy, coeff, tiles = torch.randn(40, 60), torch.randn(40, 32), torch.randn(4, 10, 2), torch.randn(1, 2, 8, 6)
-    exact = plain.kron_linear(*(t.double() for t in (x, coeff, tiles)), None, None, "coeff_first")
-    gradients = plain.kron_backward(*(t.double() for t in (dy, x, coeff, tiles)), None, "coeff_first", True)
-    chosen = fused._Factors.of(coeff, tiles, None)
-    default = chosen._sizes(40)
-    others = [default, *chosen._others(default)]
-    assert len(others) == len(set(others)) >= 6
-    for sizes in others[::3]:
-        monkeypatch.setattr(fused._Factors, "_sizes", lambda self, rows, sizes=sizes: sizes)
-        torch.testing.assert_close(
-            backend.kron_linear(x, coeff, tiles, None, None, "coeff_first").double(), exact, rtol=1e-5, atol=1e-5
-        )
-        for own, other in zip(backend.kron_backward(dy, x, coeff, tiles, None, "coeff_first", True), gradients, strict=True):
-            assert own is not None and other is not None
-            torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-4)
+def test_products_with_factors_are_the_same_whatever_the_sizes(monkeypatch):
+    """Tuning tries a launch with each of its sizes: all give the product."""
+    x, dy, coeff, tiles = torch.randn(12, 60), torch.randn(12, 32), torch.randn(4, 10, 5), torch.randn(1, 5, 8, 6)
+    monkeypatch.setattr(fused, "_ENOUGH", 4)
+    tried: dict[str, int] = {}
+
+    def every(kernel, about, x, default, others, run):
+        possible = [default, *others]
+        assert len(possible) == len(set(possible)) >= 6
+        results = [run(sizes) for sizes in possible[len(tried) % 2 :: 2]]
+        tried[kernel] = len(possible)
+        for result in results:
+            torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-4)
+        return results[-1]
+
+    monkeypatch.setattr(tuning, "wanted", lambda device: True)
+    monkeypatch.setattr(tuning, "tuned", every)
+    for rank, plan, transposed in itertools.product((5, 2), ("coeff_first", "tile_first"), (False, True)):
+        factors = coeff[..., :rank], tiles[:, :rank]
+        given, other = (x, dy) if not transposed else (dy, x)
+        factors = factors if not transposed else (factors[0].transpose(0, 1), factors[1].transpose(2, 3))
+        exact = plain.kron_linear(*(t.double() for t in (given, *factors)), None, None, plan)
+        torch.testing.assert_close(backend.kron_linear(given, *factors, None, None, plan).double(), exact, rtol=1e-5, atol=1e-4)
+        gradients = plain.kron_backward(*(t.double() for t in (other, given, *factors)), None, plan, True)
+        for own, wanted in zip(backend.kron_backward(other, given, *factors, None, plan, True), gradients, strict=True):
+            assert own is not None and wanted is not None
+            torch.testing.assert_close(own.double(), wanted, rtol=1e-5, atol=1e-4)
+    assert tried.keys() == {
+        "mix_then_tile", "mix_then_tile, both", "mix_then_tile, gradient", "tile_then_mix", "mix_gradient",
+    }  # fmt: skip
 
 
 def test_packed_products_are_the_same_whatever_the_sizes(monkeypatch):
@@ -309,7 +325,7 @@ def compiled(name, programs, *arguments, **settings):
     result = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
     room = {80: 163, 90: 227}[int(sys.argv[1])] * 1024  # of an A100 and an H100; others take fewer loads ahead if they have to
     assert result.metadata.shared <= room, (kernel.__name__, constants, result.metadata.shared)
-    print(kernel.__name__, result.metadata.shared)
+    print(kernel.__name__, "wgmma" in result.asm["ptx"])
 
 
 for module in (fused, packed, weights):
@@ -343,13 +359,11 @@ def test_kernels_compile_for_a_gpu(capability, cases, tmp_path):
     command = [sys.executable, "-c", COMPILE, str(capability), cases]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {line.split()[0] for line in done.stdout.splitlines()} >= {
-        "product",
-        "grad_values",
-        "tiles_gradient",
-        "mix_then_tile",
-        "mix_gradient",
-    }
+    launches = [line.split() for line in done.stdout.splitlines()]
+    on_warp_groups = {"product", "mix_then_tile", "tile_then_mix", "mix_gradient"}  # large products
+    assert {kernel for kernel, _ in launches} >= {*on_warp_groups, "grad_values", "tiles_gradient"}
+    if capability == 90:
+        assert all(uses == "True" for kernel, uses in launches if kernel in on_warp_groups), done.stdout
 
 
 def test_they_serve_a_gpu_where_they_are_asked_for(monkeypatch):

@@ -14,7 +14,7 @@ from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
 from kronblocks.ops import backends
 from kronblocks.ops.backends.triton.fused import LARGEST_TILE
-from kronblocks.ops.backends.triton.packed import SMALLEST, fits
+from kronblocks.ops.backends.triton.packed import fits
 from kronblocks.ops.kron import PLAN_NAMES
 from kronblocks.ops.precision import float32_products
 
@@ -142,6 +142,7 @@ _BANDWIDTHS = {"cpu": (20e9, 8e9), "cuda": (4e12, 2e12)}
 _CACHE_BYTES = 16e6
 _PRODUCT_SECONDS = 2e-5  # to launch one of the small products of which the PyTorch backend's packed plan is made
 _CALL_SECONDS = 5e-5  # of an operator of ours before it computes
+_LAUNCHES_SECONDS = 1e-5  # of what a fused Triton plan launches beyond building W and multiplying
 _LANES, _FEW_ROWS = 16, 4  # the native kernels' vectors hold so many rows of x, unless there are very few
 
 
@@ -155,15 +156,18 @@ def _dense_rate(problem: Problem) -> float:
 
 
 def _triton_efficiency(problem: Problem, plan: str) -> float:
-    """The same of the Triton kernels, from what they load and multiply: nothing of it is measured.
+    """The same of the Triton kernels, from what they load and the instructions they were compiled to: nothing is measured.
 
-    float32 at full precision is three products on tensor cores, which dense products do not use at all.
+    float32 at full precision is three products on tensor cores, which dense products do not use at all. Products with blocks wait
+    for the blocks' inputs, of which each number is used as often as a block is high.
     """
-    full = 1.0 if problem.dtype.itemsize > 2 and float32_products() == "ieee" else 0.4
-    sides = problem.grid.block
+    full_precision = problem.dtype.itemsize > 2 and float32_products() == "ieee"
+    smallest = min(problem.grid.block)
     if plan == "packed":
-        return full if fits(*sides) else 0.9 * max(problem.density, 1e-3)  # else W is built, and multiplied densely
-    return full * min(1.0, min(sides) / SMALLEST)
+        if not fits(*problem.grid.block):
+            return 0.9 * max(problem.density, 1e-3)  # W is built, and multiplied densely
+        return min(1.5, smallest / 32) if full_precision else min(0.8, smallest / 150)
+    return (2.0 if full_precision else 0.6) * min(1.0, smallest / 4)
 
 
 def _efficiency(problem: Problem, plan: str) -> float:
@@ -186,8 +190,11 @@ def estimated_seconds(problem: Problem, plan: str) -> float:
     cached, uncached = _BANDWIDTHS.get(problem.device.split(":")[0], _BANDWIDTHS["cpu"])
     counts = cost(problem, plan)
     bandwidth = cached if intermediate_bytes(problem, plan) < _CACHE_BYTES else uncached
-    overhead = 0.0 if plan == "dense" else _CALL_SECONDS
-    if plan == "packed" and _backend(problem) == "torch":
+    backend = _backend(problem)
+    overhead = 0.0 if plan == "dense" and (backend != "triton" or problem.rank is None) else _CALL_SECONDS
+    if backend == "triton" and plan.endswith("first"):
+        overhead += _LAUNCHES_SECONDS
+    if plan == "packed" and backend == "torch":
         overhead += (2 if problem.training else 1) * sum(problem.grid.shape) * _PRODUCT_SECONDS
     return counts.macs / (_dense_rate(problem) * _efficiency(problem, plan)) + counts.moved_bytes / bandwidth + overhead
 

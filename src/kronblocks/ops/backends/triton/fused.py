@@ -25,10 +25,6 @@ from kronblocks.ops.precision import float32_products
 Result = TypeVar("Result")
 
 LARGEST_TILE = 128  # side of a tile that fits on chip
-_SUMS = {2: 2**15, 4: 2**13, 8: 2**12}
-"""How many sums a program keeps in registers, by bytes of a value: float32 is multiplied in three parts, which take more."""
-
-_TERMS, _TILE_BYTES = 2, 2**14  # terms whose sums over rows one program keeps, at most, and of their tiles
 _ENOUGH = 256  # programs that keep a GPU busy; sums over rows are split into about as many
 
 
@@ -58,7 +54,7 @@ def kron_backward(
         dtiles = forward.tiles_gradient(x, dy)
         dcoeff = adjoint.coeff_gradient(dy, x)
     else:
-        dx, dtiles = adjoint.mix_then_tile_with_gradient(dy, x) if input_grad else (None, adjoint.tiles_gradient(dy, x))
+        dx, dtiles = adjoint.mix_then_tile_with_gradient(dy, x, input_grad)
         dcoeff = forward.coeff_gradient(x, dy)
     dcoeff = dcoeff if live is None else dcoeff.where(live, 0)
     return dx, dcoeff.permute(1, 2, 0).to(coeff.dtype), dtiles.to(tiles.dtype)
@@ -137,10 +133,8 @@ class _Factors:
     def _chunks(self, sizes: Sizes) -> int:
         return self._chunks_per_bank(sizes) * (self.banks if self.bank_of_output else 1)
 
-    def _run(self, kernel: str, x: Tensor, run: Callable[[Sizes], Result]) -> Result:
-        """Launch with the sizes that suit so many rows of x."""
-        gradient = kernel == "mix_gradient"
-        default = self._sums_over_rows() if gradient else self._sizes(x.shape[0])
+    def _run(self, kernel: str, x: Tensor, default: Sizes, run: Callable[[Sizes], Result], *, any_terms: bool = False) -> Result:
+        """Launch with the sizes that suit, or are known to be quickest; whether they may take any number of terms."""
         if not tuning.wanted(self.planes.device):
             return tuning.within_resources(kernel, default, run)
         about = {
@@ -148,38 +142,68 @@ class _Factors:
             **{"adjoint": not self.bank_of_output, "live": self.live is not None, "dtype": str(self.tiles.dtype)},
             "precision": float32_products(),
         }
-        return tuning.tuned(kernel, about, x, default, self._others(default), run)
+        others = self._others(default, self.rank if any_terms else 1)
+        return tuning.tuned(kernel, about, x, default, others, run)
 
-    def _sizes(self, rows: int) -> Sizes:
-        """What one program takes: as much as its registers hold, or less where there would be too few programs."""
-        columns, side = padded(self.tile_in) + padded(self.tile_out), self._side()
-        sums = _SUMS[self.tiles.element_size()]
-        outputs = max(16, min(64, sums // columns, padded(self._outputs_per_bank)))
-        most = 1 << max(1, sums // (outputs * columns)).bit_length() - 1
-        sources = min(32 if columns < 256 else 16, padded(self._sources_per_bank, 16))
-        sizes = Sizes(outputs, max(side, min(64, most)), sources, 8, 3 if self.tiles.element_size() == 2 else 2)
-        while self._chunks(sizes) * cells(rows, sizes.rows) < _ENOUGH:
-            if sizes.outputs > 32 or (sizes.outputs > 16 and sizes.rows <= 2 * side):
-                sizes = replace(sizes, outputs=sizes.outputs // 2)
-            elif sizes.rows > side:
+    def _is_half(self) -> bool:
+        return self.tiles.element_size() == 2
+
+    def _mixing(self, rows: int, *, gradient: bool) -> Sizes:
+        """What a program of mix_then_tile takes.
+
+        Its mixtures, terms times outputs by rows of tiles, are as tall as the products of its warps, 16 each: lower ones would be
+        computed twice, since a product with tiles follows. Halves take all input blocks at once if that fits on chip: then their
+        coefficients are loaded once for all rows.
+        """
+        terms = self._terms(4, self._tiles_sums(narrow=True) if gradient else 1)
+        height = 64 if not self._is_half() else 256 if terms == 4 else 128
+        least = max(self._side(), self._spread(terms) if gradient else 1)
+        wide = 2**14 // height if self._is_half() and not gradient else 64
+        outputs = max(16, min(height // terms, padded(self._outputs_per_bank)))
+        sizes = Sizes(outputs, max(least, wide // padded(self.tile_in)), 32, 4, 3 if self._is_half() else 2, terms)
+        sizes = sizes if gradient else self._enough(sizes, rows, least)
+        sources = padded(self._sources_per_bank, 16)
+        fits = sources * max(terms * sizes.outputs, sizes.rows * padded(self.tile_in)) <= 2**14
+        sources = sources if self._is_half() and self._own_banks == 1 and fits else min(32, sources)
+        return replace(sizes, sources=sources, warps=8 if terms * sizes.outputs >= 128 else 4)
+
+    def _tiling(self, rows: int) -> Sizes:
+        """What a program of tile_then_mix takes: sums of 64 outputs by rows of tiles, and about as many tiled inputs."""
+        width, wide = padded(self.tile_out), 256 if self._is_half() else 64
+        outputs = max(16, min(64, padded(self._outputs_per_bank)))
+        sizes = Sizes(outputs, max(self._side(), wide // width), 32, 4, 3 if self._is_half() else 2)
+        sizes = self._enough(sizes, rows, self._side())
+        sources = (2**13 if self._is_half() else 2**12) // (width * sizes.rows)
+        return replace(sizes, sources=max(16, min(64, sources, padded(self._sources_per_bank))))
+
+    def _enough(self, sizes: Sizes, rows: int, least: int) -> Sizes:
+        """The same, or less at a time where that leaves too few programs."""
+        while self._chunks(sizes) * cells(rows, sizes.rows) < _ENOUGH // 2:
+            if sizes.rows > least:
                 sizes = replace(sizes, rows=sizes.rows // 2)
+            elif sizes.outputs > 16:
+                sizes = replace(sizes, outputs=sizes.outputs // 2)
             else:
                 break
-        return sizes if sizes.outputs * sizes.rows * columns > sums // 8 else replace(sizes, warps=4)
+        return sizes
 
-    def _sums_over_rows(self) -> Sizes:
-        """What one program takes of a sum over rows."""
-        room = _SUMS[self.tiles.element_size()] // padded(max(self.tile_in, self.tile_out))
-        outputs, rows = max(16, min(64, room // 2, padded(self._outputs_per_bank))), room // 128
-        sources = max(16, min(32, room // 4, padded(self._sources_per_bank)))
-        return Sizes(outputs, max(self._side(), min(32, rows)), sources, warps=8, stages=2)
+    def _pairing(self) -> Sizes:
+        """What a program of mix_gradient takes: sums of 64 outputs by terms of inputs, tiled inputs of as many numbers."""
+        wide = 128 if self._is_half() else 64
+        terms = self._terms(2, 1)
+        rows = max(self._side(), 64 // padded(self.tile_out))
+        sources = wide * 64 // (terms * rows * padded(self.tile_out))
+        sources = max(16, min(sources, wide // terms, padded(self._sources_per_bank)))
+        outputs = max(16, min(64, padded(self._outputs_per_bank)))
+        return Sizes(outputs, rows, sources, warps=4, stages=3 if self._is_half() else 2, terms=terms)
 
-    def _others(self, sizes: Sizes) -> Iterator[Sizes]:
+    def _others(self, sizes: Sizes, most_terms: int) -> Iterator[Sizes]:
         """What else to try: half or twice as much of one thing, or other warps and loads ahead."""
         bounds = {
             "outputs": (16, padded(self._outputs_per_bank, 16)),
             "rows": (self._side(), 128),
             "sources": (16, padded(self._sources_per_bank, 16)),
+            "terms": (1, padded(most_terms)),
         }
         for name, (least, most) in bounds.items():
             for size in (getattr(sizes, name) // 2, getattr(sizes, name) * 2):
@@ -193,14 +217,26 @@ class _Factors:
         """How many rows stand side by side, so that products on tensor cores sum over 16 terms."""
         return max(1, 16 // min(padded(self.tile_in), padded(self.tile_out)))
 
-    def _terms(self) -> int:
-        """Of how many terms one program sums the coefficients' gradient: their tiles stay on chip meanwhile."""
-        tile = padded(self.tile_in) * padded(self.tile_out) * self._side() ** 2 * self.tiles.element_size()
-        return max(1, min(self.rank, _TERMS, _TILE_BYTES // tile))
+    def _room(self) -> int:
+        """How many values of one kind a program keeps on chip: float32 is multiplied in two parts, which take more."""
+        return 2**14 if self._is_half() else 2**13
 
-    def _spread(self, sizes: Sizes) -> int:
+    def _terms(self, most: int, sums: int) -> int:
+        """Of how many terms a program takes the tiles at a time, keeping so many sums of each."""
+        tile = padded(self.tile_out) * padded(self.tile_in) * self._side() ** 2
+        return max(1, min(padded(self.rank), most, self._room() // max(tile, sums)))
+
+    def _tiles_sums(self, *, narrow: bool) -> int:
+        """Sums of one term, with as many rows side by side as tensor cores want, or as they need at least."""
+        side = self._least_spread(16 if narrow else 64)
+        return padded(self.tile_out) * padded(self.tile_in) * side**2
+
+    def _least_spread(self, height: int) -> int:
+        return max(1, height // padded(self.tile_out), 16 // padded(self.tile_in))
+
+    def _spread(self, terms: int) -> int:
         """How many rows stand side by side where small tiles' gradients are summed."""
-        return min(sizes.rows, max(1, 32 // min(padded(self.tile_in), padded(self.tile_out))))
+        return self._least_spread(64 if terms * self._tiles_sums(narrow=False) <= self._room() else 16)
 
     def _listed(self, sizes: Sizes) -> tuple[Tensor | None, Tensor | None]:
         """The input blocks that each chunk of output blocks is alive with, and how many."""
@@ -210,7 +246,7 @@ class _Factors:
         sources = self.live.new_empty(*places, self._sources_per_bank, dtype=torch.int32)
         counts = self.live.new_empty(places, dtype=torch.int32)
         launch(
-            "list_live", places, self.live, sources, counts, self.outputs, *self._strides(),
+            "list_live", places, self.live, sources, counts, *self._strides(),
             self._outputs_per_bank, self._chunks_per_bank(sizes), self._sources_per_bank,
             BANK_OF_OUTPUT=self.bank_of_output, BO=sizes.outputs, BK=64, num_warps=4,
         )  # fmt: skip
@@ -233,24 +269,44 @@ class _Factors:
 
         def run(sizes: Sizes) -> Tensor:
             y = x.new_empty(x.shape[0], self.outputs * self.tile_out)
-            self._mix(x, bias, None, y, None, sizes, sizes.rows)
+            self._mix(x, bias, None, y, None, sizes, share=self._rows_of_a_program(x.shape[0], sizes))
             return y
 
-        return self._run("mix_then_tile", x, run)
+        return self._run("mix_then_tile", x, self._mixing(x.shape[0], gradient=False), run, any_terms=True)
 
-    def mix_then_tile_with_gradient(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """y, and the tiles' gradient, if x is the gradient of their output and `other` their input, or the other way round."""
+    def mix_then_tile_with_gradient(self, x: Tensor, other: Tensor, product: bool) -> tuple[Tensor | None, Tensor]:
+        """y if wanted, and the tiles' gradient, if x is the gradient of their output and `other` their input, or the other way
+        round. In one launch where a program keeps all terms.
+        """
+        sizes = self._mixing(x.shape[0], gradient=True)
+        if not product or self._parts(sizes) > 1:
+            return self.mix_then_tile(x, None) if product else None, self.tiles_gradient(x, other)
         y = x.new_empty(x.shape[0], self.outputs * self.tile_out)
-        return y, self._run("mix_then_tile, both", x, lambda sizes: self._tiles_gradient(x, other, y, sizes))
+        return y, self._run("mix_then_tile, both", x, sizes, lambda sizes: self._tiles_gradient(x, other, y, sizes))
 
     def tiles_gradient(self, x: Tensor, other: Tensor) -> Tensor:
         """That gradient alone, in float32."""
-        return self._run("mix_then_tile, gradient", x, lambda sizes: self._tiles_gradient(x, other, None, sizes))
+        sizes = self._mixing(x.shape[0], gradient=True)
+        return self._run(
+            "mix_then_tile, gradient", x, sizes, lambda sizes: self._tiles_gradient(x, other, None, sizes), any_terms=True
+        )
+
+    def _parts(self, sizes: Sizes) -> int:
+        """Parts of a sum over banks and terms."""
+        return self._own_banks * cells(self.rank, sizes.terms)
+
+    def _keeps_factors(self, sizes: Sizes, parts: int) -> bool:
+        """Whether a program that sums so many parts loads its coefficients and tiles once."""
+        return parts == 1 and sizes.sources >= self._sources_per_bank
+
+    def _rows_of_a_program(self, rows: int, sizes: Sizes) -> int:
+        """Of a product."""
+        return _split(rows, sizes.rows, self._chunks(sizes))[1] if self._keeps_factors(sizes, self._parts(sizes)) else sizes.rows
 
     def _tiles_gradient(self, x: Tensor, other: Tensor, y: Tensor | None, sizes: Sizes) -> Tensor:
         rows, chunks, per_bank = x.shape[0], self._chunks(sizes), self._chunks_per_bank(sizes)
-        splits, share = _split(rows, sizes.rows, chunks)
-        spread, height, width = self._spread(sizes), padded(self.tile_out), padded(self.tile_in)
+        splits, share = _split(rows, sizes.rows, chunks * self._parts(sizes))
+        spread, height, width = min(self._spread(sizes.terms), sizes.rows), padded(self.tile_out), padded(self.tile_in)
         shape = splits, chunks // per_bank, per_bank, self._own_banks, self.rank, spread, height, spread, width
         dtiles = x.new_empty(shape, dtype=sum_dtype(x))
         self._mix(x, None, other.contiguous(), y, dtiles, sizes, share)
@@ -268,12 +324,15 @@ class _Factors:
         share: int,
     ) -> None:
         x, rows, chunks, features = x.contiguous(), x.shape[0], self._chunks(sizes), self.outputs * self.tile_out
+        parts = self._parts(sizes)
+        programs, parts = (1, parts) if dtiles is None else (parts, 1)
         launch(
-            "mix_then_tile", (chunks * cells(rows, share),),
+            "mix_then_tile", (chunks * cells(rows, share), programs),
             x, self.planes, self.tiles, bias, other, y, dtiles, *self._listed(sizes), rows, share,
             x.shape[1], features, features, *self._places(sizes), chunks,
-            HAS_BIAS=bias is not None, PRODUCT=y is not None, GRADIENT=dtiles is not None, SPREAD=self._spread(sizes),
-            **self._known(sizes),
+            HAS_BIAS=bias is not None, PRODUCT=y is not None, GRADIENT=dtiles is not None,
+            PARTS=parts, WHOLE=self._keeps_factors(sizes, parts), SPREAD=min(self._spread(sizes.terms), sizes.rows),
+            TERMS=sizes.terms, **self._known(sizes),
         )  # fmt: skip
 
     def tile_then_mix(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -289,23 +348,21 @@ class _Factors:
             )  # fmt: skip
             return y
 
-        return self._run("tile_then_mix", x, run)
+        return self._run("tile_then_mix", x, self._tiling(rows), run)
 
     def coeff_gradient(self, x: Tensor, other: Tensor) -> Tensor:
         """(r, m1, n1) in float32: <other, tile x> of every output and input block; anything where a block is dead."""
         x, other, rows = x.contiguous(), other.contiguous(), x.shape[0]
 
         def run(sizes: Sizes) -> Tensor:
-            terms = self._terms()
-            chunks, parts = self._chunks(sizes), self._own_banks * cells(self._sources_per_bank, sizes.sources)
-            parts *= cells(self.rank, terms)
+            chunks, parts = self._chunks(sizes), self._parts(sizes) * cells(self._sources_per_bank, sizes.sources)
             splits, share = _split(rows, sizes.rows, chunks * parts)
             out = x.new_empty(splits, *self.planes.shape, dtype=sum_dtype(x))
             launch(
                 "mix_gradient", (splits, chunks, parts),
                 x, self.tiles, other, out, *self._listed(sizes), rows, share, x.shape[1], other.shape[1],
-                self.planes.numel(), *self._places(sizes), TERMS=terms, **self._known(sizes),
+                self.planes.numel(), *self._places(sizes), TERMS=sizes.terms, **self._known(sizes),
             )  # fmt: skip
             return out.sum(0)
 
-        return self._run("mix_gradient", x, run)
+        return self._run("mix_gradient", x, self._pairing(), run, any_terms=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kronblocks.ops.backends.triton.products import dot
+
 
 @triton.jit
 def product(
@@ -35,7 +37,7 @@ def product(
         w_step, h_step = (H, 1) if TRANSPOSED else (1, W)
         place = block + (first + w)[:, None] * w_step + h[None, :] * h_step
         b = tl.load(place, mask=inside[:, None] & (h < H)[None, :], other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=SUM)
+        total = dot(a, b, total, PRECISION, SUM)
     if HAS_BIAS:
         total += tl.load(bias + p * H + h, mask=h < H, other=0.0).to(SUM)[None, :]
     place = y + t[:, None] * y_stride + (p * H + h)[None, :]
@@ -61,7 +63,7 @@ def grad_values(
             t = first + step
             a = tl.load(left + t[None, :] * dy_stride, mask=(h < H)[:, None] & (t < end)[None, :], other=0.0)
             b = tl.load(right + t[:, None] * x_stride, mask=(t < end)[:, None] & (w < W)[None, :], other=0.0)
-            total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=SUM)
+            total = dot(a, b, total, PRECISION, SUM)
         place = out + split.to(tl.int64) * split_stride + tl.load(slot + k).to(tl.int64) * (H * W)
         inside = (h < H)[:, None] & (w < W)[None, :]
         tl.store(place + h[:, None] * W + w[None, :], total.to(out.dtype.element_ty), mask=inside)

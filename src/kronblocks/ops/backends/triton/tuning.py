@@ -24,23 +24,24 @@ from kronblocks.ops.backends.triton.launch import on_device_of, padded
 
 Result = TypeVar("Result")
 
-_VERSION = 1
+_VERSION = 2
 _memo: dict[str, Sizes] = {}
 _fitting: dict[tuple[str, Sizes], Sizes] = {}  # what ran in place of what did not fit
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one launch: output blocks, rows and input blocks that a program takes at a time, its warps, and loads ahead of use."""
+    """Of one launch: output blocks, rows, input blocks and terms that a program takes at a time, its warps, and loads ahead."""
 
     outputs: int
     rows: int
     sources: int
     warps: int
     stages: int
+    terms: int = 1
 
     def settings(self) -> dict[str, int]:
-        """As the kernels know them."""
+        """As all kernels know them."""
         return {"BO": self.outputs, "BT": self.rows, "BK": self.sources, "num_warps": self.warps, "num_stages": self.stages}
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kronblocks.ops.backends.triton.products import dot
+
 
 @triton.jit
 def _entries(k, crow, col, row, live, grid_rows, grid_columns, WHOLE: tl.constexpr, MASKED: tl.constexpr):
@@ -105,7 +107,7 @@ def tiles_gradient(
         c = tl.load(coeff + place[None, :] + i[:, None], mask=(i < RANK)[:, None] & counts[None, :], other=0.0)
         inside = counts[:, None] & (a < AREA)[None, :]
         d = tl.load(dvalues + _places(k, a, p, q, grid_columns, W, AREA, WHOLE), mask=inside, other=0.0)
-        total = tl.dot(c, d, total, input_precision=PRECISION, out_dtype=SUM)
+        total = dot(c, d, total, PRECISION, SUM)
     place = ((split * tl.num_programs(0) + g) * RANK + i).to(tl.int64)[:, None] * AREA + a[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(i < RANK)[:, None] & (a < AREA)[None, :])
 
