@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SMALLEST, _LARGEST = 16, 128  # sides of a block that tensor cores take whole
 _SPLIT_ROWS = 1024  # of a sum over rows, at least, for one program
+_ENOUGH = 256  # programs that such sums are split for
 
 
 def fits(height: int, width: int) -> bool:
@@ -68,8 +69,9 @@ def _product_sizes(rows: int, columns: int, height: int, width: int, bytes_of_a_
 
     The chunk of a block is as much as fits the shared memory of any GPU, three deep.
     """
-    most = 128 if bytes_of_a_value == 2 else 64
-    step = next((step for step in (most, 64) if columns * cells(rows, step) >= PROGRAMS), 32)
+    steps = {256: 4 * PROGRAMS, 128: PROGRAMS, 64: PROGRAMS} if bytes_of_a_value == 2 else {64: PROGRAMS}
+    fitting = (step for step, enough in steps.items() if step * height <= 2**14 and columns * cells(rows, step) >= enough)
+    step = next(fitting, 32)
     chunk = min(32 if bytes_of_a_value > 2 else 64, width)
     return Sizes(height, step, chunk, warps=8 if step * height > 128 * 64 else 4, stages=3)
 
@@ -90,6 +92,7 @@ def _launched(
 def _others(default: Sizes) -> Iterator[Sizes]:
     """What else to try: other numbers of rows, or other warps and loads ahead."""
     sizes = [replace(default, rows=rows) for rows in (32, 64, 128, 256)]
+    sizes += [replace(default, terms=terms) for terms in (default.terms // 2, default.terms // 4) if terms]
     sizes += [replace(default, warps=warps, stages=stages) for warps, stages in itertools.product((4, 8), (2, 3, 4, 5))]
     yield from (other for other in dict.fromkeys(sizes) if other != default)
 
@@ -101,20 +104,28 @@ def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     if not fits(height, width):
         return gather(dy.t() @ x, index, height, width)
     dy, x = dy.contiguous(), x.contiguous()
-    splits = max(1, min(cells(PROGRAMS, max(1, capacity)), cells(rows, _SPLIT_ROWS)))
-    shape = (capacity, height, width)
-    share = cells(cells(rows, splits), 256) * 256 if splits > 1 else rows
+    default = _grad_values_sizes(capacity, m1, padded(height), padded(width), x.element_size())
 
     def run(sizes: Sizes) -> Tensor:
+        programs = (capacity + (sizes.terms - 1) * min(m1, capacity)) // sizes.terms  # if each row's last one has but an entry
+        splits = max(1, min(cells(_ENOUGH, max(1, cells(capacity, sizes.terms))), cells(rows, _SPLIT_ROWS)))
+        share = cells(cells(rows, splits), 256) * 256 if splits > 1 else rows
+        shape = (capacity, height, width)
         out = dy.new_zeros(shape) if splits == 1 else dy.new_zeros(splits, *shape, dtype=sum_dtype(dy))
         launch(
-            "grad_values", (capacity, splits if rows else 0),
-            dy, x, out, index.crow, index.col, index.row, index.slot, rows, m1, dy.shape[1], x.shape[1], share,
-            capacity * height * width, H=height, W=width, BH=padded(height), BW=padded(width), BT=sizes.rows,
+            "grad_values", (programs, splits if rows else 0),
+            dy, x, out, index.crow, index.col, index.slot, rows, m1, dy.shape[1], x.shape[1], share, capacity * height * width,
+            H=height, W=width, BH=padded(height), BW=padded(width), BT=sizes.rows, BP=padded(m1), TERMS=sizes.terms,
             num_warps=sizes.warps, num_stages=sizes.stages, **arithmetic(x.dtype),
         )  # fmt: skip
         return out if splits == 1 else out.sum(0).to(dy.dtype)
 
-    step = 64 if x.element_size() == 2 else 32
-    default = Sizes(padded(height), step, padded(width), warps=4 if height * width <= 4096 else 8, stages=3)
     return _launched("grad_values", default, x, (height, width), index, run)
+
+
+def _grad_values_sizes(capacity: int, block_rows: int, height: int, width: int, bytes_of_a_value: int) -> Sizes:
+    """Several entries of a block row for one program, which then share its dy, but no more than a row has."""
+    room = (2**14 if bytes_of_a_value == 2 else 2**13) // (height * width)
+    terms = max(1, min(room, 256 // width, padded(cells(capacity, block_rows))))
+    warps, rows = 8 if terms * width >= 128 else 4, 64 if bytes_of_a_value == 2 else 32
+    return Sizes(height, rows, width, warps, stages=3, terms=terms)

@@ -46,24 +46,38 @@ def product(
 
 @triton.jit
 def grad_values(
-    dy, x, out, crow, col, row, slot, rows, grid_rows, dy_stride, x_stride, split_rows, split_stride,
-    H: tl.constexpr, W: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr,
+    dy, x, out, crow, col, slot, rows, grid_rows, dy_stride, x_stride, split_rows, split_stride,
+    H: tl.constexpr, W: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, TERMS: tl.constexpr,
     PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """out[split, slot[k]] = dy[:, row[k]]^T x[:, col[k]] over the rows of a split; a program per entry and split."""
-    k, split = tl.program_id(0), tl.program_id(1)
-    if k < tl.load(crow + grid_rows):
-        h, w, step = tl.arange(0, BH), tl.arange(0, BW), tl.arange(0, BT)
-        left = dy + (tl.load(row + k) * H + h)[:, None]
-        right = x + (tl.load(col + k) * W + w)[None, :]
+    """out[split, slot[k]] = dy[:, p]^T x[:, col[k]] over the rows of a split; a program per split and TERMS entries k of a p.
+
+    Which these are it counts itself; there are a few programs more than entries for them. BP is the block rows, padded.
+    """
+    number, split = tl.program_id(0), tl.program_id(1)
+    q = tl.arange(0, BP)
+    starts = tl.load(crow + q, mask=q < grid_rows, other=0)
+    ends = tl.load(crow + q + 1, mask=q < grid_rows, other=0)
+    programs = (ends - starts + TERMS - 1) // TERMS
+    before = tl.cumsum(programs, 0) - programs
+    own = (before <= number) & (number < before + programs)
+    p = tl.max(tl.where(own, q, -1), 0)
+    if p >= 0:
+        k_end = tl.sum(tl.where(own, ends, 0), 0)
+        column, h, step = tl.arange(0, TERMS * BW), tl.arange(0, BH), tl.arange(0, BT)
+        k = tl.sum(tl.where(own, starts + (number - before) * TERMS, 0), 0) + column // BW
+        w = column % BW
+        exists = (k < k_end) & (w < W)
+        place = tl.load(col + k, mask=exists, other=0) * W + w
+        if W == BW:  # what the compiler cannot know of loaded numbers: whole blocks are read at once
+            place = tl.max_contiguous(tl.multiple_of(place, W), W)
         begin = split.to(tl.int64) * split_rows
         end = tl.minimum(begin + split_rows, rows)
-        total = tl.zeros((BH, BW), SUM)
+        total = tl.zeros((TERMS * BW, BH), SUM)
         for first in range(begin, end, BT):
             t = first + step
-            a = tl.load(left + t[None, :] * dy_stride, mask=(h < H)[:, None] & (t < end)[None, :], other=0.0)
-            b = tl.load(right + t[:, None] * x_stride, mask=(t < end)[:, None] & (w < W)[None, :], other=0.0)
+            a = tl.load(x + place[:, None] + t[None, :] * x_stride, mask=exists[:, None] & (t < end)[None, :], other=0.0)
+            b = tl.load(dy + t[:, None] * dy_stride + (p * H + h)[None, :], mask=(t < end)[:, None] & (h < H)[None, :], other=0.0)
             total = dot(a, b, total, PRECISION, SUM)
-        place = out + split.to(tl.int64) * split_stride + tl.load(slot + k).to(tl.int64) * (H * W)
-        inside = (h < H)[:, None] & (w < W)[None, :]
-        tl.store(place + h[:, None] * W + w[None, :], total.to(out.dtype.element_ty), mask=inside)
+        to = out + split.to(tl.int64) * split_stride + tl.load(slot + k, mask=exists, other=0).to(tl.int64) * (H * W) + w
+        tl.store(to[:, None] + h[None, :] * W, total.to(out.dtype.element_ty), mask=exists[:, None] & (h < H)[None, :])

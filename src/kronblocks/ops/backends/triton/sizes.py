@@ -1,0 +1,124 @@
+"""Sizes that suit the fused kernels without a measurement, and what else to try.
+
+They follow from what the kernels are compiled to for compute capability 9.0; no GPU has been asked. There four warps take 64 rows
+of a product together. Where another product follows in the loop, Triton stacks all warps that way: eight compute a product of 64
+rows twice, hence as many warps as it has rows for. float32 is multiplied in two parts, which take more registers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+from kronblocks.ops.backends.triton.launch import cells, padded
+from kronblocks.ops.backends.triton.roles import Roles
+from kronblocks.ops.backends.triton.tuning import Sizes
+
+ENOUGH = 256  # programs that keep a GPU busy; sums over rows are split into about as many
+
+
+def side(roles: Roles) -> int:
+    """How many rows stand side by side, so that products with tiles sum over 16 terms, the least that tensor cores take."""
+    return max(1, 16 // min(padded(roles.tile_in), padded(roles.tile_out)))
+
+
+def spread(roles: Roles, sizes: Sizes) -> int:
+    """The same where the gradient of tiles is summed: sums are 64 high, or 16 where a program would keep too many then."""
+    wide = 64 if sizes.terms * _tile_sums(roles, 64) <= _room(roles) else 16
+    return min(_spread(roles, wide), sizes.rows)
+
+
+def _spread(roles: Roles, height: int) -> int:
+    return max(1, height // padded(roles.tile_out), 16 // padded(roles.tile_in))
+
+
+def _tile(roles: Roles) -> int:
+    return padded(roles.tile_out) * padded(roles.tile_in)
+
+
+def _tile_sums(roles: Roles, height: int) -> int:
+    """Sums of the gradient of one tile."""
+    return _tile(roles) * _spread(roles, height) ** 2
+
+
+def _room(roles: Roles) -> int:
+    """How many values of one kind a program keeps on chip."""
+    return 2**14 if roles.is_half else 2**13
+
+
+def _terms(roles: Roles, most: int, values: int) -> int:
+    """Of how many terms a program takes the tiles at a time, if each asks for so many values."""
+    return max(1, min(padded(roles.rank), most, _room(roles) // max(values, _tile(roles) * side(roles) ** 2)))
+
+
+def _stages(roles: Roles) -> int:
+    return 3 if roles.is_half else 2
+
+
+def mixing(roles: Roles, rows: int, *, gradient: bool) -> Sizes:
+    """What a program of mix_then_tile takes: mixtures of terms times outputs by rows of tiles.
+
+    In half precision all input blocks at once if that fits on chip: then their coefficients are loaded once for all rows.
+    """
+    terms = _terms(roles, 4, _tile_sums(roles, 16) if gradient else 1)
+    height = 64 if not roles.is_half else 256 if terms == 4 else 128
+    width = 2**14 // height if roles.is_half and not gradient else 64
+    outputs = max(16, min(height // terms, padded(roles.outputs_per_bank)))
+    sizes = Sizes(outputs, max(side(roles), width // padded(roles.tile_in)), 32, 4, _stages(roles), terms)
+    if gradient:
+        sizes = replace(sizes, rows=max(sizes.rows, spread(roles, replace(sizes, rows=64))))
+    else:
+        sizes = _enough(roles, sizes, rows)
+    sources = padded(roles.sources_per_bank, 16)
+    fits = sources * max(terms * sizes.outputs, sizes.rows * padded(roles.tile_in)) <= 2**14
+    sources = sources if roles.is_half and roles.own_banks == 1 and fits else min(32, sources)
+    return replace(sizes, sources=sources, warps=8 if terms * sizes.outputs >= 128 else 4)
+
+
+def tiling(roles: Roles, rows: int) -> Sizes:
+    """What a program of tile_then_mix takes: sums of 64 outputs by rows of tiles, and about as many tiled inputs."""
+    width, wide = padded(roles.tile_out), 256 if roles.is_half else 64
+    outputs = max(16, min(64, padded(roles.outputs_per_bank)))
+    sizes = _enough(roles, Sizes(outputs, max(side(roles), wide // width), 32, 4, _stages(roles)), rows)
+    sources = _room(roles) // 2 // (width * sizes.rows)
+    return replace(sizes, sources=max(16, min(64, sources, padded(roles.sources_per_bank))))
+
+
+def _enough(roles: Roles, sizes: Sizes, rows: int) -> Sizes:
+    """The same, or less at a time where that leaves too few programs."""
+    while roles.chunks(sizes) * cells(rows, sizes.rows) < ENOUGH // 2:
+        if sizes.rows > side(roles):
+            sizes = replace(sizes, rows=sizes.rows // 2)
+        elif sizes.outputs > 16:
+            sizes = replace(sizes, outputs=sizes.outputs // 2)
+        else:
+            break
+    return sizes
+
+
+def pairing(roles: Roles) -> Sizes:
+    """What a program of mix_gradient takes: sums of 64 outputs by terms of inputs, and about as many tiled inputs."""
+    wide, terms = _room(roles) // 128, _terms(roles, 2, 1)
+    rows = max(side(roles), 64 // padded(roles.tile_out))
+    sources = min(wide, wide * 64 // (rows * padded(roles.tile_out))) // terms
+    sources = max(16, min(sources, padded(roles.sources_per_bank)))
+    outputs = max(16, min(64, padded(roles.outputs_per_bank)))
+    return Sizes(outputs, rows, sources, warps=4, stages=_stages(roles), terms=terms)
+
+
+def others(roles: Roles, sizes: Sizes, *, any_terms: bool) -> Iterator[Sizes]:
+    """What else to try: half or twice as much of one thing, or other warps and loads ahead."""
+    bounds = {
+        "outputs": (16, padded(roles.outputs_per_bank, 16)),
+        "rows": (side(roles), 128),
+        "sources": (16, padded(roles.sources_per_bank, 16)),
+        "terms": (1, padded(roles.rank) if any_terms else 1),
+    }
+    for name, (least, most) in bounds.items():
+        for size in (getattr(sizes, name) // 2, getattr(sizes, name) * 2):
+            if least <= size <= most:
+                yield replace(sizes, **{name: size})
+    for warps, stages in itertools.product((4, 8), (2, 3, 4)):
+        if (warps, stages) != (sizes.warps, sizes.stages):
+            yield replace(sizes, warps=warps, stages=stages)
