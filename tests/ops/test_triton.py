@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -270,24 +271,40 @@ def test_the_quickest_sizes_are_kept(monkeypatch, tmp_path):
     tuning.forget()
 
 
-def test_a_launch_that_does_not_fit_takes_fewer_loads_ahead():
+def test_a_launch_that_does_not_fit_takes_less_at_a_time():
     from triton.runtime.errors import OutOfResources
 
-    ran: list[int] = []
+    ran: list[tuple[int, int, int]] = []
 
-    def run(sizes: tuning.Sizes) -> int:
-        ran.append(sizes.stages)
-        if sizes.stages > 1 + (sizes.rows == 16):
+    def run(sizes: tuning.Sizes) -> tuple[int, int, int]:
+        taken = sizes.outputs, sizes.sources, sizes.stages
+        ran.append(taken)
+        if math.prod(taken) > room:
             raise OutOfResources(131_072, 101_376, "shared memory")
-        return sizes.stages
+        return taken
 
-    small, large = tuning.Sizes(16, 16, 16, 4, 3), tuning.Sizes(16, 32, 16, 4, 3)
-    assert tuning.within_resources("kernel", small, run) == 2 and ran == [3, 2]
-    assert tuning.within_resources("kernel", small, run) == 2 and ran == [3, 2, 2], "what fitted is remembered"
-    assert tuning.within_resources("kernel", large, run) == 1
+    sizes = tuning.Sizes(32, 8, 64, 4, 3)
+    room = 32 * 64 * 2
+    assert tuning.within_resources("kernel", sizes, run) == (32, 64, 2)
+    assert tuning.within_resources("kernel", sizes, run) == (32, 64, 2)
+    assert ran == [(32, 64, 3), (32, 64, 2), (32, 64, 2)], "what fitted is remembered"
+    room = 32 * 32
+    assert tuning.within_resources("another", sizes, run) == (32, 32, 1)
+    room = 16 * 16
+    assert tuning.within_resources("a third", sizes, run) == (16, 16, 1)
+    room = 16 * 15
     with pytest.raises(OutOfResources):
-        tuning.within_resources("another", tuning.Sizes(16, 32, 16, 4, 1), lambda sizes: run(small))
+        tuning.within_resources("a fourth", sizes, run)
     tuning.forget()
+
+
+def test_float32_in_parts_is_not_biased():
+    """Parts that were cut off, not rounded, would lose 1e-7 of every positive product."""
+    x, values = torch.rand(64, 64) + 1, torch.rand(4, 32, 32) + 1
+    index = BlockIndex.from_mask(torch.ones(2, 2, dtype=torch.bool))
+    exact = plain.packed_linear(x.double(), values.double(), index)
+    error = (backend.packed_linear(x, values, index).double() - exact) / exact
+    assert error.mean().abs() < 2e-8 and error.abs().max() < 5e-7
 
 
 def test_a_bias_that_is_not_contiguous():

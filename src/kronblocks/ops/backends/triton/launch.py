@@ -58,7 +58,7 @@ def sum_dtype(tensor: Tensor) -> torch.dtype:
 
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
     """How products are taken and summed: of float32 in TF32 where torch may do that too, else by three products of TF32, which
-    together are as good as one of float32.
+    together are about as good as one of float32.
     """
     import triton.language as tl
 

@@ -10,8 +10,8 @@ import triton.language as tl
 
 @triton.jit
 def _high(a):
-    """What TF32 keeps of float32: the first 10 of 23 bits behind the point."""
-    return (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    """float32 rounded to TF32, which keeps the first 10 of 23 bits behind the point."""
+    return ((a.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit

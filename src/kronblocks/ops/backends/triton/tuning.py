@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -77,26 +77,38 @@ def tuned(
 
 
 def within_resources(kernel: str, sizes: Sizes, run: Callable[[Sizes], Result]) -> Result:
-    """Run a launch, with fewer loads ahead on a GPU whose shared memory does not hold them all.
+    """Run a launch, with less at a time on a GPU whose shared memory does not hold it.
 
     Raises:
-        OutOfResources: it does not hold one either.
+        OutOfResources: it does not hold the least either.
     """
     from triton.runtime.errors import OutOfResources
 
     known = _fitting.get((kernel, sizes), sizes)
-    for stages in range(known.stages, 0, -1):
-        fewer = dataclasses.replace(known, stages=stages)
+    failure: OutOfResources | None = None
+    for fewer in _fewer(known):
         try:
             result = run(fewer)
-        except OutOfResources:
-            if stages == 1:
-                raise
+        except OutOfResources as error:
+            failure = error
             continue
         if fewer != sizes:
             _fitting[kernel, sizes] = fewer
         return result
-    raise AssertionError(f"{sizes} has no stages")
+    raise failure or AssertionError(f"{sizes} has no stages")
+
+
+def _fewer(sizes: Sizes) -> Iterator[Sizes]:
+    """The sizes, then those with fewer loads ahead, then with half the input blocks, then with half the outputs."""
+    while True:
+        for stages in range(sizes.stages, 0, -1):
+            yield dataclasses.replace(sizes, stages=stages)
+        if sizes.sources > 16:
+            sizes = dataclasses.replace(sizes, sources=sizes.sources // 2)
+        elif sizes.outputs > 16:
+            sizes = dataclasses.replace(sizes, outputs=sizes.outputs // 2)
+        else:
+            return
 
 
 def _recording() -> bool:
