@@ -13,8 +13,8 @@ import torch
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
 from kronblocks.ops import backends
-from kronblocks.ops.backends.triton.fused import LARGEST_TILE
 from kronblocks.ops.backends.triton.packed import fits
+from kronblocks.ops.backends.triton.sizes import fit_on_chip
 from kronblocks.ops.kron import PLAN_NAMES
 from kronblocks.ops.precision import float32_products
 
@@ -132,7 +132,7 @@ def intermediate_bytes(problem: Problem, plan: str) -> int:
     The native kernels keep the latter in cache, and Triton's on chip, of tiles that fit there: 0.
     """
     backend = _backend(problem)
-    fused = backend == "native" or (backend == "triton" and max(problem.grid.block) <= LARGEST_TILE)
+    fused = backend == "native" or (backend == "triton" and fit_on_chip(problem.grid.block))
     on_chip = plan.endswith("first") and fused
     return 0 if on_chip else _stages(problem, plan)[2] * problem.dtype.itemsize
 

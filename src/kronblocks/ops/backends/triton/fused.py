@@ -24,14 +24,12 @@ from kronblocks.ops.precision import float32_products
 
 Result = TypeVar("Result")
 
-LARGEST_TILE = 128  # side of a tile that fits on chip
-
 
 def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
     """y = x W^T + bias; x (rows, n) -> (rows, m)."""
     if plan == "dense":
         return linear(x, weight(coeff, tiles, live), bias)
-    if max(tiles.shape[2:]) > LARGEST_TILE:
+    if not suited.fit_on_chip(tiles.shape[2:]):
         return plain.kron_linear(x, coeff, tiles, bias, live, plan)
     roles, bias = Roles.of(coeff, tiles, live), None if bias is None else bias.contiguous()
     return _mix_then_tile(roles, x, bias) if plan == "coeff_first" else _tile_then_mix(roles, x, bias)
@@ -44,7 +42,7 @@ def kron_backward(
     if plan == "dense":
         dx = dy @ weight(coeff, tiles, live) if input_grad else None
         return dx, *weight_backward(dy.t() @ x, coeff, tiles, live)
-    if max(tiles.shape[2:]) > LARGEST_TILE:
+    if not suited.fit_on_chip(tiles.shape[2:]):
         return plain.kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
     forward = Roles.of(coeff, tiles, live)
     adjoint = forward.adjoint()
@@ -80,13 +78,18 @@ def _run(
         run: the launch.
         any_terms: whether it may take any number of terms at a time.
     """
-    if not tuning.wanted(x.device):
-        return tuning.within_resources(kernel, default, run)
     about = {
-        **{"rank": roles.rank, "groups": roles.banks, "grid": list(roles.planes.shape[1:]), "tile": list(roles.tiles.shape[2:])},
+        **{
+            "rank": roles.rank,
+            "groups": roles.banks,
+            "grid": tuple(roles.planes.shape[1:]),
+            "tile": tuple(roles.tiles.shape[2:]),
+        },
         **{"adjoint": not roles.bank_of_output, "live": roles.live is not None, "dtype": str(x.dtype)},
         "precision": float32_products(),
     }
+    if not tuning.wanted(x.device):
+        return tuning.within_resources((kernel, *about.values(), x.device), default, run)
     return tuning.tuned(kernel, about, x, default, suited.others(roles, default, any_terms=any_terms), run)
 
 
@@ -155,8 +158,12 @@ def _mix_then_tile_with_gradient(roles: Roles, x: Tensor, other: Tensor) -> tupl
     sizes = suited.mixing(roles, x.shape[0], gradient=True)
     if not _makes_both(roles, sizes):
         return _mix_then_tile(roles, x, None), _tiles_gradient(roles, x, other)
-    y = x.new_empty(x.shape[0], roles.outputs * roles.tile_out)
-    return y, _run(roles, "mix_then_tile, both", x, sizes, lambda sizes: _mix_for_tiles(roles, x, other, y, sizes))
+
+    def run(sizes: Sizes) -> tuple[Tensor, Tensor]:
+        y = x.new_empty(x.shape[0], roles.outputs * roles.tile_out)
+        return y, _mix_for_tiles(roles, x, other, y, sizes)
+
+    return _run(roles, "mix_then_tile, both", x, sizes, run)
 
 
 def _tiles_gradient(roles: Roles, x: Tensor, other: Tensor) -> Tensor:
@@ -191,12 +198,14 @@ def _mix(
     share: int,
 ) -> None:
     x, rows, chunks, features = x.contiguous(), x.shape[0], roles.chunks(sizes), roles.outputs * roles.tile_out
-    parts = roles.parts(sizes)
-    programs, parts = (1, parts) if dtiles is None else (parts, 1)
+    parts, programs = roles.parts(sizes), chunks * cells(rows, share)
+    if dtiles is not None:
+        assert y is None or parts == 1, "a program has the whole sum of y"
+        parts, programs = 1, programs * parts
     launch(
-        "mix_then_tile", (chunks * cells(rows, share), programs),
+        "mix_then_tile", (programs,),
         x, roles.planes, roles.tiles, bias, other, y, dtiles, *_listed(roles, sizes), rows, share,
-        x.shape[1], features, features, *_places(roles, sizes), chunks,
+        x.shape[1], features, features, *_places(roles, sizes), chunks, chunks * cells(rows, share),
         HAS_BIAS=bias is not None, PRODUCT=y is not None, GRADIENT=dtiles is not None, PARTS=parts, TERMS=sizes.terms,
         WHOLE=_keeps_factors(roles, sizes, parts), SPREAD=suited.spread(roles, sizes), **_known(roles, sizes),
     )  # fmt: skip
@@ -227,7 +236,7 @@ def _coeff_gradient(roles: Roles, x: Tensor, other: Tensor) -> Tensor:
         splits, share = _split(rows, sizes.rows, chunks * parts)
         out = x.new_empty(splits, *roles.planes.shape, dtype=sum_dtype(x))
         launch(
-            "mix_gradient", (splits, chunks, parts),
+            "mix_gradient", (parts, chunks, splits),
             x, roles.tiles, other, out, *_listed(roles, sizes), rows, share, x.shape[1], other.shape[1],
             roles.planes.numel(), *_places(roles, sizes), TERMS=sizes.terms, **_known(roles, sizes),
         )  # fmt: skip

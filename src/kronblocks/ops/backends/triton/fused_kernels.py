@@ -134,7 +134,7 @@ def _columns(x, first, end, s, s_exists, stride, D: tl.constexpr, BD: tl.constex
 @triton.jit
 def mix_then_tile(
     x, coeff, tiles, bias, other, y, dtiles, sources, counts, rows, share, x_stride, other_stride, y_stride,
-    term_stride, out_stride, source_stride, outputs_per_bank, chunks_per_bank, sources_per_bank, chunks,
+    term_stride, out_stride, source_stride, outputs_per_bank, chunks_per_bank, sources_per_bank, chunks, programs,
     RANK: tl.constexpr, BANKS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     SIDE: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, TERMS: tl.constexpr, FLIPPED: tl.constexpr,
     LISTED: tl.constexpr, BANK_OF_OUTPUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRODUCT: tl.constexpr, GRADIENT: tl.constexpr,
@@ -152,12 +152,11 @@ def mix_then_tile(
     sum of its diagonal blocks.
     """
     groups: tl.constexpr = (RANK + TERMS - 1) // TERMS
-    program = tl.program_id(0)
+    program, part = tl.program_id(0) % programs, tl.program_id(0) // programs
     chunk, split = program % chunks, program // chunks
     bank_of_chunk, o_first, o_end = _outputs(chunk, outputs_per_bank, chunks_per_bank, BO)
     step, row, height = tl.arange(0, BK), tl.arange(0, BO * BT // SPREAD), tl.arange(0, SPREAD * BC)
     begin, end = split * share, tl.minimum((split + 1) * share, rows)
-    part = tl.program_id(1)
     if WHOLE:
         bank, i = part // groups, part % groups * TERMS
         s, s_exists = _sources(step, bank, chunk * BANKS + bank, sources, counts, sources_per_bank, BANK_OF_OUTPUT, LISTED)
@@ -267,10 +266,10 @@ def mix_gradient(
     """out[split, i, o, s] = sum over t of <other[t, o], tile[bank, i] x[t, s]>; a program per split, chunk, BK inputs and TERMS
     terms, whose sums it keeps in registers while it goes through the rows once.
     """
-    split, chunk = tl.program_id(0), tl.program_id(1)
+    chunk, split = tl.program_id(1), tl.program_id(2)
     groups: tl.constexpr = (RANK + TERMS - 1) // TERMS
     parts = tl.cdiv(sources_per_bank, BK)
-    i, part_of_bank = (tl.program_id(2) % groups) * TERMS, tl.program_id(2) // groups
+    i, part_of_bank = (tl.program_id(0) % groups) * TERMS, tl.program_id(0) // groups
     bank, part = part_of_bank // parts, part_of_bank % parts
     place = chunk * BANKS + bank
     bank_of_chunk, o_first, o_end = _outputs(chunk, outputs_per_bank, chunks_per_bank, BO)

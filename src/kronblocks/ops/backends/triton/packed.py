@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SMALLEST, _LARGEST = 16, 128  # sides of a block that tensor cores take whole
 _SPLIT_ROWS = 1024  # of a sum over rows, at least, for one program
 _ENOUGH = 256  # programs that such sums are split for
+_BLOCK_ROWS = 1024  # of which a program looks for its own at a time
 
 
 def fits(height: int, width: int) -> bool:
@@ -80,12 +81,12 @@ def _launched(
     kernel: str, default: Sizes, x: Tensor, block: tuple[int, int], index: BlockIndex, run: Callable[[Sizes], Tensor]
 ) -> Tensor:
     """Run a launch, with the quickest sizes where tuning is asked for."""
-    if not tuning.wanted(x.device):
-        return tuning.within_resources(kernel, default, run)
     about: dict[str, Any] = {
-        **{"grid": list(index.grid), "block": list(block), "capacity": len(index.slot), "dtype": str(x.dtype)},
+        **{"grid": index.grid, "block": block, "capacity": len(index.slot), "dtype": str(x.dtype)},
         "precision": float32_products(),
     }
+    if not tuning.wanted(x.device):
+        return tuning.within_resources((kernel, *about.values(), x.device), default, run)
     return tuning.tuned(kernel, about, x, default, _others(default), run)
 
 
@@ -115,8 +116,8 @@ def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
         launch(
             "grad_values", (programs, splits if rows else 0),
             dy, x, out, index.crow, index.col, index.slot, rows, m1, dy.shape[1], x.shape[1], share, capacity * height * width,
-            H=height, W=width, BH=padded(height), BW=padded(width), BT=sizes.rows, BP=padded(m1), TERMS=sizes.terms,
-            num_warps=sizes.warps, num_stages=sizes.stages, **arithmetic(x.dtype),
+            H=height, W=width, BH=padded(height), BW=padded(width), BT=sizes.rows, TERMS=sizes.terms,
+            BP=min(_BLOCK_ROWS, padded(m1)), num_warps=sizes.warps, num_stages=sizes.stages, **arithmetic(x.dtype),
         )  # fmt: skip
         return out if splits == 1 else out.sum(0).to(dy.dtype)
 

@@ -52,20 +52,24 @@ def grad_values(
 ):  # fmt: skip
     """out[split, slot[k]] = dy[:, p]^T x[:, col[k]] over the rows of a split; a program per split and TERMS entries k of a p.
 
-    Which these are it counts itself; there are a few programs more than entries for them. BP is the block rows, padded.
+    Which these are it counts itself, BP block rows at a time; there are a few programs more than entries for them.
     """
     number, split = tl.program_id(0), tl.program_id(1)
-    q = tl.arange(0, BP)
-    starts = tl.load(crow + q, mask=q < grid_rows, other=0)
-    ends = tl.load(crow + q + 1, mask=q < grid_rows, other=0)
-    programs = (ends - starts + TERMS - 1) // TERMS
-    before = tl.cumsum(programs, 0) - programs
-    own = (before <= number) & (number < before + programs)
-    p = tl.max(tl.where(own, q, -1), 0)
+    p, k_first, k_end, before = -1, 0, 0, 0
+    for row in range(0, grid_rows, BP):
+        q = row + tl.arange(0, BP)
+        starts = tl.load(crow + q, mask=q < grid_rows, other=0)
+        ends = tl.load(crow + q + 1, mask=q < grid_rows, other=0)
+        programs = (ends - starts + TERMS - 1) // TERMS
+        skipped = number - before - tl.cumsum(programs, 0) + programs  # programs of the same block row before this one
+        own = (skipped >= 0) & (skipped < programs)
+        p = tl.maximum(p, tl.max(tl.where(own, q, -1), 0))
+        k_first += tl.sum(tl.where(own, starts + skipped * TERMS, 0), 0)
+        k_end += tl.sum(tl.where(own, ends, 0), 0)
+        before += tl.sum(programs, 0)
     if p >= 0:
-        k_end = tl.sum(tl.where(own, ends, 0), 0)
         column, h, step = tl.arange(0, TERMS * BW), tl.arange(0, BH), tl.arange(0, BT)
-        k = tl.sum(tl.where(own, starts + (number - before) * TERMS, 0), 0) + column // BW
+        k = k_first + column // BW
         w = column % BW
         exists = (k < k_end) & (w < W)
         place = tl.load(col + k, mask=exists, other=0) * W + w

@@ -8,7 +8,7 @@ rows twice, hence as many warps as it has rows for. float32 is multiplied in two
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from kronblocks.ops.backends.triton.launch import cells, padded
@@ -18,9 +18,15 @@ from kronblocks.ops.backends.triton.tuning import Sizes
 ENOUGH = 256  # programs that keep a GPU busy; sums over rows are split into about as many
 
 
+def fit_on_chip(tile: Iterable[int]) -> bool:
+    """Whether tiles of these sides do, side by side as tensor cores want them; others go through PyTorch's operators."""
+    small, large = sorted(map(padded, tile))
+    return large <= 128 and large * max(1, 16 // small) <= 512
+
+
 def side(roles: Roles) -> int:
     """How many rows stand side by side, so that products with tiles sum over 16 terms, the least that tensor cores take."""
-    return max(1, 16 // min(padded(roles.tile_in), padded(roles.tile_out)))
+    return max(1, 16 // _smaller(roles))
 
 
 def spread(roles: Roles, sizes: Sizes) -> int:
@@ -30,7 +36,16 @@ def spread(roles: Roles, sizes: Sizes) -> int:
 
 
 def _spread(roles: Roles, height: int) -> int:
-    return max(1, height // padded(roles.tile_out), 16 // padded(roles.tile_in))
+    """Rows side by side that make sums so high, of tiles that are no wider."""
+    return max(1, 16 // _smaller(roles), height // _larger(roles))
+
+
+def _smaller(roles: Roles) -> int:
+    return min(padded(roles.tile_in), padded(roles.tile_out))
+
+
+def _larger(roles: Roles) -> int:
+    return max(padded(roles.tile_in), padded(roles.tile_out))
 
 
 def _tile(roles: Roles) -> int:
@@ -49,7 +64,9 @@ def _room(roles: Roles) -> int:
 
 def _terms(roles: Roles, most: int, values: int) -> int:
     """Of how many terms a program takes the tiles at a time, if each asks for so many values."""
-    return max(1, min(padded(roles.rank), most, _room(roles) // max(values, _tile(roles) * side(roles) ** 2)))
+    stacked = side(roles) * _larger(roles)
+    fitting = min(_room(roles) // max(values, _tile(roles) * side(roles) ** 2), _room(roles) // (32 * stacked))
+    return max(1, min(padded(roles.rank), most, fitting))
 
 
 def _stages(roles: Roles) -> int:
@@ -57,7 +74,7 @@ def _stages(roles: Roles) -> int:
 
 
 def mixing(roles: Roles, rows: int, *, gradient: bool) -> Sizes:
-    """What a program of mix_then_tile takes: mixtures of terms times outputs by rows of tiles.
+    """What a program of mix_then_tile takes: mixtures of terms times outputs by rows of tiles, and as many sums of y at most.
 
     In half precision all input blocks at once if that fits on chip: then their coefficients are loaded once for all rows.
     """
@@ -65,22 +82,26 @@ def mixing(roles: Roles, rows: int, *, gradient: bool) -> Sizes:
     height = 64 if not roles.is_half else 256 if terms == 4 else 128
     width = 2**14 // height if roles.is_half and not gradient else 64
     outputs = max(16, min(height // terms, padded(roles.outputs_per_bank)))
-    sizes = Sizes(outputs, max(side(roles), width // padded(roles.tile_in)), 32, 4, _stages(roles), terms)
+    wider = max(padded(roles.tile_in), padded(roles.tile_out) // terms)
+    sizes = Sizes(outputs, max(side(roles), width // wider), 32, 4, _stages(roles), terms)
     if gradient:
         sizes = replace(sizes, rows=max(sizes.rows, spread(roles, replace(sizes, rows=64))))
     else:
         sizes = _enough(roles, sizes, rows)
+    sizes = replace(sizes, outputs=max(16, min(sizes.outputs, height * width // (terms * sizes.rows * wider))))
     sources = padded(roles.sources_per_bank, 16)
     fits = sources * max(terms * sizes.outputs, sizes.rows * padded(roles.tile_in)) <= 2**14
     sources = sources if roles.is_half and roles.own_banks == 1 and fits else min(32, sources)
-    return replace(sizes, sources=sources, warps=8 if terms * sizes.outputs >= 128 else 4)
+    many = terms * sizes.outputs >= 128 or (gradient and terms * _tile_sums(roles, 16) > _room(roles))
+    return replace(sizes, sources=sources, warps=8 if many else 4)
 
 
 def tiling(roles: Roles, rows: int) -> Sizes:
     """What a program of tile_then_mix takes: sums of 64 outputs by rows of tiles, and about as many tiled inputs."""
-    width, wide = padded(roles.tile_out), 256 if roles.is_half else 64
-    outputs = max(16, min(64, padded(roles.outputs_per_bank)))
-    sizes = _enough(roles, Sizes(outputs, max(side(roles), wide // width), 32, 4, _stages(roles)), rows)
+    width, wide = _larger(roles), 256 if roles.is_half else 64
+    taken = max(side(roles), wide // width)
+    outputs = max(16, min(64, wide * 64 // (taken * width), padded(roles.outputs_per_bank)))
+    sizes = _enough(roles, Sizes(outputs, taken, 32, 4, _stages(roles)), rows)
     sources = _room(roles) // 2 // (width * sizes.rows)
     return replace(sizes, sources=max(16, min(64, sources, padded(roles.sources_per_bank))))
 
@@ -99,10 +120,9 @@ def _enough(roles: Roles, sizes: Sizes, rows: int) -> Sizes:
 
 def pairing(roles: Roles) -> Sizes:
     """What a program of mix_gradient takes: sums of 64 outputs by terms of inputs, and about as many tiled inputs."""
-    wide, terms = _room(roles) // 128, _terms(roles, 2, 1)
-    rows = max(side(roles), 64 // padded(roles.tile_out))
-    sources = min(wide, wide * 64 // (rows * padded(roles.tile_out))) // terms
-    sources = max(16, min(sources, padded(roles.sources_per_bank)))
+    width, wide, terms = _larger(roles), _room(roles) // 128, _terms(roles, 2, 1)
+    rows = max(side(roles), 64 // width)
+    sources = max(16, min(min(wide, wide * 64 // (rows * width)) // terms, padded(roles.sources_per_bank)))
     outputs = max(16, min(64, padded(roles.outputs_per_bank)))
     return Sizes(outputs, rows, sources, warps=4, stages=_stages(roles), terms=terms)
 
@@ -113,7 +133,7 @@ def others(roles: Roles, sizes: Sizes, *, any_terms: bool) -> Iterator[Sizes]:
         "outputs": (16, padded(roles.outputs_per_bank, 16)),
         "rows": (side(roles), 128),
         "sources": (16, padded(roles.sources_per_bank, 16)),
-        "terms": (1, padded(roles.rank) if any_terms else 1),
+        **({"terms": (1, padded(roles.rank))} if any_terms else {}),
     }
     for name, (least, most) in bounds.items():
         for size in (getattr(sizes, name) // 2, getattr(sizes, name) * 2):

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 _VERSION = 2
 _memo: dict[str, Sizes] = {}
-_fitting: dict[tuple[str, Sizes], Sizes] = {}  # what ran in place of what did not fit
+_fitting: dict[tuple[Hashable, Sizes], Sizes] = {}  # what ran in place of what did not fit
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,25 @@ def tuned(
         known = _read(key, (default, *others))
         with on_device_of([x]):
             if known is None and _recording():
-                return within_resources(kernel, default, run)
+                return within_resources(key, default, run)
             _memo[key] = known or _quickest(key, default, others, run)
-    return within_resources(kernel, _memo[key], run)
+    return within_resources(key, _memo[key], run)
 
 
-def within_resources(kernel: str, sizes: Sizes, run: Callable[[Sizes], Result]) -> Result:
+def within_resources(launched: Hashable, sizes: Sizes, run: Callable[[Sizes], Result]) -> Result:
     """Run a launch, with less at a time on a GPU whose shared memory does not hold it.
+
+    Args:
+        launched: all that its need of shared memory depends on, beside sizes: what fitted is remembered for it.
+        sizes: what a program takes.
+        run: the launch.
 
     Raises:
         OutOfResources: it does not hold the least either.
     """
     from triton.runtime.errors import OutOfResources
 
-    known = _fitting.get((kernel, sizes), sizes)
+    known = _fitting.get((launched, sizes), sizes)
     failure: OutOfResources | None = None
     for fewer in _fewer(known):
         try:
@@ -93,7 +98,7 @@ def within_resources(kernel: str, sizes: Sizes, run: Callable[[Sizes], Result]) 
             failure = error
             continue
         if fewer != sizes:
-            _fitting[kernel, sizes] = fewer
+            _fitting[launched, sizes] = fewer
         return result
     raise failure or AssertionError(f"{sizes} has no stages")
 

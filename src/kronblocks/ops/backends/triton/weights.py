@@ -52,7 +52,7 @@ def _entries(
 
 def _at_a_time(area: int) -> tuple[int, int]:
     """How many entries, and weights of each, one program takes."""
-    step = min(256, padded(area))
+    step = min(256 if area < 2**20 else 1024, padded(area))  # of what a launch may have side by side
     return max(1, 1024 // step), step
 
 
@@ -78,7 +78,7 @@ def _gradients(
         "coeff_gradient", (cells(capacity, several), rank),
         dvalues, tiles, dcoeff, *entries, **known, BK=several, BA=width, SUM=exact["SUM"],
     )  # fmt: skip
-    step = min(256, padded(area, 16))
+    step = max(16, _at_a_time(area)[1])
     splits = max(1, min(PROGRAMS // (groups * cells(area, step)), cells(capacity, 64 * groups)))
     dtiles = tiles.new_zeros(splits, *tiles.shape, dtype=sum_dtype(tiles))
     launch(
