@@ -68,7 +68,8 @@ bench-gpu: $(VENV)/.experiments
 		$(BIN)/kronblocks bench ops --device cuda --large --compiled --dtype $$dtype || exit 1; \
 	done
 	for model in vit-tiny vit-base; do \
-		$(BIN)/kronblocks bench model --device cuda --model $$model --batch-size 128 --block-size 64 --compiled --dtype bf16 || exit 1; \
+		$(BIN)/kronblocks bench model --device cuda --model $$model --batch-size 128 --block-size 64 --compiled --dtype bf16 && \
+		$(BIN)/kronblocks bench model --device cuda --model $$model --batch-size 128 --block-size 32 --sparsity 0.8 --label 32x32 --dtype bf16 || exit 1; \
 	done
 	$(BIN)/kronblocks bench tables
 

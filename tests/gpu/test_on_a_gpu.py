@@ -74,7 +74,8 @@ def test_packed_products(block, dtype):
     index = BlockIndex.from_mask(mask)
     x = torch.randn(500, 20 * block[1], device="cuda").to(dtype).requires_grad_()
     values = torch.randn(int(mask.sum()), *block, device="cuda").to(dtype).requires_grad_()
-    agree(lambda x, values: packed_linear(x, values, index), [x, values], dtype)
+    bias = torch.randn(24 * block[0], device="cuda").to(dtype).requires_grad_()
+    agree(lambda x, values, bias: packed_linear(x, values, index, bias), [x, values, bias], dtype)
 
 
 @pytest.mark.parametrize("plan", ["coeff_first", "tile_first"])

@@ -167,7 +167,9 @@ def _triton_efficiency(problem: Problem, plan: str) -> float:
         if not fits(*problem.grid.block):
             return 0.9 * max(problem.density, 1e-3)  # W is built, and multiplied densely
         return min(1.5, smallest / 32) if full_precision else min(0.8, smallest / 150)
-    return (2.0 if full_precision else 0.6) * min(1.0, smallest / 4)
+    density = max(problem.density, 1e-3)
+    taken = 1 - (1 - density) ** 16  # of inputs: those that any of 16 outputs is alive with, if blocks died at random
+    return (2.0 if full_precision else 0.6) * min(1.0, smallest / 4) * density / taken
 
 
 def _efficiency(problem: Problem, plan: str) -> float:

@@ -38,6 +38,17 @@ def test_each_row_is_one_line(tmp_path):
     assert {"torch", "kronblocks", "processor", "python"} <= data["versions"].keys()
 
 
+def test_a_file_with_fewer_columns_goes_on(tmp_path):
+    """Columns that a later version has are empty in older rows."""
+    path = tmp_path / "ops.json"
+    opened(path).add([{"rows": 1, "case": "dense", "ms": 2.0}])
+    later = Results.open(path, "ops", (*COLUMNS, "roof"), KEY, {"threads": 2})
+    later.add([{"rows": 2, "case": "dense", "ms": 3.0, "roof": 1.5}])
+    assert [row["roof"] for row in read(path)["rows"]] == [None, 1.5]
+    with pytest.raises(KronblocksError, match="other measurements"):
+        opened(path)
+
+
 def test_other_settings_and_machines_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "bench-ops.json"
     opened(path).add([{"rows": 1, "case": "dense", "ms": 2.0}])

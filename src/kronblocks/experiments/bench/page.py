@@ -61,10 +61,13 @@ On a GPU, where each line has files of its own and `kronblocks bench tables` add
 ```sh
 pip install '.[experiments,gpu]'  # with a torch that has CUDA
 kronblocks bench step --authors --compiled --device cuda                # the benchmark of the paper's authors; also --dtype tf32
-kronblocks bench step --authors --compiled --device cuda --graphs       # the same without launches, both sides
+kronblocks bench step --authors --compiled --device cuda --rows 256 --graphs --no-memory  # without launches, both sides
 kronblocks bench ops --large --compiled --device cuda --dtype bf16      # layers of large models; also --dtype fp32, tf32
 kronblocks bench model --model vit-base --block-size 64 --batch-size 128 --compiled --device cuda --dtype bf16
+kronblocks bench model --model vit-base --block-size 32 --sparsity 0.8 --batch-size 128 --device cuda --dtype bf16 --label 32x32
 ```
+
+With `KRONBLOCKS_TUNE=1` and another `--label` they measure the GPU's kernels with tuned sizes.
 
 On an idle machine; `--threads` sets the threads (2 by default), `--quick` takes under two minutes. What is measured is kept in
 `benchmarks/results`, so an interrupted command goes on where it was; `--fresh` measures again, and `--label AVX2` keeps what

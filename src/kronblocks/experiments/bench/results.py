@@ -53,6 +53,8 @@ class Results:
     ) -> Self:
         """Go on with a file, or begin a new one; `must_agree` names the versions without which its numbers may not be joined.
 
+        Rows of an older file, which had fewer columns, have nothing in the others.
+
         Raises:
             KronblocksError: the file holds something else, or numbers that may not stand beside new ones.
         """
@@ -65,7 +67,7 @@ class Results:
             return results
         known = read(path)
         new = results.head
-        if known["kind"] != kind or known["columns"] != list(columns):
+        if known["kind"] != kind or not set(key) <= set(known["columns"]) <= set(columns):
             raise KronblocksError(f"{path} holds other measurements: remove it, or choose another --out")
         changed = [name for name, value in json.loads(json.dumps(settings)).items() if known["settings"].get(name) != value]
         changed += [name for name in must_agree if known["versions"].get(name) != new["versions"][name]]
@@ -75,7 +77,7 @@ class Results:
                 "choose another --out"
             )
         results.head = {name: value for name, value in known.items() if name not in ("columns", "rows")}
-        results.rows = known["rows"]
+        results.rows = [{name: row.get(name) for name in columns} for row in known["rows"]]
         return results
 
     def _identity(self, row: Row) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,11 @@ from kronblocks.experiments.bench.models import CLASSES, QUICK, Mlp, Place, Step
 from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.settings import StepSettings
 from kronblocks.experiments.bench.timing import measure
+from kronblocks.experiments.bench.work import Work, count_work, roof
 
 COLUMNS = (
     *("rows", "case", "plan", "parameters", "ms", "ms_low", "ms_high", "dense_ms", "speed", "speed_low", "speed_high"),
-    *("peak_bytes", "first_loss", "last_loss"),
+    *("peak_bytes", "first_loss", "last_loss", "gflops", "macs_bound", "bytes_bound"),
 )
 KEY = ("rows", "case")
 # of a gradient's root mean square: fp32 errs by about 1e-5 of it, tf32 by 1e-3 and bf16 by 1e-2, and a ReLU near 0 may fall to
@@ -90,6 +91,15 @@ class Training:
     def __call__(self) -> Tensor:
         return self._step()
 
+    def work(self) -> Work:
+        """Of a step, counted without a compiler."""
+
+        def run() -> None:
+            loss = cross_entropy(self.model(self._batch.x), self._batch.labels) + self.model.penalty()
+            torch.autograd.grad(loss, list(self.model.parameters()))
+
+        return count_work(self.model, run, self._batch.x.element_size(), training=True)
+
     def check(self, name: str) -> None:
         """Refuse a model whose loss or gradients are not those of float64 with dense weights.
 
@@ -150,7 +160,9 @@ def _same_plan(name: str, plan: str | None, names: Collection[str]) -> str | Non
     return fixed if fixed != name and fixed in names else None
 
 
-def measure_batch(settings: StepSettings, kinds: list[StepModel], rows: int, progress: Callable[[str], None]) -> list[Row]:
+def measure_batch(
+    settings: StepSettings, kinds: list[StepModel], rows: int, machine: Mapping[str, Any], progress: Callable[[str], None]
+) -> list[Row]:
     """All models at one batch size: checked, timed in turns, then each alone for memory and loss."""
     batch = make_batch(rows, settings.width, _place(settings))
     trainings = {kind.name: Training(kind, settings, batch) for kind in kinds}
@@ -158,9 +170,11 @@ def measure_batch(settings: StepSettings, kinds: list[StepModel], rows: int, pro
     parameters = {name: sum(p.numel() for p in training.model.parameters()) for name, training in trainings.items()}
     aliases = {name: _same_plan(name, plans[name], trainings) for name in trainings}
     trainings = {name: training for name, training in trainings.items() if aliases[name] is None}
+    work: dict[str, Work] = {}
     for name in trainings:
         progress(f"{rows:,} rows, checking {name}")
         trainings[name].check(name)
+        work[name] = trainings[name].work()
         if settings.graphs:
             trainings[name].record_(name)
     progress(f"{rows:,} rows, timing")
@@ -182,6 +196,7 @@ def measure_batch(settings: StepSettings, kinds: list[StepModel], rows: int, pro
             "speed": significant(speed),
             "speed_low": significant(low),
             "speed_high": significant(high),
+            **work[name].bounds(timing.ms, times["dense"].ms, machine),
         }
         if settings.memory:
             progress(f"{rows:,} rows, memory of {name}")
@@ -195,14 +210,14 @@ def measure_batch(settings: StepSettings, kinds: list[StepModel], rows: int, pro
 def summary(results: Results) -> Table:
     """All rows, for the screen."""
     table = Table(title=f"one training step: {results.path}", title_justify="left")
-    for name in ("rows", "case", "plan", "ms", "speed to dense", "repeats", "peak MiB", "first loss", "last loss"):
+    for name in ("rows", "case", "plan", "ms", "speed to dense", "repeats", "roof", "peak MiB", "first loss", "last loss"):
         table.add_column(name, justify="left" if name in ("case", "plan") else "right")
     for row in results.rows:
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         spread = f"{row['speed_low']:.2f}-{row['speed_high']:.2f}"
         losses = ["" if row[name] is None else f"{row[name]:.3f}" for name in ("first_loss", "last_loss")]
-        cells = [f"{row['rows']:,}", row["case"], row["plan"] or "", f"{row['ms']:.2f}", f"{row['speed']:.2f}", spread, peak]
-        table.add_row(*cells, *losses)
+        cells = [f"{row['rows']:,}", row["case"], row["plan"] or "", f"{row['ms']:.2f}", f"{row['speed']:.2f}", spread]
+        table.add_row(*cells, roof(row), peak, *losses)
     return table
 
 
@@ -214,5 +229,6 @@ def run(settings: StepSettings) -> Results:
         task = progress.add_task("", total=None)
         for rows in settings.batches:
             if results.missing([{"rows": rows, "case": kind.name} for kind in kinds]):
-                results.add(measure_batch(settings, kinds, rows, lambda text: progress.update(task, description=text)))
+                machine = results.head["machine"]
+                results.add(measure_batch(settings, kinds, rows, machine, lambda text: progress.update(task, description=text)))
     return results

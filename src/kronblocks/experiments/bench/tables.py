@@ -57,6 +57,11 @@ def limit_of(row: Row) -> str:
     return ratio(min(row["macs_bound"], row["bytes_bound"]))
 
 
+def roof_of(row: Row) -> list[str]:
+    """The same of a step, where it was counted."""
+    return [] if row.get("macs_bound") is None else [limit_of(row)]
+
+
 def find(rows: Iterable[Row], /, **wanted: Any) -> list[Row]:
     """Rows with these values."""
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
@@ -141,8 +146,10 @@ def step_tables(rows: Sequence[Row], level: str = "###") -> list[str]:
                 losses = f"{row['first_loss']:.3f} to {row['last_loss']:.3f}"
             name = f"{row['case']} ({row['plan']})" if "auto" in row["case"] else row["case"]
             share = ratio(row["parameters"] / dense["parameters"])
-            lines.append([name, f"**{time}**" if row["speed"] == fastest else time, spread(row), share, memory, losses])
-        columns = ["model", "ms", "ratio to dense", "parameters to dense", "peak memory, to dense", "loss"]
+            time = f"**{time}**" if row["speed"] == fastest else time
+            lines.append([name, time, spread(row), *roof_of(row), share, memory, losses])
+        roof = ["roof"] if any(map(roof_of, here)) else []
+        columns = ["model", "ms", "ratio to dense", *roof, "parameters to dense", "peak memory, to dense", "loss"]
         text += [f"{level} A training step, {count(number, 'row')}", "", *table(columns, lines), ""]
     return text
 

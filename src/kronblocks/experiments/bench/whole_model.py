@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from kronblocks.experiments.bench.memory import PeakBytes, alone
 from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.settings import ModelSettings
 from kronblocks.experiments.bench.timing import Timing, measure
+from kronblocks.experiments.bench.work import Work, count_work, roof
 from kronblocks.experiments.models import image_transformer
 from kronblocks.export import export
 from kronblocks.groups import parameter_groups
@@ -26,7 +27,7 @@ from kronblocks.surgery import densify_, sparsify_
 
 COLUMNS = (
     *("direction", "case", "parameters", "ms", "ms_low", "ms_high", "dense_ms", "speed", "speed_low", "speed_high"),
-    *("images_per_second", "peak_bytes", "first_loss", "last_loss"),
+    *("images_per_second", "peak_bytes", "first_loss", "last_loss", "gflops", "macs_bound", "bytes_bound"),
 )
 KEY = ("direction", "case")
 CLASSES = 100
@@ -67,11 +68,22 @@ class Training:
 
     def __call__(self) -> Tensor:
         self._optimizer.zero_grad()
-        with self._autocast():
-            loss = cross_entropy(self._forward(self.images).float(), self._labels)
+        loss = self._loss(self._forward)
         loss.backward()
         self._optimizer.step()
         return loss.detach()
+
+    def _loss(self, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        with self._autocast():
+            return cross_entropy(forward(self.images).float(), self._labels)
+
+    def work(self, itemsize: int) -> Work:
+        """Of a step, counted without a compiler."""
+
+        def run() -> None:
+            torch.autograd.grad(self._loss(self.model), [p for p in self.model.parameters() if p.requires_grad])
+
+        return count_work(self.model, run, itemsize, training=True)
 
     @property
     def parameters(self) -> int:
@@ -102,19 +114,22 @@ def train_some(case: str, settings: ModelSettings) -> dict[str, Any]:
     return {"peak_bytes": memory.bytes(), "first_loss": significant(losses[0]), "last_loss": significant(losses[-1])}
 
 
-def _timed(direction: str, case: str, timing: Timing, dense: Timing, images: int) -> Row:
+def _timed(direction: str, case: str, timing: Timing, dense: Timing, images: int, work: Work, machine: Mapping[str, Any]) -> Row:
     values = (timing.ms, *timing.spread, dense.ms, *timing.speed_to(dense))
     row = dict(zip(COLUMNS[3:10], map(significant, values), strict=True))
-    return {"direction": direction, "case": case, **row, "images_per_second": significant(1e3 * images / timing.ms)}
+    row |= {"direction": direction, "case": case, "images_per_second": significant(1e3 * images / timing.ms)}
+    return {**row, **work.bounds(timing.ms, dense.ms, machine)}
 
 
-def measure_training(settings: ModelSettings, progress: Callable[[str], None]) -> list[Row]:
+def measure_training(settings: ModelSettings, machine: Mapping[str, Any], progress: Callable[[str], None]) -> list[Row]:
     """Training steps in turns, then each model alone for its peak memory."""
     trainings: dict[str, Training] = {}
+    work: dict[str, Work] = {}
     for case in cases(settings):
         progress(f"making {case}")
         trainings[case] = Training(case, settings)
         trainings[case]()  # by the end of the first step plans are chosen
+        work[case] = trainings[case].work(settings.torch_dtype.itemsize)
     progress("timing training steps")
     times = measure(trainings, settings.budget, device=settings.device)
     parameters = {case: training.parameters for case, training in trainings.items()}
@@ -123,13 +138,13 @@ def measure_training(settings: ModelSettings, progress: Callable[[str], None]) -
     rows = []
     for case, timing in times.items():
         progress(f"memory of {case}")
-        row = _timed(TRAINING, case, timing, times[DENSE], settings.images)
+        row = _timed(TRAINING, case, timing, times[DENSE], settings.images, work[case], machine)
         rows.append({**row, "parameters": parameters[case], **alone(settings.device, train_some, case, settings)})
     return rows
 
 
 @torch.inference_mode()
-def measure_inference(settings: ModelSettings, progress: Callable[[str], None]) -> list[Row]:
+def measure_inference(settings: ModelSettings, machine: Mapping[str, Any], progress: Callable[[str], None]) -> list[Row]:
     """A model with live blocks as `export` ships it, beside the same weights in a dense one, in bf16 where that is asked for."""
     progress("exporting")
     training = Training(BLOCKS, settings)
@@ -143,11 +158,13 @@ def measure_inference(settings: ModelSettings, progress: Callable[[str], None]) 
         return lambda: model(images)
 
     progress("timing inference")
+    work = {name: count_work(model, call(model), images.element_size(), training=False) for name, model in models.items()}
     times = measure({name: call(model) for name, model in models.items()}, settings.budget, device=settings.device)
-    return [
-        {**_timed(INFERENCE, name, times[name], times[DENSE], settings.images), "parameters": _stored(model)}
-        for name, model in models.items()
-    ]
+
+    def row(name: str) -> Row:
+        return _timed(INFERENCE, name, times[name], times[DENSE], settings.images, work[name], machine)
+
+    return [{**row(name), "parameters": _stored(model)} for name, model in models.items()]
 
 
 def _stored(model: nn.Module) -> int:
@@ -164,6 +181,7 @@ def summary(results: Results) -> Table:
         "images/s",
         "speed to dense",
         "repeats",
+        "roof",
         "parameters",
         "peak MiB",
         "first loss",
@@ -175,7 +193,7 @@ def summary(results: Results) -> Table:
         spread = f"{row['speed_low']:.2f}-{row['speed_high']:.2f}"
         losses = ["" if row[name] is None else f"{row[name]:.3f}" for name in ("first_loss", "last_loss")]
         cells = [row["direction"], row["case"], f"{row['ms']:.1f}", f"{row['images_per_second']:.1f}", f"{row['speed']:.2f}"]
-        table.add_row(*cells, spread, f"{row['parameters']:,}", peak, *losses)
+        table.add_row(*cells, spread, roof(row), f"{row['parameters']:,}", peak, *losses)
     return table
 
 
@@ -189,7 +207,7 @@ def run(settings: ModelSettings) -> Results:
             progress.update(task, description=text)
 
         if results.missing([{"direction": TRAINING, "case": case} for case in cases(settings)]):
-            results.add(measure_training(settings, show))
+            results.add(measure_training(settings, results.head["machine"], show))
         if results.missing([{"direction": INFERENCE, "case": DENSE}]):
-            results.add(measure_inference(settings, show))
+            results.add(measure_inference(settings, results.head["machine"], show))
     return results
