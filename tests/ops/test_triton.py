@@ -195,9 +195,10 @@ def test_products_with_factors_are_the_same_whatever_the_sizes(monkeypatch):
 
 def test_packed_products_are_the_same_whatever_the_sizes(monkeypatch):
     """Tuning tries the launch with each of its sizes: all give the product, one of them is returned."""
-    mask = torch.tensor([[1, 0, 0, 1, 0, 0], [1, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]]).bool()
+    mask = torch.zeros(8, 9, dtype=torch.bool)  # a long block row, a long block column, and all others nearly empty
+    mask[1], mask[:, 4], mask[3] = True, True, False
     index, values = index_of(mask, 1), torch.randn(int(mask.sum()) + 1, 16, 32)
-    x, dy, bias = torch.randn(300, 6 * 32), torch.randn(300, 4 * 16), torch.randn(64)
+    x, dy, bias = torch.randn(300, 9 * 32), torch.randn(300, 8 * 16), torch.randn(128)
     tried: list[tuple[str, tuning.Sizes]] = []
 
     def every(kernel, about, x, default, others, run):
@@ -219,7 +220,8 @@ def test_packed_products_are_the_same_whatever_the_sizes(monkeypatch):
         (backend.packed_grad_input(dy, values, index), plain.packed_grad_input(dy, values, index)),
         (backend.packed_grad_values(dy, x, index), plain.packed_grad_values(dy, x, index)),
     )
-    assert {kernel for kernel, _ in tried} == {"product", "product, transposed", "grad_values"}
+    cut = {kernel for kernel, sizes in tried if 0 < sizes.terms < 8}  # pieces of the long ones
+    assert cut == {kernel for kernel, _ in tried} == {"product", "product, transposed", "grad_values"}
     for own, other in products:
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-4)
 
@@ -328,7 +330,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kronblocks import BlockIndex
 from kronblocks.ops.backends import triton as backend
-from kronblocks.ops.backends.triton import fused, launch, packed, weights
+from kronblocks.ops.backends.triton import fused, launch, packed, tuning, weights
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.uint8: "u8"}
 
@@ -381,6 +383,8 @@ for dtype in (torch.float32, torch.bfloat16):
         for plan in ("coeff_first", "tile_first"):
             backend.kron_linear(x, coeff, tiles, bias, live, plan)
             backend.kron_backward(dy, x, coeff, tiles, live, plan, True)
+packed._product_sizes = lambda *args: tuning.Sizes(32, 32, 16, 4, 3, terms=8)  # block rows in pieces
+backend.packed_linear(torch.empty(64, 48 * 32, device="meta"), torch.empty(64 * 48, 32, 32, device="meta"), index, None)
 """
 
 
@@ -394,9 +398,9 @@ def test_kernels_compile_for_a_gpu(capability, cases, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     launches = [(kernel, uses == "True", int(stack)) for kernel, uses, stack in map(str.split, done.stdout.splitlines())]
     on_warp_groups = {"product", "mix_then_tile", "tile_then_mix", "mix_gradient"}  # large products
-    assert {kernel for kernel, *_ in launches} >= {*on_warp_groups, "grad_values", "tiles_gradient"}
+    assert {kernel for kernel, *_ in launches} >= {*on_warp_groups, "grad_values", "tiles_gradient", "join"}
     if capability == 90 and cases == "some":
-        assert all(uses for kernel, uses, _ in launches if kernel in on_warp_groups), done.stdout
+        assert all(uses for kernel, uses, _ in launches[:-2] if kernel in on_warp_groups), done.stdout
         assert max(stack for *_, stack in launches) <= 128, done.stdout  # bytes a thread that did not fit its registers
 
 

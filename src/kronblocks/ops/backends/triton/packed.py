@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,48 +52,62 @@ def _product(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex, 
     rows = x.shape[0]
 
     def run(sizes: Sizes) -> Tensor:
-        y = x.new_empty(rows, columns * height)
+        y, take, capacity = x.new_empty(rows, columns * height), sizes.terms, len(index.slot)
+        places = columns + capacity // take if take else columns  # at least as many as there are pieces
+        parts = x.new_empty(places, rows, padded(height), dtype=sum_dtype(x)) if take else None
+        known: dict[str, Any] = {"H": height, "BH": padded(height), "BT": sizes.rows, "BP": min(_BLOCK_ROWS, padded(columns))}
+        known |= {"TAKE": take, "HAS_BIAS": bias is not None, "num_warps": sizes.warps}
         launch(
-            "product", (columns * cells(rows, sizes.rows),),
-            x, values, bias, y, starts, source, index.slot, index.order, rows, columns, x.shape[1], y.shape[1],
-            H=height, W=width, BH=padded(height), BW=sizes.sources, BT=sizes.rows, TRANSPOSED=transposed,
-            HAS_BIAS=bias is not None, num_warps=sizes.warps, num_stages=sizes.stages, **arithmetic(x.dtype),
+            "product", (places * cells(rows, sizes.rows),),
+            x, values, bias, y, parts, starts, source, index.slot, index.order, rows, columns, places, x.shape[1], y.shape[1],
+            W=width, BW=sizes.sources, TRANSPOSED=transposed, num_stages=sizes.stages, **known, **arithmetic(x.dtype),
         )  # fmt: skip
+        if parts is not None:
+            launch("join", (columns, cells(rows, sizes.rows)), parts, bias, y, starts, rows, columns, y.shape[1], **known)
         return y
 
     default = _product_sizes(rows, columns, padded(height), padded(width, 16), x.element_size())
-    return _launched(f"product{', transposed' * transposed}", default, x, (bm, bn), index, run)
+    few = columns * cells(rows, default.rows) < 4 * PROGRAMS
+    cuts = [2 * cells(len(index.slot), columns)] if few and len(index.slot) else []
+    return _launched(f"product{', transposed' * transposed}", default, x, (bm, bn), index, run, cuts)
 
 
 def _product_sizes(rows: int, columns: int, height: int, width: int, bytes_of_a_value: int) -> Sizes:
     """Rows that one program multiplies, as many as leave a GPU enough programs: each block is loaded once for all of them.
 
-    The chunk of a block is as much as fits the shared memory of any GPU, three deep.
+    The chunk of a block is as much as fits the shared memory of any GPU, three deep. A program takes all entries of a block row:
+    programs of many rows average out, and where few are launched tuning tries to cut long block rows into pieces.
     """
     steps = {256: 4 * PROGRAMS, 128: PROGRAMS, 64: PROGRAMS} if bytes_of_a_value == 2 else {64: PROGRAMS}
     fitting = (step for step, enough in steps.items() if step * height <= 2**14 and columns * cells(rows, step) >= enough)
     step = next(fitting, 32)
     chunk = min(32 if bytes_of_a_value > 2 else 64, width)
-    return Sizes(height, step, chunk, warps=8 if step * height > 128 * 64 else 4, stages=3)
+    return Sizes(height, step, chunk, warps=8 if step * height > 128 * 64 else 4, stages=3, terms=0)
 
 
 def _launched(
-    kernel: str, default: Sizes, x: Tensor, block: tuple[int, int], index: BlockIndex, run: Callable[[Sizes], Tensor]
+    kernel: str,
+    default: Sizes,
+    x: Tensor,
+    block: tuple[int, int],
+    index: BlockIndex,
+    run: Callable[[Sizes], Tensor],
+    terms: Sequence[int],
 ) -> Tensor:
-    """Run a launch, with the quickest sizes where tuning is asked for."""
+    """Run a launch, with the quickest sizes where tuning is asked for, also those with so many entries for a program."""
     about: dict[str, Any] = {
         **{"grid": index.grid, "block": block, "capacity": len(index.slot), "dtype": str(x.dtype)},
         "precision": float32_products(),
     }
     if not tuning.wanted(x.device):
         return tuning.within_resources((kernel, *about.values(), x.device), default, run)
-    return tuning.tuned(kernel, about, x, default, _others(default), run)
+    return tuning.tuned(kernel, about, x, default, _others(default, terms), run)
 
 
-def _others(default: Sizes) -> Iterator[Sizes]:
-    """What else to try: other numbers of rows, or other warps and loads ahead."""
+def _others(default: Sizes, terms: Sequence[int]) -> Iterator[Sizes]:
+    """What else to try: other numbers of rows or entries, or other warps and loads ahead."""
     sizes = [replace(default, rows=rows) for rows in (32, 64, 128, 256)]
-    sizes += [replace(default, terms=terms) for terms in (default.terms // 2, default.terms // 4) if terms]
+    sizes += [replace(default, terms=taken) for taken in terms if taken]
     sizes += [replace(default, warps=warps, stages=stages) for warps, stages in itertools.product((4, 8), (2, 3, 4, 5))]
     yield from (other for other in dict.fromkeys(sizes) if other != default)
 
@@ -121,7 +135,7 @@ def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
         )  # fmt: skip
         return out if splits == 1 else out.sum(0).to(dy.dtype)
 
-    return _launched("grad_values", default, x, (height, width), index, run)
+    return _launched("grad_values", default, x, (height, width), index, run, (default.terms // 2, default.terms // 4))
 
 
 def _grad_values_sizes(capacity: int, block_rows: int, height: int, width: int, bytes_of_a_value: int) -> Sizes:
