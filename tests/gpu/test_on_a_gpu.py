@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU: `make test-gpu`. Elsewhere they are interpreted and compiled (tests/ops/test_triton.py)."""
+"""The Triton kernels on a real GPU: `make test-gpu`. Elsewhere they are interpreted and compiled (tests/ops/test_triton*.py)."""
 
 from __future__ import annotations
 
