@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from kronblocks import BlockSparseLinear
-from kronblocks.experiments.bench.work import Work, count_work, roof
+from kronblocks.experiments.bench.tables import roof, step_tables
+from kronblocks.experiments.bench.work import Work, count_work
 
 MACHINE = {"product_gflops": 100.0, "copy_mib": [1, 64], "copy_gb_per_s": [20.0, 10.0]}
 
@@ -35,3 +36,18 @@ def test_bounds(work, bounds):
     assert (row["macs_bound"], row["bytes_bound"]) == bounds
     assert row["gflops"] == work.flops / 5e6
     assert roof(row) == f"{min(bounds):.2f}" and roof({"macs_bound": None}) == roof({}) == ""
+
+
+def test_rows_that_were_counted_stand_beside_older_ones():
+    row = {
+        "rows": 2,
+        "plan": None,
+        "parameters": 1,
+        "ms": 1.0,
+        "speed": 1.0,
+        "speed_low": 1.0,
+        "speed_high": 1.0,
+        "peak_bytes": None,
+    }
+    older, newer = {**row, "case": "dense"}, {**row, "case": "packed", "macs_bound": 3.0, "bytes_bound": 4.0}
+    assert len({line.count("|") for line in step_tables([older, newer]) if line.startswith("|")}) == 1

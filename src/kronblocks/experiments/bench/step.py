@@ -22,8 +22,9 @@ from kronblocks.experiments.bench.memory import PeakBytes, alone
 from kronblocks.experiments.bench.models import CLASSES, QUICK, Mlp, Place, StepModel, plan_of, step_models
 from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.settings import StepSettings
+from kronblocks.experiments.bench.tables import roof
 from kronblocks.experiments.bench.timing import measure
-from kronblocks.experiments.bench.work import Work, count_work, roof
+from kronblocks.experiments.bench.work import Work, count_work
 
 COLUMNS = (
     *("rows", "case", "plan", "parameters", "ms", "ms_low", "ms_high", "dense_ms", "speed", "speed_low", "speed_high"),
@@ -77,9 +78,9 @@ class Training:
         except RuntimeError as error:
             raise KronblocksError(f"{name} cannot be a CUDA graph ({error}): name the others with --cases") from error
 
-    def loss(self) -> Tensor:
-        """Cross-entropy, and the penalty where there is one."""
-        return cross_entropy(self._forward(self._batch.x), self._batch.labels) + self.model.penalty()
+    def loss(self, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Cross-entropy, and the penalty where there is one; of another forward than that of a step where one is given."""
+        return cross_entropy((forward or self._forward)(self._batch.x), self._batch.labels) + self.model.penalty()
 
     def _plain_step(self) -> Tensor:
         self._optimizer.zero_grad()
@@ -95,8 +96,7 @@ class Training:
         """Of a step, counted without a compiler."""
 
         def run() -> None:
-            loss = cross_entropy(self.model(self._batch.x), self._batch.labels) + self.model.penalty()
-            torch.autograd.grad(loss, list(self.model.parameters()))
+            torch.autograd.grad(self.loss(self.model), list(self.model.parameters()))
 
         return count_work(self.model, run, self._batch.x.element_size(), training=True)
 

@@ -57,9 +57,9 @@ def limit_of(row: Row) -> str:
     return ratio(min(row["macs_bound"], row["bytes_bound"]))
 
 
-def roof_of(row: Row) -> list[str]:
+def roof(row: Row) -> str:
     """The same of a step, where it was counted."""
-    return [] if row.get("macs_bound") is None else [limit_of(row)]
+    return "" if row.get("macs_bound") is None else limit_of(row)
 
 
 def find(rows: Iterable[Row], /, **wanted: Any) -> list[Row]:
@@ -137,7 +137,7 @@ def step_tables(rows: Sequence[Row], level: str = "###") -> list[str]:
     for number in sorted({row["rows"] for row in rows}):
         here = find(rows, rows=number)
         dense, lines = find(here, case=DENSE)[0], []
-        fastest = max(row["speed"] for row in here)
+        fastest, counted = max(row["speed"] for row in here), any(map(roof, here))
         for row in here:
             time = ms(row["ms"])
             memory = losses = ""
@@ -147,9 +147,8 @@ def step_tables(rows: Sequence[Row], level: str = "###") -> list[str]:
             name = f"{row['case']} ({row['plan']})" if "auto" in row["case"] else row["case"]
             share = ratio(row["parameters"] / dense["parameters"])
             time = f"**{time}**" if row["speed"] == fastest else time
-            lines.append([name, time, spread(row), *roof_of(row), share, memory, losses])
-        roof = ["roof"] if any(map(roof_of, here)) else []
-        columns = ["model", "ms", "ratio to dense", *roof, "parameters to dense", "peak memory, to dense", "loss"]
+            lines.append([name, time, spread(row), *[roof(row)] * counted, share, memory, losses])
+        columns = ["model", "ms", "ratio to dense", *["roof"] * counted, "parameters to dense", "peak memory, to dense", "loss"]
         text += [f"{level} A training step, {count(number, 'row')}", "", *table(columns, lines), ""]
     return text
 

@@ -18,8 +18,9 @@ from kronblocks.experiments.bench.machine import begin, use
 from kronblocks.experiments.bench.memory import PeakBytes, alone
 from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.settings import ModelSettings
+from kronblocks.experiments.bench.tables import roof
 from kronblocks.experiments.bench.timing import Timing, measure
-from kronblocks.experiments.bench.work import Work, count_work, roof
+from kronblocks.experiments.bench.work import Work, count_work
 from kronblocks.experiments.models import image_transformer
 from kronblocks.export import export
 from kronblocks.groups import parameter_groups

@@ -35,11 +35,6 @@ class Work(NamedTuple):
         }
 
 
-def roof(row: Row) -> str:
-    """The ratio to dense that the machine allows a case of, where it was counted."""
-    return "" if row.get("macs_bound") is None else f"{min(row['macs_bound'], row['bytes_bound']):.2f}"
-
-
 def count_work(model: nn.Module, run: Callable[[], object], itemsize: int, *, training: bool) -> Work:
     """Run something with a model, and count: operations by torch's counter, and bytes if each input and output of its linear
     layers, and in training each gradient of these, is read or written once, and the parameters as often as one needs them.

@@ -46,7 +46,7 @@ def kron_backward(
         return plain.kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
     forward = Roles.of(coeff, tiles, live)
     adjoint = forward.adjoint()
-    if _backward_macs(forward, x.shape[0], input_grad) < _backward_macs(adjoint, x.shape[0], input_grad):
+    if _backward_macs(forward, input_grad) < _backward_macs(adjoint, input_grad):
         dx = _tile_then_mix(adjoint, dy, None) if input_grad else None
         dtiles = _tiles_gradient(forward, x, dy)
         dcoeff = _coeff_gradient(adjoint, dy, x)
@@ -57,11 +57,11 @@ def kron_backward(
     return dx, dcoeff.permute(1, 2, 0).to(coeff.dtype), dtiles.to(tiles.dtype)
 
 
-def _backward_macs(roles: Roles, rows: int, input_grad: bool) -> int:
+def _backward_macs(roles: Roles, input_grad: bool) -> int:
     """Multiply-adds a row of the backward that mixes the sources of these roles to get the tiles' gradient."""
     mixtures = roles.outputs * (roles.banks if not roles.bank_of_output else 1)  # of a term
     mixing, tiling = roles.outputs * roles.sources * roles.tile_in, mixtures * roles.tile_in * roles.tile_out
-    again = input_grad and (roles.bank_of_output or not _makes_both(roles, suited.mixing(roles, rows, gradient=True)))
+    again = input_grad and (roles.bank_of_output or not _makes_both(roles))
     return (2 + again) * mixing + (2 + input_grad) * tiling
 
 
@@ -79,18 +79,16 @@ def _run(
         any_terms: whether it may take any number of terms at a time.
     """
     about = {
-        **{
-            "rank": roles.rank,
-            "groups": roles.banks,
-            "grid": tuple(roles.planes.shape[1:]),
-            "tile": tuple(roles.tiles.shape[2:]),
-        },
-        **{"adjoint": not roles.bank_of_output, "live": roles.live is not None, "dtype": str(x.dtype)},
+        "rank": roles.rank,
+        "groups": roles.banks,
+        "grid": tuple(roles.planes.shape[1:]),
+        "tile": tuple(roles.tiles.shape[2:]),
+        "adjoint": not roles.bank_of_output,
+        "live": roles.live is not None,
+        "dtype": str(x.dtype),
         "precision": float32_products(),
     }
-    if not tuning.wanted(x.device):
-        return tuning.within_resources((kernel, *about.values(), x.device), default, run)
-    return tuning.tuned(kernel, about, x, default, suited.others(roles, default, any_terms=any_terms), run)
+    return tuning.chosen(kernel, about, x, default, suited.others(roles, default, any_terms=any_terms), run)
 
 
 def _split(rows: int, step: int, programs: int) -> tuple[int, int]:
@@ -148,32 +146,30 @@ def _keeps_factors(roles: Roles, sizes: Sizes, parts: int) -> bool:
     return parts == 1 and sizes.sources >= roles.sources_per_bank
 
 
-def _makes_both(roles: Roles, sizes: Sizes) -> bool:
+def _makes_both(roles: Roles) -> bool:
     """Whether one program has all that y and the gradient of tiles are summed from."""
-    return roles.parts(sizes) == 1
+    return roles.own_banks == 1 and suited.mixed_terms(roles, gradient=True) >= roles.rank
 
 
 def _mix_then_tile_with_gradient(roles: Roles, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """y and the tiles' gradient, if x is the gradient of their output and `other` their input, or the other way round."""
-    sizes = suited.mixing(roles, x.shape[0], gradient=True)
-    if not _makes_both(roles, sizes):
+    if not _makes_both(roles):
         return _mix_then_tile(roles, x, None), _tiles_gradient(roles, x, other)
 
     def run(sizes: Sizes) -> tuple[Tensor, Tensor]:
         y = x.new_empty(x.shape[0], roles.outputs * roles.tile_out)
         return y, _mix_for_tiles(roles, x, other, y, sizes)
 
-    return _run(roles, "mix_then_tile, both", x, sizes, run)
+    return _run(roles, "mix_then_tile, both", x, suited.mixing(roles, x.shape[0], gradient=True), run)
 
 
 def _tiles_gradient(roles: Roles, x: Tensor, other: Tensor) -> Tensor:
     """That gradient alone, in float32."""
-    sizes = suited.mixing(roles, x.shape[0], gradient=True)
 
     def run(sizes: Sizes) -> Tensor:
         return _mix_for_tiles(roles, x, other, None, sizes)
 
-    return _run(roles, "mix_then_tile, gradient", x, sizes, run, any_terms=True)
+    return _run(roles, "mix_then_tile, gradient", x, suited.mixing(roles, x.shape[0], gradient=True), run, any_terms=True)
 
 
 def _mix_for_tiles(roles: Roles, x: Tensor, other: Tensor, y: Tensor | None, sizes: Sizes) -> Tensor:
@@ -199,15 +195,14 @@ def _mix(
 ) -> None:
     x, rows, chunks, features = x.contiguous(), x.shape[0], roles.chunks(sizes), roles.outputs * roles.tile_out
     parts, programs = roles.parts(sizes), chunks * cells(rows, share)
-    if dtiles is not None:
-        assert y is None or parts == 1, "a program has the whole sum of y"
-        parts, programs = 1, programs * parts
+    assert y is None or dtiles is None or parts == 1, "a program has the whole sum of y"
+    apart = 1 if dtiles is None else parts  # have programs of their own
     launch(
-        "mix_then_tile", (programs,),
+        "mix_then_tile", (programs * apart,),
         x, roles.planes, roles.tiles, bias, other, y, dtiles, *_listed(roles, sizes), rows, share,
-        x.shape[1], features, features, *_places(roles, sizes), chunks, chunks * cells(rows, share),
-        HAS_BIAS=bias is not None, PRODUCT=y is not None, GRADIENT=dtiles is not None, PARTS=parts, TERMS=sizes.terms,
-        WHOLE=_keeps_factors(roles, sizes, parts), SPREAD=suited.spread(roles, sizes), **_known(roles, sizes),
+        x.shape[1], features, features, *_places(roles, sizes), chunks, programs,
+        HAS_BIAS=bias is not None, PRODUCT=y is not None, GRADIENT=dtiles is not None, PARTS=parts // apart, TERMS=sizes.terms,
+        WHOLE=_keeps_factors(roles, sizes, parts // apart), SPREAD=suited.spread(roles, sizes), **_known(roles, sizes),
     )  # fmt: skip
 
 

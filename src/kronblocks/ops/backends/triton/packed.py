@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from kronblocks.ops.backends.triton import tuning
 from kronblocks.ops.backends.triton.launch import PROGRAMS, arithmetic, cells, launch, padded, sum_dtype
+from kronblocks.ops.backends.triton.sizes import ENOUGH, room
 from kronblocks.ops.backends.triton.tuning import Sizes
 from kronblocks.ops.backends.triton.weights import gather, scatter
 from kronblocks.ops.precision import float32_products
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 SMALLEST, _LARGEST = 16, 128  # sides of a block that tensor cores take whole
 _SPLIT_ROWS = 1024  # of a sum over rows, at least, for one program
-_ENOUGH = 256  # programs that such sums are split for
 _BLOCK_ROWS = 1024  # of which a program looks for its own at a time
 
 
@@ -63,7 +63,7 @@ def _product(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex, 
             W=width, BW=sizes.sources, TRANSPOSED=transposed, num_stages=sizes.stages, **known, **arithmetic(x.dtype),
         )  # fmt: skip
         if parts is not None:
-            launch("join", (columns, cells(rows, sizes.rows)), parts, bias, y, starts, rows, columns, y.shape[1], **known)
+            launch("join", (columns, cells(rows, sizes.rows)), parts, bias, y, starts, rows, y.shape[1], **known)
         return y
 
     default = _product_sizes(rows, columns, padded(height), padded(width, 16), x.element_size())
@@ -96,12 +96,13 @@ def _launched(
 ) -> Tensor:
     """Run a launch, with the quickest sizes where tuning is asked for, also those with so many entries for a program."""
     about: dict[str, Any] = {
-        **{"grid": index.grid, "block": block, "capacity": len(index.slot), "dtype": str(x.dtype)},
+        "grid": index.grid,
+        "block": block,
+        "capacity": len(index.slot),
+        "dtype": str(x.dtype),
         "precision": float32_products(),
     }
-    if not tuning.wanted(x.device):
-        return tuning.within_resources((kernel, *about.values(), x.device), default, run)
-    return tuning.tuned(kernel, about, x, default, _others(default, terms), run)
+    return tuning.chosen(kernel, about, x, default, _others(default, terms), run)
 
 
 def _others(default: Sizes, terms: Sequence[int]) -> Iterator[Sizes]:
@@ -123,7 +124,7 @@ def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
 
     def run(sizes: Sizes) -> Tensor:
         programs = (capacity + (sizes.terms - 1) * min(m1, capacity)) // sizes.terms  # if each row's last one has but an entry
-        splits = max(1, min(cells(_ENOUGH, max(1, cells(capacity, sizes.terms))), cells(rows, _SPLIT_ROWS)))
+        splits = max(1, min(cells(ENOUGH, max(1, cells(capacity, sizes.terms))), cells(rows, _SPLIT_ROWS)))
         share = cells(cells(rows, splits), 256) * 256 if splits > 1 else rows
         shape = (capacity, height, width)
         out = dy.new_zeros(shape) if splits == 1 else dy.new_zeros(splits, *shape, dtype=sum_dtype(dy))
@@ -140,7 +141,6 @@ def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
 
 def _grad_values_sizes(capacity: int, block_rows: int, height: int, width: int, bytes_of_a_value: int) -> Sizes:
     """Several entries of a block row for one program, which then share its dy, but no more than a row has."""
-    room = (2**14 if bytes_of_a_value == 2 else 2**13) // (height * width)
-    terms = max(1, min(room, 256 // width, padded(cells(capacity, block_rows))))
+    terms = max(1, min(room(bytes_of_a_value == 2) // (height * width), 256 // width, padded(cells(capacity, block_rows))))
     warps, rows = 8 if terms * width >= 128 else 4, 64 if bytes_of_a_value == 2 else 32
     return Sizes(height, rows, width, warps, stages=3, terms=terms)

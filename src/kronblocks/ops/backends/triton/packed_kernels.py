@@ -17,10 +17,10 @@ from kronblocks.ops.backends.triton.products import dot
 def _piece(starts, number, columns, TAKE: tl.constexpr, LEAST: tl.constexpr, BP: tl.constexpr):
     """What the `number`-th program of those that take up to TAKE entries of a p each is for, if each p has LEAST programs.
 
-    The p, or -1 if there are fewer programs; the first of the entries and their end; the number of the p's first program, and how
-    many it has. It goes through BP of the p at a time.
+    The p, or -1 if there are fewer programs; the first of the entries and their end; and how many programs the p has. It goes
+    through BP of the p at a time.
     """
-    p, k_first, k_end, first_number, pieces, before = -1, 0, 0, 0, 0, 0
+    p, k_first, k_end, pieces, before = -1, 0, 0, 0, 0
     for first in range(0, columns, BP):
         q = first + tl.arange(0, BP)
         begins = tl.load(starts + q, mask=q < columns, other=0)
@@ -31,10 +31,9 @@ def _piece(starts, number, columns, TAKE: tl.constexpr, LEAST: tl.constexpr, BP:
         p = tl.maximum(p, tl.max(tl.where(own, q, -1), 0))
         k_first += tl.sum(tl.where(own, begins + (number - numbers) * TAKE, 0), 0)
         k_end += tl.sum(tl.where(own, tl.minimum(begins + (number - numbers + 1) * TAKE, ends), 0), 0)
-        first_number += tl.sum(tl.where(own, numbers, 0), 0)
         pieces += tl.sum(tl.where(own, programs, 0), 0)
         before += tl.sum(programs, 0)
-    return p, k_first, k_end, first_number, pieces
+    return p, k_first, k_end, pieces
 
 
 @triton.jit
@@ -51,7 +50,7 @@ def product(
     place = tl.program_id(0) % places
     t = (tl.program_id(0) // places).to(tl.int64) * BT + tl.arange(0, BT)
     if TAKE:
-        p, k_first, k_end, _, pieces = _piece(starts, place, columns, TAKE, 1, BP)
+        p, k_first, k_end, pieces = _piece(starts, place, columns, TAKE, 1, BP)
     else:
         p, k_first, k_end, pieces = place, tl.load(starts + place), tl.load(starts + place + 1), 1
     h, w = tl.arange(0, BH), tl.arange(0, BW)
@@ -70,7 +69,7 @@ def product(
         total = dot(a, b, total, PRECISION, SUM)
     if TAKE:
         to = parts + (place * rows + t)[:, None] * BH + h[None, :]
-        tl.store(to, total, mask=((t < rows) & (pieces > 1))[:, None] & (h < BH)[None, :])
+        tl.store(to, total, mask=((t < rows) & (pieces > 1))[:, None])
     _finish(y, total, bias, t, (t < rows) & (p >= 0) & (pieces == 1), p, h, y_stride, H, HAS_BIAS)
 
 
@@ -85,7 +84,7 @@ def _finish(y, total, bias, t, exists, p, h, y_stride, H: tl.constexpr, HAS_BIAS
 
 @triton.jit
 def join(
-    parts, bias, y, starts, rows, columns, y_stride,
+    parts, bias, y, starts, rows, y_stride,
     H: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, TAKE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """y[:, p] of each p whose entries several programs of `product` have taken, the sum of theirs in their order."""
@@ -116,7 +115,7 @@ def grad_values(
     There are a few programs more than entries for them.
     """
     number, split = tl.program_id(0), tl.program_id(1)
-    p, k_first, k_end, _, _ = _piece(crow, number, grid_rows, TERMS, 0, BP)
+    p, k_first, k_end, _ = _piece(crow, number, grid_rows, TERMS, 0, BP)
     if p >= 0:
         column, h, step = tl.arange(0, TERMS * BW), tl.arange(0, BH), tl.arange(0, BT)
         k = k_first + column // BW

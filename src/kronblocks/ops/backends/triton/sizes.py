@@ -30,9 +30,13 @@ def side(roles: Roles) -> int:
 
 
 def spread(roles: Roles, sizes: Sizes) -> int:
-    """The same where the gradient of tiles is summed: sums are 64 high, or 16 where a program would keep too many then."""
-    wide = 64 if sizes.terms * _tile_sums(roles, 64) <= _room(roles) else 16
-    return min(_spread(roles, wide), sizes.rows)
+    """The same where the gradient of tiles is summed, of as many rows as there are."""
+    return min(_wanted_spread(roles, sizes.terms), sizes.rows)
+
+
+def _wanted_spread(roles: Roles, terms: int) -> int:
+    """For sums that are 64 high, or 16 where a program would keep too many then."""
+    return _spread(roles, 64 if terms * _tile_sums(roles, 64) <= room(roles.is_half) else 16)
 
 
 def _spread(roles: Roles, height: int) -> int:
@@ -57,15 +61,15 @@ def _tile_sums(roles: Roles, height: int) -> int:
     return _tile(roles) * _spread(roles, height) ** 2
 
 
-def _room(roles: Roles) -> int:
+def room(half: bool) -> int:
     """How many values of one kind a program keeps on chip."""
-    return 2**14 if roles.is_half else 2**13
+    return 2**14 if half else 2**13
 
 
 def _terms(roles: Roles, most: int, values: int) -> int:
     """Of how many terms a program takes the tiles at a time, if each asks for so many values."""
     stacked = side(roles) * _larger(roles)
-    fitting = min(_room(roles) // max(values, _tile(roles) * side(roles) ** 2), _room(roles) // (32 * stacked))
+    fitting = min(room(roles.is_half) // max(values, _tile(roles) * side(roles) ** 2), room(roles.is_half) // (32 * stacked))
     return max(1, min(padded(roles.rank), most, fitting))
 
 
@@ -73,26 +77,29 @@ def _stages(roles: Roles) -> int:
     return 3 if roles.is_half else 2
 
 
+def mixed_terms(roles: Roles, *, gradient: bool) -> int:
+    """Terms that a program of mix_then_tile takes at a time."""
+    return _terms(roles, 4, _tile_sums(roles, 16) if gradient else 1)
+
+
 def mixing(roles: Roles, rows: int, *, gradient: bool) -> Sizes:
     """What a program of mix_then_tile takes: mixtures of terms times outputs by rows of tiles, and as many sums of y at most.
 
     In half precision all input blocks at once if that fits on chip: then their coefficients are loaded once for all rows.
     """
-    terms = _terms(roles, 4, _tile_sums(roles, 16) if gradient else 1)
+    terms = mixed_terms(roles, gradient=gradient)
     height = 64 if not roles.is_half else 256 if terms == 4 else 128
     width = 2**14 // height if roles.is_half and not gradient else 64
     outputs = max(16, min(height // terms, padded(roles.outputs_per_bank)))
     wider = max(padded(roles.tile_in), padded(roles.tile_out) // terms)
     sizes = Sizes(outputs, max(side(roles), width // wider), 32, 4, _stages(roles), terms)
-    if gradient:
-        sizes = replace(sizes, rows=max(sizes.rows, spread(roles, replace(sizes, rows=64))))
-    else:
-        sizes = _enough(roles, sizes, rows)
+    spread_out = replace(sizes, rows=max(sizes.rows, _wanted_spread(roles, terms)))
+    sizes = spread_out if gradient else _enough(roles, sizes, rows)
     sizes = replace(sizes, outputs=max(16, min(sizes.outputs, height * width // (terms * sizes.rows * wider))))
     sources = padded(roles.sources_per_bank, 16)
     fits = sources * max(terms * sizes.outputs, sizes.rows * padded(roles.tile_in)) <= 2**14
     sources = sources if roles.is_half and roles.own_banks == 1 and fits else min(32, sources)
-    many = terms * sizes.outputs >= 128 or (gradient and terms * _tile_sums(roles, 16) > _room(roles))
+    many = terms * sizes.outputs >= 128 or (gradient and terms * _tile_sums(roles, 16) > room(roles.is_half))
     return replace(sizes, sources=sources, warps=8 if many else 4)
 
 
@@ -102,7 +109,7 @@ def tiling(roles: Roles, rows: int) -> Sizes:
     taken = max(side(roles), wide // width)
     outputs = max(16, min(64, wide * 64 // (taken * width), padded(roles.outputs_per_bank)))
     sizes = _enough(roles, Sizes(outputs, taken, 32, 4, _stages(roles)), rows)
-    sources = _room(roles) // 2 // (width * sizes.rows)
+    sources = room(roles.is_half) // 2 // (width * sizes.rows)
     return replace(sizes, sources=max(16, min(64, sources, padded(roles.sources_per_bank))))
 
 
@@ -120,7 +127,7 @@ def _enough(roles: Roles, sizes: Sizes, rows: int) -> Sizes:
 
 def pairing(roles: Roles) -> Sizes:
     """What a program of mix_gradient takes: sums of 64 outputs by terms of inputs, and about as many tiled inputs."""
-    width, wide, terms = _larger(roles), _room(roles) // 128, _terms(roles, 2, 1)
+    width, wide, terms = _larger(roles), room(roles.is_half) // 128, _terms(roles, 2, 1)
     rows = max(side(roles), 64 // width)
     sources = max(16, min(min(wide, wide * 64 // (rows * width)) // terms, padded(roles.sources_per_bank)))
     outputs = max(16, min(64, padded(roles.outputs_per_bank)))

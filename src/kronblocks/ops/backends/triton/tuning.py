@@ -51,6 +51,15 @@ def wanted(device: torch.device) -> bool:
     return asked and device.type == "cuda"
 
 
+def chosen(
+    kernel: str, about: dict[str, Any], x: Tensor, default: Sizes, others: Iterable[Sizes], run: Callable[[Sizes], Result]
+) -> Result:
+    """Run a launch with the sizes that suit it, or where tuning is wanted with the quickest; arguments as of `tuned`."""
+    if wanted(x.device):
+        return tuned(kernel, about, x, default, others, run)
+    return within_resources((kernel, *about.values(), x.device), default, run)
+
+
 def tuned(
     kernel: str, about: dict[str, Any], x: Tensor, default: Sizes, others: Iterable[Sizes], run: Callable[[Sizes], Result]
 ) -> Result:

@@ -78,7 +78,7 @@ def _gradients(
         "coeff_gradient", (cells(capacity, several), rank),
         dvalues, tiles, dcoeff, *entries, **known, BK=several, BA=width, SUM=exact["SUM"],
     )  # fmt: skip
-    step = max(16, _at_a_time(area)[1])
+    step = max(16, width)
     splits = max(1, min(PROGRAMS // (groups * cells(area, step)), cells(capacity, 64 * groups)))
     dtiles = tiles.new_zeros(splits, *tiles.shape, dtype=sum_dtype(tiles))
     launch(
