@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
+from kronblocks.nn.loading import WholeWeights
 from kronblocks.ops.choice import PlanChoice, choose_plan
 from kronblocks.ops.cost import ASSUMED_ROWS, Problem, check_plan
 from kronblocks.ops.packed import BlockIndex
@@ -29,7 +30,7 @@ class IndexHolder(nn.Module):
         return super()._apply(fn, recurse)
 
 
-class BlockLayer(nn.Module):
+class BlockLayer(WholeWeights):
     """Base of `KroneckerBlockLinear` and `BlockSparseLinear`. Subclasses store the blocks and compute with them."""
 
     kind: str  # the class's name, also where fully_shard has made a class of its own

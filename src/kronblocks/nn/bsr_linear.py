@@ -6,13 +6,14 @@ import warnings
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.nn.loading import WholeWeights
 
 
-class BsrLinear(nn.Module):
+class BsrLinear(WholeWeights):
     """y = x W^T + bias with W in torch's BSR layout, for inference; see `torch.sparse_bsr_tensor`.
 
     Buffers: `crow` (m1 + 1,), `col` (live,), `values` (live, b, b), `bias` (m,) or None.

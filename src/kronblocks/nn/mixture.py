@@ -12,9 +12,10 @@ from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import reset_bias_
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.nn.loading import WholeWeights
 
 
-class BlockMixtureLinear(nn.Module):
+class BlockMixtureLinear(WholeWeights):
     """y = sum over candidates c of x W_c^T, plus bias: each W_c a sum of Kronecker products with blocks of its own size.
 
     At the start every candidate has an equal share of the variance. `remove_` takes a candidate out for good, `collapse` makes an

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kronblocks.errors import KronblocksError
+from kronblocks.nn.loading import WholeWeights
 
 
-class Unfolded(nn.Module):
+class Unfolded(WholeWeights):
     """Base of the two: a module whose weight is that of `linear`, which algorithms see as an ordinary linear layer.
 
     Attributes:

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kronblocks.errors import KronblocksError
-from kronblocks.sparsity.targets import LayerTarget
 
 KEY = "kronblocks_state"
 
 
 class _Stateful(Protocol):
-    targets: Any
-
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -79,23 +76,5 @@ class CarriedState:
 
     def _take(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         packed = state_dict.pop(prefix + KEY, None)
-        if model is not self._model:
-            return
-        if packed is not None:
+        if packed is not None and model is self._model:
             self._sparsifier.load_state_dict(unpack(packed))
-        else:
-            self._check_fits(state_dict, prefix)
-
-    def _check_fits(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Weights of other layers would be passed over in silence where loading is not strict."""
-        for target in self._sparsifier.targets:
-            if not isinstance(target, LayerTarget):
-                continue
-            place = f"{prefix}{target.name}."
-            found = {name.removeprefix(place) for name in state_dict if name.startswith(place)}
-            if found and found != set(target.module.state_dict()):
-                raise KronblocksError(
-                    f"the state_dict holds {', '.join(sorted(found))} of {target.name}, which is now a "
-                    f"{getattr(target.module, 'kind', 'Linear')}, and no {KEY} that says how to change that: load weights of a "
-                    "dense model before sparsify_, and checkpoints of a block-sparse training with the state saved in them"
-                )

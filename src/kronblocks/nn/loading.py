@@ -1,0 +1,45 @@
+"""What a layer refuses to load: weights of another kind of layer, which `load_state_dict(strict=False)` would pass over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from kronblocks.errors import KronblocksError
+
+_DENSE = "load weights of a dense model before sparsify_, or densify_ the model first"
+_OTHER = (
+    "give the model the layers that the saved one had before you load its weights, with sparsifier.load_state_dict(state) or "
+    "apply_structure_(model, record)"
+)
+
+
+class WholeWeights(nn.Module):
+    """Base of layers whose weight is made of several tensors: a state_dict holds all of them, or none.
+
+    One that does not mention the layer, or its bias only, is left to `strict`: parts of a model may be loaded.
+    """
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._check_whole(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_whole(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise if there are tensors of another kind of layer, of other sizes, or only some of those that make up the weight."""
+        given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        own = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if key != "bias"}
+        needed = {key.partition(".")[0] for key in own}  # of children only whether they are mentioned: they look themselves
+        mentioned = {key.partition(".")[0] for key in given} - {"bias"}
+        kind = getattr(self, "kind", type(self).__name__)  # fully_shard makes a class of its own
+        where = f"of {prefix.rstrip('.') or 'the layer'}, a {kind}"
+        if mentioned and not needed <= mentioned:
+            raise KronblocksError(
+                f"the state_dict holds {', '.join(sorted(given))} {where} made of {', '.join(sorted(needed))}: "
+                + (_DENSE if "weight" in mentioned else _OTHER)
+            )
+        for key in sorted(needed & given.keys()):
+            sizes, wanted = tuple(getattr(given[key], "shape", ())), tuple(own[key].shape)
+            if sizes != wanted:
+                raise KronblocksError(f"the state_dict holds {key} of sizes {sizes} {where} with {wanted}: {_OTHER}")
