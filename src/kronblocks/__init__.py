@@ -21,6 +21,7 @@ from kronblocks.ops.kron import block_norms, kron_linear, kron_weight
 from kronblocks.ops.nearest import canonical_form, nearest_kronecker_sum
 from kronblocks.ops.packed import BlockIndex, packed_linear
 from kronblocks.ranks import RankChoice
+from kronblocks.records import apply_structure_, structure
 from kronblocks.saving import from_pretrained, save_pretrained
 from kronblocks.search.halving import SearchConfig, find_block_size
 from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
@@ -32,7 +33,7 @@ from kronblocks.sparsity.rules.base import Rule, RuleContext
 from kronblocks.sparsity.schedule import SparsitySchedule
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.sparsity.targets import BlockTarget
-from kronblocks.surgery import apply_structure_, densify_, lift_, sparsify_, structure
+from kronblocks.surgery import densify_, lift_, sparsify_
 
 __version__ = "0.1.0"
 

@@ -15,6 +15,7 @@ from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import BlockSizeLike, Mismatch, SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.methods import TileGroups
+from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.cost import Problem, cost, possible_plans
 from kronblocks.ops.timing import REFERENCE
 from kronblocks.ops.timing_cache import timings
@@ -104,7 +105,7 @@ def _distinct(found: Layers, config: SparsityConfig) -> dict[_Key, tuple[list[st
         report = select(model, config)
         for each in (*report.selected, *report.left_dense):
             module = model.get_submodule(each.name)
-            assert isinstance(module, nn.Linear)
+            assert isinstance(module, nn.Linear | BlockLayer)
             size = module.out_features * module.in_features
             if not 0 < size <= MOST_WEIGHTS:  # 0: a lazy layer
                 raise KronblocksError(f"{each.name} has {size:,} weights: what can be timed has from 1 to {MOST_WEIGHTS:,}")

@@ -17,6 +17,7 @@ from kronblocks.checks import number, one_of
 from kronblocks.errors import KronblocksError
 from kronblocks.files import write_json
 from kronblocks.hooks import forward_input
+from kronblocks.initial import plain_linear
 from kronblocks.modules import bare, evaluating, replace_
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
@@ -28,7 +29,7 @@ from kronblocks.ops.cost import possible_plans
 from kronblocks.saving import save_pretrained
 from kronblocks.slimming import Slimmed, remove_dead_features_
 from kronblocks.sparsity.sparsifier import Sparsifier
-from kronblocks.surgery import pack_masked_, plain_linear
+from kronblocks.surgery import pack_masked_
 
 Form = Literal["auto", "dense", "packed", "factored", "bsr"]
 MANIFEST = "manifest.json"

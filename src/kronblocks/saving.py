@@ -24,9 +24,10 @@ from kronblocks.errors import KronblocksError
 from kronblocks.files import locked, read_json, replacing, write_json, write_text
 from kronblocks.modules import bare, unfolding
 from kronblocks.nn.base import BlockLayer
+from kronblocks.records import rebuilt, structure, unfolded_names
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.stored import WeightsReader, name_of, stored
-from kronblocks.surgery import pack_masked_, rebuilt, structure, unfolded_names
+from kronblocks.surgery import pack_masked_
 
 FORMAT = 1
 CARD = "kronblocks.json"

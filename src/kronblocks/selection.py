@@ -11,17 +11,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import DoesNotFit, KronblocksError
-from kronblocks.methods import FACTORED, own_rank
+from kronblocks.methods import own_rank
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
 from kronblocks.ranks import RankChoice, choose_ranks
+
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Of weights that can be block-sparse."""
 
 _BY_WEIGHT = 0
 """The rank of a layer whose weight decides it."""
@@ -146,10 +149,13 @@ def _settings(name: str, names: _Names, config: SparsityConfig) -> dict:
 def _select_one(name: str, module: nn.Module, names: _Names, config: SparsityConfig) -> Selected | LeftDense:
     if isinstance(module, KroneckerBlockLinear):
         assert module.rank is not None
-        return Selected(name, module.grid, module.rank, module.tile_groups, "a Kronecker layer already, taken as it is")
-    assert isinstance(module, nn.Linear)
+        return Selected(name, module.grid, module.rank, module.tile_groups, "a Kronecker layer already, goes on with its blocks")
     settings = _settings(name, names, config)
-    grid, note = _fit(module, settings["block_size"], config.on_mismatch, names.unfolded(name))
+    if isinstance(module, BlockLayer):
+        grid, note = module.grid, "block-sparse already, goes on with its blocks"
+    else:
+        assert isinstance(module, nn.Linear)
+        grid, note = _fit(module, settings["block_size"], config.on_mismatch, names.unfolded(name))
     if grid is None:
         return LeftDense(name, note)
     block_rows = grid.shape[0]
@@ -171,11 +177,12 @@ def _with_ranks(selected: list[Selected], linears: Mapping[str, nn.Module], conf
     if not undecided:
         return selected
     assert isinstance(config.rank, RankChoice)
-    weights = [next(linears[each.name].parameters(recurse=False)) for each in undecided]
-    if any(weight.is_meta for weight in weights):
+    modules = [linears[each.name] for each in undecided]
+    if any(next(module.parameters(recurse=False)).is_meta for module in modules):
         raise KronblocksError(
             "RankChoice goes by the weights, and the model is on the meta device: load it first, or give a rank"
         )
+    weights = [weight.detach() for module in modules if isinstance(weight := module.weight, Tensor)]
     layers = [(weight, each.grid, each.tile_groups) for weight, each in zip(weights, undecided, strict=True)]
     ranks = dict(zip((each.name for each in undecided), choose_ranks(config.rank, layers), strict=True))
     return [
@@ -190,13 +197,15 @@ def _why_not(name: str, module: nn.Module, shared: dict[int, list[str]], names: 
     """The reason for leaving an nn.Linear dense before its sizes are looked at, or None."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return _ATTENTION
-    if type(module) not in (nn.Linear, KroneckerBlockLinear):
+    if not isinstance(module, BlockLayer) and type(module) is not nn.Linear:
         return f"{type(module).__name__} is a subclass of nn.Linear, whose code may need its weight as it is"
     if isinstance(module, nn.Linear) and "weight" not in module._parameters:
         return "its weight is computed from others (spectral_norm, weight_norm or prune), which a block layer would drop"
     weight = next(module.parameters(recurse=False))
     if isinstance(weight, nn.UninitializedParameter):
         return "its weight has no shape yet (a lazy layer): run one batch through the model first"
+    if weight.dtype not in _DTYPES:
+        return f"its weight is {weight.dtype}, and blocks are compared and multiplied as real floating-point numbers"
     if id(weight) in shared:
         others = [other for other in shared[id(weight)] if not other.startswith(f"{name}.")]
         return f"its weight is tied to {', '.join(others)}"
@@ -218,13 +227,8 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
             "the model is itself an nn.Linear, which cannot be replaced in place: wrap it in nn.Sequential(...)"
         )
     names, shared = _Names(model), _shared_weights(model)
-    kinds = (nn.Linear, KroneckerBlockLinear) if config.method in FACTORED else (nn.Linear,)
-    linears = {name: module for name, module in names.modules.items() if isinstance(module, kinds)}
+    linears = {name: module for name, module in names.modules.items() if isinstance(module, nn.Linear | BlockLayer)}
     if not linears:
-        if any(isinstance(module, BlockLayer) for module in names.modules.values()):
-            raise KronblocksError(
-                f"the model's layers are block-sparse already, and {config.method!r} begins with nn.Linear: densify_ it first"
-            )
         raise KronblocksError("the model has no nn.Linear layer, so there is nothing to make block-sparse")
     for what, patterns in (("layers", config.layers), ("exclude", config.exclude), ("overrides", tuple(config.overrides))):
         _check_patterns(tuple(p for p in patterns if isinstance(p, str)), names, list(linears), what)

@@ -1,4 +1,4 @@
-"""Walk a model, replace layers, and put them back: `sparsify_`, `lift_`, `densify_`, and the structure record."""
+"""Walk a model, replace layers, and put them back: `sparsify_`, `lift_`, `densify_`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.groups import in_order_of_, keep_slots_, replace_parameters_
-from kronblocks.initial import factored, first_masks, packed, relative_error, warn_of_dropped_weights, warn_of_rank
+from kronblocks.initial import (
+    first_init,
+    first_layer,
+    first_masks,
+    plain_linear,
+    present_masks,
+    relative_error,
+    warn_of_blocks_of_zeros,
+    warn_of_dropped_weights,
+    warn_of_rank,
+)
 from kronblocks.methods import FACTORED, LIFTED
 from kronblocks.modules import fold_, replace_, unfoldable, unfolding
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
+from kronblocks.records import apply_structure_, layers_of, structure
 from kronblocks.selection import Selected, SurgeryReport, select
 from kronblocks.sparsity.budget import choose_dead
 from kronblocks.sparsity.planning import Planner
@@ -33,14 +44,6 @@ from kronblocks.sparsity.rules.rigl import Rigl
 from kronblocks.sparsity.schedule import SparsitySchedule
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
-
-STRUCTURE_VERSION = 1
-_MOST_FACTORS = 64  # times the weights of a layer: no more is allocated for a record that asks for it
-KINDS: dict[str, Any] = {kind.__name__: kind for kind in (KroneckerBlockLinear, BlockSparseLinear)}
-
-
-def _layers(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def _rule(config: SparsityConfig) -> Rule:
@@ -61,15 +64,14 @@ def _rule(config: SparsityConfig) -> Rule:
 
 def schedule_of(config: SparsityConfig) -> Callable[[int], SparsitySchedule]:
     """What gives a config's schedule for a number of steps."""
-    plan = config.schedule
+    return functools.partial(_schedule, config)  # unlike a local function it can be pickled
+
+
+def _schedule(config: SparsityConfig, total_steps: int) -> SparsitySchedule:
+    plan, target = config.schedule, config.target_sparsity
     end = config.own.end if plan.end is None else plan.end
     lift_at = plan.lift_at if config.method in LIFTED else None
-
-    def make(total_steps: int) -> SparsitySchedule:
-        target = config.target_sparsity
-        return SparsitySchedule(target, total_steps, plan.start, end, lift_at, config.shape, plan.update_every, plan.stages)
-
-    return make
+    return SparsitySchedule(target, total_steps, plan.start, end, lift_at, config.shape, plan.update_every, plan.stages)
 
 
 class ModelSurgeon:
@@ -97,7 +99,7 @@ class ModelSurgeon:
         return structure(self._model)
 
     def restore(self, record: dict[str, Any], optimizers: Sequence[Optimizer]) -> bool:
-        before = _layers(self._model, BlockLayer)
+        before = layers_of(self._model, BlockLayer)
         apply_structure_(self._model, record)
         changed = False
         for name, old in before.items():
@@ -116,15 +118,17 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: R
     `sparsifier.attach(optimizer, total_steps=...)`; the rest happens in the optimiser's steps. `sparsifier.surgery` says which
     layers were taken, which not, and why.
 
+    Layers that are block-sparse already go on with the blocks that they have: the schedule begins at their sparsity.
+
     Args:
-        model: any module with nn.Linear layers; new or trained.
+        model: any module with nn.Linear layers or block layers; new or trained.
         config: what to do; the default is two-phase with 16x16 blocks to 90% zeros.
         rule: an algorithm of your own, which decides instead of the method's; how weights are stored, the schedule and the lift
             stay the method's.
 
     Raises:
-        KronblocksError: nothing selected, unknown patterns, weights that are not finite, a sparsity that is not possible. Nothing
-            has been changed then.
+        KronblocksError: nothing selected, unknown patterns, weights that are not finite, a sparsity that is not possible, or
+            that is below the present one. Nothing has been changed then.
 
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
     >>> sparsifier = sparsify_(model, SparsityConfig(block_size=8, rank=2, target_sparsity=0.5))
@@ -169,17 +173,17 @@ def _check_for_rule(config: SparsityConfig) -> None:
 
 def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport, rule: Rule) -> Sparsifier:
     """Replace the layers of a selection."""
-    grids = [torch.zeros(each.grid.shape) for each in report.selected]
-    areas = [each.grid.block.area for each in report.selected]
-    if grids:
-        choose_dead(grids, areas, config.target_sparsity, config.scope)
+    present = present_masks(model, report, config)
+    if present:
+        scores = [torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -1.0) for mask in present]
+        areas = [each.grid.block.area for each in report.selected]
+        choose_dead(scores, areas, config.target_sparsity, config.scope)
     warn_of_dropped_weights(model, report, config)
-    masks = first_masks(model, report, config)
+    warn_of_blocks_of_zeros(model, report, config)
+    masks = first_masks(model, report, config, present)
     if config.method in FACTORED:
         warn_of_rank(report)
-        report = _replace_layers(model, report, config, lambda linear, each: factored(linear, each, config))
-    elif config.is_packed:
-        report = _replace_layers(model, report, config, lambda linear, each: packed(linear, each, masks[each.name], config))
+    report = _replace_layers(model, report, config, masks)
     targets = [_target(model, each) for each in report.selected]
     for target in targets:
         if isinstance(target, WeightTarget):
@@ -190,9 +194,9 @@ def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport,
 
 
 def _replace_layers(
-    model: nn.Module, report: SurgeryReport, config: SparsityConfig, make: Callable[[nn.Module, Selected], BlockLayer]
+    model: nn.Module, report: SurgeryReport, config: SparsityConfig, masks: Mapping[str, Tensor]
 ) -> SurgeryReport:
-    """Put a block layer, made from the present one and its selection, in the place of every selected layer.
+    """Put what the method works on in the place of every selected layer.
 
     Returns:
         The report, with the errors of layers that start from the present weights.
@@ -200,9 +204,11 @@ def _replace_layers(
     selected = []
     for each in report.selected:
         old = model.get_submodule(each.name)
-        new = make(old, each)
-        replace_(model, each.name, new)
-        if isinstance(old, nn.Linear) and config.chosen_init == "nearest" and not old.weight.is_meta:
+        init, is_meta = first_init(old, config), next(old.parameters(recurse=False)).is_meta
+        new = first_layer(old, each, masks[each.name], config)
+        if new is not old:
+            replace_(model, each.name, new)
+        if isinstance(new, BlockLayer) and new is not old and init == "nearest" and not is_meta:
             selected.append(dataclasses.replace(each, error=relative_error(old, new)))
         else:
             selected.append(each)
@@ -282,7 +288,7 @@ def lift_(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] = ()) -> 
         The names of the lifted layers.
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    return _lift(model, list(_layers(model, KroneckerBlockLinear)), optimizers)
+    return _lift(model, list(layers_of(model, KroneckerBlockLinear)), optimizers)
 
 
 @torch.no_grad()
@@ -290,118 +296,9 @@ def densify_(model: nn.Module) -> list[str]:
     """Replace every block layer by an nn.Linear (or a convolution) of the same weight, zeros included, in place; returns their
     names.
     """
-    layers = _layers(model, BlockLayer)
+    layers = layers_of(model, BlockLayer)
     for name, old in layers.items():
         replace_(model, name, plain_linear(old))
-    for name, around in _layers(model, Unfolded).items():
+    for name, around in layers_of(model, Unfolded).items():
         replace_(model, name, around.folded())
     return list(layers)
-
-
-@torch.no_grad()
-def plain_linear(layer: BlockLayer) -> nn.Linear:
-    """An nn.Linear with the weight of a block layer, zeros included, and its bias."""
-    weight, bias = layer.dense_weight(), layer.bias
-    assert bias is None or isinstance(bias, nn.Parameter)
-    new = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta", dtype=weight.dtype)
-    new.weight = nn.Parameter(weight, requires_grad=any(p.requires_grad for p in layer.block_parameters()))
-    if bias is not None:
-        new.bias = bias
-    return new.train(layer.training)
-
-
-def structure(model: nn.Module) -> dict[str, Any]:
-    """The kind and sizes of every block layer, as plain values: what `apply_structure_` needs before weights can be loaded."""
-    layers, around = _layers(model, BlockLayer), _layers(model, Unfolded)
-    record = {
-        "version": STRUCTURE_VERSION,
-        "layers": {name: {"kind": layer.kind, **layer.config()} for name, layer in layers.items()},
-    }
-    return {**record, "unfolded": list(around)} if around else record
-
-
-def apply_structure_(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Give a model the block layers of a record, in place; load the state_dict afterwards.
-
-    Layers that have the recorded structure already are left alone. The masks come with the state_dict.
-
-    Raises:
-        KronblocksError: the record is of another version or does not fit the model. Nothing has been changed then.
-    """
-    with unfolding(model, unfolded_names(record)):
-        for name, layer in rebuilt(model, record).items():
-            replace_(model, name, layer)
-
-
-def unfolded_names(record: Any) -> list[str]:
-    """Names of the layers of a record that stand in convolutions.
-
-    Raises:
-        KronblocksError: it is no structure record.
-    """
-    names = record.get("unfolded", []) if isinstance(record, Mapping) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise KronblocksError("this is no structure record: make one with kronblocks.structure(model)")
-    return names
-
-
-def rebuilt(
-    model: nn.Module,
-    record: Mapping[str, Any],
-    device: torch.device | str | None = None,
-    instead: Mapping[str, nn.Linear] | None = None,
-) -> dict[str, BlockLayer]:
-    """The layers of a record that the model has not got, by name, not yet in their places.
-
-    Args:
-        model: what they will be put into.
-        record: what `structure` gave.
-        device: where; None: where the model's layers are.
-        instead: layers that the model will have in the places of its own, by name.
-
-    Raises:
-        KronblocksError: the record is of another version or does not fit the model.
-    """
-    if not isinstance(record, Mapping) or not isinstance(record.get("layers"), Mapping):
-        raise KronblocksError("this is no structure record: make one with kronblocks.structure(model)")
-    if record.get("version") != STRUCTURE_VERSION:
-        raise KronblocksError(
-            f"the structure record has version {record.get('version')!r}, and this kronblocks reads version {STRUCTURE_VERSION}"
-        )
-    modules = {**dict(model.named_modules()), **(instead or {})}
-    new = {name: _rebuild(modules.get(name), name, entry, device) for name, entry in record["layers"].items()}
-    return {name: layer for name, layer in new.items() if layer is not None}
-
-
-def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device | str | None) -> BlockLayer | None:
-    """The layer of a record's entry, None where the model has it already."""
-    if not isinstance(old, nn.Linear | BlockLayer):
-        raise KronblocksError(
-            f"the record has a layer {name!r}, but the model has {type(old).__name__} there: use the same model"
-        )
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("kind"), str) or entry["kind"] not in KINDS:
-        raise KronblocksError(f"the record's layer {name!r} is of an unknown kind: there are {', '.join(KINDS)}")
-    settings = dict(entry)
-    kind: type[BlockLayer] = KINDS[settings.pop("kind")]
-    if isinstance(old, kind) and old.config() == settings:
-        return None
-    if (settings.get("in_features"), settings.get("out_features")) != (old.in_features, old.out_features):
-        raise KronblocksError(f"the record's layer {name!r} has other sizes than the model's: use the same model")
-    weight = next(old.parameters(recurse=False))
-    try:
-        where: Any = {"device": weight.device if device is None else device, "dtype": weight.dtype}
-        outline = kind(**settings, **{**where, "device": "meta"})
-        most = _MOST_FACTORS * (old.in_features + 1) * (old.out_features + 1)
-        if str(where["device"]) != "meta" and sum(t.numel() for t in outline.parameters()) > most:
-            raise ValueError(f"rank {settings.get('rank')} in a layer of {old.out_features}x{old.in_features}")
-        layer = kind(**settings, **where)
-    except KronblocksError:
-        raise
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise KronblocksError(f"the record's layer {name!r} has settings that {kind.__name__} does not know: {error}") from error
-    if old.bias is not None and layer.bias is not None:
-        layer.bias = old.bias
-    is_trained = any(p.requires_grad for attribute, p in old.named_parameters(recurse=False) if attribute != "bias")
-    for p in layer.block_parameters():
-        p.requires_grad_(is_trained)
-    return layer.train(old.training)

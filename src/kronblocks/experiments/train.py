@@ -26,11 +26,12 @@ from kronblocks.experiments.search import check_candidates, search_for, steps_of
 from kronblocks.experiments.tasks import RESULT_VERSION, TrainConfig
 from kronblocks.experiments.versions import versions
 from kronblocks.files import read_json, write_json
+from kronblocks.records import structure
 from kronblocks.saving import save_pretrained
 from kronblocks.search.report import SearchReport
 from kronblocks.selection import select
 from kronblocks.sparsity.report import SparsityReport, count_blocks
-from kronblocks.surgery import schedule_of, structure, weight_targets
+from kronblocks.surgery import schedule_of, weight_targets
 
 
 class EpochLines(Callback):

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
+from kronblocks.records import apply_structure_
 from kronblocks.sparsity.sparsifier import Sparsifier
-from kronblocks.surgery import apply_structure_, sparsify_
+from kronblocks.surgery import sparsify_
 
 _KEY = "kronblocks"
 

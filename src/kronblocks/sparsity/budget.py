@@ -40,7 +40,7 @@ def _best_of_rows(score: Tensor) -> Tensor:
 def _with_live_rows(live: Tensor, score: Tensor) -> Tensor:
     """The same number of live blocks, but one in every block row, as far as they go: the worst of fuller rows make room."""
     live = live.clone()
-    for row in (~live.any(1)).nonzero().flatten().tolist():
+    for row in (~live.any(1) & (score >= 0).any(1)).nonzero().flatten().tolist():
         spare = live & ~_best_of_rows(score.masked_fill(~live, -math.inf))
         if not spare.any():
             break
@@ -52,7 +52,7 @@ def _with_live_rows(live: Tensor, score: Tensor) -> Tensor:
 def _choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float, *, head: bool) -> list[Tensor]:
     sizes = [score.numel() for score in scores]
     flat = torch.cat([score.detach().flatten().to("cpu", torch.float64) for score in scores])
-    protected = torch.zeros(len(flat), dtype=torch.bool)
+    protected = torch.zeros_like(flat, dtype=torch.bool)
     for layer, start in zip(flat.split(sizes), _starts(sizes), strict=True):
         protected[start + int(layer.argmax())] = True
     order = flat.argsort(stable=True)
@@ -64,7 +64,7 @@ def _choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float
     if len(set(areas)) == 1:
         count = blocks_to_kill(len(flat), sparsity)
     else:
-        area = torch.cat([torch.full((size,), float(a), dtype=torch.float64) for size, a in zip(sizes, areas, strict=True)])
+        area = torch.cat([flat.new_full((size,), float(a)) for size, a in zip(sizes, areas, strict=True)])
         wanted = sparsity * float(area.sum())
         reached = area[order].cumsum(0) >= wanted * (1 - 1e-12)
         count = int(torch.nonzero(reached)[0]) + 1 if wanted > 0 else 0
@@ -74,7 +74,7 @@ def _choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float
             f"a sparsity of {sparsity} of {len(flat)} blocks in {len(sizes)} layers would leave a layer without a live block: "
             f"at most {free / len(flat):.4f} is possible here (lower target_sparsity, or take smaller blocks)"
         )
-    dead = torch.zeros(len(flat), dtype=torch.bool)
+    dead = torch.zeros_like(flat, dtype=torch.bool)
     dead[order[:count]] = True
     return [d.view(score.shape).to(score.device) for d, score in zip(dead.split(sizes), scores, strict=True)]
 
@@ -155,8 +155,13 @@ def random_masks(
     Returns:
         One (m1, n1) bool grid a layer, True = live.
     """
-    drawn = [torch.randperm(m1 * n1).neg().view(m1, n1) for m1, n1 in shapes]
-    return strongest_masks(drawn, areas, sparsity, distribution)
+    return strongest_masks([random_scores(shape) for shape in shapes], areas, sparsity, distribution)
+
+
+def random_scores(shape: tuple[int, int]) -> Tensor:
+    """A random order of a grid's blocks, as numbers from 0 on."""
+    m1, n1 = shape
+    return (m1 * n1 - 1 - torch.randperm(m1 * n1, device="cpu")).view(m1, n1)
 
 
 def strongest_masks(norms: Sequence[Tensor], areas: Sequence[int], sparsity: float, distribution: Distribution) -> list[Tensor]:
@@ -165,7 +170,7 @@ def strongest_masks(norms: Sequence[Tensor], areas: Sequence[int], sparsity: flo
     In the last layer, mostly a model's head, no block row is left without one while others have two.
 
     Args:
-        norms: one (m1, n1) grid a layer.
+        norms: one (m1, n1) grid a layer, below 0 where a block is dead already and stays so.
         areas: weights per block, a number a layer.
         sparsity: share to be dead, in [0, 1).
         distribution: "erk", or "uniform": every layer alike.
@@ -179,7 +184,7 @@ def strongest_masks(norms: Sequence[Tensor], areas: Sequence[int], sparsity: flo
     scores = []  # above 1 for the blocks of least rank: as many in each layer as its density wants
     for grid, number, wanted in zip(norms, blocks, density, strict=True):
         order = grid.detach().flatten().argsort(descending=True, stable=True).argsort().to("cpu", torch.float64)
-        scores.append(wanted * number / (order.view(grid.shape) + 0.5))
+        scores.append((wanted * number / (order.view(grid.shape) + 0.5)).masked_fill(grid.to("cpu") < 0, -1.0))
     masks = [~dead for dead in _choose_dead(scores, areas, sparsity, head=False)]
     norm = norms[-1].detach().to(masks[-1].device, torch.float64)
     return [*masks[:-1], _with_live_rows(masks[-1], norm)]

@@ -41,6 +41,7 @@ class SparsitySchedule:
     shape: Shape = "cubic"
     update_every: int = 50
     stages: int = 5  # of the staircase, each of which kills the same share of the blocks that live
+    initial_sparsity: float = 0.0  # before pruning; above 0 where a model is sparse already
 
     def __post_init__(self) -> None:
         if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int) or self.total_steps < 1:
@@ -72,16 +73,17 @@ class SparsitySchedule:
 
     def sparsity_at(self, step: int) -> float:
         """The sparsity wanted after this step."""
-        fraction = self.fraction_at(step)
+        fraction, first = self.fraction_at(step), self.initial_sparsity
         if fraction == 1.0:
             return self.target_sparsity
         match self.shape:
             case "cubic":
-                return self.target_sparsity * (1 - (1 - fraction) ** 3)
+                return first + (self.target_sparsity - first) * (1 - (1 - fraction) ** 3)
             case "linear":
-                return self.target_sparsity * fraction
+                return first + (self.target_sparsity - first) * fraction
             case "staircase":
-                return 1 - (1 - self.target_sparsity) ** (int(fraction * self.stages + 1e-9) / self.stages)
+                kept = (1 - self.target_sparsity) / (1 - first)
+                return 1 - (1 - first) * kept ** (int(fraction * self.stages + 1e-9) / self.stages)
 
     def is_update(self, step: int) -> bool:
         """Whether the mask is updated after this step."""

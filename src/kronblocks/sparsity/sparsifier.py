@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class Sparsifier:
         self._loaded_total_steps: int | None = None
         self._awaits_penalty = False
         self._eager = EagerSteps()
-        self._has_dead = any(not bool(t.mask.all()) for t in self.targets if not t.mask.is_meta)
+        self.initial_sparsity = _dead_share(self.targets)
+        self._has_dead = self.initial_sparsity > 0
 
     def attach(self, optimizers: Optimizer | Sequence[Optimizer], *, total_steps: int, add_penalty: bool = False) -> Attachment:
         """Follow these optimisers' steps from now on.
@@ -102,7 +104,7 @@ class Sparsifier:
                 'the penalty is taken from whole weights, and these are sharded: use PenaltyConfig(form="proximal"), which '
                 "acts on the blocks after each step"
             )
-        self.schedule = self._make_schedule(total_steps)
+        self.schedule = self._schedule_for(total_steps)
         self._optimizers = optimizers
         self._pending = {id(optimizer) for optimizer in optimizers}
         if is_shared():
@@ -118,6 +120,12 @@ class Sparsifier:
         handles += self._planner.watch(self.targets)
         self._prepare_probes()
         return Attachment(handles, self._detach)
+
+    def _schedule_for(self, total_steps: int) -> SparsitySchedule:
+        """The schedule, from the sparsity before any training, which a block of rounding does not put above the target."""
+        schedule = self._make_schedule(total_steps)
+        first = min(self.initial_sparsity, schedule.target_sparsity)
+        return replace(schedule, initial_sparsity=max(first, schedule.initial_sparsity))
 
     def _detach(self) -> None:
         self._eager.end()
@@ -351,6 +359,7 @@ class Sparsifier:
             "rule": type(self.rule).__name__,
             "step": self.step,
             "total_steps": self.schedule.total_steps if self.schedule else None,
+            "initial_sparsity": self.initial_sparsity,
             "rule_state": dict(self._rule_state),
             "structure": self._surgeon.record(),
             "plans": {t.name: t.plan for t in self.targets if isinstance(t, LayerTarget)},
@@ -378,8 +387,19 @@ class Sparsifier:
         self._planner.load_state_dict(state["planner"])
         self.step, self._rule_state = state["step"], dict(state["rule_state"])
         self._loaded_total_steps = state["total_steps"]
+        self.initial_sparsity = state.get("initial_sparsity", 0.0)
+        if self.schedule is not None:
+            self.schedule = self._schedule_for(self.schedule.total_steps)
         self._has_dead = True
         self._prepare_probes()
+
+
+def _dead_share(targets: Sequence[BlockTarget]) -> float:
+    """Share of the weights that lie in dead blocks by the masks; none on the meta device, where nothing is known."""
+    known = [target for target in targets if not target.mask.is_meta]
+    dead = sum(int((~target.mask).sum()) * target.area for target in known)
+    weights = sum(target.grid.weights for target in known)
+    return dead / weights if weights else 0.0
 
 
 def _module_at(model: nn.Module, name: str) -> nn.Module | None:

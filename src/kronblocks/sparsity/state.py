@@ -70,6 +70,8 @@ def _is_whole(state: dict[str, Any]) -> bool:
     return (
         all(isinstance(state[name], dict) for name in _DICTS)
         and all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps)
+        and isinstance(first := state.get("initial_sparsity", 0.0), float)
+        and 0 <= first < 1
         and all(isinstance(plan, str) for plan in state["plans"].values())
         and all(isinstance(mask, Tensor) for mask in state["masks"].values())
     )
