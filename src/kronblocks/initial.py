@@ -79,19 +79,18 @@ def factored(layer: Any, selected: Selected, mask: Tensor, config: SparsityConfi
 
 def packed(layer: nn.Module, selected: Selected, mask: Tensor, config: SparsityConfig) -> BlockSparseLinear:
     """The live blocks of a layer, in one that has no others; one that is there already stays."""
-    if isinstance(layer, BlockSparseLinear):
-        new = layer
-    elif isinstance(layer, KroneckerBlockLinear):
-        new = BlockSparseLinear.from_kron(layer)
+    if isinstance(layer, BlockLayer):
+        new = BlockSparseLinear.from_kron(layer) if isinstance(layer, KroneckerBlockLinear) else layer
+        assert isinstance(new, BlockSparseLinear)
+        mask = mask.to(new.block_mask.device)
+        if not torch.equal(mask, new.block_mask):
+            new.set_block_mask_(mask)
+            new.compact_()
     else:
         assert isinstance(layer, nn.Linear)
         new = BlockSparseLinear.from_dense(layer, block_size=selected.grid.block, mask=mask)
         new.bias = layer.bias
     new.values.requires_grad_(is_trained(layer))
-    mask = mask.to(new.block_mask.device)
-    if not torch.equal(mask, new.block_mask):
-        new.set_block_mask_(mask)
-        new.compact_()
     new.choose_plan_(config.rows)
     return new
 
