@@ -103,6 +103,8 @@ def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device 
         return None
     if (settings.get("in_features"), settings.get("out_features")) != (old.in_features, old.out_features):
         raise KronblocksError(f"the record's layer {name!r} has other sizes than the model's: use the same model")
+    if flags := [flag for flag in ("gate", "bias") if not isinstance(settings.get(flag, True), bool)]:
+        raise KronblocksError(f"the record's layer {name!r} has {flags[0]}={settings[flags[0]]!r}, which is True or False")
     weight = next(old.parameters(recurse=False))
     try:
         where: Any = {"device": weight.device if device is None else device, "dtype": weight.dtype}

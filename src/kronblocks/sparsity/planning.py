@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -139,19 +139,37 @@ class Planner:
         """Go on as if this process had made the saved decisions: the same timings serve the same questions.
 
         Raises:
-            KronblocksError: it is no state of a planner.
+            KronblocksError: it is no state of a planner. Nothing has been changed then.
         """
-        try:
-            self._traffic = {str(name): Traffic(int(r), bool(g), str(d)) for name, (r, g, d) in state["traffic"].items()}
-            if not all(isinstance(getattr(torch, traffic.dtype), torch.dtype) for traffic in self._traffic.values()):
-                raise ValueError("an unknown dtype")
-            self._chosen = {str(name) for name in state["chosen"]}
-            self._tables = {str(key): dict(table) for key, table in state["tables"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise KronblocksError(
-                f"the state's part on plans is damaged ({error!r}): save sparsifier.state_dict() again"
-            ) from error
+        self._traffic, self._chosen, self._tables = parsed(state)
         load_tables(self._tables)
+
+
+def parsed(state: Mapping[str, Any]) -> tuple[dict[str, Traffic], set[str], Tables]:
+    """What `Planner.state_dict` gave: traffic by layer, the layers with chosen plans, and timings.
+
+    Raises:
+        KronblocksError: it is something else.
+    """
+    try:
+        traffic = {str(name): _traffic(*values) for name, values in state["traffic"].items()}
+        chosen = {str(name) for name in state["chosen"]}
+        tables = {str(key): dict(table) for key, table in state["tables"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise KronblocksError(f"the state's part on plans is damaged ({error!r}): save sparsifier.state_dict() again") from error
+    return traffic, chosen, tables
+
+
+def _traffic(rows: int, input_grad: bool, dtype: str) -> Traffic:
+    """One layer's, checked.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+    if not (known and type(rows) is int and 0 <= rows < 2**63 and isinstance(input_grad, bool)):
+        raise ValueError(f"{rows!r} rows, {input_grad!r}, {dtype!r}")
+    return Traffic(rows, input_grad, dtype)
 
 
 def _choosers(targets: Sequence[BlockTarget]) -> list[LayerTarget]:

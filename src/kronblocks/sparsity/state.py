@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
+from kronblocks.ops.cost import check_plan
+from kronblocks.sparsity.planning import parsed
 from kronblocks.sparsity.targets import BlockTarget, WeightTarget
 
 STATE_VERSION = 2
@@ -44,6 +47,7 @@ def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget], total_
         )
     for target in targets:
         _check_target(state, target)
+    parsed(state["planner"])
     if total_steps is not None and state["total_steps"] not in (None, total_steps):
         raise KronblocksError(f"the state is of a training of {state['total_steps']} steps, but attach was told {total_steps}")
 
@@ -62,6 +66,24 @@ def _check_target(state: dict[str, Any], target: BlockTarget) -> None:
             f"of {target.name!r} the state has a mask of {tuple(mask.shape)}, and here blocks are {target.grid.shape}: use the "
             "same block size"
         )
+    if not masks_weight:
+        _check_layer(state, target)
+
+
+def _check_layer(state: dict[str, Any], target: BlockTarget) -> None:
+    """The layer that the state's structure has in a target's place holds the same blocks, and can compute by its plan."""
+    layers, plan = state["structure"].get("layers"), state["plans"][target.name]
+    entry = layers.get(target.name) if isinstance(layers, Mapping) else None
+    if not isinstance(entry, Mapping):
+        raise KronblocksError(f"the state's structure has no layer {target.name!r}: save sparsifier.state_dict() again")
+    block = BlockSize.parse(entry.get("block_size"))
+    if block != target.grid.block:
+        raise KronblocksError(
+            f"of {target.name!r} the state has blocks of {block}, and here they are {target.grid.block}: use the same block size"
+        )
+    if plan == "auto":  # what a user writes, never what a layer computes by
+        raise KronblocksError(f"the state's plan of {target.name!r} is 'auto', not a chosen one: save the state again")
+    check_plan(plan, entry.get("rank"))
 
 
 def _is_whole(state: dict[str, Any]) -> bool:
