@@ -76,7 +76,7 @@ def _check_layer(state: dict[str, Any], target: BlockTarget) -> None:
     entry = layers.get(target.name) if isinstance(layers, Mapping) else None
     if not isinstance(entry, Mapping):
         raise KronblocksError(f"the state's structure has no layer {target.name!r}: save sparsifier.state_dict() again")
-    block = BlockSize.parse(entry.get("block_size"))
+    block = BlockSize.parse(entry.get("block_size", target.grid.block))
     if block != target.grid.block:
         raise KronblocksError(
             f"of {target.name!r} the state has blocks of {block}, and here they are {target.grid.block}: use the same block size"
