@@ -12,6 +12,7 @@ from kronblocks.distillation import Distillation
 from kronblocks.errors import KronblocksError, KronblocksWarning, NativeFallbackWarning, OpenMPConflictWarning, PerformanceWarning
 from kronblocks.export import Exported, export
 from kronblocks.groups import parameter_groups
+from kronblocks.loading import rebuild_on_load_
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.mixture import BlockMixtureLinear
@@ -88,6 +89,7 @@ __all__ = [
     "nearest_kronecker_sum",
     "packed_linear",
     "parameter_groups",
+    "rebuild_on_load_",
     "save_pretrained",
     "select",
     "sparsify_",

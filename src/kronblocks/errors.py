@@ -1,4 +1,4 @@
-"""The error of the library, with the kind of it that searches go on after, and the warnings."""
+"""The error of the library, its kinds that the library's own code looks for, and the warnings."""
 
 
 class KronblocksError(ValueError):
@@ -7,6 +7,32 @@ class KronblocksError(ValueError):
 
 class DoesNotFit(KronblocksError):
     """A block size with which a model cannot become as sparse, or as small, as is wanted: others may, and searches try them."""
+
+
+class OtherSteps(KronblocksError):
+    """A training of another number of steps than a state's, before the mask is frozen: each trainer has its own words for that.
+
+    Args:
+        known: steps of the state's training.
+        end: the step at which its mask is frozen.
+        step: where it is.
+        given: steps of this training.
+    """
+
+    def __init__(self, known: int, end: int, step: int, given: int) -> None:
+        self.known, self.end, self.step, self.given = known, end, step, given
+        super().__init__(
+            f"{self.what}: write total_steps={known}, or go on for longer from a state of step {end} or later, when the mask is "
+            "frozen"
+        )
+
+    @property
+    def what(self) -> str:
+        """What is wrong, without what to write."""
+        return (
+            f"the state is of step {self.step} of {self.known}, and pruning ends at step {self.end}, so a training of "
+            f"{self.given} steps would move its schedule"
+        )
 
 
 class KronblocksWarning(UserWarning):

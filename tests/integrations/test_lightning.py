@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kronblocks import BlockSparseLinear, KronblocksError, PenaltyConfig, SparsityConfig, parameter_groups
+from kronblocks import BlockSparseLinear, KronblocksError, PenaltyConfig, SparsityConfig, parameter_groups, rebuild_on_load_
 from kronblocks.errors import KronblocksWarning
 from kronblocks.integrations.lightning import SparsityCallback
 from kronblocks.sparsity.report import count_blocks
@@ -196,6 +197,7 @@ def test_stopping_before_the_target_is_said(tmp_path):
 TWO = """
 import hashlib
 import sys
+import warnings
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -242,3 +244,127 @@ def test_two_processes_end_with_the_same_weights(strategy, method, layer, tmp_pa
     first, second = ((tmp_path / str(rank)).read_text() for rank in (0, 1))
     assert first == second and first.startswith(f"{layer}Linear 0.75 ")
     assert ("the lift is due, but the parameters are sharded" in done.stderr) == layer.startswith("FSDPKron")
+
+
+class Loadable(Module):
+    """As the docs say: whatever loads a checkpoint of a block-sparse training builds its layers first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rebuild_on_load_(self)
+
+    def predict_step(self, batch, batch_idx):
+        return self.net(batch[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stop", [2, 5, 8])  # factors, values with dead slots, values
+@pytest.mark.parametrize("save_weights_only", [False, True])
+def test_checkpoints_load_without_the_callback(tmp_path, stop, save_weights_only):
+    module = Loadable()
+    fit = trainer(tmp_path, SparsityCallback(config(), total_steps=64), max_epochs=stop)
+    fit.fit(module, data())
+    path = tmp_path / "stopped.ckpt"
+    fit.save_checkpoint(path, weights_only=save_weights_only)
+    expected = [module.eval().net(x) for (x,) in data()]
+    loaded = Loadable.load_from_checkpoint(path, weights_only=True).eval()
+    assert type(loaded.net[0]) is type(module.net[0]) and torch.equal(loaded.net[0].block_mask, module.net[0].block_mask)
+    assert all(torch.allclose(loaded.net(x), y, atol=1e-6) for (x,), y in zip(data(), expected, strict=True))
+    predicted = trainer(tmp_path, pl.Callback()).predict(Loadable(), data(), ckpt_path=path, weights_only=True)
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(predicted, expected, strict=True))
+    with_callback = trainer(tmp_path, SparsityCallback()).predict(Loadable(), data(), ckpt_path=path, weights_only=True)
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(with_callback, expected, strict=True))
+    with pytest.raises(RuntimeError, match=r"call kronblocks\.rebuild_on_load_\(model\) first"):
+        Module.load_from_checkpoint(path, weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_model_of_a_cross_validation_is_made_sparse(tmp_path):
+    callback, modules, states = SparsityCallback(config()), [], []
+    for _ in range(2):
+        module, fit = Module(), trainer(tmp_path, callback)
+        fit.fit(module, data())
+        modules.append(module)
+        assert callback.sparsifier.model is module and callback.sparsifier.step == 64
+        assert callback.sparsifier.sparsity == pytest.approx(0.75)
+        states.append(module.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0]), "the folds are the same here"
+    fit.save_checkpoint(tmp_path / "second.ckpt")
+    before = callback.sparsifier.step
+    trainer(tmp_path, callback).test(modules[0], data(), ckpt_path=tmp_path / "second.ckpt", verbose=False, weights_only=True)
+    assert callback.sparsifier.step == before, "loading into another model leaves the sparsifier alone"
+
+
+@pytest.mark.parametrize("settings", [{"fast_dev_run": True}, {"max_steps": 1}])
+@pytest.mark.parametrize("method", ["two-phase", "group-lasso", "magnitude"])
+def test_a_trial_of_one_step(tmp_path, settings, method):
+    module, callback = Module(), SparsityCallback(config(method=method, rank=2 if method == "two-phase" else None))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer(tmp_path, callback, **settings).fit(module, data())
+    said = [str(each.message) for each in found if issubclass(each.category, KronblocksWarning)]
+    assert (
+        len(said) == 1 and said[0].startswith("1 step is too few to prune") and said[0].endswith("nothing is pruned in this run")
+    )
+    assert callback.sparsifier.step == 1 and len(module.losses) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_more_epochs_are_allowed_once_the_mask_is_frozen(tmp_path):
+    def fit(epochs, ckpt=None, stop=None):
+        module, callback = Module(), SparsityCallback(config())
+        run = trainer(tmp_path, callback, max_epochs=epochs, limit_train_batches=8)
+        if stop is not None:
+            run.callbacks.append(StopAfter(stop))
+        run.fit(module, data(), ckpt_path=ckpt, weights_only=True if ckpt else None)
+        return run, module, callback
+
+    run, module, _ = fit(8)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    longer, again, other = fit(12, tmp_path / "end.ckpt")
+    assert other.sparsifier.step == 96 and len(again.losses) == 32
+    assert torch.equal(again.net[0].block_mask, module.net[0].block_mask) and other.sparsifier.phase == "heal"
+    longer.save_checkpoint(tmp_path / "longer.ckpt")
+    assert fit(13, tmp_path / "longer.ckpt")[2].sparsifier.step == 104
+    early, _, _ = fit(8, stop=2)
+    early.save_checkpoint(tmp_path / "early.ckpt")
+    with pytest.raises(KronblocksError, match=r"step 16 of 64, and pruning ends at step 26.*max_steps=64, or the max_epochs"):
+        fit(12, tmp_path / "early.ckpt")
+
+
+class StopAfter(pl.Callback):
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_that_was_broken_off_can_be_begun_again(tmp_path):
+    class Breaks(pl.Callback):
+        def on_train_batch_end(self, *args):
+            raise RuntimeError("out of memory")
+
+    callback, module = SparsityCallback(config()), Module()
+    broken = trainer(tmp_path, callback)
+    broken.callbacks.append(Breaks())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        broken.fit(module, data())
+    trainer(tmp_path, callback).fit(module, data())
+    assert callback.sparsifier.sparsity == pytest.approx(0.75)
+
+
+class Validated(Module):
+    def validation_step(self, batch, batch_idx):
+        self.log("validation", self.training_step(batch, batch_idx))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_penalty_is_no_part_of_a_validation_loss(tmp_path):
+    module = Validated()
+    method = config(method="group-lasso", rank=None, penalty=PenaltyConfig(form="gradient", strength=100.0))
+    fit = trainer(tmp_path, SparsityCallback(method), max_epochs=1)
+    fit.fit(module, data(), data())
+    assert float(fit.callback_metrics["validation"]) == pytest.approx(sum(module.losses[-8:]) / 8)
+    assert float(fit.validate(module, data(), verbose=False)[0]["validation"]) == pytest.approx(sum(module.losses[-8:]) / 8)

@@ -37,13 +37,13 @@ class Training:
         self.sparsifier = sparsify_(self.model, config, rule=rule)
         self.make_optimizer = optimizer
 
-    def start(self, state: dict[str, Any] | None = None) -> Training:
+    def start(self, state: dict[str, Any] | None = None, steps: int = STEPS) -> Training:
         if state is not None:  # structure first, then weights, then an optimiser over the right parameters
             self.sparsifier.load_state_dict(state["sparsifier"])
             self.model.load_state_dict(state["model"])
         self.optimizer = self.make_optimizer(parameter_groups(self.model, lr=1e-2))
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
-        self.sparsifier.attach(self.optimizer, total_steps=STEPS)
+        self.handle = self.sparsifier.attach(self.optimizer, total_steps=steps)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])

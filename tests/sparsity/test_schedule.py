@@ -54,6 +54,14 @@ def test_wrong_numbers_of_steps_are_refused(steps):
         SparsitySchedule(0.9, steps)
 
 
-def test_a_run_too_short_to_prune_is_refused():
-    with pytest.raises(KronblocksError, match="too few"):
-        SparsitySchedule(0.9, 1)
+@pytest.mark.parametrize(("steps", "start", "end"), [(1, 0.05, 0.5), (3, 0.5, 0.6), (9, 0.58, 0.6)])
+def test_a_trial_of_a_step_or_so_prunes_nothing(steps, start, end):
+    schedule = SparsitySchedule(0.9, steps, start=start, end=end, lift_at=2 / 3)
+    assert not schedule.prunes and schedule.lift_step is None
+    for step in range(steps + 1):
+        assert not schedule.is_update(step) and schedule.sparsity_at(step) == 0 and schedule.phase_at(step) == "discover"
+
+
+def test_a_training_that_would_never_prune_is_refused():
+    with pytest.raises(KronblocksError, match="1000 steps are too few to prune from 0.5 to 0.5001 of the training: let schedule"):
+        SparsitySchedule(0.9, 1000, start=0.5, end=0.5001)

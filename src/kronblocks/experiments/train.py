@@ -90,7 +90,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     data = load_data(config.data, data_dir=config.data_dir, fold=config.fold)
     data = limited(data, config.train_images, config.test_images)
     memory = accounting.PeakMemory()
-    schedule_of(config.sparsity_config())(steps_of(config, data))  # refused before anything is written
+    schedule = schedule_of(config.sparsity_config())(steps_of(config, data))
+    if not schedule.prunes:
+        raise KronblocksError(f"{schedule.why_not}: train longer")
     module = None if config.block_size == "auto" else Classification(config, data)
     if module is None:
         check_candidates(config, data)

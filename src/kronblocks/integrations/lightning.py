@@ -6,12 +6,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from kronblocks.config import SparsityConfig
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import KronblocksError, OtherSteps
+from kronblocks.loading import HINT, rebuild_on_load_
 from kronblocks.records import apply_structure_
+from kronblocks.shards import is_sharded
+from kronblocks.sparsity.attachment import Attachment
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.surgery import sparsify_
 
@@ -25,26 +29,35 @@ class SparsityCallback(Callback):
     `kronblocks.parameter_groups(self, lr=...)`. The penalty of methods that have one is added to what `training_step` returns.
     "block_sparsity", counted from the weights, and "phase" (0 discover, 1 refine, 2 heal) are logged after each epoch.
     Checkpoints hold the state; `fit(..., ckpt_path=...)` goes on to the same bits, and `test` and `predict` load them too.
+    `load_from_checkpoint`, and trainers without the callback, load them if the module's `__init__` ends with
+    `kronblocks.rebuild_on_load_(self)`. A second model, as in cross-validation, is made block-sparse like the first.
 
     Args:
         config: what `sparsify_` gets.
         total_steps: of the whole training; None: what the trainer estimates.
 
     Attributes:
-        sparsifier: once the training has been set up.
+        sparsifier: of the model that was last set up for training.
     """
 
     def __init__(self, config: SparsityConfig | None = None, *, total_steps: int | None = None) -> None:
         self.config, self.total_steps = config or SparsityConfig(), total_steps
         self.sparsifier: Sparsifier | None = None
+        self._attachment: Attachment | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Replace the layers, once."""
-        _wrap(pl_module, "on_load_checkpoint", lambda load: self._loading(pl_module, load))
-        if stage == "fit" and self.sparsifier is None:
+        """Replace the layers, once for each model."""
+        if _wrap(pl_module, "on_load_checkpoint", lambda load: self._loading(pl_module, load)):
+            rebuild_on_load_(pl_module)
+        if stage == "fit" and not self._follows(pl_module):
+            self._let_go()
             self.sparsifier = sparsify_(pl_module, self.config)
+            _wrap(pl_module, "on_save_checkpoint", functools.partial(_with_state, self.sparsifier))
             if self.sparsifier.rule.has_penalty:
-                _wrap(pl_module, "training_step", self._with_penalty)
+                _wrap(pl_module, "training_step", functools.partial(_with_penalty, pl_module, self.sparsifier))
+
+    def _follows(self, module: LightningModule) -> bool:
+        return self.sparsifier is not None and self.sparsifier.model is module
 
     def _loading(self, module: LightningModule, load: Callable[..., Any]) -> Callable[..., Any]:
         """The structure comes before the weights, which are loaded after the module's own hook."""
@@ -53,25 +66,13 @@ class SparsityCallback(Callback):
             state = checkpoint.get(_KEY)
             if state is None:
                 raise KronblocksError("the checkpoint is of a training without SparsityCallback: leave ckpt_path= out")
-            if self.sparsifier is None:
+            if self.sparsifier is None or self.sparsifier.model is not module:
                 apply_structure_(module, state["structure"])
             elif self.sparsifier.step != state["step"]:
                 self.sparsifier.load_state_dict(state)
             load(checkpoint)
 
         return restore
-
-    def _with_penalty(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            output = step(*args, **kwargs)
-            assert self.sparsifier is not None
-            if isinstance(output, Tensor):
-                return output + self.sparsifier.penalty()
-            if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
-                return {**output, "loss": output["loss"] + self.sparsifier.penalty()}
-            return output
-
-        return training_step
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimisers."""
@@ -89,13 +90,29 @@ class SparsityCallback(Callback):
             )
         if not trainer.optimizers:
             raise KronblocksError("configure_optimizers returned no optimiser, so there are no steps to follow")
-        self._attachment = self.sparsifier.attach(trainer.optimizers, total_steps=int(steps))
+        self._let_go()
+        try:
+            self._attachment = self.sparsifier.attach(trainer.optimizers, total_steps=int(steps))
+        except OtherSteps as error:
+            raise KronblocksError(
+                f"{error.what}: set the trainer's max_steps={error.known}, or the max_epochs that give it, or go on for longer "
+                f"from a checkpoint of step {error.end} or later, when the mask is frozen"
+            ) from error
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the optimisers go, and say so if the model is less sparse than it was meant to be."""
         assert self.sparsifier is not None
         self.sparsifier.warn_if_too_dense("it ended early")
-        self._attachment.remove()
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let the optimisers go, so that the same model can be given to `fit` again."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is so."""
@@ -104,16 +121,39 @@ class SparsityCallback(Callback):
         pl_module.log("block_sparsity", self.sparsifier.sparsity)
         pl_module.log("phase", float(phases.index(self.sparsifier.phase)))
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the state into the checkpoint."""
-        if self.sparsifier is not None:
-            checkpoint[_KEY] = self.sparsifier.state_dict()
+
+def _with_state(sparsifier: Sparsifier, save: Callable[..., Any]) -> Callable[..., Any]:
+    """In the module's own hook, which is called where weights only are saved, too."""
+
+    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+        state = checkpoint[_KEY] = sparsifier.state_dict()
+        if state["structure"]["layers"] and not any(is_sharded(p) for p in sparsifier.model.parameters()):
+            checkpoint["state_dict"][HINT] = torch.zeros(0)  # what a plain model's error names
+        save(checkpoint)
+
+    return on_save_checkpoint
 
 
-def _wrap(module: LightningModule, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put a function around a method of this one module, once."""
+def _with_penalty(module: LightningModule, sparsifier: Sparsifier, step: Callable[..., Any]) -> Callable[..., Any]:
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        if not module.trainer.training:  # called by validation_step, as for a loss that can be compared
+            return output
+        if isinstance(output, Tensor):
+            return output + sparsifier.penalty()
+        if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
+            return {**output, "loss": output["loss"] + sparsifier.penalty()}
+        return output
+
+    return training_step
+
+
+def _wrap(module: LightningModule, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+    """Put a function around a method of this one module, once; whether it was done now."""
     method = getattr(module, name)
-    if not getattr(method, _KEY, False):
-        new = functools.wraps(method)(make(method))
-        setattr(new, _KEY, True)
-        setattr(module, name, new)
+    if getattr(method, _KEY, False):
+        return False
+    new = functools.wraps(method)(make(method))
+    setattr(new, _KEY, True)
+    setattr(module, name, new)
+    return True

@@ -53,6 +53,12 @@ class _Hook:
         return _Hook, ()
 
 
+def is_carried(model: nn.Module) -> bool:
+    """Whether a sparsifier takes its state out of what is loaded into this model."""
+    hooks = [getattr(each, "hook", None) for each in model._load_state_dict_pre_hooks.values()]
+    return any(isinstance(hook, _Hook) and hook._run is not None for hook in hooks)
+
+
 class CarriedState:
     """Adds the state whenever the model's state_dict is made, and takes it out, first of all, when one is loaded."""
 

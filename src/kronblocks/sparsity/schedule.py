@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import KronblocksError, OtherSteps
 
 Phase = Literal["discover", "refine", "heal"]
 Shape = Literal["cubic", "linear", "staircase"]
@@ -22,6 +23,7 @@ class SparsitySchedule:
     updated every `update_every` steps, or ten times over the span if that is more often, and always at the lift and at the end.
 
     Phases: "discover" while pruning; "refine" from the lift on, if there is one; "heal", with the mask frozen, after the end.
+    Fewer than ten steps may be too few to prune, as in a trial of a script: then all of it is "discover".
 
     Source:
         The cubic shape: Zhu and Gupta, "To prune, or not to prune", 2017.
@@ -46,9 +48,19 @@ class SparsitySchedule:
     def __post_init__(self) -> None:
         if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int) or self.total_steps < 1:
             raise KronblocksError(f"total_steps is the number of optimiser steps of the training, not {self.total_steps!r}")
-        if self.end_step <= self.start_step:
-            steps = "1 step is" if self.total_steps == 1 else f"{self.total_steps} steps are"
-            raise KronblocksError(f"{steps} too few to prune from {self.start} to {self.end} of the training: train longer")
+        if not self.prunes and self.total_steps >= LEAST_UPDATES:
+            raise KronblocksError(f"{self.why_not}: let schedule.start and schedule.end be further apart")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether there is an update of the mask at all: a trial of a step or so has none."""
+        return self.end_step > self.start_step
+
+    @property
+    def why_not(self) -> str:
+        """The words for a schedule that does not prune."""
+        steps = "1 step is" if self.total_steps == 1 else f"{self.total_steps} steps are"
+        return f"{steps} too few to prune from {self.start} to {self.end} of the training"
 
     @property
     def start_step(self) -> int:
@@ -63,12 +75,14 @@ class SparsitySchedule:
     @property
     def lift_step(self) -> int | None:
         """The step after which the layers are lifted, or None."""
-        if self.lift_at is None:
+        if self.lift_at is None or not self.prunes:
             return None
         return min(self.start_step + max(1, round(self.lift_at * (self.end_step - self.start_step))), self.end_step)
 
     def fraction_at(self, step: int) -> float:
-        """How much of the pruning span has passed, in [0, 1]."""
+        """How much of the pruning span has passed, in [0, 1]; 0 where there is none."""
+        if not self.prunes:
+            return 0.0
         return min(max((step - self.start_step) / (self.end_step - self.start_step), 0.0), 1.0)
 
     def sparsity_at(self, step: int) -> float:
@@ -98,7 +112,27 @@ class SparsitySchedule:
 
     def phase_at(self, step: int) -> Phase:
         """The phase that the model is in after this step."""
-        if step >= self.end_step:
+        if self.prunes and step >= self.end_step:
             return "heal"
         lift = self.lift_step
         return "refine" if lift is not None and step >= lift else "discover"
+
+
+def continued(make: Callable[[int], SparsitySchedule], total_steps: int, known: int | None, step: int) -> SparsitySchedule:
+    """The schedule of a training; of one that goes on for longer after its mask was frozen, the one by which it was.
+
+    Args:
+        make: gives the schedule for a number of steps.
+        total_steps: of the training.
+        known: of the training so far; None: there was none.
+        step: where that is.
+
+    Raises:
+        OtherSteps: the mask is not frozen yet, and another number of steps would move the schedule.
+    """
+    if known is None or known == total_steps or step == 0:
+        return make(total_steps)
+    before = make(known)
+    if before.phase_at(step) != "heal":
+        raise OtherSteps(known, before.end_step, step, total_steps)
+    return before

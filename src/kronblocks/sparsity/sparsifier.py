@@ -21,7 +21,7 @@ from kronblocks.sparsity.growth import EagerSteps
 from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.report import SparsityReport, count_blocks
 from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState, check_multipliers
-from kronblocks.sparsity.schedule import Phase, SparsitySchedule
+from kronblocks.sparsity.schedule import Phase, SparsitySchedule, continued
 from kronblocks.sparsity.state import STATE_VERSION, check_state
 from kronblocks.sparsity.surgeon import Surgeon
 from kronblocks.sparsity.targets import BlockTarget, HasBlocks, LayerTarget, WeightTarget
@@ -66,7 +66,7 @@ class Sparsifier:
         self._optimizers: list[Optimizer] = []
         self._pending: set[int] = set()
         self._rule_state: RuleState = {}
-        self._loaded_total_steps: int | None = None
+        self._known_steps: int | None = None  # of the training that the state is of
         self._awaits_penalty = False
         self._eager = EagerSteps()
         self.initial_sparsity = _dead_share(self.targets)
@@ -87,24 +87,22 @@ class Sparsifier:
 
         Raises:
             KronblocksError: LBFGS, a targeted parameter in none of the optimisers, attached already or followed by another
-                sparsifier, or another number of steps than a loaded state had.
+                sparsifier, or another number of steps than a loaded state had, unless its mask is frozen already.
         """
         if self._optimizers:
             raise KronblocksError("this sparsifier is attached already: call remove() on the handle of the first attach")
         optimizers = [optimizers] if not isinstance(optimizers, Sequence) else optimizers
         optimizers = [unwrapped(optimizer) for optimizer in optimizers]
         check_optimizers(optimizers, self)
-        if self._loaded_total_steps not in (None, total_steps):
-            raise KronblocksError(
-                f"the loaded state is of a training of {self._loaded_total_steps} steps, so total_steps={total_steps} would move "
-                f"its schedule: write total_steps={self._loaded_total_steps}"
-            )
+        schedule = self._schedule_for(total_steps, self._known_steps, self.step, self.initial_sparsity)
         if self._is_sharded and self.rule.has_penalty:
             raise KronblocksError(
                 'the penalty is taken from whole weights, and these are sharded: use PenaltyConfig(form="proximal"), which '
                 "acts on the blocks after each step"
             )
-        self.schedule = self._schedule_for(total_steps)
+        if self.targets and not schedule.prunes:
+            warnings.warn(f"{schedule.why_not}: nothing is pruned in this run", KronblocksWarning, stacklevel=2)
+        self.schedule, self._known_steps = schedule, schedule.total_steps
         self._optimizers = optimizers
         self._pending = {id(optimizer) for optimizer in optimizers}
         if is_shared():
@@ -121,11 +119,10 @@ class Sparsifier:
         self._prepare_probes()
         return Attachment(handles, self._detach)
 
-    def _schedule_for(self, total_steps: int) -> SparsitySchedule:
+    def _schedule_for(self, total_steps: int, known: int | None, step: int, before: float) -> SparsitySchedule:
         """The schedule, from the sparsity before any training, which a block of rounding does not put above the target."""
-        schedule = self._make_schedule(total_steps)
-        first = min(self.initial_sparsity, schedule.target_sparsity)
-        return replace(schedule, initial_sparsity=max(first, schedule.initial_sparsity))
+        schedule = continued(self._make_schedule, total_steps, known, step)
+        return replace(schedule, initial_sparsity=max(min(before, schedule.target_sparsity), schedule.initial_sparsity))
 
     def _detach(self) -> None:
         self._eager.end()
@@ -136,7 +133,7 @@ class Sparsifier:
     def warn_if_too_dense(self, why: str) -> None:
         """Say so if a training has ended and the target is not reached, for a reason that the caller knows."""
         schedule = self.schedule
-        if schedule is not None and self.targets and self.sparsity < schedule.target_sparsity - 0.01:
+        if schedule is not None and schedule.prunes and self.targets and self.sparsity < schedule.target_sparsity - 0.01:
             warnings.warn(
                 f"after the training {100 * self.sparsity:.1f}% of the weights are in zero blocks, not "
                 f"{100 * schedule.target_sparsity:g}%: {why}; pruning ends at step {schedule.end_step} of {schedule.total_steps}",
@@ -146,8 +143,11 @@ class Sparsifier:
 
     @property
     def phase(self) -> Phase:
-        """ "discover", "refine" or "heal"; "discover" before `attach`."""
-        return "discover" if self.schedule is None else self.schedule.phase_at(self.step)
+        """ "discover", "refine" or "heal"; "discover" before the first `attach`, and after a training what it ended with."""
+        schedule = self.schedule
+        if schedule is None and self._known_steps is not None:
+            schedule = self._make_schedule(self._known_steps)
+        return "discover" if schedule is None else schedule.phase_at(self.step)
 
     @property
     def _is_sharded(self) -> bool:
@@ -358,7 +358,7 @@ class Sparsifier:
             "version": STATE_VERSION,
             "rule": type(self.rule).__name__,
             "step": self.step,
-            "total_steps": self.schedule.total_steps if self.schedule else None,
+            "total_steps": self._known_steps,
             "initial_sparsity": self.initial_sparsity,
             "rule_state": dict(self._rule_state),
             "structure": self._surgeon.record(),
@@ -374,8 +374,9 @@ class Sparsifier:
         Raises:
             KronblocksError: the state is of another version, algorithm, model or number of steps.
         """
-        total_steps = self.schedule.total_steps if self.schedule is not None else None
-        check_state(state, rule=type(self.rule).__name__, targets=self.targets, total_steps=total_steps)
+        check_state(state, rule=type(self.rule).__name__, targets=self.targets)
+        step, known, before = state["step"], state["total_steps"], state.get("initial_sparsity", 0.0)
+        schedule = None if self.schedule is None else self._schedule_for(self.schedule.total_steps, known, step, before)
         if self._surgeon.restore(state["structure"], self._optimizers):
             self._follow_layers()
             follow_replaced_parameters(self.model)
@@ -385,11 +386,8 @@ class Sparsifier:
             if isinstance(target, LayerTarget):
                 target.set_plan_(state["plans"][target.name])
         self._planner.load_state_dict(state["planner"])
-        self.step, self._rule_state = state["step"], dict(state["rule_state"])
-        self._loaded_total_steps = state["total_steps"]
-        self.initial_sparsity = state.get("initial_sparsity", 0.0)
-        if self.schedule is not None:
-            self.schedule = self._schedule_for(self.schedule.total_steps)
+        self.step, self._rule_state, self.initial_sparsity = step, dict(state["rule_state"]), before
+        self.schedule, self._known_steps = schedule, known if schedule is None else schedule.total_steps
         self._has_dead = True
         self._prepare_probes()
 

@@ -20,17 +20,16 @@ _DICTS = ("rule_state", "structure", "plans", "planner", "masks")
 _PARTS = frozenset({"version", "rule", "step", "total_steps", *_DICTS})
 
 
-def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget], total_steps: int | None) -> None:
+def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget]) -> None:
     """Refuse what is no state of a sparsifier like this one.
 
     Args:
         state: anything.
         rule: name of the sparsifier's algorithm.
         targets: its layers.
-        total_steps: of its schedule; None before `attach`.
 
     Raises:
-        KronblocksError: the state is damaged, or of another version, algorithm, model or number of steps.
+        KronblocksError: the state is damaged, or of another version, algorithm or model.
     """
     version = state.get("version") if isinstance(state, dict) else None
     if version not in (None, STATE_VERSION):
@@ -48,8 +47,6 @@ def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget], total_
     for target in targets:
         _check_target(state, target)
     parsed(state["planner"])
-    if total_steps is not None and state["total_steps"] not in (None, total_steps):
-        raise KronblocksError(f"the state is of a training of {state['total_steps']} steps, but attach was told {total_steps}")
 
 
 def _check_target(state: dict[str, Any], target: BlockTarget) -> None:
