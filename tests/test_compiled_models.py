@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
+from typing import Any
 
 import pytest
 import torch
 from tests.test_unusual_scripts import STEPS, config, mlp, started, step
+from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
-from kronblocks import KronblocksError, ScheduleConfig, sparsify_
+from kronblocks import KronblocksError, KronblocksWarning, ScheduleConfig, SparsityConfig, sparsify_
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.sparsity import growth
 
@@ -104,3 +110,87 @@ def test_growth_of_one_example_without_a_batch_and_no_hooks_after_the_end():
     assert sparsifier.measures_growth and all(layer._forward_hooks for layer in (model[0], model[2], model[4]))
     handle.remove()
     assert not any(layer._forward_hooks for layer in (model[0], model[2], model[4]))
+
+
+def ordinary_loop(
+    settings: dict[str, Any] | None, users_plan: str | None = None, *, compiled: bool = True, steps: int = 60
+) -> int:
+    """Compilations of a training with layers of four shapes, validated before it and after each short last batch, of 20 rows."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 32), nn.ReLU(), nn.Linear(32, 16)
+    )
+    schedule = ScheduleConfig(update_every=2)
+    common = {"block_size": 4, "target_sparsity": 0.9, "schedule": schedule, "measure_plans": False}
+    sparsifier = None if settings is None else sparsify_(model, SparsityConfig(**{**common, **settings}))
+    if users_plan is not None:
+        model[2].plan = users_plan
+        model[2].use_plan_(users_plan)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if sparsifier is not None:
+        sparsifier.attach(optimizer, total_steps=steps)
+    counter = CompileCounterWithBackend("eager")
+    called = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
+
+    def validate() -> None:
+        model.eval()
+        with torch.no_grad():
+            for rows in (64, 24):
+                x = torch.randn(rows, 32)
+                torch.testing.assert_close(called(x), model(x))
+
+    validate()
+    for batch in range(steps):
+        model.train()
+        loss = called(torch.randn(20 if batch % 10 == 9 else 64, 32)).square().mean()
+        optimizer.zero_grad()
+        (loss if sparsifier is None else loss + sparsifier.penalty()).backward()
+        optimizer.step()
+        if batch % 10 == 9:
+            validate()
+    assert sparsifier is None or sparsifier.sparsity >= 0.9
+    return counter.frame_count
+
+
+OWN_CHANGES = {"two-phase": 1, "magnitude": 1}  # the lift, and the smaller values when healing begins, which are worth theirs
+METHODS = [("two-phase", {}), ("two-phase", {"regrow": 0.3}), ("magnitude", {"storage": "packed"}), ("rigl", {}), ("kron-l1", {})]
+
+
+@pytest.fixture(scope="module")
+def dense() -> int:
+    return ordinary_loop(None)
+
+
+@pytest.mark.parametrize(("method", "settings"), METHODS)
+def test_an_ordinary_loop_stays_below_the_limit_of_recompilations(method, settings, dense):
+    """Dense compiles at most 4 times: for training and for evaluation, each for one number of rows and then for any. A change of
+    the layers is compiled for both again, knowing that rows vary: 2. The limit of 8 leaves room for two changes, of which those
+    that a method needs come first, and the others go to plans.
+    """
+    assert dense <= 4
+    assert 3 + 2 * OWN_CHANGES.get(method, 0) <= ordinary_loop({"method": method, **settings}) <= 4 + 2 * 2
+
+
+def test_deaths_do_not_change_the_sizes_of_the_users_packed_plan():
+    assert ordinary_loop({"method": "kron-l1"}, "packed") <= 4 + 2 * 2
+
+
+def test_layers_are_watched_inside_checkpoints_of_a_compiled_model():
+    """A checkpoint's part of compiled code may change nothing outside, such as what a watch has seen."""
+    torch.compiler.reset()
+    model = mlp()
+    sparsifier, optimizer = started(model, config(measure_plans=False))
+    called = torch.compile(lambda x: checkpoint(model, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    called(torch.randn(6, 3, 32)).square().mean().backward()
+    optimizer.step()
+    assert sparsifier.state_dict()["planner"]["traffic"]["2"] == [18, True, "float32"]
+
+
+def test_a_limit_below_what_the_lift_needs_is_told():
+    told = pytest.warns(KronblocksWarning, match="up to 6 times .*recompile_limit is 4")
+    with torch._dynamo.config.patch(recompile_limit=4), told, pytest.raises(FailOnRecompileLimitHit):
+        ordinary_loop({})
+    with torch._dynamo.config.patch(recompile_limit=6), warnings.catch_warnings():
+        warnings.simplefilter("error", KronblocksWarning)
+        assert ordinary_loop({}) <= 6

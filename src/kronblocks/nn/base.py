@@ -85,6 +85,9 @@ class BlockLayer(WholeWeights):
     def _make_index(self) -> BlockIndex:
         return BlockIndex.from_mask(self.block_mask)
 
+    def keep_index_size_(self) -> None:
+        """Let deaths shorten the packed index without making its tensors smaller."""
+
     @torch.no_grad()
     def mask_changed_(self) -> None:
         """Make the stored blocks agree with `block_mask`: exact zeros where it is False, and a fresh index."""

@@ -13,6 +13,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer, reset_bias_
 from kronblocks.ops import kron
 from kronblocks.ops.nearest import nearest_kronecker_sum
+from kronblocks.ops.packed import BlockIndex
 from kronblocks.shards import assembled, is_sharded, rows_here, whole
 
 
@@ -45,6 +46,7 @@ class KroneckerBlockLinear(BlockLayer):
     """
 
     kind = "KroneckerBlockLinear"
+    _keeps_index_size = False
 
     def __init__(
         self,
@@ -155,8 +157,21 @@ class KroneckerBlockLinear(BlockLayer):
         return kron.kron_linear(input, self.effective_coeff(), self.tiles, self.bias, plan=self.active_plan, live=live)
 
     def _mask_for_product(self) -> Tensor | None:
-        """The mask, or None where a GPU's kernels need not look at it."""
+        """The mask, or None where a GPU's kernels need not look at it; in compiled code, which None would be part of, they do."""
+        if torch.compiler.is_compiling():
+            return self.block_mask
         return None if self._all_live and self.block_mask.is_cuda else self.block_mask
+
+    def keep_index_size_(self) -> None:
+        """Let deaths shorten the packed index without making its tensors smaller: compiled code knows their sizes."""
+        self._keeps_index_size = True
+
+    def _make_index(self) -> BlockIndex:
+        if not self._keeps_index_size:
+            return super()._make_index()
+        live = self.block_mask.flatten()
+        size = max(len(self._index.index.col), int(live.sum()))
+        return BlockIndex.from_mask(self.block_mask, live.byte().argsort(descending=True, stable=True)[:size])
 
     def mask_changed_(self) -> None:
         super().mask_changed_()

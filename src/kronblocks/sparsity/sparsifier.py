@@ -174,9 +174,22 @@ class Sparsifier:
             self._follow_layers()
             follow_replaced_parameters(self.model)
 
-    def _compact(self) -> None:
-        if self._surgeon.compact([target.name for target in self.targets], self._optimizers):
+    def _compact(self) -> bool:
+        """Give up the slots of dead blocks; whether there were any."""
+        compacted = self._surgeon.compact([target.name for target in self.targets], self._optimizers)
+        if compacted:
             follow_replaced_parameters(self.model)
+        return compacted
+
+    def _layer_changes_to_come(self) -> int:
+        """How often layers will still be replaced, or be made smaller where that is worth a compilation."""
+        schedule = self.schedule
+        if schedule is None or self._is_sharded or self.step >= schedule.end_step:
+            return 0
+        if schedule.lift_step is not None:  # which leaves few slots to give up later
+            return int(self.step < schedule.lift_step)
+        shrinks = schedule.sparsity_at(schedule.end_step) > schedule.sparsity_at(self.step)
+        return int(shrinks and any(isinstance(t, LayerTarget) and not t.is_factored for t in self.targets))
 
     @property
     def masks_linears(self) -> bool:
@@ -272,15 +285,17 @@ class Sparsifier:
         update = schedule.is_update(self.step)
         if update or (self.rule.every_step and schedule.start_step < self.step < schedule.end_step):
             self._apply_rule(update)
+        changed = False
         if self.step == schedule.lift_step:
             if self._is_sharded:
                 warnings.warn(_LIFT_WAITS, KronblocksWarning, stacklevel=2)
             else:
+                changed = True
                 self.lift_()
-        if self.step == schedule.end_step and not self._is_sharded:
-            self._compact()
+        if self.step == schedule.end_step and not self._is_sharded and (changed or self._planner.allows_change()):
+            changed = self._compact() or changed
         if update or self.step == 1:  # by the end of the first step every layer has seen what it has to do
-            self._planner.decide(self.targets)
+            self._planner.decide(self.targets, changed=changed, to_come=self._layer_changes_to_come())
         self._prepare_probes()
 
     def _apply_rule(self, update: bool) -> None:

@@ -52,6 +52,7 @@ class HasPlans(Protocol):
     plan: str  # "auto", or the one that the user wants
     rows: int
 
+    def keep_index_size_(self) -> None: ...
     def problem(self, *, rows: int | None = None, training: bool = True, input_grad: bool = True) -> Problem: ...
 
 
@@ -235,6 +236,11 @@ class LayerTarget(BlockTarget):
     def set_plan_(self, plan: str) -> None:
         """Let the layer compute another way."""
         self._layer.use_plan_(plan)
+
+    def keep_index_size_(self) -> None:
+        """Deaths are not to change the sizes that compiled code knows."""
+        if isinstance(self._layer, HasPlans):
+            self._layer.keep_index_size_()
 
     def parameters(self) -> list[nn.Parameter]:
         return self._layer.block_parameters()
