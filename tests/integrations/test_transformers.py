@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 pytest.importorskip("accelerate")
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
+from transformers.trainer import ALL_HYPERPARAMETER_SEARCH_BACKENDS
+from transformers.trainer_utils import HPSearchBackend
 
 from kronblocks import (
     BlockSparseLinear,
@@ -156,7 +159,7 @@ def test_what_cannot_be_is_said(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(KronblocksError, match="holds the dense weights"):
         Trainer(model, arguments(tmp_path), callbacks=[SparsityCallback(config())], optimizers=(optimizer, None))
-    with pytest.raises(KronblocksError, match="not model_init="):
+    with pytest.raises(KronblocksError, match=r"model_init=callback\.model_init\(make_model\)"):
         Trainer(model_init=bert, args=arguments(tmp_path), train_dataset=data, callbacks=[SparsityCallback(config())]).train()
     with pytest.raises(KronblocksError, match="another model"):
         Trainer(bert(), arguments(tmp_path), callbacks=[SparsityCallback(sparsify_(bert(), config()))])
@@ -164,9 +167,10 @@ def test_what_cannot_be_is_said(tmp_path):
     late.add_callback(SparsityCallback(config()))
     with pytest.raises(KronblocksError, match=r"callbacks=\[\.\.\.\]"):
         late.train()
-    trainer = trained(tmp_path, SparsityCallback(config()))
-    with pytest.raises(KronblocksError, match="make a new model"):
-        trainer.train()
+    with pytest.raises(KronblocksError, match="is of one model, and model_init makes several"):
+        SparsityCallback(sparsify_(bert(), config())).model_init(bert)
+    with pytest.raises(KronblocksError, match="wants a SparsityConfig, not dict"):
+        Trainer(bert(), arguments(tmp_path), callbacks=[SparsityCallback({"block_size": 4})])
     Trainer(bert(), arguments(tmp_path, save_strategy="steps", save_steps=STEPS), train_dataset=data).train()
     with pytest.raises(KronblocksError, match="load weights of a dense model before sparsify_"):
         trained(tmp_path, SparsityCallback(config()), resume=str(tmp_path / f"checkpoint-{STEPS}"))
@@ -238,3 +242,132 @@ def test_distilling_over_several_batches_is_distilling_over_one(tmp_path, weight
         trainer.train()
         found.append(model.classifier.weight.detach().clone())
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_train_called_again_goes_on_with_the_mask_frozen_and_not_before(tmp_path):
+    callback = SparsityCallback(config())
+    trainer = trained(tmp_path, callback)
+    mask = callback.sparsifier.targets[0].mask.clone()
+    trainer.train()
+    assert callback.sparsifier.step == 2 * STEPS and torch.equal(callback.sparsifier.targets[0].mask, mask)
+    early = Trainer(
+        bert(), arguments(tmp_path), train_dataset=examples(), callbacks=[SparsityCallback(config()), Stop(STEPS // 4)]
+    )
+    with pytest.warns(KronblocksWarning, match="it ended early"):
+        early.train()
+    with pytest.raises(KronblocksError, match="make a new model"):
+        early.train()
+
+
+def test_more_steps_are_the_trainers_words_and_allowed_once_the_mask_is_frozen(tmp_path):
+    keep = {"save_strategy": "steps", "save_steps": 4}
+    whole = trained(tmp_path, SparsityCallback(config()), **keep)
+    with pytest.raises(
+        KronblocksError, match=r"step 4 of 24, .* write max_steps=24 in TrainingArguments, or the num_train_epochs"
+    ):
+        trained(tmp_path / "other", SparsityCallback(config()), resume=str(tmp_path / "checkpoint-4"), max_steps=32)
+    callback = SparsityCallback(config())
+    longer = trained(tmp_path / "other", callback, resume=str(tmp_path / f"checkpoint-{STEPS}"), max_steps=32, **keep)
+    assert callback.sparsifier.step == 32 and callback.sparsifier.phase == "heal"
+    assert [layer.live_blocks for layer in callback.sparsifier.report().layers] == [
+        int(module.block_mask.sum()) for module in whole.model.modules() if isinstance(module, BlockSparseLinear)
+    ]
+    again = trained(
+        tmp_path / "again", SparsityCallback(config()), resume=str(tmp_path / "other" / "checkpoint-32"), max_steps=36
+    )
+    assert again.state.global_step == 36 and not torch.equal(again.model.classifier.weight, longer.model.classifier.weight)
+
+
+def test_a_trial_of_one_step(tmp_path):
+    with pytest.warns(KronblocksWarning, match="1 step is too few to prune .* nothing is pruned in this run") as found:
+        trainer = trained(tmp_path, SparsityCallback(config()), max_steps=1)
+    assert len([each for each in found if issubclass(each.category, KronblocksWarning)]) == 1 and trainer.state.global_step == 1
+
+
+def test_a_trainer_that_makes_its_own_models(tmp_path):
+    callback = SparsityCallback(config())
+    keep = {"save_strategy": "steps", "save_steps": 4}
+    trainer = Trainer(
+        model_init=callback.model_init(bert), args=arguments(tmp_path, **keep), train_dataset=examples(), callbacks=[callback]
+    )
+    assert "eval_loss" in trainer.evaluate(examples(8)) and callback.sparsifier.sparsity == 0
+    states = []
+    for _ in range(2):
+        trainer.train()
+        assert callback.sparsifier.model is trainer.model and callback.sparsifier.step == STEPS
+        assert callback.sparsifier.sparsity == pytest.approx(0.75, abs=0.01)
+        states.append(trainer.model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0]), "the same seed"
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))  # over the lift, into a new model
+    assert callback.sparsifier.step == STEPS and all(torch.equal(states[0][n], t) for n, t in trainer.model.state_dict().items())
+
+
+class Trial(dict):
+    def __init__(self, number: int) -> None:
+        super().__init__(learning_rate=1e-3 * (number + 1))
+        self.number, self.params = number, dict(self)
+
+
+class Trials:
+    """Stands in for optuna, and does with the Trainer what transformers does for it."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[float, int]] = []
+
+    def ensure_available(self) -> None: ...
+
+    def run(self, trainer, n_trials, direction, **kwargs):
+        for number in range(n_trials):
+            trainer.objective = None
+            trainer.train(resume_from_checkpoint=None, trial=Trial(number))
+            trainer.objective = trainer.compute_objective(trainer.evaluate())
+            self.found.append((trainer.args.learning_rate, sparse_layers(trainer.model)))
+            trainer.model_wrapped = trainer.model = None
+        return self.found
+
+
+def sparse_layers(model: nn.Module) -> int:
+    return sum(isinstance(module, BlockSparseLinear) for module in model.modules())
+
+
+def test_a_hyperparameter_search_makes_each_trials_model_sparse(tmp_path, monkeypatch):
+    backend = Trials()
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, lambda: backend)
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)  # a trial is a dict then
+
+    def sparsity(trial) -> SparsityConfig:
+        return config(target_sparsity=0.5 if trial is None else 0.25 * (trial.number + 2))
+
+    callback = SparsityCallback(sparsity)
+    trainer = Trainer(
+        model_init=callback.model_init(lambda trial: bert()),
+        args=arguments(tmp_path),
+        train_dataset=examples(),
+        eval_dataset=examples(8),
+        callbacks=[callback],
+    )
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: trial, backend="optuna", n_trials=2, compute_objective=lambda metrics: metrics["eval_loss"]
+    )
+    assert backend.found == [(1e-3, 13), (2e-3, 13)]
+    assert callback.sparsifier.sparsity == pytest.approx(0.75, abs=0.01)
+
+
+def test_one_callback_for_the_trainers_of_a_cross_validation(tmp_path):
+    callback = SparsityCallback(config())
+    for _ in range(2):
+        trainer = trained(tmp_path, callback)
+        assert callback.sparsifier.model is trainer.model and callback.sparsifier.step == STEPS
+        assert callback.sparsifier.sparsity == pytest.approx(0.75, abs=0.01)
+    first, second = (Trainer(bert(), arguments(tmp_path), train_dataset=examples(), callbacks=[callback]) for _ in range(2))
+    with pytest.raises(KronblocksError, match="a callback each"):
+        first.train()
+    second.train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -9,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from kronblocks.config import SparsityConfig
 from kronblocks.distillation import Distillation
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import KronblocksError, OtherSteps
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.surgery import sparsify_
 
@@ -23,24 +25,56 @@ class SparsityCallback(TrainerCallback):
     from the weights; loggers see it if they come after this callback: `report_to="none", callbacks=[SparsityCallback(...),
     TensorBoardCallback()]`. After the training `kronblocks.save_pretrained(trainer.model, folder)` saves the model.
 
+    A Trainer that makes its models itself, as for `hyperparameter_search`, is given a function that makes them block-sparse:
+    `Trainer(model_init=callback.model_init(make_model), ..., callbacks=[callback])`.
+
     Args:
-        config: what `sparsify_` gets, or a `Sparsifier` that it made for the same model: the Trainer may then be given
-            `optimizers=`, made from `kronblocks.parameter_groups`.
+        config: what `sparsify_` gets, or a function that gives it for a trial of a hyperparameter search (None outside of one),
+            or a `Sparsifier` made for the same model: the Trainer may then be given `optimizers=`, made from
+            `kronblocks.parameter_groups`.
 
     Attributes:
-        sparsifier: once the Trainer has been made.
+        sparsifier: of the model that the Trainer made or was given last.
     """
 
-    def __init__(self, config: SparsityConfig | Sparsifier | None = None) -> None:
-        self.sparsifier = config if isinstance(config, Sparsifier) else None
-        self.config = config if isinstance(config, SparsityConfig) else SparsityConfig()
+    def __init__(self, config: SparsityConfig | Callable[[Any], SparsityConfig] | Sparsifier | None = None) -> None:
+        self._given = config if isinstance(config, Sparsifier) else None
+        self.sparsifier: Sparsifier | None = self._given
+        self.config: Any = SparsityConfig() if config is None or self._given is not None else config
         self._attachment: Any = None
         self._carried: Any = None
+
+    def model_init(self, make: Callable[..., nn.Module]) -> Callable[[Any], nn.Module]:
+        """What `Trainer(model_init=...)` gets: each model that it makes is block-sparse before it gets an optimiser.
+
+        Args:
+            make: makes a dense model, from nothing or from the trial of a hyperparameter search, as `model_init` does.
+
+        Raises:
+            KronblocksError: the callback was given a Sparsifier, which has one model.
+        """
+        if self._given is not None:
+            raise KronblocksError("a Sparsifier is of one model, and model_init makes several: give SparsityCallback(config)")
+
+        def model_init(trial: Any) -> nn.Module:
+            self._forget()  # so that the memory of the model before is free for the next one
+            model = make(trial) if inspect.signature(make).parameters else make()
+            self._sparsify(model, trial)
+            return model
+
+        return model_init
+
+    def _sparsify(self, model: nn.Module, trial: Any) -> None:
+        config: Any = self.config(trial) if callable(self.config) else self.config
+        self.sparsifier = sparsify_(model, config)
+        self._carried = self.sparsifier.save_with_model()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
     ) -> None:
         """Replace the layers."""
+        if self._given is None and self.sparsifier is not None and self.sparsifier.model is not model:
+            self._forget()  # the callback has been given to another Trainer, as in cross-validation
         if self.sparsifier is None:
             if kwargs.get("optimizer") is not None:
                 raise KronblocksError(
@@ -48,10 +82,11 @@ class SparsityCallback(TrainerCallback):
                     "first, sparsifier = kronblocks.sparsify_(model, config), then the optimiser, and give "
                     "SparsityCallback(sparsifier)"
                 )
-            self.sparsifier = sparsify_(model, self.config)
+            self._sparsify(model, None)
         elif self.sparsifier.model is not model:
             raise KronblocksError("the sparsifier is of another model than the Trainer's: give sparsify_ the Trainer's model")
-        self._carried = self.sparsifier.save_with_model()
+        elif self._carried is None:
+            self._carried = self.sparsifier.save_with_model()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
@@ -60,10 +95,11 @@ class SparsityCallback(TrainerCallback):
         sparsifier = self._ready()
         if sparsifier.model is not model:
             raise KronblocksError(
-                "the Trainer has made another model since SparsityCallback replaced layers: give it model=, not model_init="
+                "SparsityCallback last replaced layers of another model than the Trainer's: give the Trainer "
+                "model_init=callback.model_init(make_model), or model=, and Trainers that exist at once a callback each"
             )
         self._let_go()
-        if (sparsifier.step == 0) != (state.global_step == 0):
+        if (sparsifier.step == 0) != (state.global_step == 0) and sparsifier.phase != "heal":
             what = (
                 "make a new model and Trainer for a new training" if sparsifier.step else "the checkpoint has none of its states"
             )
@@ -72,7 +108,13 @@ class SparsityCallback(TrainerCallback):
             )
         self._carried.remove()
         self._carried = sparsifier.save_with_model()
-        self._attachment = sparsifier.attach(kwargs["optimizer"], total_steps=state.max_steps, add_penalty=True)
+        try:
+            self._attachment = sparsifier.attach(kwargs["optimizer"], total_steps=state.max_steps, add_penalty=True)
+        except OtherSteps as error:
+            raise KronblocksError(
+                f"{error.what}: write max_steps={error.known} in TrainingArguments, or the num_train_epochs that give it, or go "
+                f"on for longer from a checkpoint of step {error.end} or later, when the mask is frozen"
+            ) from error
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: Any = None, **kwargs: Any
@@ -96,6 +138,12 @@ class SparsityCallback(TrainerCallback):
         if self.sparsifier is None:
             raise KronblocksError("SparsityCallback was added to a Trainer that exists already: give it in callbacks=[...]")
         return self.sparsifier
+
+    def _forget(self) -> None:
+        self._let_go()
+        if self._carried is not None:
+            self._carried.remove()
+        self.sparsifier = self._carried = None
 
     def _let_go(self) -> None:
         if self._attachment is not None:
