@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.unfolded import Unfolded, UnfoldedConv, is_transposed, unfolded
+from kronblocks.sparsity.places import SUCCESSOR
 
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
@@ -37,6 +38,7 @@ def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
     for hooks in _HOOKS:  # the same tables, so that handles still remove what they stand for
         setattr(new, hooks, getattr(old, hooks))
     new._is_full_backward_hook = old._is_full_backward_hook
+    vars(old)[SUCCESSOR] = new  # no submodule of it, but what a sparsifier follows
     for parent in model.modules():
         for child, module in list(parent._modules.items()):  # named_children() would leave out the second of two places
             if module is old:

@@ -86,7 +86,7 @@ def mask_as_bits(mask: Tensor) -> Tensor:
 
 def mask_from_bits(bits: Tensor, shape: tuple[int, int]) -> Tensor:
     """The reverse of `mask_as_bits`."""
-    flat = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    flat = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
     return flat.flatten()[: shape[0] * shape[1]].bool().view(shape)
 
 

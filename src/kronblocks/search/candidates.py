@@ -78,7 +78,7 @@ def captured_energy(weight: Tensor, grid: BlockGrid, rank: int, tile_groups: int
 
 def excess_energy(weight: Tensor, grid: BlockGrid, rank: int, tile_groups: int = 1) -> float:
     """How far `captured_energy` is on the way from that of a random weight of the same shape (0) to everything (1)."""
-    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), device="cpu")
     by_chance = captured_energy(noise, grid, rank, tile_groups)
     return max(0.0, captured_energy(weight.cpu(), grid, rank, tile_groups) - by_chance) / max(1 - by_chance, 1e-9)
 
@@ -101,7 +101,7 @@ def _fitting(model: nn.Module, config: SparsityConfig) -> tuple[Selected, ...]:
             `RankChoice` allows.
     """
     layers = select(model, config).selected
-    scores = [torch.zeros(layer.grid.shape) for layer in layers]
+    scores = [torch.zeros(layer.grid.shape, device="cpu") for layer in layers]
     choose_dead(scores, [layer.grid.block.area for layer in layers], config.target_sparsity, config.scope)
     return layers
 

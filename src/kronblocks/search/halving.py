@@ -204,7 +204,7 @@ def _round(
         tell(names, (step + 1) / steps)
     results = {}
     for name, trial in trials.items():
-        losses = torch.full((1,), torch.inf) if name in diverged else task.judge(trial.model)
+        losses = torch.full((1,), torch.inf, device="cpu") if name in diverged else task.judge(trial.model)
         results[name] = _Result(losses, trial.seconds_per_step, cost(trial), steps, norms[name])
     return results
 
@@ -276,7 +276,7 @@ def standings(history: Sequence[dict[str, _Result]], names: Sequence[str]) -> di
     def against(reference: str) -> dict[str, Standing]:
         found = {name: Standing(math.inf, 0.0, costs[name]) for name in names}
         for name in finite:
-            share = torch.zeros(())  # of each example, held out in every round alike: (N,) when summed
+            share = torch.zeros((), device="cpu")  # of each example, held out in every round alike: (N,) when summed
             for weight, results in zip(weights, history, strict=True):
                 own, others = results[name].losses, results[reference].losses
                 share = share + weight * (own - others) / others.mean()

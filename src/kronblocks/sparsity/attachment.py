@@ -26,12 +26,19 @@ class Attachment:
     def __init__(self, handles: Sequence[Any], release: Callable[[], None]) -> None:
         self._handles, self._release = handles, release
 
+    def __reduce__(self) -> tuple[type[Attachment], tuple[Any, ...]]:  # a copy is tied to nothing
+        return Attachment, ((), _nothing)
+
     def remove(self) -> None:
         """Take all hooks off the optimisers and parameters. The masks stay as they are."""
         for handle in self._handles:
             handle.remove()
         self._handles = ()
         self._release()
+
+
+def _nothing() -> None:
+    """What a copy of an attachment releases."""
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> None:
@@ -64,15 +71,30 @@ def check_optimizers(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> N
             f"the weights of {', '.join(flattened[:5])} have been flattened, as FullyShardedDataParallel does: use fully_shard, "
             "which leaves them their shape"
         )
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    missing = [
-        target.name for target in sparsifier.targets if any(p.requires_grad and id(p) not in held for p in target.parameters())
-    ]
-    if missing:
+    if missing := _not_held(optimizers, sparsifier.targets):
         raise KronblocksError(
             f"no optimiser holds the parameters of {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}: make the "
             "optimiser after sparsify_, from kronblocks.parameter_groups(model, lr=...) or model.parameters()"
         )
+
+
+def check_held(optimizers: Sequence[Optimizer], targets: Sequence[BlockTarget]) -> None:
+    """Refuse to go on where layers have got parameters in a training that no optimiser has.
+
+    Raises:
+        KronblocksError: there are any.
+    """
+    if missing := _not_held(optimizers, targets):
+        raise KronblocksError(
+            f"{', '.join(missing[:5])} {'has' if len(missing) == 1 else 'have'} parameters now that no optimiser holds, which "
+            "would stay as they are: give the optimiser to what replaces layers, as in lift_(model, optimizer), or make "
+            "optimiser and sparsifier again after replacing layers or weights"
+        )
+
+
+def _not_held(optimizers: Sequence[Optimizer], targets: Sequence[BlockTarget]) -> list[str]:
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [target.name for target in targets if any(p.requires_grad and id(p) not in held for p in target.parameters())]
 
 
 def _is_flattened(target: BlockTarget) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kronblocks.errors import KronblocksError
+from kronblocks.hooks import OwnHook
 
 KEY = "kronblocks_state"
 
@@ -39,24 +40,10 @@ def unpack(packed: Any) -> dict[str, Any]:
         raise KronblocksError(f"{KEY} in the state_dict holds no state of a Sparsifier: {str(error).splitlines()[0]}") from error
 
 
-class _Hook:
-    """A hook that a copy of the model, or a pickled one, has not: sparsifier and optimisers belong to the model itself."""
-
-    def __init__(self, run: Callable[..., None] | None = None) -> None:
-        self._run = run
-
-    def __call__(self, *args: Any) -> None:
-        if self._run is not None:
-            self._run(*args)
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
-
-
 def is_carried(model: nn.Module) -> bool:
     """Whether a sparsifier takes its state out of what is loaded into this model."""
     hooks = [getattr(each, "hook", None) for each in model._load_state_dict_pre_hooks.values()]
-    return any(isinstance(hook, _Hook) and hook._run is not None for hook in hooks)
+    return any(isinstance(hook, OwnHook) and isinstance(hook.owner, CarriedState) for hook in hooks)
 
 
 class CarriedState:
@@ -64,8 +51,8 @@ class CarriedState:
 
     def __init__(self, model: nn.Module, sparsifier: _Stateful) -> None:
         self._model, self._sparsifier = model, sparsifier
-        self._saving = model.register_state_dict_post_hook(_Hook(self._add))
-        self._loading = model.register_load_state_dict_pre_hook(_Hook(self._take))
+        self._saving = model.register_state_dict_post_hook(OwnHook(self._add))
+        self._loading = model.register_load_state_dict_pre_hook(OwnHook(self._take))
 
     def stop_saving(self) -> None:
         """Leave later state_dicts alone; those that hold a state can still be loaded."""

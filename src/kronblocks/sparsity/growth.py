@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kronblocks.blocks import BlockGrid
-from kronblocks.hooks import forward_input
+from kronblocks.hooks import OwnHook, forward_input
 
 
 class GrowthProbe:
@@ -23,7 +23,7 @@ class GrowthProbe:
 
     def __init__(self, module: nn.Module, grid: BlockGrid) -> None:
         self._grid, self._gradient = grid, None
-        self._handle: RemovableHandle | None = module.register_forward_hook(self._forward, with_kwargs=True)
+        self._handle: RemovableHandle | None = module.register_forward_hook(OwnHook(self._forward), with_kwargs=True)
 
     def _forward(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         if not output.requires_grad:

@@ -36,6 +36,7 @@ class SparsityReport:
 
     layers: tuple[LayerSparsity, ...]
     block_sparsity: float  # share of the targeted weights that lie in zero blocks; the share of blocks where all have one size
+    notes: tuple[str, ...] = ()  # what the numbers do not say: layers that are gone, a sparsifier that is not attached
 
     @property
     def live_blocks(self) -> int:
@@ -53,6 +54,7 @@ class SparsityReport:
             "block_sparsity": self.block_sparsity,
             "live_blocks": self.live_blocks,
             "total_blocks": self.total_blocks,
+            "notes": list(self.notes),
             "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers],
         }
 
@@ -72,11 +74,11 @@ class SparsityReport:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = f"{self.live_blocks} of {self.total_blocks} blocks live, {self.block_sparsity:.4f} of the weights in zero blocks"
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, total, *self.notes])
 
 
 @torch.no_grad()
-def count_blocks(targets: Sequence[BlockTarget]) -> SparsityReport:
+def count_blocks(targets: Sequence[BlockTarget], notes: Sequence[str] = ()) -> SparsityReport:
     """Count, from the weights themselves and not from the masks, the blocks whose every value is exactly zero."""
     layers, zero, weights = [], 0, 0
     for target in targets:
@@ -95,4 +97,12 @@ def count_blocks(targets: Sequence[BlockTarget]) -> SparsityReport:
         )
         zero += (grid.blocks - live) * grid.block.area
         weights += grid.weights
-    return SparsityReport(tuple(layers), zero / weights if weights else 0.0)
+    return SparsityReport(tuple(layers), zero / weights if weights else 0.0, tuple(notes))
+
+
+def dead_share(targets: Sequence[BlockTarget]) -> float:
+    """Share of the weights that lie in dead blocks by the masks; none on the meta device, where nothing is known."""
+    known = [target for target in targets if not target.mask.is_meta]
+    dead = sum(int((~target.mask).sum()) * target.area for target in known)
+    weights = sum(target.grid.weights for target in known)
+    return dead / weights if weights else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,18 +14,23 @@ from torch.optim import Optimizer
 
 from kronblocks.errors import KronblocksError, KronblocksWarning
 from kronblocks.shards import is_sharded
-from kronblocks.sparsity.attachment import Attachment, check_optimizers, unwrapped
+from kronblocks.sparsity.added_penalty import AddedPenalty
+from kronblocks.sparsity.attachment import Attachment, check_held, check_optimizers, unwrapped
 from kronblocks.sparsity.budget import Scope
 from kronblocks.sparsity.carried import CarriedState
+from kronblocks.sparsity.context import context_at
 from kronblocks.sparsity.distributed import agreed, averaged, follow_replaced_parameters, is_shared
 from kronblocks.sparsity.growth import EagerSteps
+from kronblocks.sparsity.places import check_none_replaced, stands_there, target_now
 from kronblocks.sparsity.planning import Planner
-from kronblocks.sparsity.report import SparsityReport, count_blocks
+from kronblocks.sparsity.report import SparsityReport, count_blocks, dead_share
 from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState, check_multipliers
+from kronblocks.sparsity.rules.fixed import Fixed
 from kronblocks.sparsity.schedule import Phase, SparsitySchedule, continued
 from kronblocks.sparsity.state import STATE_VERSION, check_state
 from kronblocks.sparsity.surgeon import Surgeon
-from kronblocks.sparsity.targets import BlockTarget, HasBlocks, LayerTarget, WeightTarget
+from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
+from kronblocks.sparsity.unfollowed import LOST, NOT_ATTACHED, is_attached, wait_for_attach
 
 _LIFT_WAITS = (
     "the lift is due, but the parameters are sharded and cannot be replaced: training goes on with factors until you call "
@@ -69,8 +75,21 @@ class Sparsifier:
         self._known_steps: int | None = None  # of the training that the state is of
         self._awaits_penalty = False
         self._eager = EagerSteps()
-        self.initial_sparsity = _dead_share(self.targets)
+        self._handles: list[Any] = []  # of all hooks of the attachment
+        self._known: list[nn.Parameter] = []  # that held the blocks after the last step
+        self._was_removed = False
+        self.initial_sparsity = dead_share(self.targets)
         self._has_dead = self.initial_sparsity > 0
+        wait_for_attach(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickled one, goes on from the same step but is not attached: torch's optimisers drop hooks when copied."""
+        nothing = {"_optimizers": [], "_pending": set(), "_handles": [], "_known": [], "schedule": None}
+        return {**self.__dict__, **nothing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        wait_for_attach(self)
 
     def attach(self, optimizers: Optimizer | Sequence[Optimizer], *, total_steps: int, add_penalty: bool = False) -> Attachment:
         """Follow these optimisers' steps from now on.
@@ -93,6 +112,7 @@ class Sparsifier:
             raise KronblocksError("this sparsifier is attached already: call remove() on the handle of the first attach")
         optimizers = [optimizers] if not isinstance(optimizers, Sequence) else optimizers
         optimizers = [unwrapped(optimizer) for optimizer in optimizers]
+        check_none_replaced(self._follow_layers())
         check_optimizers(optimizers, self)
         schedule = self._schedule_for(total_steps, self._known_steps, self.step, self.initial_sparsity)
         if self._is_sharded and self.rule.has_penalty:
@@ -108,16 +128,17 @@ class Sparsifier:
         if is_shared():
             for target in self.targets:
                 target.share_mask_()
-        after, before = torch.compiler.disable(self._after_step), torch.compiler.disable(self._add_penalty)  # of compiled steps
-        handles: list[Any] = [optimizer.register_step_post_hook(after) for optimizer in optimizers]
+        after = torch.compiler.disable(self._after_step)  # of compiled steps
+        self._handles = [optimizer.register_step_post_hook(after) for optimizer in optimizers]
         if add_penalty and self.rule.has_penalty:
-            handles += [optimizer.register_step_pre_hook(before) for optimizer in optimizers]
+            before = torch.compiler.disable(AddedPenalty(self.penalty).before_step)
+            self._handles += [optimizer.register_step_pre_hook(before) for optimizer in optimizers]
         self._awaits_penalty = self.rule.has_penalty and bool(self.targets)
-        for target in self.targets:
-            handles += target.hook_gradients()
-        handles += self._planner.watch(self.targets)
+        self._note_parameters()
+        self._handles += self._planner.watch(self.targets)
         self._prepare_probes()
-        return Attachment(handles, self._detach)
+        is_attached(self)
+        return Attachment(self._handles, self._detach)
 
     def _schedule_for(self, total_steps: int, known: int | None, step: int, before: float) -> SparsitySchedule:
         """The schedule, from the sparsity before any training, which a block of rounding does not put above the target."""
@@ -128,7 +149,15 @@ class Sparsifier:
         self._eager.end()
         for target in self.targets:
             target.drop_probe()
-        self._optimizers, self.schedule = [], None
+        self._optimizers, self._handles, self._known, self.schedule, self._was_removed = [], [], [], None, True
+        if self.without_attach():
+            wait_for_attach(self)
+
+    def without_attach(self) -> str:
+        """What is wrong if the layers are trained while it is not attached; empty where nothing is."""
+        loses_zeros = self._has_dead and self.masks_linears
+        is_over = self._was_removed or isinstance(self.rule, Fixed) or not self.targets or self.phase == "heal"
+        return "" if is_over and not loses_zeros else NOT_ATTACHED + LOST * loses_zeros
 
     def warn_if_too_dense(self, why: str) -> None:
         """Say so if a training has ended and the target is not reached, for a reason that the caller knows."""
@@ -207,9 +236,12 @@ class Sparsifier:
         return self.rule.needs_growth and self.schedule is not None and self.schedule.is_update(self.step + 1)
 
     def report(self) -> SparsityReport:
-        """Count the exact zeros of every targeted layer now."""
-        self._follow_layers()
-        return count_blocks(self.targets)
+        """Count the exact zeros of every targeted layer now; layers replaced after `sparsify_` are named and left out."""
+        gone = self._follow_layers()
+        notes = [f"not counted, since it was replaced after sparsify_: {name} ({there})" for name, there in gone.items()]
+        if not self._optimizers and self.without_attach():
+            notes.append("the sparsifier is not attached: steps of an optimiser prune nothing")
+        return count_blocks([target for target in self.targets if target.name not in gone], notes)
 
     def penalty(self) -> Tensor:
         """What the rule adds to the loss: `loss + sparsifier.penalty()`. Zero for rules that live elsewhere.
@@ -224,40 +256,12 @@ class Sparsifier:
         term = self.rule.penalty(self.targets, self._context(self.step)) if wanted else None
         return torch.zeros((), device=next(self.model.parameters()).device) if term is None else term
 
-    def _add_penalty(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before a step: its arguments, if it is given a closure, whose gradients are to have the penalty's added."""
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._add_gradients(optimizer)
-            return None
-
-        def with_penalty() -> Any:
-            loss = closure()
-            self._add_gradients(optimizer)
-            return loss
-
-        others = {name: value for name, value in kwargs.items() if name != "closure"}
-        return (optimizer, with_penalty, *args[2:]), others
-
-    @torch.no_grad()
-    def _add_gradients(self, optimizer: Optimizer) -> None:
-        """Add the penalty's gradient to those of an optimiser's parameters; a fused one may hold scaled gradients."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        with torch.enable_grad():
-            term = self.penalty()
-        if not parameters or not term.requires_grad:
-            return
-        scale = getattr(optimizer, "grad_scale", None)
-        gradients = torch.autograd.grad(term, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None and parameter.grad is not None:
-                parameter.grad.add_(gradient if scale is None else gradient * scale)
-
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):  # a fused optimiser skipped its step under a GradScaler
             return
-        self._follow_layers()
+        check_none_replaced(self._follow_layers())
+        self._note_parameters()
         if self._has_dead:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for target in self.targets:
@@ -320,41 +324,33 @@ class Sparsifier:
             for target in self.targets:
                 target.start_probe()
 
-    def _follow_layers(self) -> None:
-        """Look at the layers that are there now: surgery replaces them, by the schedule or by the user's own hand."""
+    def _follow_layers(self) -> dict[str, str]:
+        """Look at the layers that are there now; what stands in the places of those that the user has replaced, by name."""
+        gone = {}
         for place, target in enumerate(self.targets):
-            if not isinstance(target, LayerTarget):
-                continue
-            found = _module_at(self.model, target.name)
-            if found is None or any(each is target.module for each in found.modules()):  # the same, or around it
-                continue
-            if isinstance(found, HasBlocks):
-                self.targets[place] = LayerTarget(target.name, found)
+            now = target_now(self.model, target)
+            if now is None:
+                gone[target.name] = stands_there(self.model, target)
+            elif now is not target:
+                self.targets[place] = now
                 self._planner.forget_choices()
-            elif type(found) is nn.Linear:
-                self.targets[place] = WeightTarget(target.name, found, target.grid)
-                self.targets[place].set_mask_(target.mask)
+        return gone
+
+    def _note_parameters(self) -> None:
+        """Look at the parameters that hold the blocks now: optimisers must have them, and new weights need their hook."""
+        now = [p for target in self.targets for p in target.parameters()]
+        if len(now) == len(self._known) and all(map(operator.is_, now, self._known)):
+            return
+        check_held(self._optimizers, self.targets)
+        known = {id(p) for p in self._known}
+        for target in self.targets:
+            if not all(id(p) in known for p in target.parameters()):
+                self._handles += target.hook_gradients()
+        self._known = now
 
     def _context(self, step: int) -> RuleContext:
-        schedule = self.schedule
-        assert schedule is not None
-        later = schedule.next_update(step)
-        return RuleContext(
-            step=step,
-            total_steps=schedule.total_steps,
-            phase=schedule.phase_at(step),
-            sparsity=schedule.sparsity_at(step),
-            target_sparsity=schedule.target_sparsity,
-            fraction=schedule.fraction_at(step),
-            is_update=schedule.is_update(step),
-            is_last_update=step == schedule.end_step,
-            next_sparsity=schedule.sparsity_at(later),
-            steps_to_update=max(1, later - step),
-            masks=tuple(target.mask for target in self.targets),
-            areas=tuple(target.area for target in self.targets),
-            learning_rates=self._learning_rates(),
-            scope=self.scope,
-        )
+        assert self.schedule is not None
+        return context_at(step, self.schedule, self.targets, self._learning_rates(), self.scope)
 
     def _learning_rates(self) -> tuple[float, ...]:
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
@@ -405,18 +401,3 @@ class Sparsifier:
         self.schedule, self._known_steps = schedule, known if schedule is None else schedule.total_steps
         self._has_dead = True
         self._prepare_probes()
-
-
-def _dead_share(targets: Sequence[BlockTarget]) -> float:
-    """Share of the weights that lie in dead blocks by the masks; none on the meta device, where nothing is known."""
-    known = [target for target in targets if not target.mask.is_meta]
-    dead = sum(int((~target.mask).sum()) * target.area for target in known)
-    weights = sum(target.grid.weights for target in known)
-    return dead / weights if weights else 0.0
-
-
-def _module_at(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:  # it has been wrapped
-        return None

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,9 @@ class BlockTarget:
     def __init__(self, name: str, module: nn.Module, grid: BlockGrid) -> None:
         self.name, self.module, self.grid = name, module, grid
         self._probe: GrowthProbe | None = None
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy measures nothing: its module's hooks belong to the original
+        return {**self.__dict__, "_probe": None}
 
     @property
     def area(self) -> int:
@@ -340,13 +344,20 @@ class WeightTarget(BlockTarget):
         self._zero_dead_blocks(self._weight)
 
     def hook_gradients(self) -> list[RemovableHandle]:
+        found = weakref.ref(self)  # the parameter holds its hook where gc does not look: a cycle through it would never be freed
+
         @torch.no_grad()
         def zero(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            self._zero_dead_blocks(parameter.grad)
+            target = found()
+            if target is not None and parameter.grad is not None:
+                target._zero_dead_blocks(parameter.grad)
 
         weight = self._weight
-        return [weight.register_post_accumulate_grad_hook(zero)] if weight.requires_grad else []
+        is_trained = weight.requires_grad
+        weight.requires_grad_(True)  # a frozen one takes no hooks, and may be unfrozen later
+        handle = weight.register_post_accumulate_grad_hook(zero)
+        weight.requires_grad_(is_trained)
+        return [handle]
 
     def _zero_dead_blocks(self, weight: Tensor) -> None:
         rows, dead = self._beside(weight, ~self.mask)
