@@ -137,6 +137,7 @@ class Sparsifier:
         self._note_parameters()
         self._handles += self._planner.watch(self.targets)
         self._prepare_probes()
+        self._was_removed = False
         is_attached(self)
         return Attachment(self._handles, self._detach)
 
