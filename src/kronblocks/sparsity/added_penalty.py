@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from kronblocks.errors import KronblocksWarning
 
 
 class AddedPenalty:
@@ -48,3 +51,13 @@ class AddedPenalty:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None and parameter.grad is not None:
                 parameter.grad.add_(gradient if scale is None else gradient * scale)
+
+
+def warn_of_missing_penalty(rule: Any) -> None:
+    """Say so after a step in whose loss a rule's penalty was not."""
+    warnings.warn(
+        f"{type(rule).__name__} has a penalty in the loss, and penalty() was not called in this step: train on "
+        "loss + sparsifier.penalty(), or attach(..., add_penalty=True)",
+        KronblocksWarning,
+        stacklevel=2,
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from kronblocks.errors import KronblocksError, KronblocksWarning
-from kronblocks.hooks import forward_input, rows_of
+from kronblocks.hooks import OwnHook, forward_input, rows_of
 from kronblocks.ops.choice import plan_seconds
 from kronblocks.ops.timing import candidates
 from kronblocks.ops.timing_cache import Tables, load_tables
@@ -59,6 +59,9 @@ class _Watch:
 
         self._while_compiling = while_compiling
 
+    def __reduce__(self) -> tuple[type[OwnHook], tuple[()]]:  # a copy of the module is not looked at
+        return OwnHook, ()
+
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
@@ -99,6 +102,9 @@ class Planner:
         self._watches: dict[str, tuple[_Watch, RemovableHandle]] = {}
         self._compiled = False  # whether a layer has been seen in compiled code
         self._changes = 0  # of compiled code so far, each of all layers together
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_watches": {}}
 
     def watch(self, targets: Sequence[BlockTarget]) -> list[RemovableHandle]:
         """Look, in the next training steps, what reaches the layers; returns the hooks' handles."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from kronblocks.errors import KronblocksError, KronblocksWarning
 from kronblocks.shards import is_sharded
-from kronblocks.sparsity.added_penalty import AddedPenalty
+from kronblocks.sparsity.added_penalty import AddedPenalty, warn_of_missing_penalty
 from kronblocks.sparsity.attachment import Attachment, check_held, check_optimizers, unwrapped
 from kronblocks.sparsity.budget import Scope
 from kronblocks.sparsity.carried import CarriedState
@@ -279,12 +279,7 @@ class Sparsifier:
         schedule = self.schedule
         if self._awaits_penalty:
             self._awaits_penalty = False
-            warnings.warn(
-                f"{type(self.rule).__name__} has a penalty in the loss, and penalty() was not called in this step: train on "
-                "loss + sparsifier.penalty(), or attach(..., add_penalty=True)",
-                KronblocksWarning,
-                stacklevel=2,
-            )
+            warn_of_missing_penalty(self.rule)
         if not self.targets or schedule is None:
             return
         update = schedule.is_update(self.step)
