@@ -169,7 +169,10 @@ def edit_layer(name, **changes):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (edit(format=2), "format 2, and this kronblocks reads format 1"),
+        (edit(format=3), "format 3, and this kronblocks reads formats 1 to 2"),
+        (edit(extras=[]), "extras is not a dict"),
+        (edit(extras={"1._extra_state": 3}), "1._extra_state is in the file, and the model has no place for it"),
+        (edit(dtypes=3), "dtypes is not a dict"),
         (edit(weights="../../etc/passwd"), "no name of a weights' file"),
         (edit(weights=3), "weights is not a str"),
         (edit(weights="model-0123456789abcdef.safetensors"), "cannot read"),

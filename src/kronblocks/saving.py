@@ -29,7 +29,8 @@ from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.stored import WeightsReader, name_of, stored
 from kronblocks.surgery import pack_masked_
 
-FORMAT = 1
+FORMAT = 2
+_READ = (1, FORMAT)
 CARD = "kronblocks.json"
 _WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
 
@@ -43,10 +44,13 @@ def save_pretrained(
     resized: Iterable[str] = (),
     sparsifier: Sparsifier | None = None,
 ) -> Path:
-    """Write a model into a folder: kronblocks.json, the weights as safetensors, and config.json of a transformers model.
+    """Write a model into a folder: kronblocks.json, the weights as safetensors, and the JSON files of a transformers model.
 
     Of block layers only live blocks are stored. Tied tensors are stored once. A model that is in the folder already is replaced,
     all of it at once; other files stay. Of a compiled model, or one in DistributedDataParallel, the model inside is stored.
+
+    Stored are parameters and buffers in their types, what `get_extra_state` of modules gives, and a transformers model's config
+    and generation config. As in a state_dict, buffers that are not persistent, `requires_grad` and the mode are not.
 
     Args:
         model: with block layers or without.
@@ -61,7 +65,8 @@ def save_pretrained(
 
     Raises:
         KronblocksError: the folder cannot be written to, or is on a full disk: what was there before is still there. Tensors on
-            the meta device, or of which this process holds a part.
+            the meta device, or of which this process holds a part; extra state, and tensors, that JSON and safetensors cannot
+            hold.
 
     >>> import tempfile
     >>> from kronblocks import BlockSparseLinear
@@ -75,27 +80,30 @@ def save_pretrained(
     if sparsifier is not None and sparsifier.masks_linears:
         original, model = model, copy.deepcopy(model)
         pack_masked_(model, original, sparsifier)
-    tensors, aliases = stored(model)
-    own = _own_config(model)
+    found = stored(model)
+    own = _own_files(model)
     card = {
         "format": FORMAT,
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "structure": _compact_structure(model),
-        "aliases": aliases,
+        "aliases": found.aliases,
+        "extras": found.extras,
+        "dtypes": found.dtypes,
         "resized": {name: _sizes(model.get_submodule(name)) for name in resized},
         "sparsity": None if config is None else config.to_dict(),
         "metadata": {str(name): str(value) for name, value in (metadata or {}).items()},
-        "transformers": None if own is None else json.loads(own),
+        "transformers": json.loads(own[_CONFIG]) if own else None,
+        "generation": json.loads(own[_GENERATION]) if _GENERATION in own else None,
     }
-    weights = name_of(tensors)
+    weights = name_of(found.tensors)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             with replacing(folder / weights) as temporary:
-                safetensors.torch.save_file(tensors, temporary, {"format": "pt"})
+                safetensors.torch.save_file(found.tensors, temporary, {"format": "pt"})
             write_json(folder / CARD, {**card, "weights": weights})
-            if own is not None:  # for whoever looks for it there: we read the card
-                write_text(folder / "config.json", own)
+            for name, text in own.items():  # for whoever looks for them there: we read the card
+                write_text(folder / name, text)
             for path in folder.glob("model-*.safetensors"):
                 if _WEIGHTS.fullmatch(path.name) and path.name != weights:
                     path.unlink(missing_ok=True)
@@ -110,12 +118,13 @@ def from_pretrained(folder: str | Path, model: nn.Module | Callable[[], nn.Modul
     Args:
         folder: where it is.
         model: the same model, dense or sparse, or a function that makes it; its block layers are built, and everything is loaded
-            into it, with its own dtype and devices. None: a transformers model, built from the folder's config.json.
+            into it, with its own dtype and devices. None: a transformers model, built from the folder's config.json, each tensor
+            in the dtype that it was saved with.
 
     Raises:
         KronblocksError: no such folder, another format, damaged files, or a model that they do not fit, which then is unchanged.
     """
-    folder = Path(folder)
+    folder, as_saved = Path(folder), model is None
     with _opened(folder) as (card, file):
         if model is None:
             with torch.device("meta"):
@@ -129,11 +138,11 @@ def from_pretrained(folder: str | Path, model: nn.Module | Callable[[], nn.Modul
                     f"from_pretrained wants a model, or a function that makes one, not {type(model).__name__}: "
                     "from_pretrained(folder, model)"
                 )
-        _load(file, model, card, folder, fill=True)
+        _load(file, model, card, folder, fill=True, as_saved=as_saved)
     return model.eval()
 
 
-def _load(file: Any, model: nn.Module, card: dict[str, Any], folder: Path, *, fill: bool) -> None:
+def _load(file: Any, model: nn.Module, card: dict[str, Any], folder: Path, *, fill: bool, as_saved: bool = False) -> None:
     """Check that a weights' file fits a model and then load it, or only check."""
     on_meta = [name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor) and tensor.is_meta]
     if fill and on_meta:
@@ -146,7 +155,7 @@ def _load(file: Any, model: nn.Module, card: dict[str, Any], folder: Path, *, fi
         reader = WeightsReader(file, model, layers, card, folder)
         reader.check()
         if fill:
-            reader.fill_()
+            reader.fill_(as_saved=as_saved)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -159,11 +168,12 @@ def read_card(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise KronblocksError(f"{folder} holds no {CARD}: name a folder that kronblocks.save_pretrained(model, folder) wrote")
     card = read_json(path)
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
+    if not isinstance(card, dict) or card.get("format") not in _READ:
         found = card.get("format") if isinstance(card, dict) else None
-        raise KronblocksError(f"{path} has format {found!r}, and this kronblocks reads format {FORMAT}")
-    card.setdefault("resized", {})
-    kinds = {"weights": str, "structure": dict, "aliases": dict, "metadata": dict, "resized": dict}
+        raise KronblocksError(f"{path} has format {found!r}, and this kronblocks reads formats {_READ[0]} to {FORMAT}")
+    for name in ("resized", "extras", "dtypes"):  # folders of format 1 may be without
+        card.setdefault(name, {})
+    kinds = {"weights": str} | dict.fromkeys(("structure", "aliases", "metadata", "resized", "extras", "dtypes"), dict)
     for name, kind in kinds.items():
         if not isinstance(card.get(name), kind):
             raise KronblocksError(f"{path} is damaged: {name} is not a {kind.__name__}")
@@ -225,14 +235,18 @@ def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], Any]]:
         raise KronblocksError(f"cannot read {path}: {error}") from error
 
 
-def _own_config(model: nn.Module) -> str | None:
-    """config.json of a transformers model, with all that it takes to build the model again."""
+def _own_files(model: nn.Module) -> dict[str, str]:
+    """The JSON files of a transformers model, with all that it takes to build the model again; of any other model, none."""
     if not hasattr(getattr(model, "config", None), "to_json_string"):
-        return None
+        return {}
     own: Any = copy.deepcopy(model.config)
     own.architectures, own.dtype = [type(model).__name__], getattr(model, "dtype", None)
-    return own.to_json_string(use_diff=True)
+    files = {_CONFIG: own.to_json_string(use_diff=True)}
+    generation: Any = getattr(model, "generation_config", None)
+    return files if generation is None else {**files, _GENERATION: generation.to_json_string(use_diff=False)}
 
+
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 
 _MOST_LAYERS = 10_000
 """Of any kind that a config may ask for: building is refused, before it takes for ever."""
@@ -261,7 +275,11 @@ def _from_transformers(card: dict[str, Any], folder: Path) -> nn.Module:
             try:  # whatever the classes of transformers make of what they find
                 config = transformers.AutoConfig.for_model(**own)
                 model: Any = kind(config)
-                return model.to(dtype=config.dtype or torch.get_default_dtype())
+                if card["format"] == 1:  # it does not say of which types buffers were that are not stored
+                    model = model.to(dtype=config.dtype or torch.get_default_dtype())
+                if isinstance(generation := card.get("generation"), dict):
+                    model.generation_config = transformers.GenerationConfig.from_dict(generation)
+                return model
             except Exception as error:
                 what = f"{type(error).__name__}: {error}"
                 raise KronblocksError(f"{folder} says how to build {name}, but that fails: {what}") from error
