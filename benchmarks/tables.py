@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kronblocks.experiments.bench import page as speed
-from kronblocks.experiments.bench.tables import table
+from kronblocks.experiments.bench.tables import fill, table
 from kronblocks.experiments.reproduce import page as accuracy
 from kronblocks.files import write_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def fill(text: str, name: str, lines: Sequence[str]) -> str:
-    """The page with a table put between its markers."""
-    begin, end = f"<!-- begin table: {name} -->", f"<!-- end table: {name} -->"
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"there is no place for the table {name!r}: write {begin} and {end} where it belongs")
-    return pattern.sub(lambda _: "\n".join([begin, "", *lines, "", end]), text)
 
 
 def _over_seeds(values: Sequence[float], form: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,15 @@ def table(columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: int =
     """A table whose first columns are text and whose others are numbers."""
     rule = ["---" if number < left else "---:" for number in range(len(columns))]
     return [f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |" for cells in (columns, rule, *lines)]
+
+
+def fill(text: str, name: str, lines: Sequence[str]) -> str:
+    """The page with a table put between its markers."""
+    begin, end = f"<!-- begin table: {name} -->", f"<!-- end table: {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"there is no place for the table {name!r}: write {begin} and {end} where it belongs")
+    return pattern.sub(lambda _: "\n".join([begin, "", *lines, "", end]), text)
 
 
 def ratio(value: float) -> str:

@@ -1,0 +1,41 @@
+"""Each row of the table in docs/limits.md is tried, and the table is what the rows say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.in_the_field import averages, compilers, loaders, loops, optimisers, trainers, wrappers
+from tests.in_the_field.cases import CASES, GROUPS, Case
+
+ROOT = Path(__file__).parents[2]
+ROOMS = (loops, trainers, averages, wrappers, optimisers, loaders, compilers)
+
+
+def _parameter(case: Case) -> object:
+    marks = [pytest.mark.xfail(strict=True, reason=case.why)] if case.outcome == "does not work yet" else []
+    return pytest.param(case, id=f"{case.group}: {case.name}", marks=marks)
+
+
+@pytest.mark.parametrize("case", [_parameter(case) for case in CASES])
+def test_a_row(case, tmp_path):
+    case.try_(tmp_path)
+
+
+def test_rows_are_whole():
+    assert len({(case.group, case.name) for case in CASES}) == len(CASES) == sum(_rows_in(room) for room in ROOMS)
+    for case in CASES:
+        assert case.group in GROUPS and case.why and "\n" not in case.why and "|" not in case.why, case.name
+        assert (case.outcome == "refused") is bool(case.words), case.name
+
+
+def _rows_in(room: object) -> int:
+    return sum(case.run.__module__ == getattr(room, "__name__", "") for case in CASES)
+
+
+def test_the_table_is_what_the_rows_say(tmp_path):
+    before = (ROOT / "docs" / "limits.md").read_text()
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "limits.py"), str(tmp_path / "page.md")], check=True)
+    assert (tmp_path / "page.md").read_text() == before, "run python benchmarks/limits.py"

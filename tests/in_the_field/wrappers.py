@@ -1,0 +1,114 @@
+"""What stands around a model, or changes how it is called."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator
+
+import torch
+from tests.in_the_field.cases import limited, works
+from tests.in_the_field.trial import STEPS, Trial, batch, check_layers_agree, loss_of, same_output, trained
+from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+from kronblocks import densify_
+from kronblocks.nn.base import BlockLayer
+
+WRAPPERS = "wrappers"
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """A process group of this process alone, as `torchrun --nproc-per-node 1` makes."""
+    with tempfile.TemporaryDirectory() as folder:
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
+
+
+@works(WRAPPERS, "DataParallel", "as it is, where it has no GPU to copy to")
+def data_parallel() -> None:
+    trial = Trial()
+    trial.train(trial.adam(), model=nn.DataParallel(trial.model))
+
+
+@works(WRAPPERS, "checkpoint_wrapper (activation checkpointing)", "wrap layers before `sparsify_`")
+def checkpointed() -> None:
+    trial = Trial(nn.Sequential(checkpoint_wrapper(nn.Linear(32, 64)), nn.ReLU(), checkpoint_wrapper(nn.Linear(64, 16))))
+    trial.train(trial.adam())
+
+
+@limited(WRAPPERS, "weight_norm, spectral_norm and other parametrizations", "such layers are left dense, with a reason")
+def parametrized() -> None:
+    model = nn.Sequential(weight_norm(nn.Linear(32, 64)), nn.ReLU(), spectral_norm(nn.Linear(64, 64)), nn.Linear(64, 16))
+    trial = Trial(model)
+    assert {each.name for each in trial.sparsifier.surgery.left_dense} == {"0", "2"}
+    optimizer = trial.adam()
+    while trial.sparsifier.step < STEPS:
+        trial.step(optimizer)
+    trial.check(0.75)
+    assert isinstance(model[3], BlockLayer)
+
+
+@works(WRAPPERS, "copy.deepcopy of the model", "in mid-training: the copy computes the same, and trains alone")
+def copied() -> None:
+    trial = trained(steps=14)
+    again = copy.deepcopy(trial.model)
+    assert same_output(again, trial.model)
+    loss_of(again).backward()
+    assert all(p.grad is not None for p in again.parameters())
+    (optimizer,) = trial.sparsifier._optimizers
+    trial.train(optimizer)
+
+
+@limited(
+    WRAPPERS, "quantize_dynamic", "quantises dense layers; block layers stay as they are (`densify_` first to quantise them)"
+)
+def quantised() -> None:
+    model = nn.Sequential(*trained().model, nn.ReLU(), nn.Linear(16, 4))
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    assert isinstance(quantized[0], BlockLayer) and not isinstance(quantized[4], nn.Linear)
+    x = batch()[0]
+    assert (quantized(x) - model(x)).norm() < 0.05 * model(x).norm()
+    densify_(model)
+    whole = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    assert (whole(x) - model(x)).norm() < 0.05 * model(x).norm()
+
+
+@works(WRAPPERS, "LoRA (PEFT)", "`with_block_layers(LoraConfig(...))`; the block layers stay as they are", "peft")
+def lora() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from kronblocks.integrations.peft import with_block_layers
+
+    model = trained().model
+    base = copy.deepcopy(model)
+    adapted = get_peft_model(model, with_block_layers(LoraConfig(r=2, target_modules=["0", "2"])))
+    x = batch()[0]
+    assert torch.allclose(adapted(x), base(x), atol=1e-6)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(STEPS):
+        loss = loss_of(adapted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < sum(losses[:5])
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(x), base(x))
+
+
+@works(WRAPPERS, "casts and moves of a model in mid-training", "to float64 and back to float32")
+def cast() -> None:
+    trial = trained(steps=14)
+    (optimizer,) = trial.sparsifier._optimizers
+    trial.model.double()
+    check_layers_agree(trial.model)
+    trial.model.float()
+    trial.train(optimizer)
