@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tests.in_the_field.cases import limited, works
-from tests.in_the_field.trial import batch, same_output, trained
+from tests.in_the_field.trial import STEPS, Trial, batch, loss_of, same_output, trained
 from torch import nn
 
 from kronblocks import densify_, export
 
 COMPILERS = "compilers and exporters"
+
+
+@works(
+    COMPILERS, "torch.compile in training, with validation and a short last batch", "stays below torch's limit of recompilations"
+)
+def compiled() -> None:
+    import torch._dynamo as dynamo
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    dynamo.reset()
+    trial = Trial()
+    counter = CompileCounterWithBackend("eager")
+    # with fullgraph the limit is an error; without, training would go on uncompiled
+    model: Any = torch.compile(trial.model, backend=counter, fullgraph=True)
+    optimizer = trial.adam()
+    while trial.sparsifier.step < STEPS:
+        loss = loss_of(model.train(), rows=20 if trial.sparsifier.step % 10 == 9 else 32)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        trial.note(loss)
+        if trial.sparsifier.step % 10 == 0:
+            with torch.no_grad():
+                loss_of(model.eval())
+    trial.check()
+    assert counter.frame_count < dynamo.config.recompile_limit
+    dynamo.reset()
 
 
 @works(COMPILERS, "torch.compile of a trained model", "one graph, no breaks")

@@ -73,6 +73,18 @@ def lightning_fit(folder: Path) -> None:
     check_lit(module)
 
 
+@works(LOOPS, "Lightning: fast_dev_run, max_steps=1", "one step without pruning; a warning says so", "lightning")
+def lightning_smoke(folder: Path) -> None:
+    import warnings
+
+    for settings in ({"fast_dev_run": True}, {"steps": 1}):
+        module = lightning()[1]()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(folder, module, callback_(), **settings)
+        check_layers_agree(module)
+
+
 @works(LOOPS, "Lightning: `fit(ckpt_path=...)`", "goes on to the same bits, over the lift too", "lightning")
 def lightning_resume(folder: Path) -> None:
     pl, Lit = lightning()
@@ -100,6 +112,47 @@ def lightning_resume(folder: Path) -> None:
             assert torch.equal(one, other), (step, name)
 
 
+@works(
+    LOADERS,
+    "Lightning: `load_from_checkpoint`, a Trainer without the callback",
+    "`rebuild_on_load_(self)` at the end of `__init__`",
+    "lightning",
+)
+def lightning_load(folder: Path) -> None:
+    pl, Lit = lightning()
+
+    class Rebuilt(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            kronblocks.rebuild_on_load_(self)
+
+        def predict_step(self, x: Tensor, _: int) -> Tensor:
+            return self.net(x)
+
+    module = Rebuilt()
+    path = folder / "last.ckpt"
+    fit(folder, module, callback_()).save_checkpoint(path)
+    again = Rebuilt.load_from_checkpoint(path, weights_only=True)
+    check_lit(again)
+    assert same_output(again, module)
+    x, other = torch.randn(8, 32), Rebuilt()
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    (found,) = pl.Trainer(default_root_dir=folder, **quiet).predict(
+        other, torch.utils.data.DataLoader(x, batch_size=8), ckpt_path=path, weights_only=True
+    )
+    assert torch.allclose(found, module.eval()(x), atol=1e-5)
+
+
+@works(LOOPS, "Lightning: k-fold with one callback", "the same list of callbacks for each new model", "lightning")
+def lightning_folds(folder: Path) -> None:
+    callback = callback_()
+    for _ in range(2):
+        module = lightning()[1]()
+        fit(folder, module, callback)
+        assert callback.sparsifier.sparsity == SPARSITY
+        check_lit(module)
+
+
 def bert() -> Any:
     import transformers as tf
 
@@ -108,7 +161,7 @@ def bert() -> Any:
     return tf.BertForSequenceClassification(tf.BertConfig(vocab_size=32, max_position_embeddings=16, **sizes))
 
 
-def trainer(folder: Path, steps: int = STEPS, *, model: Any = None, settings: Any = None, **more: Any) -> Any:
+def trainer(folder: Path, steps: int = STEPS, *, model_init: Any = None, **more: Any) -> Any:
     import transformers as tf
 
     from kronblocks.integrations.transformers import SparsityCallback
@@ -118,9 +171,12 @@ def trainer(folder: Path, steps: int = STEPS, *, model: Any = None, settings: An
         output_dir=str(folder), max_steps=steps, report_to="none", use_cpu=True, save_steps=20, disable_tqdm=True,
         logging_steps=1000, learning_rate=1e-2, seed=1,
     )  # fmt: skip
-    callback = SparsityCallback(settings or bert_config())
-    made = model if model is not None or "model_init" in more else bert()
-    return tf.Trainer(made, arguments, train_dataset=data, callbacks=[callback], **more), callback
+    callback = SparsityCallback(bert_config())
+    if model_init is None:
+        more["model"] = bert()
+    else:
+        more["model_init"] = callback.model_init(model_init)
+    return tf.Trainer(args=arguments, train_dataset=data, callbacks=[callback], **more), callback
 
 
 def bert_config() -> SparsityConfig:
@@ -141,6 +197,20 @@ def trainer_fit(folder: Path) -> None:
     check_bert(made.model)
 
 
+@works(
+    LOOPS,
+    "transformers: `Trainer(model_init=...)`, hyperparameter_search",
+    "`model_init=callback.model_init(make_model)`",
+    "transformers",
+    "accelerate",
+)
+def trainer_init(folder: Path) -> None:
+    made, _ = trainer(folder, model_init=bert)
+    for _ in range(2):
+        made.train()
+        check_bert(made.model)
+
+
 @works(LOOPS, "transformers: `resume_from_checkpoint=True`", "goes on to the same bits", "transformers", "accelerate")
 def trainer_resume(folder: Path) -> None:
     torch.manual_seed(0)
@@ -152,6 +222,21 @@ def trainer_resume(folder: Path) -> None:
     check_bert(again.model)
     for (name, one), other in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
+
+
+@works(
+    LOOPS, "transformers: resuming with more steps", "the mask stays; the steps that are added heal", "transformers", "accelerate"
+)
+def trainer_more(folder: Path) -> None:
+    first, _ = trainer(folder)
+    first.train()
+    masks = [layer.block_mask for layer in first.model.modules() if isinstance(layer, BlockSparseLinear)]
+    more, callback = trainer(folder, STEPS + 10)
+    more.train(resume_from_checkpoint=True)
+    assert callback.sparsifier.step == STEPS + 10
+    check_bert(more.model)
+    after = [layer.block_mask for layer in more.model.modules() if isinstance(layer, BlockSparseLinear)]
+    assert all(torch.equal(one, other) for one, other in zip(masks, after, strict=True))
 
 
 @limited(
