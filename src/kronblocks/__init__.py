@@ -23,6 +23,7 @@ from kronblocks.ops.nearest import canonical_form, nearest_kronecker_sum
 from kronblocks.ops.packed import BlockIndex, packed_linear
 from kronblocks.ranks import RankChoice
 from kronblocks.records import apply_structure_, structure
+from kronblocks.rewinding import rewind_
 from kronblocks.saving import from_pretrained, save_pretrained
 from kronblocks.search.halving import SearchConfig, find_block_size
 from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
@@ -90,6 +91,7 @@ __all__ = [
     "packed_linear",
     "parameter_groups",
     "rebuild_on_load_",
+    "rewind_",
     "save_pretrained",
     "select",
     "sparsify_",

@@ -9,14 +9,9 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kronblocks.belongings import carry_over_
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.unfolded import Unfolded, UnfoldedConv, is_transposed, unfolded
-from kronblocks.sparsity.places import SUCCESSOR
-
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
-    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
-)
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -27,7 +22,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module at every place where the one of this name stands; the old one's forward and backward hooks go on on it.
+    """Put a module at every place where the one of this name stands; what users have put on the old one goes on on it.
 
     Raises:
         KronblocksError: the model itself is the module.
@@ -35,10 +30,7 @@ def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
     old = model.get_submodule(name)
     if old is model:
         raise KronblocksError("the model is itself the layer, which cannot be replaced in place: wrap it in nn.Sequential(...)")
-    for hooks in _HOOKS:  # the same tables, so that handles still remove what they stand for
-        setattr(new, hooks, getattr(old, hooks))
-    new._is_full_backward_hook = old._is_full_backward_hook
-    vars(old)[SUCCESSOR] = new  # no submodule of it, but what a sparsifier follows
+    carry_over_(old, new)
     for parent in model.modules():
         for child, module in list(parent._modules.items()):  # named_children() would leave out the second of two places
             if module is old:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kronblocks.belongings import warn_of_lost_belongings
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.groups import in_order_of_, keep_slots_, replace_parameters_
@@ -82,7 +83,10 @@ class ModelSurgeon:
         self._model = model
 
     def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> bool:
-        return bool(_lift(self._model, names, optimizers))
+        lifted = _lift(self._model, names, optimizers)
+        layers = {name: self._model.get_submodule(name) for name in lifted}
+        warn_of_lost_belongings(layers, "the lift has replaced factors by values, so put it on them again")
+        return bool(lifted)
 
     def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> bool:
         changed = False
@@ -201,17 +205,21 @@ def _replace_layers(
     Returns:
         The report, with the errors of layers that start from the present weights.
     """
-    selected = []
+    selected, replaced = [], {}
     for each in report.selected:
         old = model.get_submodule(each.name)
         init, is_meta = first_init(old, config), next(old.parameters(recurse=False)).is_meta
         new = first_layer(old, each, masks[each.name], config)
         if new is not old:
             replace_(model, each.name, new)
+            replaced |= {each.name: new}
+        around = model.get_submodule(each.name.rpartition(".")[0])
+        replaced |= {each.name.rpartition(".")[0]: around} if isinstance(around, Unfolded) else {}
         if isinstance(new, BlockLayer) and new is not old and init == "nearest" and not is_meta:
             selected.append(dataclasses.replace(each, error=relative_error(old, new)))
         else:
             selected.append(each)
+    warn_of_lost_belongings(replaced, "patch, hook, extend or dispatch layers after sparsify_")
     return dataclasses.replace(report, selected=tuple(selected))
 
 

@@ -62,9 +62,7 @@ class UnfoldedConv(Unfolded):
         )
         self.padding: Any = conv.padding if isinstance(conv.padding, str) else _two(conv.padding, one, 0)
         self.block_cols_divide = conv.in_channels
-        weight = conv.weight.detach().unflatten(2, (1, -1)) if one else conv.weight.detach()
-        rows = weight.permute(0, 2, 3, 1).flatten(1)
-        self.linear = _linear(rows, conv.bias, conv.weight.requires_grad)
+        self.linear = _linear(self.rows_of(conv.weight.detach()), conv.bias, conv.weight.requires_grad)
         self.train(conv.training)
 
     @staticmethod
@@ -77,6 +75,11 @@ class UnfoldedConv(Unfolded):
         if conv.padding_mode != "zeros":
             return f"padding_mode={conv.padding_mode!r} is not supported"
         return ""
+
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """The weight of an ordinary convolution as that of `linear`, (out_channels, kh * kw * in_channels)."""
+        kernel = weight.unflatten(2, (1, -1)) if self.one_dimensional else weight
+        return kernel.permute(0, 2, 3, 1).flatten(1)
 
     @property
     def weight(self) -> Tensor:
