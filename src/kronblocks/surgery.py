@@ -158,6 +158,11 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: R
         _check_for_rule(config)
     if config.method == "dense":
         return _sparsified(model, config, SurgeryReport((), ()), Fixed())
+    if torch.is_inference_mode_enabled():
+        raise KronblocksError(
+            "sparsify_ was called under torch.inference_mode(), where the parameters that it makes could never train: call it "
+            "outside"
+        )
     found = unfoldable(model, config.convolutions)
     with unfolding(model, [name for name, reason in found.items() if not reason]) as originals:
         report = select(model, config)

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from tests.in_the_field.cases import works
+from tests.in_the_field.cases import limited, works
 from tests.in_the_field.trial import STEPS, Trial, batch, check_layers_agree, config, mlp, same_output, trained
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
@@ -91,6 +91,24 @@ def model_ema() -> None:
                 old.copy_(0.7 * old + 0.3 * new)
         wanted = [0.7 * old + 0.3 * new for old, new in zip(wanted, weights(trial.model), strict=True)]
     check_average(ema, wanted, trial.model)
+
+
+@limited(
+    AVERAGES, "target networks (`deepcopy`, then Polyak steps)", "copy again when layers are replaced: at the lift, and in `heal`"
+)
+def target_network() -> None:
+    trial = Trial()
+    optimizer = trial.adam()
+    target, phase = copy.deepcopy(trial.model), trial.sparsifier.phase
+    while trial.sparsifier.step < STEPS:
+        trial.step(optimizer)
+        if trial.sparsifier.phase != phase:
+            target, phase = copy.deepcopy(trial.model), trial.sparsifier.phase
+        with torch.no_grad():
+            for old, new in zip(target.parameters(), trial.model.parameters(), strict=True):
+                old.lerp_(new, 0.5)
+    check_layers_agree(target)
+    assert (target(x := batch(64)[0]) - trial.model(x)).norm() < 0.1 * trial.model(x).norm()
 
 
 def mean_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:

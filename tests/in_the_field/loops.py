@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from typing import get_args
 
 import torch
@@ -350,6 +351,76 @@ def dense_again() -> None:
     densify_(trial.model)
     assert same_output(before, trial.model) and type(trial.model[0]) is nn.Linear
     assert int((trial.model[0].weight == 0).sum()) >= 0.5 * trial.model[0].weight.numel()
+
+
+@works(LOOPS, "`sparsify_` under torch.no_grad()", "parameters train all the same")
+def without_gradients() -> None:
+    with torch.no_grad():
+        trial = Trial()
+    trial.train(trial.adam())
+
+
+@refused(LOOPS, "`sparsify_` under torch.inference_mode()", "call it outside", "under torch.inference_mode")
+def in_inference_mode() -> None:
+    with torch.inference_mode():
+        Trial()
+
+
+@works(LOOPS, "two models in two threads", "the same bits as one after the other")
+def threads() -> None:
+    found: dict[tuple[int, int], Tensor] = {}
+
+    def run(seed: int, turn: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        model = mlp()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+        trial = Trial(model, config("magnitude", storage="packed"))
+        optimizer = trial.adam()
+        for _ in range(STEPS):
+            loss = model(torch.randn(16, 32, generator=generator)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert trial.sparsifier.sparsity == SPARSITY
+        found[seed, turn] = model(torch.ones(1, 32)).detach()
+
+    for seed in (1, 2):
+        run(seed, 0)
+    started = [threading.Thread(target=run, args=(seed, 1)) for seed in (1, 2)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    assert all(torch.equal(found[seed, 0], found[seed, 1]) for seed in (1, 2))
+
+
+@works(LOOPS, "WGAN-GP and other penalties on gradients", "backward of backward, over the lift")
+def gradient_penalty() -> None:
+    trial = Trial()
+    optimizer = trial.adam()
+    while trial.sparsifier.step < STEPS:
+        x = torch.randn(16, 32, requires_grad=True)
+        (slope,) = torch.autograd.grad(trial.model(x).sum(), x, create_graph=True)
+        loss = loss_of(trial.model) + 0.01 * slope.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        trial.note(loss)
+    trial.check()
+
+
+@works(LOOPS, "detect_anomaly, use_deterministic_algorithms", "as they are")
+def modes() -> None:
+    for method in ("two-phase", "rigl"):
+        try:
+            torch.use_deterministic_algorithms(True)
+            trial = Trial(settings=config(method))
+            with torch.autograd.set_detect_anomaly(True):
+                trial.train(trial.adam())
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 @refused(LOOPS, "LBFGS", "its line search expects a fixed set of weights: use an optimiser of one gradient a step", "LBFGS")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tests.in_the_field.cases import limited, refused, works
 from tests.in_the_field.trial import STEPS, Trial, config, loss_of
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 OPTIMISERS = "optimisers"
@@ -181,6 +181,39 @@ def lookahead() -> None:
     while trial.sparsifier.step < STEPS:
         trial.step(optimizer)
     trial.check()
+
+
+class Careful(torch.optim.SGD):
+    """Two gradients in one step, each followed by a step of the base class."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        for _ in range(2):
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            super().step()
+        return loss
+
+
+@works(OPTIMISERS, "optimisers whose step calls `super().step()`, once or more", "one step, however many are inside")
+def derived() -> None:
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # from now on torch runs hooks in the base class's steps, too
+    for settings in (config(), config("kron-l1")):
+        trial = Trial(settings=settings)
+        optimizer = Careful(trial.model.parameters(), lr=0.05)
+        trial.attach(optimizer, add_penalty=True)
+        for number in range(STEPS):
+
+            def evaluate(trial: Trial = trial, optimizer: Optimizer = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(trial.model)
+                loss.backward()
+                return loss
+
+            trial.note(optimizer.step(evaluate))
+            assert trial.sparsifier.step == number + 1
+        trial.check()
 
 
 class Outside:

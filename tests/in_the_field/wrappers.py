@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import tempfile
 from collections.abc import Iterator
 
@@ -63,6 +64,34 @@ def copied() -> None:
     loss_of(again).backward()
     assert all(p.grad is not None for p in again.parameters())
     (optimizer,) = trial.sparsifier._optimizers
+    trial.train(optimizer)
+
+
+@works(
+    WRAPPERS,
+    "pickle and torch.save of a model that holds its sparsifier",
+    "the copy is not attached: attach it to its own optimiser",
+)
+def pickled() -> None:
+    trial = Trial()
+    trial.model.sparsifier = trial.sparsifier  # as many modules keep their helpers
+    optimizer = trial.adam()
+    for _ in range(5):
+        trial.step(optimizer)
+    file = io.BytesIO()
+    torch.save(trial.model, file)
+    file.seek(0)
+    for again in (torch.load(file, weights_only=False), copy.deepcopy(trial.model)):
+        assert same_output(again, trial.model)
+        other = torch.optim.AdamW(again.parameters(), lr=1e-2)
+        again.sparsifier.attach(other, total_steps=STEPS)
+        while again.sparsifier.step < STEPS:
+            loss = loss_of(again)
+            other.zero_grad()
+            loss.backward()
+            other.step()
+        assert again.sparsifier.sparsity == 0.75
+    assert trial.sparsifier.step == 5
     trial.train(optimizer)
 
 

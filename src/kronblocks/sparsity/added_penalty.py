@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kronblocks.errors import KronblocksWarning
+from kronblocks.sparsity.nested import is_nested
 
 
 class AddedPenalty:
@@ -25,6 +26,8 @@ class AddedPenalty:
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The step's arguments, if it is given a closure, whose gradients are to have the penalty's added."""
+        if is_nested(optimizer):  # its gradients, or its closure, have the penalty's already
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._add_gradients(optimizer)

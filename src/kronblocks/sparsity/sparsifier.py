@@ -21,6 +21,7 @@ from kronblocks.sparsity.carried import CarriedState
 from kronblocks.sparsity.context import context_at
 from kronblocks.sparsity.distributed import agreed, averaged, follow_replaced_parameters, is_shared
 from kronblocks.sparsity.growth import EagerSteps
+from kronblocks.sparsity.nested import is_nested
 from kronblocks.sparsity.places import check_none_replaced, stands_there, target_now
 from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.report import SparsityReport, count_blocks, dead_share
@@ -259,7 +260,7 @@ class Sparsifier:
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):  # a fused optimiser skipped its step under a GradScaler
+        if (found_inf is not None and bool(found_inf)) or is_nested(optimizer):  # skipped under a GradScaler, or not over yet
             return
         check_none_replaced(self._follow_layers())
         self._note_parameters()
