@@ -115,8 +115,9 @@ def _pack(layer: BlockLayer) -> dict[str, Tensor]:
     """What holds something for each block, of live blocks only, in row-major order; the mask as bits."""
     mask = layer.block_mask
     if isinstance(layer, BlockSparseLinear):
-        order = layer.block_position.argsort()
-        parts = {"values": layer.values[order[mask.flatten()[layer.block_position[order]]]]}
+        position = layer.positions()
+        order = position.argsort()
+        parts = {"values": layer.values[order[mask.flatten()[position[order]]]]}
     else:
         parts = {name: value[mask] for name in ("coeff", "gate") if (value := getattr(layer, name)) is not None}
     return {**parts, "block_mask": mask_as_bits(mask)}

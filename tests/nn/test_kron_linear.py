@@ -10,6 +10,7 @@ from torch import nn
 from kronblocks import KronblocksError, KroneckerBlockLinear
 from kronblocks.ops import reference
 from kronblocks.ops.nearest import nearest_kronecker_sum
+from kronblocks.ops.pattern import without_dead
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -201,16 +202,18 @@ def test_gate_multiplies_and_its_gradient():
 def test_whether_all_blocks_live_is_known_without_asking_the_device():
     """A GPU's kernels skip the mask then; on a CPU they get it always."""
     layer = KroneckerBlockLinear(8, 12, (3, 2), rank=2)
-    assert layer._all_live and layer._mask_for_product() is layer.block_mask
-    assert KroneckerBlockLinear.from_linear(nn.Linear(8, 12), block_size=(3, 2), rank=2)._all_live
+    assert without_dead(layer.block_mask)
+    assert without_dead(KroneckerBlockLinear.from_linear(nn.Linear(8, 12), block_size=(3, 2), rank=2).block_mask)
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[1, 2] = False
     layer.set_block_mask_(mask)
     other = KroneckerBlockLinear(8, 12, (3, 2), rank=2)
     other.load_state_dict(layer.state_dict())
-    assert not layer._all_live and not other._all_live and not copy.deepcopy(other)._all_live
+    assert not any(without_dead(each.block_mask) for each in (layer, other, copy.deepcopy(other)))
     layer.set_block_mask_(torch.ones_like(mask))
     other.scale_blocks_(torch.ones(4, 4))
-    assert layer._all_live and not other._all_live
+    assert without_dead(layer.block_mask) and not without_dead(other.block_mask)
     other.reset_parameters()
-    assert other._all_live
+    assert without_dead(other.block_mask)
+    other.block_mask[0, 0] = False
+    assert not without_dead(other.block_mask), "written into by somebody else"

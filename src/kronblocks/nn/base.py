@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn, Self
+
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
+from kronblocks.nn.built import BuiltWeight, is_transformed
 from kronblocks.nn.loading import WholeWeights
 from kronblocks.ops.choice import PlanChoice, choose_plan
 from kronblocks.ops.cost import ASSUMED_ROWS, Problem, check_plan
-from kronblocks.ops.packed import BlockIndex
-
-
-class IndexHolder(nn.Module):
-    """A `BlockIndex` that moves with the module and is never saved, since the mask says it all.
-
-    A plain attribute and no buffers: compiled code takes sizes of buffers for fixed, and would be compiled anew at each death.
-    """
-
-    def __init__(self, grid: BlockGrid, capacity: int, device: torch.device | str | None) -> None:
-        super().__init__()
-        sizes = {"crow": grid.shape[0] + 1, "ccol": grid.shape[1] + 1}
-        names = BlockIndex._fields
-        self.index = BlockIndex(*(torch.zeros(sizes.get(n, capacity), dtype=torch.int32, device=device) for n in names))
-
-    def _apply(self, fn, recurse=True):
-        self.index = BlockIndex(*(fn(tensor) for tensor in self.index))
-        return super()._apply(fn, recurse)
+from kronblocks.ops.index import BlockIndex
+from kronblocks.ops.pattern import Pattern
+from kronblocks.shards import is_sharded
 
 
 class BlockLayer(WholeWeights):
-    """Base of `KroneckerBlockLinear` and `BlockSparseLinear`. Subclasses store the blocks and compute with them."""
+    """Base of `KroneckerBlockLinear` and `BlockSparseLinear`. Subclasses store the blocks and compute with them.
+
+    What a layer computes follows from its parameters and buffers alone. What is derived from the buffers (an index of the live
+    blocks) is in `_pattern`, which `_follow` brings up to date whenever somebody has written into them or replaced them.
+    """
 
     kind: str  # the class's name, also where fully_shard has made a class of its own
     block_mask: Tensor  # (m1, n1) bool, True = live
 
-    def __init__(self, grid: BlockGrid, rank: int | None, tile_groups: int, plan: str, capacity: int, device) -> None:
+    def __init__(self, grid: BlockGrid, rank: int | None, tile_groups: int, plan: str, device) -> None:
         super().__init__()
         check_plan(plan, rank)
         self.grid = grid
@@ -44,8 +37,9 @@ class BlockLayer(WholeWeights):
         self.rank, self.tile_groups = rank, tile_groups
         self.plan = plan
         self.rows = ASSUMED_ROWS
-        self._index = IndexHolder(grid, capacity, device)
+        self._pattern = Pattern()  # no buffers: compiled code takes sizes of buffers for fixed, and an index's change
         self.register_buffer("block_mask", torch.ones(grid.shape, dtype=torch.bool, device=device))
+        self.register_state_dict_pre_hook(_before_state_dict)
         self.register_load_state_dict_post_hook(_after_load)
 
     def problem(self, *, rows: int | None = None, training: bool = True, input_grad: bool = True) -> Problem:
@@ -75,24 +69,63 @@ class BlockLayer(WholeWeights):
         self.refresh_index_()
 
     def refresh_index_(self) -> None:
-        """Rebuild the packed index from the mask, where the active plan needs one."""
-        device = self.block_mask.device
-        if self.active_plan == "packed" and device.type != "meta":
-            self._index.index = self._make_index()
-        elif self._index.index.crow.device != device:  # load_state_dict(assign=True) moves only what is saved
-            self._index.index = BlockIndex(*(torch.zeros_like(t, device=device) for t in self._index.index))
+        """Rebuild what is derived from the buffers, and take these for what is meant."""
+        self._pattern.follow_(self.block_mask, self._buffers.get("block_position"), index=self.active_plan == "packed")
 
-    def _make_index(self) -> BlockIndex:
-        return BlockIndex.from_mask(self.block_mask)
+    def _follow(self) -> Pattern:
+        """What is derived from the buffers as they are now.
+
+        Raises:
+            KronblocksError: they contradict each other.
+        """
+        mask, position = self._buffers["block_mask"], self._buffers.get("block_position")
+        if not self._pattern.is_of(mask, position):  # pyright: ignore[reportArgumentType]
+            self._follow_changed(mask, position)
+        return self._pattern
+
+    def _follow_changed(self, mask: Any, position: Tensor | None) -> None:
+        pattern, values = self._pattern, self._parameters.get("values")
+        if values is not None and (values.is_meta or is_sharded(values)):
+            values = None
+        with _disable_current_modes():
+            if type(mask) is not Tensor:  # a tracer's, which shows no numbers: it stands for the one followed last
+                if pattern.mask is None or pattern.is_fresh():
+                    return
+                mask, position, values = pattern.mask, pattern.position, None
+            pattern.follow_(mask, position, values, index=self.active_plan == "packed")
+
+    def _index(self) -> BlockIndex | None:
+        """The index for the packed plan; None where nobody can look at the mask now, and the weight has to be built."""
+        if torch.compiler.is_dynamo_compiling():  # the operators look, if the index is that of these buffers
+            pattern = self._pattern
+            same = pattern.mask is self.block_mask and pattern.position is getattr(self, "block_position", None)
+            return pattern.index if same else None
+        return None if is_transformed() else self._follow().index
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._pattern.moved_(fn, self.block_mask, self._buffers.get("block_position"))
+        return self
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica._pattern = Pattern()
+        return replica
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise KronblocksError(
+            f"torch.jit.script cannot compile {self.kind}: use torch.export.export, torch.jit.trace or kronblocks.export(model)"
+        )
 
     def keep_index_size_(self) -> None:
-        """Let deaths shorten the packed index without making its tensors smaller."""
+        """Let deaths shorten the packed index without making its tensors smaller: compiled code knows their sizes."""
+        self._pattern.keeps_size = True
 
     @torch.no_grad()
     def mask_changed_(self) -> None:
         """Make the stored blocks agree with `block_mask`: exact zeros where it is False, and a fresh index."""
-        self.enforce_zeros_()
         self.refresh_index_()
+        self.enforce_zeros_()
 
     @torch.no_grad()
     def set_block_mask_(self, mask: Tensor) -> None:
@@ -128,8 +161,8 @@ class BlockLayer(WholeWeights):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, (out_features, in_features), built at every access; read-only."""
-        return self.dense_weight()
+        """The dense weight, (out_features, in_features), built at every access; writing into it is an error."""
+        return BuiltWeight.of(self.dense_weight())
 
     def dense_weight(self) -> Tensor:
         """Build the dense weight, (out_features, in_features); differentiable."""
@@ -178,6 +211,12 @@ class BlockLayer(WholeWeights):
             f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.grid.block}{factors}, "
             f"live={live}/{self.grid.blocks}, plan={self.active_plan}"
         )
+
+
+def _before_state_dict(layer: BlockLayer, *_: object) -> None:
+    """What is saved is what the layer computes with, also after an average that rounded positions."""
+    if not layer.block_mask.is_meta:
+        layer._follow()
 
 
 def _after_load(layer: BlockLayer, _: object) -> None:

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer, reset_bias_
+from kronblocks.nn.built import is_transformed
+from kronblocks.nn.inputs import map_unusual
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
-from kronblocks.ops.packed import BlockIndex, autocast, check_product, packed_linear
+from kronblocks.ops.index import BlockIndex
+from kronblocks.ops.packed import autocast, check_product, packed_linear
+from kronblocks.ops.pattern import current_slots
 from kronblocks.shards import assembled, is_sharded, rows_here
 
 
@@ -67,7 +71,7 @@ class BlockSparseLinear(BlockLayer):
             mask = torch.zeros(grid.shape, dtype=torch.bool, device="cpu")  # also under torch.device("meta")
             mask.view(-1)[: grid.blocks if capacity is None else capacity] = True
         slots = mask.flatten().nonzero().squeeze(1).to(device)
-        super().__init__(grid, None, 1, plan, len(slots), device)
+        super().__init__(grid, None, 1, plan, device)
         self.values = nn.Parameter(torch.empty(len(slots), *grid.block, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("block_position", slots)
@@ -141,28 +145,43 @@ class BlockSparseLinear(BlockLayer):
         """Number of slots in `values`."""
         return self.values.shape[0]
 
-    def _dead_slots(self) -> Tensor:
-        """(capacity, 1, 1) bool."""
-        return ~self.block_mask.view(-1)[self.block_position].view(-1, 1, 1)
+    def positions(self) -> Tensor:
+        """`block_position`, (capacity,), known to give a slot to every live block.
 
-    def _make_index(self) -> BlockIndex:
-        return BlockIndex.from_mask(self.block_mask, self.block_position)
+        Raises:
+            KronblocksError: it does not.
+        """
+        if torch.compiler.is_dynamo_compiling():  # nobody can look now; an operator can, at every call
+            pattern, position = self._pattern, self.block_position
+            same = pattern.slots is not None and pattern.mask is self.block_mask and pattern.position is position
+            return current_slots(pattern.slots, self.values.detach()) if same and not torch.compiler.is_exporting() else position
+        if not is_transformed():
+            self._follow()
+        return self.block_position
+
+    def _dead_slots(self, position: Tensor) -> Tensor:
+        """(capacity, 1, 1) bool."""
+        return ~self.block_mask.view(-1)[position].view(-1, 1, 1)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.active_plan == "packed":
-            return packed_linear(input, self.values, self._index.index, self.bias)
+        if input.layout is not torch.strided or input.is_nested:
+            return map_unusual(self, input)
+        if self.active_plan == "packed" and (index := self._index()) is not None:
+            return packed_linear(input, self.values, index, self.bias)
         x, weight, bias = autocast(input, self.dense_weight(), self.bias)
-        check_product(x, self.grid.shape[1], self.grid.block.cols, bias, self.out_features, {"values": weight})
+        shape = self.grid.shape[1], self.grid.block.cols
+        check_product(x, *shape, bias, self.out_features, {"values": weight}, self.block_mask)
         return nn.functional.linear(x, weight, bias)
 
     def dense_weight(self) -> Tensor:
-        values = self.values.masked_fill(self._dead_slots(), 0)
-        blocks = values.new_zeros(self.grid.blocks, *self.grid.block).index_copy(0, self.block_position, values)
+        position = self.positions()
+        values = self.values.masked_fill(self._dead_slots(position), 0)
+        blocks = values.new_zeros(self.grid.blocks, *self.grid.block).index_copy(0, position, values)
         return self.grid.from_blocks(blocks.unflatten(0, self.grid.shape))
 
     def to_torch_bsr(self) -> Tensor:
         """The weight as a torch tensor in BSR layout, live blocks only, detached."""
-        index = self._make_index()
+        index = BlockIndex.from_mask(self.block_mask, self.positions())
         live = int(index.crow[-1])
         values = self.values.detach()[index.slot[:live]]
         size = (self.out_features, self.in_features)
@@ -175,34 +194,34 @@ class BlockSparseLinear(BlockLayer):
         values = rows_here(self.values).local
         norms = torch.linalg.vector_norm(values, dim=(1, 2), dtype=torch.promote_types(values.dtype, torch.float32))
         norms = assembled(norms, self.values)
-        return norms.new_zeros(self.grid.blocks).index_copy(0, self.block_position, norms).view(self.grid.shape)
+        return norms.new_zeros(self.grid.blocks).index_copy(0, self.positions(), norms).view(self.grid.shape)
 
     @torch.no_grad()
     def nonzero_blocks(self) -> Tensor:
-        values, rows = rows_here(self.values)
-        found = (values.masked_fill(self._dead_slots()[rows], 0) != 0).flatten(1).any(1).to(torch.uint8)
+        position, (values, rows) = self.positions(), rows_here(self.values)
+        found = (values.masked_fill(self._dead_slots(position)[rows], 0) != 0).flatten(1).any(1).to(torch.uint8)
         found = assembled(found, self.values)
-        return (found.new_zeros(self.grid.blocks).index_copy(0, self.block_position, found) > 0).view(self.grid.shape)
+        return (found.new_zeros(self.grid.blocks).index_copy(0, position, found) > 0).view(self.grid.shape)
 
     def block_parameters(self) -> list[nn.Parameter]:
         return [self.values]
 
     def block_entries(self, blocks: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        return [(self.values, blocks.flatten()[self.block_position])]
+        return [(self.values, blocks.flatten()[self.positions()])]
 
     def block_inner_products(self) -> Tensor:
         products = (rows_here(self.values).local * rows_here(self.values.grad).local).float().sum((1, 2))
         products = assembled(products, self.values)
-        return products.new_zeros(self.grid.blocks).index_copy(0, self.block_position, products).view(self.grid.shape)
+        return products.new_zeros(self.grid.blocks).index_copy(0, self.positions(), products).view(self.grid.shape)
 
     @torch.no_grad()
     def enforce_zeros_(self) -> None:
-        values, rows = rows_here(self.values)
-        values.masked_fill_(self._dead_slots()[rows], 0)
+        position, (values, rows) = self.positions(), rows_here(self.values)
+        values.masked_fill_(self._dead_slots(position)[rows], 0)
 
     def _multiply_(self, multipliers: Tensor) -> None:
         values, rows = rows_here(self.values)
-        values.mul_(multipliers.flatten()[self.block_position[rows]].view(-1, 1, 1).to(values.dtype))
+        values.mul_(multipliers.flatten()[self.positions()[rows]].view(-1, 1, 1).to(values.dtype))
 
     @torch.no_grad()
     def set_block_mask_(self, mask: Tensor) -> None:
@@ -212,18 +231,20 @@ class BlockSparseLinear(BlockLayer):
             KronblocksError: more blocks are to live than there are slots.
         """
         self._check_mask(mask)
-        homeless = mask.flatten().index_fill(0, self.block_position, False).nonzero().squeeze(1)
-        free = (~mask.flatten()[self.block_position]).nonzero().squeeze(1)
+        position = self.positions()
+        homeless = mask.flatten().index_fill(0, position, False).nonzero().squeeze(1)
+        free = (~mask.flatten()[position]).nonzero().squeeze(1)
         if len(homeless) > len(free):
             raise KronblocksError(
                 f"{int(mask.sum())} live blocks do not fit into the {self.capacity} slots of values: make a new layer with "
                 "BlockSparseLinear.from_dense(linear, block_size=..., mask=...)"
             )
+        self.enforce_zeros_()  # somebody may have written into the mask
         slots = free[: len(homeless)]
         values, rows = rows_here(self.values)
         fresh = torch.zeros(self.capacity, dtype=torch.bool, device=values.device).index_fill_(0, slots, True)
         values.masked_fill_(fresh[rows].view(-1, 1, 1), 0)
-        self.block_position[slots] = homeless
+        position[slots] = homeless
         super().set_block_mask_(mask)
 
     @torch.no_grad()
@@ -238,11 +259,12 @@ class BlockSparseLinear(BlockLayer):
         """
         if is_sharded(self.values):
             raise KronblocksError("values are sharded and keep their slots: call compact_() before fully_shard")
-        kept = (~self._dead_slots()).flatten().nonzero().squeeze(1)
+        position = self.positions()
+        kept = (~self._dead_slots(position)).flatten().nonzero().squeeze(1)
         if len(kept) == self.capacity:
             return kept
         self.values = nn.Parameter(self.values[kept], requires_grad=self.values.requires_grad)
-        self.block_position = self.block_position[kept]
+        self.block_position = position[kept]
         self.refresh_index_()
         return kept
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer, reset_bias_
+from kronblocks.nn.built import is_transformed
+from kronblocks.nn.inputs import map_unusual
 from kronblocks.ops import kron
 from kronblocks.ops.nearest import nearest_kronecker_sum
-from kronblocks.ops.packed import BlockIndex
+from kronblocks.ops.packed import autocast
 from kronblocks.shards import assembled, is_sharded, rows_here, whole
 
 
@@ -46,7 +48,6 @@ class KroneckerBlockLinear(BlockLayer):
     """
 
     kind = "KroneckerBlockLinear"
-    _keeps_index_size = False
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class KroneckerBlockLinear(BlockLayer):
             raise KronblocksError(f"rank is the number of Kronecker terms, a whole number from 1 on, not {rank!r}")
         if isinstance(tile_groups, bool) or not isinstance(tile_groups, int) or tile_groups < 1 or m1 % tile_groups:
             raise KronblocksError(f"tile_groups must divide the {m1} block rows, and {tile_groups!r} does not")
-        super().__init__(grid, rank, tile_groups, plan, 0, device)
+        super().__init__(grid, rank, tile_groups, plan, device)
         factory = {"device": device, "dtype": dtype}
         self.coeff = nn.Parameter(torch.empty(m1, n1, rank, **factory))
         self.tiles = nn.Parameter(torch.empty(tile_groups, rank, bm, bn, **factory))
@@ -105,7 +106,6 @@ class KroneckerBlockLinear(BlockLayer):
         coeff, tiles, _ = nearest_kronecker_sum(weight, layer.grid, rank, tile_groups=tile_groups)
         with torch.no_grad():
             layer.block_mask.fill_(True)
-            layer._all_live = True
             layer.coeff.copy_(coeff)
             layer.tiles.copy_(tiles)
             if layer.gate is not None:
@@ -119,7 +119,6 @@ class KroneckerBlockLinear(BlockLayer):
     def reset_parameters(self) -> None:
         """Orthonormal tiles and normal coefficients that give W the variance of nn.Linear's default (equation 13)."""
         self.block_mask.fill_(True)
-        self._all_live = True
         reset_bias_(self.bias, self.in_features)
         if self.gate is not None:
             self.gate.fill_(1)
@@ -153,29 +152,15 @@ class KroneckerBlockLinear(BlockLayer):
         return self.coeff if self.gate is None else self.coeff * self.gate.unsqueeze(-1)
 
     def forward(self, input: Tensor) -> Tensor:
-        live = self._index.index if self.active_plan == "packed" else self._mask_for_product()
-        return kron.kron_linear(input, self.effective_coeff(), self.tiles, self.bias, plan=self.active_plan, live=live)
-
-    def _mask_for_product(self) -> Tensor | None:
-        """The mask, or None where a GPU's kernels need not look at it; in compiled code, which None would be part of, they do."""
-        if torch.compiler.is_compiling():
-            return self.block_mask
-        return None if self._all_live and self.block_mask.is_cuda else self.block_mask
-
-    def keep_index_size_(self) -> None:
-        """Let deaths shorten the packed index without making its tensors smaller: compiled code knows their sizes."""
-        self._keeps_index_size = True
-
-    def _make_index(self) -> BlockIndex:
-        if not self._keeps_index_size:
-            return super()._make_index()
-        live = self.block_mask.flatten()
-        size = max(len(self._index.index.col), int(live.sum()))
-        return BlockIndex.from_mask(self.block_mask, live.byte().argsort(descending=True, stable=True)[:size])
-
-    def mask_changed_(self) -> None:
-        super().mask_changed_()
-        self._all_live = not self.block_mask.is_meta and bool(self.block_mask.all())
+        if input.layout is not torch.strided or input.is_nested:
+            return map_unusual(self, input)
+        if is_transformed():
+            return nn.functional.linear(*autocast(input, self.dense_weight(), self.bias))
+        plan, live = self.active_plan, self.block_mask
+        if plan == "packed":
+            live = self._index()
+            plan, live = ("dense", self.block_mask) if live is None else (plan, live)
+        return kron.kron_linear(input, self.effective_coeff(), self.tiles, self.bias, plan=plan, live=live)
 
     def dense_weight(self) -> Tensor:
         coeff = self.effective_coeff().masked_fill(~self.block_mask.unsqueeze(-1), 0)
@@ -208,6 +193,7 @@ class KroneckerBlockLinear(BlockLayer):
     @torch.no_grad()
     def set_block_mask_(self, mask: Tensor) -> None:
         self._check_mask(mask)
+        self.enforce_zeros_()  # somebody may have written into the mask
         if self.gate is not None:  # a block whose gate and coefficients are both 0 would get no gradient and could not grow
             gate, rows = rows_here(self.gate)
             gate.masked_fill_((mask & ~self.block_mask)[rows], 1)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from kronblocks.errors import KronblocksError
+from kronblocks.nn.built import HasBuiltWeight
 
 _DENSE = "load weights of a dense model before sparsify_, or densify_ the model first"
 _OTHER = (
@@ -16,7 +15,7 @@ _OTHER = (
 )
 
 
-class WholeWeights(nn.Module):
+class WholeWeights(HasBuiltWeight):
     """Base of layers whose weight is made of several tensors: a state_dict holds all of them, or none.
 
     One that does not mention the layer, or its bias only, is left to `strict`: parts of a model may be loaded.
@@ -29,7 +28,8 @@ class WholeWeights(nn.Module):
     def _check_whole(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise if there are tensors of another kind of layer, of other sizes, or only some of those that make up the weight."""
         given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        own = {key: tensor for key, tensor in self.state_dict(keep_vars=True).items() if key != "bias"}
+        tensors = (*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False))
+        own = {key: tensor for key, tensor in tensors if key != "bias"}
         needed = {key.partition(".")[0] for key in own}  # of children only whether they are mentioned: they look themselves
         mentioned = {key.partition(".")[0] for key in given} - {"bias"}
         kind = getattr(self, "kind", type(self).__name__)  # fully_shard makes a class of its own

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import reset_bias_
+from kronblocks.nn.built import BuiltWeight
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.loading import WholeWeights
 
@@ -94,9 +95,9 @@ class BlockMixtureLinear(WholeWeights):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, (out_features, in_features), the candidates' sum, built at every access; read-only."""
+        """The dense weight, (out_features, in_features), the candidates' sum, built at every access; writing is an error."""
         first, *others = (layer.dense_weight() for layer in self._layers().values())
-        return sum(others, first)
+        return BuiltWeight.of(sum(others, first))
 
     @torch.no_grad()
     def norms(self) -> dict[str, float]:

@@ -24,7 +24,7 @@ class Unfolded(WholeWeights):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the ordinary module has it, built at every access; read-only."""
+        """The weight as the ordinary module has it, built at every access; writing into it is an error."""
         raise NotImplementedError
 
     def folded(self) -> nn.Module:
@@ -87,7 +87,7 @@ class UnfoldedConv(Unfolded):
         return kernel.squeeze(2) if self.one_dimensional else kernel
 
     def folded(self) -> nn.Conv1d | nn.Conv2d:
-        weight, bias = self.weight.detach(), self.linear.bias
+        weight, bias = self.weight.detach().clone(), self.linear.bias
         last = slice(1, None) if self.one_dimensional else slice(None)
         kind: Any = nn.Conv1d if self.one_dimensional else nn.Conv2d
         conv = kind(
@@ -124,7 +124,8 @@ class UnfoldedConv(Unfolded):
 
     def _convolve(self, x: Tensor) -> Tensor:
         settings: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return nn.functional.conv2d(x, self._kernel(self.linear.weight), self.linear.bias, **settings)
+        weight = self.linear.weight if isinstance(self.linear, nn.Linear) else self.linear.dense_weight()
+        return nn.functional.conv2d(x, self._kernel(weight), self.linear.bias, **settings)
 
     def _multiply_patches(self, x: Tensor) -> Tensor:
         """The same, laid out in memory as nn.Conv2d does: with channels last if x is, so that views of it stay possible."""
@@ -176,7 +177,8 @@ class Transposed(Unfolded):
     def folded(self) -> nn.Module:
         with torch.device("meta"):
             conv = self._kind[0](self.nf, self.block_cols_divide)
-        conv.weight = nn.Parameter(self.weight.detach().contiguous(), requires_grad=self._is_trained)
+        weight = self.weight.detach().clone(memory_format=torch.contiguous_format)
+        conv.weight = nn.Parameter(weight, requires_grad=self._is_trained)
         conv.bias = self.linear.bias
         return conv.train(self.training)
 

@@ -13,13 +13,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kronblocks.ops import backends
-from kronblocks.ops.packed import NO_INDEX_GRADIENTS, BlockIndex
+from kronblocks.ops.index import BlockIndex
+from kronblocks.ops.packed import NO_INDEX_GRADIENTS
+from kronblocks.ops.pattern import up_to_date, without_dead
 from kronblocks.ops.plans import dense
 
 
 @torch.library.custom_op("kronblocks::kron_linear", mutates_args=())
 def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
     """y = x W^T + bias by a factored plan; x (rows, n) -> (rows, m)."""
+    live = _looked_at(live)
     return backends.pick(x).kron_linear(x, coeff, tiles, bias, live, plan).contiguous()
 
 
@@ -28,9 +31,15 @@ def kron_backward(
     dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: str, input_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dcoeff, dtiles; dx is empty, (0,), unless wanted."""
+    live = _looked_at(live)
     dx, dcoeff, dtiles = backends.pick(x).kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
     dcoeff, dtiles = (t.to(x.dtype).contiguous() for t in (dcoeff, dtiles))  # autocast may be on in backward
     return x.new_empty(0) if dx is None else dx.contiguous(), dcoeff, dtiles
+
+
+def _looked_at(live: Tensor | None) -> Tensor | None:
+    """The mask, or None where a GPU's kernels need not look at it."""
+    return None if live is not None and live.is_cuda and without_dead(live) else live
 
 
 @kron_linear.register_fake
@@ -86,7 +95,7 @@ kron_backward.register_autograd(_backward_backward, setup_context=_setup_backwar
 def _live_blocks(
     coeff: Tensor, tiles: Tensor, crow: Tensor, col: Tensor, row: Tensor, slot: Tensor, ccol: Tensor, order: Tensor
 ) -> Tensor:
-    return backends.pick(coeff).live_blocks(coeff, tiles, BlockIndex(crow, col, row, slot, ccol, order))
+    return backends.pick(coeff).live_blocks(coeff, tiles, up_to_date(BlockIndex(crow, col, row, slot, ccol, order)))
 
 
 @torch.library.custom_op("kronblocks::live_blocks_backward", mutates_args=())

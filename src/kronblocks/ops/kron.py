@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kronblocks.errors import KronblocksError
 from kronblocks.ops import factored
-from kronblocks.ops.packed import BlockIndex, autocast, check_product, packed_linear
+from kronblocks.ops.index import BlockIndex
+from kronblocks.ops.packed import autocast, check_product, packed_linear
 from kronblocks.ops.plans import PLANS, dense
 
 PLAN_NAMES = (*PLANS, "packed")
@@ -35,13 +36,15 @@ class _KeptKronLinear(torch.autograd.Function):
 
 
 def check_factors(coeff: Tensor, tiles: Tensor) -> None:
-    """Refuse coefficients and tiles whose shapes do not fit together."""
+    """Refuse coefficients and tiles that do not fit together."""
     if coeff.dim() != 3 or tiles.dim() != 4:
         raise KronblocksError(
             f"coeff must be (m1, n1, r) and tiles (g, r, bm, bn), not {tuple(coeff.shape)} and {tuple(tiles.shape)}"
         )
     if coeff.shape[2] != tiles.shape[1]:
         raise KronblocksError(f"coeff has rank {coeff.shape[2]}, but tiles have rank {tiles.shape[1]}")
+    if coeff.device != tiles.device:
+        raise KronblocksError(f"coeff is on {coeff.device}, but tiles on {tiles.device}: move one with .to(device)")
     if tiles.shape[0] < 1 or coeff.shape[0] % tiles.shape[0]:
         raise KronblocksError(f"{tiles.shape[0]} groups of tiles do not divide {coeff.shape[0]} block rows: choose a divisor")
 
@@ -105,7 +108,7 @@ def kron_linear(
         (..., m1*bm).
 
     Raises:
-        KronblocksError: unknown plan, shapes or dtypes that do not fit together, or "packed" without `live`.
+        KronblocksError: unknown plan, shapes, dtypes or devices that do not fit together, or "packed" without `live`.
 
     >>> x, coeff, tiles = torch.ones(7, 6), torch.ones(2, 3, 1), torch.ones(1, 1, 4, 2)
     >>> kron_linear(x, coeff, tiles, plan="coeff_first").shape
@@ -118,12 +121,12 @@ def kron_linear(
     if isinstance(live, Tensor) and (live.dtype != torch.bool or live.shape != coeff.shape[:2]):
         raise KronblocksError(f"live must be bool of shape ({m1}, {n1}), not {live.dtype} {tuple(live.shape)}")
     x, coeff, tiles, bias = autocast(x, coeff, tiles, bias)
-    check_product(x, n1, bn, bias, m1 * bm, {"coeff": coeff, "tiles": tiles})
+    check_product(x, n1, bn, bias, m1 * bm, {"coeff": coeff, "tiles": tiles}, live.crow if isinstance(live, BlockIndex) else live)
     if plan == "packed":
         return _packed(x, coeff, tiles, bias, live)
     if live is not None and not isinstance(live, Tensor):
         raise KronblocksError(f'plan "{plan}" takes live as an (m1, n1) bool mask; a BlockIndex is for "packed"')
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if save_intermediate:
         alive = coeff if live is None else coeff.masked_fill(~live.unsqueeze(-1), 0)
         y = _KeptKronLinear.apply(rows, alive, tiles, bias, plan)

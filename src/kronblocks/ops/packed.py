@@ -1,4 +1,4 @@
-"""Block-sparse products with the live blocks packed: `BlockIndex` says where they are, `packed_linear` multiplies.
+"""Block-sparse products with the live blocks packed: a `BlockIndex` says where they are, `packed_linear` multiplies.
 
 Three custom operators, each the gradient of the others (equation 7 in docs/math.md): y = x W^T, dx = dy W, and dvalues = the
 live blocks of dy^T x. They are opaque to torch.compile and know autograd, fake tensors and autocast.
@@ -6,7 +6,7 @@ live blocks of dy^T x. They are opaque to torch.compile and know autograd, fake 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,57 +14,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kronblocks.errors import KronblocksError
 from kronblocks.ops import backends
-
-
-class BlockIndex(NamedTuple):
-    """Where the live blocks of an (m1, n1) grid are; all tensors int32.
-
-    Entries `0 .. crow[-1]-1` are the live blocks in row-major order; what stands behind them is padding, so that an index can
-    shrink while its shapes stay. `order` lists the entries column by column: the transpose, made once.
-    """
-
-    crow: Tensor  # (m1 + 1,)  first entry of each block row
-    col: Tensor  # (capacity,) block column of an entry
-    row: Tensor  # (capacity,) block row of an entry
-    slot: Tensor  # (capacity,) which of `values` an entry is
-    ccol: Tensor  # (n1 + 1,)  first place in `order` of each block column
-    order: Tensor  # (capacity,) entries sorted by block column
-
-    @classmethod
-    def from_mask(cls, mask: Tensor, position: Tensor | None = None) -> BlockIndex:
-        """Index of the live blocks of a mask.
-
-        Args:
-            mask: (m1, n1) bool, True = live.
-            position: (capacity,) row-major block number of each slot of `values`; without it the slots are the live blocks in
-                row-major order and the capacity is their number.
-        """
-        m1, n1 = mask.shape
-        live = mask.flatten()
-        if position is None:
-            position = live.nonzero().squeeze(1)
-            slot = torch.arange(len(position), device=mask.device)
-        else:
-            slot = live[position].nonzero().squeeze(1)
-            if len(slot) < int(live.sum()):
-                raise KronblocksError("a live block of the mask has no slot: position must name every live block")
-            slot = slot[position[slot].argsort()]
-        capacity, entry = len(position), position[slot].long()
-        row, col = entry // n1, entry % n1
-        order = (col * m1 + row).argsort()
-
-        def padded(index: Tensor) -> Tensor:
-            return torch.nn.functional.pad(index, (0, capacity - len(index))).to(torch.int32)
-
-        def starts(index: Tensor, size: int) -> Tensor:
-            return torch.nn.functional.pad(torch.bincount(index, minlength=size).cumsum(0), (1, 0)).to(torch.int32)
-
-        return cls(starts(row, m1), padded(col), padded(row), padded(slot), starts(col, n1), padded(order))
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(m1, n1)."""
-        return self.crow.shape[0] - 1, self.ccol.shape[0] - 1
+from kronblocks.ops.index import BlockIndex
+from kronblocks.ops.pattern import up_to_date
 
 
 @torch.library.custom_op("kronblocks::packed_linear", mutates_args=())
@@ -79,7 +30,8 @@ def _packed_linear(
     ccol: Tensor,
     order: Tensor,
 ) -> Tensor:
-    return backends.pick(x).packed_linear(x, values, BlockIndex(crow, col, row, slot, ccol, order), bias)
+    index = up_to_date(BlockIndex(crow, col, row, slot, ccol, order), values)
+    return backends.pick(x).packed_linear(x, values, index, bias)
 
 
 @torch.library.custom_op("kronblocks::packed_grad_input", mutates_args=())
@@ -164,8 +116,8 @@ _packed_grad_values.register_autograd(_grad_values_backward, setup_context=_save
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors in the dtype that autocast asks for on their device, unchanged where it is off."""
-    device = next(t for t in tensors if t is not None).device.type
+    """The tensors in the dtype that autocast asks for on the first one's device, unchanged where it is off."""
+    device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -173,20 +125,48 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def check_product(
-    x: Tensor, columns: int, width: int, bias: Tensor | None, out_features: int, weights: dict[str, Tensor]
+    x: Tensor, columns: int, width: int, bias: Tensor | None, out_features: int, weights: dict[str, Tensor], where: Tensor | None
 ) -> None:
-    """Refuse an x or a bias that does not fit the weights, in shape or dtype."""
-    features = x.shape[-1] if x.dim() else 0
+    """Refuse an x or a bias that does not fit the weights, in shape, dtype or device.
+
+    Args:
+        x: (..., columns * width).
+        columns: block columns.
+        width: of a block.
+        bias: (out_features,) or None.
+        out_features: rows of the weight.
+        weights: by name.
+        where: what says which blocks live, if anything does.
+    """
+    shape = x.shape
+    features = shape[-1] if shape else 0
     if features != columns * width:
         raise KronblocksError(f"x has {features} features, but {columns} block columns of {width} need {columns * width}")
     if bias is not None and bias.shape != (out_features,):
         raise KronblocksError(f"bias must be ({out_features},), not {tuple(bias.shape)}")
-    others = weights if bias is None else {**weights, "bias": bias}
-    if any(tensor.dtype != x.dtype for tensor in others.values()):
-        found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in others.items())
-        raise KronblocksError(
-            f"x is {x.dtype}, but {found}: convert the model or the input with .to(dtype), or use torch.autocast"
+    dtype, device = x.dtype, x.device
+    if where is not None and where.device != device:
+        raise _devices_differ(device, {**weights, "block_mask": where})
+    for tensor in weights.values() if bias is None else (*weights.values(), bias):
+        if tensor.dtype != dtype:
+            found = ", ".join(f"{name} {t.dtype}" for name, t in {**weights, "bias": bias}.items() if t is not None)
+            raise KronblocksError(
+                f"x is {dtype}, but {found}: convert the model or the input with .to(dtype), or use torch.autocast"
+            )
+        if tensor.device != device:
+            raise _devices_differ(device, {**weights, "bias": bias})
+
+
+def _devices_differ(device: torch.device, others: dict[str, Tensor | None]) -> KronblocksError:
+    elsewhere = {name: t.device for name, t in others.items() if t is not None and t.device != device}
+    empty = [name for name, place in elsewhere.items() if place.type == "meta"]
+    if empty:
+        return KronblocksError(
+            f"{', '.join(empty)} of the layer has no values yet (meta device): load a state_dict with assign=True, or call "
+            "to_empty(device=...) and then load one"
         )
+    found = ", ".join(f"{name} on {place}" for name, place in elsewhere.items())
+    return KronblocksError(f"x is on {device}, but {found}: move the model or the input with .to(device)")
 
 
 def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None = None) -> Tensor:
@@ -202,14 +182,15 @@ def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | N
         (..., m1*bm).
 
     Raises:
-        KronblocksError: shapes or dtypes do not fit together.
+        KronblocksError: shapes, dtypes or devices do not fit together.
     """
     x, values, bias = autocast(x, values, bias)
-    m1, n1 = index.grid
-    if values.dim() != 3 or values.shape[0] != len(index.slot):
+    (m1, n1), shape = index.grid, values.shape
+    if len(shape) != 3 or shape[0] != index.slot.shape[0]:
         raise KronblocksError(
-            f"values must be (capacity, rows, cols) with the index's capacity, {len(index.slot)}, not {tuple(values.shape)}"
+            f"values must be (capacity, rows, cols) with the index's capacity, {len(index.slot)}, not {tuple(shape)}"
         )
-    check_product(x, n1, values.shape[2], bias, m1 * values.shape[1], {"values": values})
-    y = _packed_linear(x.reshape(-1, x.shape[-1]), values, bias, *index)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], m1 * values.shape[1])
+    check_product(x, n1, shape[2], bias, m1 * shape[1], {"values": values}, index.crow)
+    if x.dim() == 2:
+        return _packed_linear(x, values, bias, *index)
+    return _packed_linear(x.reshape(-1, x.shape[-1]), values, bias, *index).reshape(*x.shape[:-1], m1 * shape[1])

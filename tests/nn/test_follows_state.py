@@ -1,0 +1,424 @@
+"""What a layer computes follows from its parameters and buffers alone, whoever writes into them or replaces them."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, stack_module_state
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from kronblocks import BlockSize, BlockSparseLinear, KronblocksError, SparsityConfig, from_pretrained, save_pretrained, sparsify_
+from kronblocks.nn.base import BlockLayer
+from kronblocks.nn.mixture import BlockMixtureLinear
+
+OTHER = torch.tensor([[0, 1, 1], [0, 1, 0], [1, 0, 1], [1, 1, 0]], dtype=torch.bool)
+
+
+@pytest.fixture(autouse=True)
+def compiles_afresh():
+    torch.compiler.reset()
+
+
+def other(make, **settings) -> BlockLayer:
+    """As many live blocks as `make.pruned()`, elsewhere; in a layer of free values in slots that changed their blocks."""
+    layer = make(**settings)
+    mask = OTHER.to(layer.block_mask.device)
+    if isinstance(layer, BlockSparseLinear):
+        layer = pruned(make, **settings)
+        layer.set_block_mask_(make.live & OTHER)
+        layer.set_block_mask_(mask)
+        with torch.no_grad():
+            layer.values.normal_()
+    layer.set_block_mask_(mask)
+    return layer
+
+
+def pruned(make, **settings) -> BlockLayer:
+    """With no dead slots, as after compact_."""
+    layer = make.pruned(**settings)
+    if isinstance(layer, BlockSparseLinear):
+        layer.compact_()
+    return layer
+
+
+def computed(function, layer, expected_weight, rows: int = 5) -> None:
+    """y = x W^T + bias with W from the present parameters and buffers by the formulas; sums of at most 45 fp32 products."""
+    x = torch.randn(rows, 15)
+    wanted = nn.functional.linear(x, expected_weight(layer), layer.bias)
+    torch.testing.assert_close(function(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def copied_in_place(layer, source, *_):
+    with torch.no_grad():
+        for name, value in layer.state_dict().items():
+            value.copy_(source.state_dict()[name])
+
+
+def copied_in_inference_mode(layer, source, *_):
+    with torch.inference_mode():
+        copied_in_place(layer, source)
+
+
+def replaced(layer, source, *_):
+    for name, value in source.named_buffers():
+        setattr(layer, name, value.clone())
+    for name, value in source.named_parameters():
+        setattr(layer, name, nn.Parameter(value.detach().clone()))
+
+
+def loaded(layer, source, assign=False):
+    layer.load_state_dict(copy.deepcopy(source.state_dict()), assign=assign)
+
+
+def assigned(layer, source, *_):
+    loaded(layer, source, assign=True)
+
+
+WRITES = [copied_in_place, copied_in_inference_mode, replaced, loaded, assigned]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_layer_computes_with_what_its_buffers_hold(make, write, expected_weight):
+    layer, source = pruned(make), other(make)
+    layer(torch.randn(5, 15))
+    write(layer, source)
+    computed(layer, layer, expected_weight)
+    torch.testing.assert_close(layer.dense_weight(), expected_weight(source), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.block_norms(), source.block_norms())
+    assert torch.equal(layer.nonzero_blocks(), OTHER)
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_so_does_compiled_code(make, write, expected_weight):
+    """The operators look, since compiled code cannot: forward and backward agree with a layer that was made like this."""
+    layer, source = pruned(make), other(make)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(5, 15))
+    write(layer, source)
+    computed(compiled, layer, expected_weight)
+    x = torch.randn(5, 15)
+    gradients = []
+    for function, module in ((compiled, layer), (source, source)):
+        function(x).square().sum().backward()
+        gradients.append([p.grad for p in module.parameters()])
+    for one, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-4)  # sums of at most 75 fp32 products
+
+
+def test_writes_of_the_same_shapes_do_not_compile_again(make, expected_weight):
+    """Averages write at every step."""
+    layer, sources = pruned(make), [other(make), pruned(make), other(make)]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(5, 15))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for source in sources:
+            copied_in_place(layer, source)
+            computed(compiled, layer, expected_weight)
+
+
+def test_more_live_blocks_than_compiled_code_has_room_for_are_refused(make):
+    if make.plan != "packed" or make.kind == "free":
+        pytest.skip("only the packed plan of factors has a list of live blocks that grows")
+    layer = make.pruned()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(5, 15))
+    layer.block_mask.fill_(True)
+    with pytest.raises(KronblocksError, match="was written into: it has 12 live blocks now, .* made for 7"):
+        compiled(torch.randn(5, 15))
+    x = torch.randn(5, 15)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+@pytest.mark.parametrize("compile_", [False, True])
+def test_functional_call_with_the_state_of_another(make, where, compile_, expected_weight):
+    """The module may be a skeleton without values, as in torch's recipe for ensembles."""
+    skeleton = copy.deepcopy(pruned(make)).to(where)
+
+    def call(state, x):
+        return functional_call(skeleton, state, (x,))
+
+    called = torch.compile(call, backend="aot_eager") if compile_ else call
+    for layer in (other(make), pruned(make)):
+        state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+        computed(lambda x, state=state: called(state, x), layer, expected_weight)
+    if where == "cpu":
+        computed(skeleton, skeleton, expected_weight)
+
+
+def test_vmap_over_stacked_layers(make, expected_weight):
+    layers = [pruned(make), other(make), other(make)]
+    parameters, buffers = stack_module_state(layers)
+    skeleton = copy.deepcopy(layers[0]).to("meta")
+    x = torch.randn(5, 15)
+    ys = torch.vmap(lambda p, b: functional_call(skeleton, (p, b), (x,)))(parameters, buffers)
+    for y, layer in zip(ys, layers, strict=True):
+        wanted = nn.functional.linear(x, expected_weight(layer), layer.bias)
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_derivatives_by_torch_func(make):
+    layer, x, dx = make.pruned(), torch.randn(5, 15), torch.randn(5, 15)
+    weight = layer.dense_weight().detach()
+    dy = torch.func.jvp(layer, (x,), (dx,))[1]
+    torch.testing.assert_close(dy, dx @ weight.t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.func.grad(lambda x: layer(x).sum())(x), weight.sum(0).expand(5, 15), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.vmap(layer)(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_buffers_broadcast_to_replicas(make, expected_weight):
+    """DataParallel's replicas share everything but parameters and buffers, and run in threads of their own."""
+    layer, source = pruned(make), other(make)
+    layer(torch.randn(5, 15))
+    replica = layer._replicate_for_data_parallel()
+    replica._buffers = {name: value.clone() for name, value in source.named_buffers()}
+    replica._parameters = dict(source.named_parameters())
+    computed(replica, source, expected_weight)
+    computed(layer, layer, expected_weight)
+
+
+def test_a_copy_of_a_layer_that_was_written_into(make, expected_weight):
+    layer, source = pruned(make), other(make)
+    copied_in_place(layer, source)
+    again = copy.deepcopy(layer)
+    computed(torch.compile(again, backend="aot_eager"), source, expected_weight)
+    computed(again, source, expected_weight)
+    again.to(torch.float64).to(torch.float32)
+    computed(again, source, expected_weight)
+
+
+def test_exported_programs_hold_the_mask_of_that_moment(make, expected_weight):
+    layer, source = pruned(make), other(make)
+    copied_in_place(layer, source)
+    program = torch.export.export(layer, (torch.randn(5, 15),))
+    computed(program.module(), source, expected_weight)
+
+
+def test_a_block_that_comes_alive_is_zero_though_somebody_else_killed_it(make):
+    layer = make.pruned()
+    layer.block_mask[1] = False
+    layer.set_block_mask_(make.live)
+    assert (layer.grid.to_blocks(layer.dense_weight())[1] == 0).all()
+
+
+def test_a_layer_made_and_changed_in_inference_mode(make, expected_weight):
+    """Such tensors count no versions."""
+    with torch.inference_mode():
+        layer, source = pruned(make), other(make)
+        computed(layer, layer, expected_weight)
+        copied_in_place(layer, source)
+        computed(layer, source, expected_weight)
+    with torch.no_grad():
+        computed(layer, source, expected_weight)
+
+
+def test_what_inference_mode_derived_serves_in_training(make):
+    layer, source = pruned(make), other(make)
+    copied_in_place(layer, source)
+    x = torch.randn(5, 15)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_a_mixture_follows_too():
+    blocks = {"3x5": BlockSize(3, 5), "4x3": BlockSize(4, 3)}
+    one, two = (BlockMixtureLinear(15, 12, blocks, rank=2) for _ in range(2))
+    for layer in two.candidates.values():
+        layer.block_mask[0] = False
+    for layer in one.candidates.values():
+        layer.use_plan_("packed")
+    copied_in_place(one, two)
+    x = torch.randn(5, 15)
+    torch.testing.assert_close(one(x), nn.functional.linear(x, two.weight, two.bias), rtol=1e-5, atol=1e-5)
+
+
+METHODS = {
+    "static": {"method": "static"},
+    "rigl": {"method": "rigl", "target_sparsity": 0.75},
+    "magnitude": {"method": "magnitude", "storage": "packed", "target_sparsity": 0.75},
+}
+
+
+def train(method: dict, steps: int, watch) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+    sparsifier = sparsify_(model, SparsityConfig(block_size=8, **method))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparsifier.attach(optimizer, total_steps=steps)
+    for _ in range(steps):
+        x = torch.randn(16, 64)
+        loss = (model(x) - x[:, :16].sin()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        watch(model, sparsifier)
+    return model
+
+
+def assert_consistent(model: nn.Sequential, expected_weight) -> None:
+    for layer in model:
+        if isinstance(layer, BlockLayer):
+            y = layer(x := torch.randn(5, layer.in_features))  # first, since positions are mended when they are used
+            wanted = nn.functional.linear(x, expected_weight(layer), layer.bias)
+            torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)  # sums of at most 1024 products of size 1/32
+
+
+def timm_ema(average: nn.Module, model: nn.Module, decay: float = 0.9) -> None:
+    """As timm's ModelEma: over the state_dict, whatever it holds."""
+    with torch.no_grad():
+        state = model.state_dict()
+        for name, value in average.state_dict().items():
+            value.copy_(value * decay + (1 - decay) * state[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_average_that_follows_the_buffers(method, expected_weight):
+    """torch's average without use_buffers copies them."""
+    averages = []
+
+    def watch(model, sparsifier):
+        if method != "magnitude" or sparsifier.phase == "heal":  # where healing starts, dead slots go
+            if not averages:
+                averages.append(AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)))
+            averages[0].update_parameters(model)
+
+    train(METHODS[method], 60, watch)
+    assert_consistent(averages[0].module, expected_weight)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.95, 0.9995, 0.9999, 0.99999])
+def test_positions_survive_an_average_of_themselves(decay, expected_weight, tmp_path):
+    """Averaged through float32 and cut, numbers of blocks fall by one, and by more as steps go by."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 64))
+    sparsify_(model, SparsityConfig(method="static", block_size=8, target_sparsity=0.5))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for _ in range(200):
+        average.update_parameters(model)
+    averaged: Any = average.module
+    damaged = averaged[0].block_position.clone()
+    assert not torch.equal(damaged, model[0].block_position), "so there is something to mend"
+    folder = save_pretrained(averaged, tmp_path / "average")
+    assert torch.equal(averaged[0].block_position, model[0].block_position)
+    averaged[0].block_position.copy_(damaged)
+    assert torch.equal(averaged.state_dict()["0.block_position"], model[0].block_position)
+    averaged[0].block_position.copy_(damaged)
+    assert_consistent(averaged, expected_weight)
+    again = from_pretrained(folder, lambda: nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 64)))
+    x = torch.randn(3, 1024)
+    torch.testing.assert_close(again(x), averaged(x))
+
+
+@pytest.mark.parametrize("plan", ["packed", "dense"])
+def test_compiled_code_mends_them_too(plan):
+    layer = BlockSparseLinear(64, 64, 4, mask=torch.rand(16, 16) < 0.5, plan=plan)
+    average = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    compiled = torch.compile(average.module, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        average.update_parameters(layer)
+    assert not torch.equal(average.module.block_position, layer.block_position)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+def test_slots_of_dead_blocks_do_not_hide_a_damage():
+    """Cut positions may give each live block a slot by chance: the slot of a dead one."""
+    mask = torch.tensor([[True, True, False, True]])
+    layer = BlockSparseLinear(8, 2, 2, mask=torch.ones(1, 4, dtype=torch.bool))
+    layer.set_block_mask_(mask)
+    weight = layer.dense_weight().detach()
+    assert layer.block_position.tolist() == [0, 1, 2, 3]
+    with torch.no_grad():
+        layer.block_position.copy_(torch.tensor([0, 1, 2, 2]))
+    torch.testing.assert_close(layer.dense_weight().detach(), weight)
+    layer = BlockSparseLinear(8, 2, 2, mask=torch.tensor([[False, False, True, True]]))
+    layer.set_block_mask_(torch.tensor([[False, False, True, False]]))
+    weight = layer.dense_weight().detach()
+    with torch.no_grad():
+        layer.block_position.copy_(torch.tensor([1, 2]))
+    torch.testing.assert_close(layer.dense_weight().detach(), weight)
+    source = BlockSparseLinear(8, 2, 2, mask=torch.tensor([[False, True, True, False]]))
+    source.set_block_mask_(torch.tensor([[False, False, True, False]]))
+    copied_in_place(layer, source)
+    assert layer.block_position.tolist() == [1, 2]
+    torch.testing.assert_close(layer.dense_weight(), source.dense_weight())
+
+
+def test_timms_average_in_a_training(expected_weight):
+    averages = []
+
+    def watch(model, sparsifier):
+        if sparsifier.phase == "heal":
+            if not averages:
+                averages.append(copy.deepcopy(model))
+            timm_ema(averages[0], model)
+
+    model = train({"target_sparsity": 0.75}, 60, watch)
+    assert_consistent(averages[0], expected_weight)
+    assert all(torch.equal(one.block_position, two.block_position) for one, two in zip(averages[0][::2], model[::2], strict=True))
+
+
+@pytest.mark.parametrize("how", ["call", "compiled", "dense compiled", "save", "state_dict", "mask"])
+def test_an_average_of_two_patterns_is_refused(how, tmp_path):
+    plan = "dense" if "dense" in how else "packed"
+    one, two = (BlockSparseLinear(32, 32, 4, mask=torch.rand(8, 8) < 0.5, plan=plan) for _ in range(2))
+    live = min(one.capacity, two.capacity)
+    one, two = (
+        BlockSparseLinear.from_dense(layer, block_size=4, mask=mask, plan=plan)  # pyright: ignore[reportArgumentType]
+        for layer, mask in (
+            (each, torch.zeros(64, dtype=torch.bool).index_fill(0, each.block_position[:live], True).view(8, 8))
+            for each in (one, two)
+        )
+    )
+    compiled = torch.compile(one, backend="aot_eager")
+    compiled(torch.randn(2, 32))
+    with torch.no_grad():
+        for name, value in one.state_dict().items():
+            value.copy_((value + two.state_dict()[name]) / 2)
+    model = nn.Sequential(one)
+    calls = {
+        "call": lambda: one(torch.randn(2, 32)),
+        "compiled": lambda: compiled(torch.randn(2, 32)),
+        "dense compiled": lambda: compiled(torch.randn(2, 32)),
+        "save": lambda: save_pretrained(model, tmp_path / "average"),
+        "state_dict": model.state_dict,
+        "mask": lambda: one.set_block_mask_(two.block_mask),
+    }
+    with pytest.raises(KronblocksError, match="layers with different live blocks were averaged"):
+        calls[how]()
+
+
+def test_an_average_with_buffers_over_regrowth_is_refused():
+    """Its mask is the union, for which there are not slots enough."""
+    averages = []
+
+    def watch(model, _):
+        if not averages:
+            averages.append(AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True))
+        averages[0].update_parameters(model)
+
+    train(METHODS["rigl"], 40, watch)
+    with pytest.raises(KronblocksError, match="different live blocks were averaged"):
+        averages[0].module(torch.randn(2, 64))
+
+
+def test_a_soup_of_masks_of_one_pattern_that_loses_blocks_is_their_union(expected_weight):
+    layer = BlockSparseLinear(16, 16, 4, plan="packed")
+    average = copy.deepcopy(layer)
+    layer.set_block_mask_(torch.eye(4, dtype=torch.bool))
+    timm_ema(average, layer)
+    assert average.density == 1
+    assert_consistent(nn.Sequential(average), expected_weight)
+    assert torch.equal(average.block_position, layer.block_position)
+
+
+def test_an_average_with_use_buffers_by_swa_is_torchs_own_error():
+    """docs/limits.md says so: the equal average divides whole numbers, also those of nn.BatchNorm1d."""
+    for layer in (BlockSparseLinear(8, 8, 4), nn.BatchNorm1d(4)):
+        average = AveragedModel(layer, multi_avg_fn=get_swa_multi_avg_fn(), use_buffers=True)
+        average.update_parameters(layer)
+        with pytest.raises(RuntimeError, match="Integer division"):
+            average.update_parameters(layer)
