@@ -95,9 +95,13 @@ class BlockMixtureLinear(WholeWeights):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, (out_features, in_features), the candidates' sum, built at every access; writing is an error."""
+        """The dense weight, (out_features, in_features), built at every access; writing into it is an error."""
+        return BuiltWeight.of(self.dense_weight())
+
+    def dense_weight(self) -> Tensor:
+        """Build the dense weight, (out_features, in_features), the candidates' sum; differentiable."""
         first, *others = (layer.dense_weight() for layer in self._layers().values())
-        return BuiltWeight.of(sum(others, first))
+        return sum(others, first)
 
     @torch.no_grad()
     def norms(self) -> dict[str, float]:
