@@ -124,8 +124,7 @@ class UnfoldedConv(Unfolded):
 
     def _convolve(self, x: Tensor) -> Tensor:
         settings: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        weight = self.linear.weight if isinstance(self.linear, nn.Linear) else self.linear.dense_weight()
-        return nn.functional.conv2d(x, self._kernel(weight), self.linear.bias, **settings)
+        return nn.functional.conv2d(x, self._kernel(self.linear.weight), self.linear.bias, **settings)
 
     def _multiply_patches(self, x: Tensor) -> Tensor:
         """The same, laid out in memory as nn.Conv2d does: with channels last if x is, so that views of it stay possible."""
