@@ -144,3 +144,14 @@ def test_the_rank_follows_the_block_size_where_none_is_set(block, rank):
     assert selected.rank == rank
     (selected,) = select(model, SparsityConfig(block_size=block, rank=3)).selected
     assert selected.rank == 3
+
+
+@pytest.mark.parametrize("method", ["magnitude", "group-lasso", "rigl", "two-phase"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_no_real_floating_point_numbers_are_left_dense(method, dtype):
+    other = nn.Linear(16, 16)
+    other.weight = nn.Parameter(other.weight.detach().to(dtype), requires_grad=dtype == torch.complex64)
+    report = select(nn.Sequential(other, nn.Linear(16, 16)), SparsityConfig(method, 4))
+    assert names(report) == ["1"] and f"its weight is {dtype}" in reasons(report)["0"]
+    with pytest.raises(KronblocksError, match=f"no layer was selected.*\n.*0: its weight is {dtype}"):
+        select(nn.Sequential(other), SparsityConfig(method, 4))

@@ -129,6 +129,18 @@ def test_what_the_library_replaces_is_followed(method):
     assert (after.live_blocks, after.notes) == (before.live_blocks, ())
 
 
+def test_a_question_does_not_zero_layers_that_were_made_dense_and_trained_on():
+    model, sparsifier = started("two-phase")
+    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    densify_(model)
+    with torch.no_grad():
+        model[2].weight.add_(1.0)
+    weight = model[2].weight.detach().clone()
+    layers = sparsifier.report().layers
+    assert layers[1].live_blocks == layers[1].total_blocks and layers[0].sparsity > 0
+    assert sparsifier.sparsity < 0.75 and torch.equal(model[2].weight, weight)
+
+
 def test_layers_that_are_wrapped_or_moved_stay_followed():
     class Around(nn.Module):
         def __init__(self, layer: nn.Module) -> None:

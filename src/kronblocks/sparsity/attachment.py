@@ -63,8 +63,8 @@ def check_optimizers(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> N
         )
     if both := _followed_already(optimizers, sparsifier):
         raise KronblocksError(
-            f"another sparsifier follows {', '.join(both[:5])} on this optimiser already: call sparsify_ once, or make the "
-            "model anew (kronblocks.densify_ gives plain layers again), and the optimiser after it"
+            f"another sparsifier follows {', '.join(both[:5])} on this optimiser already: call remove() on the "
+            "handle of its attach first, and make a new optimiser after sparsify_"
         )
     if flattened := [target.name for target in sparsifier.targets if _is_flattened(target)]:
         raise KronblocksError(

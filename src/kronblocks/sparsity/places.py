@@ -31,9 +31,7 @@ def target_now(model: nn.Module, target: BlockTarget) -> BlockTarget | None:
             assert isinstance(inside[0], nn.Module)
             return LayerTarget(target.name, inside[0])
         if type(found) is nn.Linear and any(each is found for each in _successors(target.module)):
-            plain = WeightTarget(target.name, found, target.grid)
-            plain.set_mask_(target.mask)
-            return plain
+            return WeightTarget(target.name, found, target.grid, target.mask)
     is_elsewhere = any(each is target.module for each in model.modules())
     return target if is_elsewhere and _has_its_weight(target) else None
 

@@ -284,12 +284,13 @@ class LayerTarget(BlockTarget):
 
 
 class WeightTarget(BlockTarget):
-    """A plain `nn.Linear`, untouched; its mask lives here."""
+    """A plain `nn.Linear`, untouched; its mask, all live unless one is given, lives here."""
 
-    def __init__(self, name: str, module: nn.Linear, grid: BlockGrid) -> None:
+    def __init__(self, name: str, module: nn.Linear, grid: BlockGrid, mask: Tensor | None = None) -> None:
         super().__init__(name, module, grid)
         device = "cpu" if module.weight.is_meta else module.weight.device
-        self._mask = torch.ones(grid.shape, dtype=torch.bool, device=device)
+        mask = torch.ones(grid.shape, dtype=torch.bool, device=device) if mask is None else mask
+        self._mask = mask.to(device, copy=True)
 
     @property
     def _weight(self) -> nn.Parameter:
