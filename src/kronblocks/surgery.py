@@ -35,6 +35,7 @@ from kronblocks.nn.unfolded import Unfolded
 from kronblocks.records import apply_structure_, layers_of, structure
 from kronblocks.selection import Selected, SurgeryReport, select
 from kronblocks.sparsity.budget import choose_dead
+from kronblocks.sparsity.places import target_now
 from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.rules.base import Rule, check_rule
 from kronblocks.sparsity.rules.fixed import Fixed
@@ -246,7 +247,8 @@ def pack_masked_(copy: nn.Module, model: nn.Module, sparsifier: Sparsifier) -> N
     Raises:
         KronblocksError: it is another model's.
     """
-    targets = [target for target in sparsifier.targets if type(target.module) is nn.Linear]
+    there = [target for target in sparsifier.targets if target_now(sparsifier.model, target) is not None]  # others: replaced
+    targets = [target for target in there if type(target.module) is nn.Linear]
     places = {id(module): name for name, module in model.named_modules()}
     if not any(id(target.module) in places for target in targets):  # a copy itself, such as an average of weights
         places = {id(target.module): target.name for target in targets}

@@ -11,7 +11,16 @@ from tests.sparsity.small_training import METHODS
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from kronblocks import KronblocksError, SparsityConfig, densify_, lift_, parameter_groups, sparsify_
+from kronblocks import (
+    KronblocksError,
+    SparsityConfig,
+    densify_,
+    from_pretrained,
+    lift_,
+    parameter_groups,
+    save_pretrained,
+    sparsify_,
+)
 from kronblocks.methods import FACTORED
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
@@ -139,6 +148,22 @@ def test_a_question_does_not_zero_layers_that_were_made_dense_and_trained_on():
     layers = sparsifier.report().layers
     assert layers[1].live_blocks == layers[1].total_blocks and layers[0].sparsity > 0
     assert sparsifier.sparsity < 0.75 and torch.equal(model[2].weight, weight)
+
+
+def test_a_model_with_a_new_head_is_saved_with_its_other_layers_packed(tmp_path):
+    def make() -> nn.Sequential:
+        model = started("magnitude")[0]
+        larger_head(model)
+        return model
+
+    model, sparsifier = started("magnitude")
+    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    larger_head(model)
+    again = from_pretrained(save_pretrained(model, tmp_path / "saved", sparsifier=sparsifier), make)
+    assert isinstance(again, nn.Sequential)
+    assert [type(again[i]) for i in (0, 2, 4)] == [BlockSparseLinear, BlockSparseLinear, nn.Linear]
+    x = torch.randn(4, 32)
+    assert torch.allclose(again(x), model(x), atol=1e-6)
 
 
 def test_layers_that_are_wrapped_or_moved_stay_followed():
