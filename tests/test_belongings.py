@@ -10,6 +10,7 @@ from torch import nn
 
 from kronblocks import KronblocksWarning, SparsityConfig, densify_, parameter_groups, sparsify_
 from kronblocks.nn.base import BlockLayer
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 
 STATIC = SparsityConfig("static", 8, target_sparsity=0.5)
 
@@ -86,6 +87,18 @@ def test_attributes_go_on_over_all_replacements(method):
     densify_(net)
     assert type(net[0]) is nn.Linear and net[0].tag is tag
     assert set(vars(net[0])) == {*vars(nn.Linear(1, 1)), "tag", "_is_hf_initialized"}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("first", ["two-phase", "kron-l1", "static"])
+def test_nothing_is_missed_where_nobody_put_anything_on(first, bias):
+    """Gates and biases that are there or not are the layers' own."""
+    net = nn.Sequential(nn.Linear(32, 32, bias=bias), nn.Tanh(), nn.Linear(32, 32, bias=bias))
+    sparsify_(net, SparsityConfig(first, 8, target_sparsity=0.5))
+    sparsify_(net, SparsityConfig("rigl", 8, target_sparsity=0.75))  # a warning would be an error
+    assert set(vars(net[0])) == set(vars(BlockSparseLinear(8, 8, 8, bias=bias, device="meta")))
+    densify_(net)
+    assert set(vars(net[0])) == set(vars(nn.Linear(1, 1)))
 
 
 def test_a_forward_that_was_patched_after_sparsify_is_told_of_at_the_lift():

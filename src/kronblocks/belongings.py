@@ -25,7 +25,8 @@ _STATE_HOOKS = (
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 _LOST = "not_carried_over"
-_NOT_CARRIED = frozenset({"forward", "_hf_hook", "_old_forward", SUCCESSOR, _LOST})  # those of "hf" are accelerate's
+_OPTIONAL = frozenset({"bias", "gate"})  # parameters of layers that may be None, and plain attributes then
+_NOT_CARRIED = _OPTIONAL | frozenset({"forward", "_hf_hook", "_old_forward", SUCCESSOR, _LOST})  # those of "hf" are accelerate's
 
 
 def carry_over_(old: nn.Module, new: nn.Module) -> None:
@@ -68,7 +69,7 @@ def _lost(old: nn.Module, usual: nn.Module) -> list[str]:
     if any(len(getattr(old, hooks)) > len(getattr(usual, hooks)) for hooks in _STATE_HOOKS):
         lost.append("state_dict hooks")
     tables = ("_parameters", "_buffers", "_modules")
-    if extra := [name for table in tables for name in getattr(old, table).keys() - getattr(usual, table).keys()]:
+    if extra := [name for table in tables for name in getattr(old, table).keys() - getattr(usual, table).keys() - _OPTIONAL]:
         lost.append(" and ".join(sorted(extra)))
     weight: Any = old._parameters.get("weight")
     if weight is not None and (weight._backward_hooks or weight._post_accumulate_grad_hooks):
