@@ -9,6 +9,10 @@ class DoesNotFit(KronblocksError):
     """A block size with which a model cannot become as sparse, or as small, as is wanted: others may, and searches try them."""
 
 
+class Diverged(KronblocksError):
+    """A training whose weights or loss are no longer finite: searches go on with the others, since other settings may not diverge."""
+
+
 class OtherSteps(KronblocksError):
     """A training of another number of steps than a state's, before the mask is frozen: each trainer has its own words for that.
 

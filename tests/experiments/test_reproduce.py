@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kronblocks import KronblocksError
+from kronblocks.errors import Diverged
 from kronblocks.cli import main
 from kronblocks.experiments.bench.results import read
 from kronblocks.experiments.reproduce import campaign, studies
@@ -110,13 +111,13 @@ def test_another_campaign_does_not_go_on_in_the_same_file(finished):
 def test_a_trial_that_diverges_is_never_the_best_and_a_comparison_that_does_is_an_error(tmp_path, monkeypatch):
     def train(config):
         if (config.method == "dense" and config.lr == 8e-3) or (config.method == "rigl" and config.seed == 1):
-            raise KronblocksError("the training has diverged")
+            raise Diverged("weights are not finite")
         return dict.fromkeys(campaign.MEASURED, 0.5)
 
     monkeypatch.setattr(campaign, "ProcessPoolExecutor", lambda jobs, context, initializer: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(campaign, "_train", train)
     study = Campaign(TINY, tmp_path / "results", tmp_path / "work", jobs=1)
-    with pytest.raises(KronblocksError, match="rigl-4-0.5-t0-s1-r[0-9]+: the training has diverged"):
+    with pytest.raises(KronblocksError, match="rigl-4-0.5-t0-s1-r[0-9]+: weights are not finite"):
         study.run()
     tuned = [row for row in study.results.rows if row["part"] == "tune" and row["method"] == "dense"]
     assert [row["validation_accuracy"] for row in tuned] == [0.5, 0.0]

@@ -13,6 +13,7 @@ from tests.search.small_task import CONFIG, convolutional, model, task
 from torch import nn
 
 from kronblocks import BlockSize, KronblocksError, KroneckerBlockLinear, SparsityConfig, sparsify_
+from kronblocks.errors import Diverged
 from kronblocks.ops.choice import DeployedForm
 from kronblocks.search import halving
 from kronblocks.search.candidates import Candidate
@@ -206,6 +207,23 @@ def test_a_candidate_that_diverges_loses_and_if_all_do_it_is_an_error():
     assert judged(bad, {"2x2": 2.0, "4x4": 1.0}, last=False)[0] == ["2x2"]
     with pytest.raises(KronblocksError, match="every candidate diverged"):
         judged({"2x2": [float("inf")]}, {"2x2": 1.0})
+
+
+def test_divergence_is_known_by_its_kind_and_not_by_words(monkeypatch):
+    step, errors = Trial.step, [Diverged("whatever it says"), KronblocksError("a batch in which the lines diverged")]
+
+    def failing(trial, batch):
+        if trial.sparsifier.step == 3 and str(trial.sparsifier.targets[0].grid.block) == "4x4":
+            raise errors[0]
+        return step(trial, batch)
+
+    monkeypatch.setattr(Trial, "step", failing)
+    search = SearchConfig(sizes=(2, 4), rounds=1)
+    report = find_block_size(model(), CONFIG, task(), total_steps=120, search=search)
+    assert {str(path.block): path.why for path in report.paths}["4x4"] == "lost: its training diverged"
+    del errors[0]
+    with pytest.raises(KronblocksError, match="the lines diverged"):
+        find_block_size(model(), CONFIG, task(), total_steps=120, search=search)
 
 
 def test_what_diverged_is_written_as_json_and_read_again():

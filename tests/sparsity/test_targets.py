@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kronblocks import BlockGrid, BlockSize, BlockSparseLinear, KronblocksError, KroneckerBlockLinear
+from kronblocks.errors import Diverged
 from kronblocks.sparsity.moments import restart_
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
 
@@ -240,7 +241,7 @@ def test_weights_that_are_not_finite_are_reported_by_name(make):
     target = make()
     with torch.no_grad():
         target.parameters()[0].view(-1)[0] = float("nan")
-    with pytest.raises(KronblocksError, match=r"'layer'.*diverged"):
+    with pytest.raises(Diverged, match=r"'layer'.*diverged"):
         target.scores()
 
 

@@ -263,7 +263,6 @@ class TrainConfig(TaskConfig):
             tile_groups=None if self.tile_groups is None else tile_groups(self.tile_groups),
             schedule=self.schedule,
             penalty=self.penalty,
-            rows=self.batch_size,
             measure_plans=self.measure_plans,
         )
 

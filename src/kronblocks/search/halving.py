@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kronblocks.checks import number, one_of, whole
 from kronblocks.config import BlockSizeLike, SparsityConfig
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import Diverged, KronblocksError
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.choice import choose_deployed
 from kronblocks.ops.cost import Problem
@@ -195,9 +195,7 @@ def _round(
                 continue
             try:
                 trial.step(batch)
-            except KronblocksError as error:
-                if "diverged" not in str(error):
-                    raise
+            except Diverged:
                 diverged.add(name)
         if (step + 1) % max(1, steps // _NOTES) == 0:
             note(step + 1)
@@ -232,12 +230,12 @@ def _note(results: dict[str, _Result], paths: dict[str, Path], steps: int) -> No
     """Write a round into the candidates' paths.
 
     Raises:
-        KronblocksError: every candidate diverged.
+        Diverged: every candidate did.
     """
     means = {name: float(result.losses.mean()) for name, result in results.items()}
     best = min(means, key=means.__getitem__)
     if not math.isfinite(means[best]):
-        raise KronblocksError("every candidate diverged: lower the learning rate of the task")
+        raise Diverged("every candidate diverged: lower the learning rate of the task")
     for name, result in results.items():
         finite = math.isfinite(means[name])
         gap, error = _mean_and_error(result.losses - results[best].losses) if finite else (math.inf, 0.0)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from kronblocks.checks import number, one_of, whole
 from kronblocks.config import SparsityConfig
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import Diverged, KronblocksError
 from kronblocks.groups import drop_parameters_, parameter_groups
 from kronblocks.methods import FACTORED
 from kronblocks.modules import in_mode, replace_, unfolding
@@ -204,7 +204,7 @@ class _MixtureTraining:
     def _step(self, batch: Any) -> None:
         loss = self._task.losses(self._model, batch).mean()
         if not torch.isfinite(loss):
-            raise KronblocksError("the training of the mixture diverged: lower the learning rate of the task")
+            raise Diverged("the training of the mixture diverged: lower the learning rate of the task")
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from kronblocks.blocks import BlockGrid
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import Diverged, KronblocksError
 from kronblocks.ops.cost import Problem
 from kronblocks.shards import is_sharded, rows_here, summed, whole
 from kronblocks.sparsity.distributed import broadcast_
@@ -109,7 +109,8 @@ class BlockTarget:
                 the loss of the last batch by, to first order, per weight: |gradient times weight, summed| / area.
 
         Raises:
-            KronblocksError: they are not finite, or the layer has no gate.
+            Diverged: they are not finite.
+            KronblocksError: the layer has no gate.
         """
         if kind == "gate":
             if self.gate is None:
@@ -122,7 +123,7 @@ class BlockTarget:
         else:
             scores = self.norms() / self.area**0.5
         if not torch.isfinite(scores).all():
-            raise KronblocksError(
+            raise Diverged(
                 f"layer {self.name!r} has blocks that are not finite (NaN or infinity): the training has diverged; "
                 "lower the learning rate or clip gradients"
             )

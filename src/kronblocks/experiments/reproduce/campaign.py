@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import Diverged, KronblocksError
 from kronblocks.experiments.bench.results import Results, Row
 from kronblocks.experiments.reproduce.studies import Cell, Study
 from kronblocks.experiments.runs import clear_if_changed
@@ -167,7 +167,7 @@ def _finished(pending: dict[Job, TrainConfig], jobs: int) -> Iterable[tuple[Job,
                 try:
                     yield job, future.result()
                 except KronblocksError as error:
-                    if job.part != "tune" or "diverged" not in str(error):
+                    if job.part != "tune" or not isinstance(error, Diverged):
                         raise KronblocksError(f"{job.name}: {error}") from error
                     yield job, {"validation_accuracy": 0.0}  # settings that diverge are never the best
         except BrokenProcessPool as error:
