@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import KronblocksError, SparsityConfig, sparsify_
+from kronblocks import KronblocksError, KroneckerBlockLinear, SparsityConfig, sparsify_
 from kronblocks.experiments.models import build_model
+from kronblocks.experiments.tasks import TrainConfig
 
 
 # the paper's: ViT-tiny and Swin-tiny as it counts them, ViT-base with 100 classes from the published size
@@ -44,3 +45,16 @@ def test_image_sizes_that_do_not_fit(name, size, says):
 def test_unknown_names_are_told_the_known_ones():
     with pytest.raises(KronblocksError, match="lenet5, vit-tiny"):
         build_model("resnet", (3, 32, 32), 10)  # type: ignore[arg-type]
+
+
+def test_plans_of_transformers_are_chosen_for_batch_times_tokens(tmp_path):
+    config = TrainConfig(out=tmp_path, model="vit-tiny", image_size=32, batch_size=2, measure_plans=False)
+    model = build_model(config.model, (1, 28, 28), 10, image_size=config.image_size)
+    sparsifier = sparsify_(model, config.sparsity_config())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sparsifier.attach(optimizer, total_steps=40)
+    model(torch.randn(config.batch_size, 1, 28, 28)).logsumexp(1).sum().backward()
+    optimizer.step()
+    rows = {name: layer.rows for name, layer in model.named_modules() if isinstance(layer, KroneckerBlockLinear)}
+    assert rows.pop("model.classifier") == 2
+    assert set(rows.values()) == {2 * (1 + 8 * 8)}, "a class token, and patches of 4 pixels"
