@@ -9,17 +9,21 @@ from typing import Any, NamedTuple
 from kronblocks.ops.choice import milliseconds
 
 WORTH = 1.03
-"""How many times quicker than dense something must be to be advised: less is within what timings vary."""
+"""How many times quicker than dense something must be to be advised, or more where its own timings vary more."""
 
 _VERBS = {"dense": "keep dense", "factored": "factor", "packed": "pack"}
 
 
 class Speed(NamedTuple):
-    """One way of computing a layer: the best plan for it, seconds for all rows, and how many times quicker than dense it is."""
+    """One way of computing a layer: the best plan for it, and its time beside dense's, of the same turns.
+
+    All rows of a layer were timed together, so that `relative` is the quotient of the seconds that stand in the table.
+    """
 
     plan: str
-    seconds: float
-    relative: float
+    seconds: float  # for all rows, the least of the turns
+    relative: float  # how many times quicker than dense
+    spread: float  # of relative, plus or minus, as a share: what thirds of the turns would have said
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class LayerAdvice:
         """The way to take at this sparsity; dense unless another is clearly quicker."""
         ways = [way for way in (self.factored, *self.packed) if way is not None and way.sparsity in (0.0, sparsity)]
         best = max(ways, key=lambda way: way.speed(training).relative, default=self.dense)
-        return best if best.speed(training).relative >= WORTH else self.dense
+        speed = best.speed(training)
+        return best if speed.relative >= max(WORTH, 1 + speed.spread) else self.dense
 
     def what_to_do(self, *, training: bool) -> str:
         """In words, for all sparsities.
@@ -103,15 +108,15 @@ class Advice:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the format's version."""
-        return {"version": 1, **dataclasses.asdict(self)}
+        return {"version": 2, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
         lines = []
         for layer in self.layers:
-            lines += [title(layer), f"  {'':15s}{'training':>34s}{'inference':>34s}{'weights':>14s}"]
+            lines += [title(layer), f"  {'':15s}{'training':>36s}{'inference':>36s}{'weights':>14s}"]
             for way in (layer.dense, *filter(None, [layer.factored]), *layer.packed):
                 times = "".join(
-                    f"{s.plan:>12s}{milliseconds(s.seconds):>13s}{s.relative:8.2f}x" for s in (way.training, way.inference)
+                    f"{s.plan:>12s}{milliseconds(s.seconds):>11s}{ratio(s):>13s}" for s in (way.training, way.inference)
                 )
                 lines.append(f"  {label(way):15s}{times}{way.weight_bytes / 2**20:10.2f} MiB")
             lines += [f"  {line}" for line in remarks(layer)] + [""]
@@ -122,6 +127,15 @@ class Advice:
 def percent(share: float) -> str:
     """A share in words."""
     return f"{100 * share:.4g} %"
+
+
+def ratio(speed: Speed) -> str:
+    """How quick it is against dense, and what that varies by.
+
+    >>> ratio(Speed("packed", 0.001, 2.0, 0.04)), ratio(Speed("F.linear", 0.002, 1.0, 0.0))
+    ('2.00x ±4%', '1.00x')
+    """
+    return f"{speed.relative:.2f}x" + (f" ±{100 * speed.spread:.0f}%" if speed.spread else "")
 
 
 def label(way: Way) -> str:

@@ -16,9 +16,8 @@ from kronblocks.config import BlockSizeLike, Mismatch, SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.methods import TileGroups
 from kronblocks.nn.base import BlockLayer
-from kronblocks.ops.cost import Problem, cost, possible_plans
-from kronblocks.ops.timing import REFERENCE
-from kronblocks.ops.timing_cache import timings
+from kronblocks.ops.cost import Problem, cost
+from kronblocks.ops.timing import REFERENCE, measure_together
 from kronblocks.selection import Selected, select
 from kronblocks.specs import Layers, linears
 
@@ -121,21 +120,22 @@ def _measure(key: _Key, names: list[str], count: int, problem: Problem, shares: 
     dense_bytes = math.prod(size) * problem.dtype.itemsize
     if key.selected is None:
         free = dataclasses.replace(problem, grid=BlockGrid(*size, BlockSize(*size)))  # one block: for the reference beside it
-        dense = Way("dense", 0.0, *_speeds(free, reference=True), dense_bytes)
+        training, inference = (_Timings(free, None, [], training) for training in (True, False))
+        dense = Way("dense", 0.0, training.dense(), inference.dense(), dense_bytes)
         return LayerAdvice(*size, tuple(names), count, "", key.left_dense, dense, None, (), None, None)
     grid, rank, groups = key.selected
     free = dataclasses.replace(problem, grid=grid)
     factors = dataclasses.replace(free, rank=rank, tile_groups=groups)
-    dense = Way("dense", 0.0, *_speeds(free, reference=True), dense_bytes)
-    factored = Way("factored", 0.0, *_speeds(factors), cost(factors, "dense").parameter_bytes)
+    densities = {1 - share for share in shares} | {2.0**-halvings for halvings in range(9) if 2**halvings <= grid.blocks}
+    training, inference = (_Timings(free, factors, sorted(densities), training) for training in (True, False))
+    dense = Way("dense", 0.0, training.dense(), inference.dense(), dense_bytes)
+    factored = Way("factored", 0.0, training.factored(), inference.factored(), cost(factors, "dense").parameter_bytes)
     packed = []
     for share in shares:
-        sparse = dataclasses.replace(free, density=1 - share)
-        packed.append(Way("packed", share, *_speeds(sparse), _packed_bytes(sparse)))
-    even_training, even_inference = (_break_even(dataclasses.replace(free, training=training)) for training in (True, False))
-    return LayerAdvice(
-        *size, tuple(names), count, str(grid.block), "", dense, factored, tuple(packed), even_training, even_inference
-    )
+        weight_bytes = _packed_bytes(dataclasses.replace(free, density=1 - share))
+        packed.append(Way("packed", share, training.packed(1 - share), inference.packed(1 - share), weight_bytes))
+    evens = (training.break_even(), inference.break_even())
+    return LayerAdvice(*size, tuple(names), count, str(grid.block), "", dense, factored, tuple(packed), *evens)
 
 
 def _packed_bytes(problem: Problem) -> int:
@@ -144,44 +144,64 @@ def _packed_bytes(problem: Problem) -> int:
     return live * problem.grid.block.area * problem.dtype.itemsize + 4 * (4 * live + sum(problem.grid.shape) + 2)
 
 
-def _speeds(problem: Problem, *, reference: bool = False) -> tuple[Speed, Speed]:
-    """Of training and of inference."""
+class _Timings:
+    """Of a layer, in training or in inference: every way of computing it, measured in turns with dense.
 
-    def speed(training: bool) -> Speed:
-        found = timings(dataclasses.replace(problem, training=training))
-        plans = [plan for plan in possible_plans(problem.rank) if plan in found]
-        if REFERENCE not in found or not plans:
-            raise KronblocksError(f"the memory of {problem.device} is too small to time {problem.grid} with {problem.rows} rows")
-        best = REFERENCE if reference else min(plans, key=found.__getitem__)
-        return Speed(best, found[best], found[REFERENCE] / found[best])
+    What counts is the least of the turns, since whatever else the machine does can only add to a time.
 
-    return speed(True), speed(False)
+    Args:
+        free: the layer with free values.
+        factors: the layer with factors; None: it stays dense, and only that is timed.
+        densities: of packed values, ascending.
+        training: or inference.
+    """
+
+    def __init__(self, free: Problem, factors: Problem | None, densities: list[float], training: bool) -> None:
+        sparse = [dataclasses.replace(free, density=density) for density in densities] or [free]
+        problems = [*sparse, *([] if factors is None else [factors])]
+        self._reference, found = measure_together([dataclasses.replace(each, training=training) for each in problems])
+        self._by_density = dict(zip(densities, found, strict=False))
+        self._of_factors = found[-1]
+        if not self._reference or (factors is not None and not all(found)):
+            raise KronblocksError(f"the memory of {free.device} is too small to time {free.grid} with {free.rows} rows")
+
+    def dense(self) -> Speed:
+        """`F.linear`."""
+        return Speed(REFERENCE, min(self._reference), 1.0, 0.0)
+
+    def factored(self) -> Speed:
+        """The best plan of the factors."""
+        return self._best(self._of_factors)
+
+    def packed(self, density: float) -> Speed:
+        """The best plan of so many live blocks."""
+        return self._best(self._by_density[density])
+
+    def _best(self, plans: dict[str, list[float]]) -> Speed:
+        least = {plan: min(seconds) for plan, seconds in plans.items()}
+        best = min(least, key=least.__getitem__)
+        return Speed(best, least[best], self.dense().seconds / least[best], _spread(self._reference, plans[best]))
+
+    def break_even(self) -> float | None:
+        """The least share of zero blocks at which the packed plan beats `F.linear`; None: not even with one block in 256."""
+        dense = self.dense().seconds
+        points = [(d, min(plans["packed"])) for d, plans in self._by_density.items() if "packed" in plans]
+        pays = [(density, seconds) for density, seconds in points if seconds < dense]
+        if not pays:
+            return None
+        density, seconds = max(pays)  # the next denser one does not pay
+        denser = [point for point in points if point[0] > density]
+        if not denser:
+            return round(1 - density, 3)
+        above, more = min(denser)
+        return round(1 - (density + (dense - seconds) / (more - seconds) * (above - density)), 3)
 
 
-def _break_even(problem: Problem) -> float | None:
-    """The least share of zero blocks at which the packed plan beats `F.linear`; None: not even with one block in 256."""
-
-    def times(halvings: int) -> tuple[float | None, float]:
-        found = timings(dataclasses.replace(problem, density=2.0**-halvings))
-        return found.get("packed"), found[REFERENCE]
-
-    def pays(halvings: int) -> bool:
-        packed, dense = times(halvings)
-        return packed is not None and packed < dense
-
-    least, most = -1, min(8, math.floor(math.log2(problem.grid.blocks)))  # halvings of the density: too few, enough
-    if not pays(most):
-        return None
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (least, middle) if pays(middle) else (middle, most)
-    if most == 0:
-        return 0.0
-    density, (sparser, dense), (denser, _) = 2.0**-most, times(most), times(least)
-    assert sparser is not None
-    slope = (denser - sparser) / density if denser is not None else sparser / density  # not timed: in proportion, at most
-    even = density + (dense - sparser) / max(slope, 1e-30)
-    return round(1 - min(even, 2 * density), 3)
+def _spread(dense: list[float], way: list[float]) -> float:
+    """How far apart the answers of three thirds of the turns are, as a share of their mean: plus or minus."""
+    parts = [(dense[third::3], way[third::3]) for third in range(3)]
+    ratios = [min(one) / min(other) for one, other in parts if one and other]
+    return (max(ratios) - min(ratios)) / (max(ratios) + min(ratios))
 
 
 def _gain(layers: Sequence[LayerAdvice], share: float) -> Gain:

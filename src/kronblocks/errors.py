@@ -10,7 +10,7 @@ class DoesNotFit(KronblocksError):
 
 
 class Diverged(KronblocksError):
-    """A training whose weights or loss are no longer finite: searches go on with the others, since other settings may not diverge."""
+    """A training whose weights or loss are no longer finite: searches go on with the others."""
 
 
 class OtherSteps(KronblocksError):

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kronblocks import KronblocksError
-from kronblocks.errors import Diverged
 from kronblocks.cli import main
+from kronblocks.errors import Diverged
 from kronblocks.experiments.bench.results import read
 from kronblocks.experiments.reproduce import campaign, studies
 from kronblocks.experiments.reproduce.campaign import Campaign, best_trial

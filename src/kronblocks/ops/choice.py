@@ -109,8 +109,10 @@ def _deployed_forms(problem: Problem) -> dict[str, float]:
     forms = plan_seconds(problem, measure=True)
     reference = timings(problem).get(REFERENCE)
     if problem.rank is not None:
-        values = plan_seconds(dataclasses.replace(problem, rank=None, tile_groups=1, gate=False), measure=True)
-        forms |= {VALUES: values["packed"]} if "packed" in values else {}
+        free = dataclasses.replace(problem, rank=None, tile_groups=1, gate=False)
+        values, beside = plan_seconds(free, measure=True), timings(free).get(REFERENCE)
+        if "packed" in values:  # measured at another time, and so relative to the F.linear beside it
+            forms[VALUES] = values["packed"] * (reference / beside if reference and beside else 1.0)
     forms.pop("dense", None)
     return forms if reference is None else {**forms, "dense": reference}
 

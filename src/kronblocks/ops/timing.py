@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,12 +31,13 @@ _MOST_BYTES = 2**31  # of an intermediate: what would not fit beside a model is 
 _LEAST_ROWS = 256  # rows that are timed
 _MOST_ROWS, _MOST_ROWS_ELSEWHERE = {"cpu": 4096}, 2**15  # more take longer in proportion, on a CPU; a GPU has to be filled
 _MOST_MACS, _MOST_MACS_ELSEWHERE = {"cpu": 2e9}, 1e12  # of one dense product, so that a turn takes tens of milliseconds
-_LEAST_TURNS, _MOST_TURNS = 3, 100
+_LEAST_TURNS, _TURNS_TOGETHER, _MOST_TURNS = 3, 9, 100
 _LONG = 0.03  # seconds: of a call that takes less, one turn decides nothing, since others may have used the cores
 _SHORT = 5e-3  # seconds: a call that takes less is repeated in its turn, so that it finds its operands in the caches
 _MOST_CALLS = 100  # of a turn, on a GPU, which computes one while the next ones are being launched
 
 Runs = dict[str, Callable[[], object]]
+Name = TypeVar("Name")
 
 
 def affordable(problem: Problem, plan: str) -> bool:
@@ -70,6 +72,43 @@ def measure(problem: Problem) -> dict[str, float]:
         calls = 1 if few.device == "cpu" else _MOST_CALLS
         seconds = _interleaved(_runs(few), _synchronizer(few.device), calls)
     return {name: value * max(1, problem.rows) / few.rows for name, value in seconds.items()}
+
+
+def measure_together(problems: Sequence[Problem]) -> tuple[list[float], list[dict[str, list[float]]]]:
+    """Time the candidate plans of several problems of one layer beside one `F.linear`, all in turns.
+
+    So what is compared was measured under the same load of the machine. A plan that is hopeless, four times slower than
+    `F.linear` in the first turn, has no further ones.
+
+    Args:
+        problems: of one shape, rows, dtype, device, and all of training or all of inference; at least one.
+
+    Returns:
+        Seconds a step for all of the rows, turn by turn: of `F.linear`, and of each problem's plans. A plan that ran out of
+        the device's memory is missing.
+    """
+    few = [dataclasses.replace(problem, rows=measured_rows(problem)) for problem in problems]
+    device, calls = few[0].device, 1 if few[0].device == "cpu" else _MOST_CALLS
+    with _plain(few[0]):
+        runs: dict[tuple[int, str], Callable[[], object]] = {}
+        for number, problem in enumerate(few):
+            own = _runs(problem)
+            runs |= {(number, name): run for name, run in own.items() if number == 0 or name != REFERENCE}
+        synchronize = _synchronizer(device)
+        running = _that_fit(runs, synchronize)
+        taken: dict[tuple[int, str], list[float]] = {name: [] for name in running}
+        end = time.perf_counter() + BUDGET * len(problems)
+        for turn in range(1, _MOST_TURNS + 1):
+            for name in running:
+                taken[name].append(_turn(runs[name], synchronize, calls))
+            if turn == 1 and (0, REFERENCE) in taken:
+                running = [name for name in running if taken[name][0] <= 4 * taken[0, REFERENCE][0]]
+            if turn >= _TURNS_TOGETHER and time.perf_counter() > end:
+                break
+    scale = max(1, problems[0].rows) / few[0].rows
+    seconds = {name: [scale * value for value in values] for name, values in taken.items()}
+    reference = seconds.pop((0, REFERENCE), [])
+    return reference, [{plan: seconds[n, plan] for n, plan in seconds if n == number} for number in range(len(problems))]
 
 
 @contextlib.contextmanager
@@ -134,34 +173,43 @@ def _runs(problem: Problem) -> Runs:
     return runs | {plan: step(factored(plan), *factors) for plan in candidates(problem)}
 
 
+def _once(run: Callable[[], object], synchronize: Callable[[], None], calls: int = 1) -> float:
+    """Seconds a call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def _turn(run: Callable[[], object], synchronize: Callable[[], None], most_calls: int) -> float:
+    """Seconds a call, of as many as fill a turn, after the operands have been brought into the caches."""
+    first = _once(run, synchronize)
+    return first if first > _SHORT else _once(run, synchronize, min(most_calls, 1 + int(_SHORT / first)))
+
+
+def _that_fit(runs: dict[Name, Callable[[], object]], synchronize: Callable[[], None]) -> list[Name]:
+    """The runs for which the memory suffices, run once: libraries and memory are fetched, which is not counted."""
+    fitting = []
+    for name, run in runs.items():
+        with contextlib.suppress(torch.OutOfMemoryError):
+            _once(run, synchronize)
+            fitting.append(name)
+    return fitting
+
+
 def _interleaved(runs: Runs, synchronize: Callable[[], None], most_calls: int = 1) -> dict[str, float]:
     """Least seconds of each, taking turns; whoever is clearly slower than the best has no further turns.
 
     The least, since whatever else the machine does can only add to a time. A turn of a short one is as many calls as fill it, up
     to `most_calls`, before the device is waited for: as in a training, where launching goes on while it computes.
     """
-
-    def once(run: Callable[[], object], calls: int = 1) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        synchronize()
-        return (time.perf_counter() - start) / calls
-
-    def warm(run: Callable[[], object]) -> float:
-        first = once(run)
-        return first if first > _SHORT else once(run, min(most_calls, 1 + int(_SHORT / first)))
-
-    running = []
-    for name, run in runs.items():
-        with contextlib.suppress(torch.OutOfMemoryError):
-            once(run)  # not counted: libraries and memory are fetched now
-            running.append(name)
+    running = _that_fit(runs, synchronize)
     taken: dict[str, list[float]] = {name: [] for name in running}
     end = time.perf_counter() + BUDGET
     for turn in range(1, _MOST_TURNS + 1):
         for name in running:
-            taken[name].append(warm(runs[name]))
+            taken[name].append(_turn(runs[name], synchronize, most_calls))
         best = min(min(values) for values in taken.values() if values)
         limit = max(3.0 * best, _LONG) if turn == 1 else 1.5 * best
         running = [name for name in running if min(taken[name]) <= limit or (name == REFERENCE and turn < _LEAST_TURNS)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kronblocks.checks import number, one_of, whole
 from kronblocks.config import BlockSizeLike, SparsityConfig
-from kronblocks.errors import Diverged, KronblocksError
+from kronblocks.errors import Diverged
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.choice import choose_deployed
 from kronblocks.ops.cost import Problem
