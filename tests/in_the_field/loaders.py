@@ -36,6 +36,37 @@ def own(folder: Path) -> None:
         check_layers_agree(again)
 
 
+@works(LOADERS, "the same: extra state of modules, dtypes, generation config", "plain values and tensors; never a pickle")
+def extras(folder: Path) -> None:
+    class Scaled(nn.Module):
+        mean: Any = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def get_extra_state(self) -> Any:
+            return self.mean
+
+        def set_extra_state(self, state: Any) -> None:
+            self.mean = state
+
+    model = Scaled()
+    model.net, model.mean = trained().model, {"mean": 5.0, "steps": torch.arange(3)}
+    again: Any = from_pretrained(save_pretrained(model, folder), Scaled)
+    assert again.mean["mean"] == 5.0 and torch.equal(again.mean["steps"], torch.arange(3))
+    assert same_output(again.net, model.net)
+
+
+@refused(
+    LOADERS, "the same: sparse and nested buffers, objects as extra state", "named before anything is written", "cannot hold"
+)
+def sparse_buffers(folder: Path) -> None:
+    model = trained().model
+    model.register_buffer("adjacency", torch.eye(4).to_sparse())
+    save_pretrained(model, folder)
+
+
 @works(LOADERS, "load_state_dict into a model of the same structure", "`apply_structure_(model, record)` first, in a new process")
 def same_structure(folder: Path) -> None:
     model = trained().model

@@ -45,8 +45,8 @@ def lightning() -> Any:
 def fit(folder: Path, module: Any, callback: Any, *, resume: Path | None = None, steps: int = STEPS, **settings: Any) -> Any:
     pl, _ = lightning()
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
-    limits = {} if settings.get("fast_dev_run") else {"max_steps": steps, "max_epochs": -1}
-    trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", default_root_dir=folder, **limits, **quiet, **settings)
+    limits = {} if {"fast_dev_run", "max_epochs"} & settings.keys() else {"max_steps": steps, "max_epochs": -1}
+    trainer = pl.Trainer(callbacks=callback, accelerator="cpu", default_root_dir=folder, **limits, **quiet, **settings)
     trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(32 * 10), batch_size=32), ckpt_path=resume)
     return trainer
 
@@ -188,6 +188,21 @@ def check_bert(model: Any) -> None:
     assert len(layers) == 7
     assert sum(int((~layer.block_mask).sum()) for layer in layers) == SPARSITY * sum(layer.grid.blocks for layer in layers)
     check_layers_agree(model)
+
+
+@works(
+    "averages",
+    "Lightning: EMAWeightAveraging, StochasticWeightAveraging",
+    "listed after `SparsityCallback`; begin again with the layers and in `heal`",
+    "lightning",
+)
+def lightning_averages(folder: Path) -> None:
+    from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+
+    for average in (EMAWeightAveraging(decay=0.5), StochasticWeightAveraging(1e-2, swa_epoch_start=2)):
+        module = lightning()[1]()
+        fit(folder, module, [callback_(), average], max_epochs=STEPS // 10)
+        check_lit(module)
 
 
 @works(LOOPS, "transformers: Trainer", "`SparsityCallback(config)`", "transformers", "accelerate")

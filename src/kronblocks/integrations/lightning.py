@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError, OtherSteps
@@ -17,9 +19,11 @@ from kronblocks.records import apply_structure_
 from kronblocks.shards import is_sharded
 from kronblocks.sparsity.attachment import Attachment
 from kronblocks.sparsity.sparsifier import Sparsifier
+from kronblocks.sparsity.targets import LayerTarget
 from kronblocks.surgery import sparsify_
 
 _KEY = "kronblocks"
+_AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 
 class SparsityCallback(Callback):
@@ -31,6 +35,8 @@ class SparsityCallback(Callback):
     Checkpoints hold the state; `fit(..., ckpt_path=...)` goes on to the same bits, and `test` and `predict` load them too.
     `load_from_checkpoint`, and trainers without the callback, load them if the module's `__init__` ends with
     `kronblocks.rebuild_on_load_(self)`. A second model, as in cross-validation, is made block-sparse like the first.
+    Averages of weights (WeightAveraging, StochasticWeightAveraging) come after this callback in `callbacks=[...]`; they begin
+    again whenever layers are replaced, and when healing begins, so that what they end with has the same zeros.
 
     Args:
         config: what `sparsify_` gets.
@@ -44,12 +50,21 @@ class SparsityCallback(Callback):
         self.config, self.total_steps = config or SparsityConfig(), total_steps
         self.sparsifier: Sparsifier | None = None
         self._attachment: Attachment | None = None
+        self._averaged: tuple[bool, list[nn.Parameter]] = (False, [])  # what averages are of: a frozen mask, and parameters
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace the layers, once for each model."""
         if _wrap(pl_module, "on_load_checkpoint", lambda load: self._loading(pl_module, load)):
             rebuild_on_load_(pl_module)
-        if stage == "fit" and not self._follows(pl_module):
+        if stage != "fit":
+            return
+        callbacks = _callbacks(trainer)
+        if early := [type(each).__name__ for each in callbacks[: callbacks.index(self)] if isinstance(each, _AVERAGES)]:
+            raise KronblocksError(
+                f"{early[0]} copies the model before SparsityCallback replaces its layers: write "
+                f"callbacks=[SparsityCallback(...), {early[0]}(...)]"
+            )
+        if not self._follows(pl_module):
             self._let_go()
             self.sparsifier = sparsify_(pl_module, self.config)
             _wrap(pl_module, "on_save_checkpoint", functools.partial(_with_state, self.sparsifier))
@@ -70,6 +85,7 @@ class SparsityCallback(Callback):
                 apply_structure_(module, state["structure"])
             elif self.sparsifier.step != state["step"]:
                 self.sparsifier.load_state_dict(state)
+                self._begin_averages(module.trainer, module)  # of the layers that the checkpoint's averages are of
             load(checkpoint)
 
         return restore
@@ -99,6 +115,29 @@ class SparsityCallback(Callback):
                 f"from a checkpoint of step {error.end} or later, when the mask is frozen"
             ) from error
 
+        if any(isinstance(target, LayerTarget) for target in self.sparsifier.targets):
+            _check_averages(trainer)
+        self._averaged = self._to_average()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let averages of weights begin again where what they hold is no longer what is trained."""
+        if any(isinstance(each, _AVERAGES) for each in _callbacks(trainer)):
+            (was_frozen, before), (frozen, now) = self._averaged, self._to_average()
+            if was_frozen != frozen or len(before) != len(now) or any(p is not q for p, q in zip(before, now, strict=True)):
+                self._begin_averages(trainer, pl_module)
+
+    def _to_average(self) -> tuple[bool, list[nn.Parameter]]:
+        assert self.sparsifier is not None
+        return self.sparsifier.phase == "heal", [p for target in self.sparsifier.targets for p in target.parameters()]
+
+    def _begin_averages(self, trainer: Trainer, module: LightningModule) -> None:
+        for each in _callbacks(trainer):
+            if isinstance(each, _AVERAGES):
+                each.setup(trainer, module, "fit")  # copies the model
+            if isinstance(each, StochasticWeightAveraging) and each.n_averaged is not None:
+                each.n_averaged.zero_()
+        self._averaged = self._to_average()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the optimisers go, and say so if the model is less sparse than it was meant to be."""
         assert self.sparsifier is not None
@@ -120,6 +159,29 @@ class SparsityCallback(Callback):
         phases = ("discover", "refine", "heal")
         pl_module.log("block_sparsity", self.sparsifier.sparsity)
         pl_module.log("phase", float(phases.index(self.sparsifier.phase)))
+
+
+def _check_averages(trainer: Trainer) -> None:
+    """Refuse averages of buffers by a function that cannot take truth values, which masks are, before the second step fails."""
+    for each in _callbacks(trainer):
+        if not isinstance(each, WeightAveraging) or not getattr(each, "_use_buffers", False):
+            continue
+        trial = nn.Module()
+        trial.register_buffer("mask", torch.ones(1, dtype=torch.bool))
+        average, name = AveragedModel(trial, use_buffers=True, **each._kwargs), type(each).__name__
+        try:
+            for _ in range(2):
+                average.update_parameters(trial)
+        except RuntimeError as error:
+            raise KronblocksError(
+                f"{name} averages buffers too, and its function cannot average the masks of block-sparse layers: write "
+                f"{name}(use_buffers=False), which copies buffers"
+            ) from error
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: Any = getattr(trainer, "callbacks", [])
+    return callbacks
 
 
 def _with_state(sparsifier: Sparsifier, save: Callable[..., Any]) -> Callable[..., Any]:
