@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.in_the_field import averages, compilers, loaders, loops, optimisers, trainers, wrappers
+from tests.in_the_field import averages, compilers, habits, loaders, loops, optimisers, trainers, wrappers
 from tests.in_the_field.cases import CASES, GROUPS, Case
 
 ROOT = Path(__file__).parents[2]
-ROOMS = (loops, trainers, averages, wrappers, optimisers, loaders, compilers)
+ROOMS = (loops, habits, trainers, averages, wrappers, optimisers, loaders, compilers)
 
 
 def _parameter(case: Case) -> object:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 
 import torch
-from tests.in_the_field.cases import limited, refused, works
+from tests.in_the_field.cases import limited, works
 from tests.in_the_field.trial import STEPS, Trial, batch, check_layers_agree, loss_of, same_output, trained
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -109,20 +109,15 @@ def quantised() -> None:
     assert (whole(x) - model(x)).norm() < 0.05 * model(x).norm()
 
 
-@works(
-    WRAPPERS,
-    "LoRA (PEFT)",
-    "`import kronblocks.integrations.peft`, then by PEFT's own calls; the block layers stay as they are",
-    "peft",
-)
+@works(WRAPPERS, "LoRA (PEFT)", "`with_block_layers(LoraConfig(...))`; the block layers stay as they are", "peft")
 def lora() -> None:
     from peft import LoraConfig, get_peft_model
 
-    import kronblocks.integrations.peft  # noqa: F401
+    from kronblocks.integrations.peft import with_block_layers
 
     model = trained().model
     base = copy.deepcopy(model)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    adapted = get_peft_model(model, with_block_layers(LoraConfig(r=2, target_modules=["0", "2"])))
     x = batch()[0]
     assert torch.allclose(adapted(x), base(x), atol=1e-6)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
@@ -136,26 +131,6 @@ def lora() -> None:
     assert sum(losses[-5:]) < sum(losses[:5])
     with adapted.disable_adapter():
         assert torch.equal(adapted(x), base(x))
-
-
-@refused(
-    WRAPPERS, "LoRA starts that change base weights (PiSSA, OLoRA, LoftQ), DoRA", "leave them out", "leave it at True", "peft"
-)
-def other_starts() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    import kronblocks.integrations.peft  # noqa: F401
-
-    get_peft_model(trained().model, LoraConfig(target_modules=["0"], init_lora_weights="pissa"))
-
-
-@refused(WRAPPERS, "LoHa, LoKr, IA3, VeRA and the other methods of PEFT", "use LoRA, or `densify_` first", "use LoRA", "peft")
-def other_adapters() -> None:
-    from peft import IA3Config, get_peft_model
-
-    import kronblocks.integrations.peft  # noqa: F401
-
-    get_peft_model(trained().model, IA3Config(target_modules=["0"], feedforward_modules=[]))
 
 
 @works(WRAPPERS, "casts and moves of a model in mid-training", "to float64 and back to float32")
