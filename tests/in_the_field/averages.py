@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from tests.in_the_field.cases import limited, works
 from tests.in_the_field.trial import STEPS, Trial, batch, check_layers_agree, config, mlp, same_output, trained
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 
-from kronblocks import densify_, from_pretrained, save_pretrained
+from kronblocks import KronblocksError, densify_, from_pretrained, save_pretrained
 from kronblocks.nn.base import BlockLayer
 
 AVERAGES = "averages"
@@ -31,27 +32,38 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [m.dense_weight().detach().clone() for m in model.modules() if isinstance(m, BlockLayer)]
 
 
-def averaged_in_heal(use_buffers: bool, folder: Any) -> None:
-    for name, function in KINDS.items():
-        trial = Trial()
-        optimizer = trial.adam()
-        average, wanted, count = None, [], 0
-        while trial.sparsifier.step < STEPS:
-            trial.step(optimizer)
-            if trial.sparsifier.phase == "heal":
-                average = average or AveragedModel(trial.model, multi_avg_fn=function, use_buffers=use_buffers)
-                average.update_parameters(trial.model)
-                now, count = weights(trial.model), count + 1
-                share = 0.9 if name == "EMA" else 1 - 1 / count
-                wanted = [share * old + (1 - share) * new for old, new in zip(wanted, now, strict=True)] if wanted else now
-        assert average is not None
-        check_average(average.module, wanted, trial.model)
-        assert same_output(from_pretrained(save_pretrained(average.module, folder / name), mlp), average.module.eval())
+def averaged_in_heal(use_buffers: bool, folder: Any, kind: str) -> None:
+    trial = Trial()
+    optimizer = trial.adam()
+    average, wanted, count = None, [], 0
+    while trial.sparsifier.step < STEPS:
+        trial.step(optimizer)
+        if trial.sparsifier.phase == "heal":
+            average = average or AveragedModel(trial.model, multi_avg_fn=KINDS[kind], use_buffers=use_buffers)
+            average.update_parameters(trial.model)
+            now, count = weights(trial.model), count + 1
+            share = 0.9 if kind == "EMA" else 1 - 1 / count
+            wanted = [share * old + (1 - share) * new for old, new in zip(wanted, now, strict=True)] if wanted else now
+    assert average is not None
+    check_average(average.module, wanted, trial.model)
+    assert same_output(from_pretrained(save_pretrained(average.module, folder / kind), mlp), average.module.eval())
 
 
 @works(AVERAGES, "AveragedModel from phase `heal`, EMA and SWA", "the layers are final then")
 def from_heal(folder: Any) -> None:
-    averaged_in_heal(False, folder)
+    for name in KINDS:
+        averaged_in_heal(False, folder, name)
+
+
+@limited(
+    AVERAGES,
+    "AveragedModel with `use_buffers=True`, from `heal`",
+    "EMA; torch cannot divide whole numbers for SWA, BatchNorm's neither",
+)
+def from_heal_with_buffers(folder: Any) -> None:
+    averaged_in_heal(True, folder, "EMA")
+    with pytest.raises(RuntimeError, match="Integer division"):
+        averaged_in_heal(True, folder, "SWA")
 
 
 def averaged_from_the_start(method: str, use_buffers: bool, **settings: Any) -> None:
@@ -76,6 +88,25 @@ def averaged_from_the_start(method: str, use_buffers: bool, **settings: Any) -> 
 )
 def from_the_start_dense() -> None:
     averaged_from_the_start("magnitude", True)
+
+
+@works(AVERAGES, "AveragedModel from the start, live blocks only (rigl, static)", "with `use_buffers=False`, torch's default")
+def from_the_start_packed() -> None:
+    averaged_from_the_start("rigl", False)
+    averaged_from_the_start("static", False)
+    averaged_from_the_start("static", True)
+
+
+@limited(AVERAGES, "the same with `use_buffers=True` and rigl", "an average of two patterns is refused where it is called")
+def from_the_start_of_two_patterns() -> None:
+    with pytest.raises(KronblocksError, match="use_buffers=False"):
+        averaged_from_the_start("rigl", True)
+
+
+@limited(AVERAGES, "AveragedModel from the start over the lift", "torch's error about sizes at the lift: begin in `heal`")
+def from_the_start_two_phase() -> None:
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        averaged_from_the_start("two-phase", False)
 
 
 @works(AVERAGES, "ModelEma of timm: all of `state_dict()`, integers too", "from `heal`")

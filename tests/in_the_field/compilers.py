@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from tests.in_the_field.cases import limited, works
+from tests.in_the_field.cases import limited, refused, works
 from tests.in_the_field.trial import STEPS, Trial, batch, loss_of, same_output, trained
 from torch import nn
 
-from kronblocks import densify_, export
+from kronblocks import BlockSparseLinear, KroneckerBlockLinear, densify_, export
+from kronblocks.nn.base import BlockLayer
 
 COMPILERS = "compilers and exporters"
 
@@ -88,11 +90,24 @@ def traced(folder: Path) -> None:
     assert same_output(torch.jit.load(str(folder / "traced.pt")), model, x)
 
 
+@refused(COMPILERS, "torch.jit.script", "script a `densify_`-ed copy, or use torch.export", "densify_|export")
+def scripted() -> None:
+    torch.jit.script(trained().model.eval())
+
+
 @works(COMPILERS, "torch.jit.script of a dense copy", "`densify_` first")
 def scripted_dense() -> None:
     model = trained().model.eval()
     densify_(model)
     assert same_output(torch.jit.script(model), model)
+
+
+@works(COMPILERS, "torch.fx.symbolic_trace", "block layers are leaves")
+def fx() -> None:
+    model = trained().model.eval()
+    graph = torch.fx.symbolic_trace(model)
+    assert same_output(graph, model)
+    assert isinstance(graph.get_submodule("0"), BlockLayer)
 
 
 @works(COMPILERS, "torch.func.vmap over inputs", "as it is")
@@ -107,3 +122,19 @@ def derivatives() -> None:
     model = nn.Sequential(*trained().model, nn.Tanh()).double()
     x = torch.randn(2, 32, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(model, (x,))
+
+
+@works(COMPILERS, "torch.func.grad, jacrev, jvp", "layers build the dense weight there, and compute at its cost")
+def functional_derivatives() -> None:
+    for layer in (BlockSparseLinear(32, 16, 8, plan="packed"), KroneckerBlockLinear(32, 16, 8, 2, plan="tile_first")):
+        x, weight = torch.randn(4, 32), layer.dense_weight().detach()
+        assert torch.allclose(torch.func.jacrev(layer)(x[0]), weight, atol=1e-6)
+        assert torch.allclose(torch.func.grad(lambda x, layer=layer: layer(x).sum())(x), weight.sum(0).expand(4, 32), atol=1e-5)
+        assert torch.allclose(torch.func.jvp(layer, (x,), (x,))[1], x @ weight.T, atol=1e-5)
+
+
+@limited(COMPILERS, "torch.autograd.forward_ad", "torch's own error: use torch.func.jvp")
+def forward_mode() -> None:
+    layer, x = BlockSparseLinear(32, 16, 8, plan="packed"), torch.randn(4, 32)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        layer(torch.autograd.forward_ad.make_dual(x, x))

@@ -139,6 +139,16 @@ def assigned() -> None:
     check_layers_agree(again)
 
 
+@works(LOADERS, "a state copied tensor by tensor", "`own[name].copy_(other[name])`")
+def by_hand() -> None:
+    one, other = (trained(config(method)).model for method in ("static", "static"))
+    with torch.no_grad():
+        for name, value in one.state_dict().items():
+            value.copy_(other.state_dict()[name])
+    assert same_output(one, other)
+    check_layers_agree(one)
+
+
 @works(LOADERS, "the whole training in one state_dict", "`sparsifier.save_with_model()`")
 def carried() -> None:
     trial = Trial()

@@ -7,15 +7,17 @@ import copy
 import io
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from tests.in_the_field.cases import limited, works
-from tests.in_the_field.trial import STEPS, Trial, batch, check_layers_agree, loss_of, same_output, trained
+from tests.in_the_field.cases import limited, refused, works
+from tests.in_the_field.trial import STEPS, Trial, batch, check_layers_agree, config, loss_of, mlp, same_output, trained
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from kronblocks import densify_
+from kronblocks import densify_, sparsify_
 from kronblocks.nn.base import BlockLayer
 
 WRAPPERS = "wrappers"
@@ -54,6 +56,52 @@ def parametrized() -> None:
         trial.step(optimizer)
     trial.check(0.75)
     assert isinstance(model[3], BlockLayer)
+
+
+@works(WRAPPERS, "nn.TransformerEncoder in eval with a padding mask", "between training steps too")
+def encoder() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    trial = Trial(nn.TransformerEncoder(layer, 1))
+    optimizer = trial.adam()
+    x, padding = torch.randn(4, 6, 32), torch.zeros(4, 6, dtype=torch.bool)
+    padding[:2, 4:] = True
+    while trial.sparsifier.step < STEPS:
+        with torch.no_grad():
+            found = trial.model.eval()(x, src_key_padding_mask=padding)
+        dense = copy.deepcopy(trial.model)
+        densify_(dense)
+        with torch.no_grad():
+            assert torch.allclose(found[~padding], dense(x, src_key_padding_mask=padding)[~padding], atol=1e-5)
+        loss = trial.model.train()(x, src_key_padding_mask=padding)[~padding].square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        trial.note(loss)
+    trial.check(falls=False)
+
+
+@works(WRAPPERS, "functional_call with another model's state", "masks and positions of that state are used")
+def functional() -> None:
+    models = [trained(config(method)).model for method in ("static", "static", "rigl", "rigl")]
+    for one, other in (models[:2], models[2:]):
+        x = batch()[0]
+        assert torch.allclose(functional_call(one, dict(other.state_dict()), (x,)), other(x), atol=1e-5)
+        check_layers_agree(one)
+
+
+@works(WRAPPERS, "ensembles by vmap over stacked states", "of models with layers of the same sizes; the skeleton may be on meta")
+def ensemble() -> None:
+    models = [trained(config("static")).model for _ in range(3)]
+    parameters, buffers = stack_module_state(models)
+    skeleton = copy.deepcopy(models[0]).to("meta")
+    x = batch()[0]
+
+    def call(parameters: Any, buffers: Any) -> Any:
+        return functional_call(skeleton, (parameters, buffers), (x,))
+
+    found = vmap(call)(parameters, buffers)
+    for each, model in zip(found, models, strict=True):
+        assert torch.allclose(each, model(x), atol=1e-5)
 
 
 @works(WRAPPERS, "copy.deepcopy of the model", "in mid-training: the copy computes the same, and trains alone")
@@ -141,3 +189,18 @@ def cast() -> None:
     check_layers_agree(trial.model)
     trial.model.float()
     trial.train(optimizer)
+
+
+@refused(WRAPPERS, "tensors on two devices", "move the model and its input to one", "device")
+def two_devices() -> None:
+    model = mlp()
+    sparsify_(model, config("static"))
+    model(torch.randn(4, 32, device="meta"))
+
+
+@refused(WRAPPERS, "a model on the meta device, called", "load its weights first", "meta|device")
+def on_meta() -> None:
+    with torch.device("meta"):
+        model = mlp()
+    sparsify_(model, config())
+    model(torch.randn(4, 32))
