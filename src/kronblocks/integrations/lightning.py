@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -190,7 +191,10 @@ def _with_state(sparsifier: Sparsifier, save: Callable[..., Any]) -> Callable[..
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
         state = checkpoint[_KEY] = sparsifier.state_dict()
         if state["structure"]["layers"] and not any(is_sharded(p) for p in sparsifier.model.parameters()):
-            checkpoint["state_dict"][HINT] = torch.zeros(0)  # what a plain model's error names
+            weights = checkpoint["state_dict"]
+            weights[HINT] = torch.zeros(0)  # what a plain model's error names, before anything that it does not expect
+            if isinstance(weights, OrderedDict):
+                weights.move_to_end(HINT, last=False)
         save(checkpoint)
 
     return on_save_checkpoint

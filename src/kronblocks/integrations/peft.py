@@ -48,7 +48,7 @@ class BlockLora(LoraLinear):
 
 
 def with_block_layers(config: LoraConfig) -> LoraConfig:
-    """Let one LoraConfig take block layers. Not needed any more: importing this module lets every one."""
+    """Let one LoraConfig take block layers, for code that calls `LoraModel` without the look that this module adds."""
     config._register_custom_module({BlockLayer: BlockLora})
     return config
 
