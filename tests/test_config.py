@@ -16,6 +16,7 @@ FULL = SparsityConfig(
     target_sparsity=0.8,
     layers=("encoder.*", "re:.*fc[12]"),
     exclude=("type:Head",),
+    heads=("encoder.fc2",),
     overrides={"encoder.0": LayerOverride(block_size="8x2", rank=1, tile_groups=1)},
     on_mismatch="nearest",
     tile_groups=2,

@@ -55,6 +55,9 @@ class SparsityConfig:
         layers: which nn.Linear layers: patterns on the name (`"encoder.*"`), regular expressions (`"re:.*fc[12]"`), or types
             of the layer or of a module around it (`"type:MLP"`). Classes may be given and become "type:" patterns.
         exclude: the same, for layers to leave dense.
+        heads: the same, for the layers that make the model's output: each of their block rows keeps a block as long as it can,
+            since an output without one is lost. Empty: they are found in the first training steps; where blocks are chosen
+            before (rigl, static), whatever may be a head leaves no block row empty that could have one.
         overrides: pattern to `LayerOverride`; later ones win.
         convolutions: take nn.Conv1d and nn.Conv2d too, as linear layers over patches: blocks never cut across kernel positions.
         on_mismatch: a block size that does not divide a layer, or tile groups that do not divide its block rows: leave it
@@ -65,11 +68,12 @@ class SparsityConfig:
         init: of factors "random" (orthonormal tiles, the variance of the layer's weights), "spectral" (nearest to these weights,
             with their variance) or "nearest" (nearest to the present weights: for trained models); None: the method's
             own. Of rigl's and static's live blocks "random" (the default) or "nearest": those of greatest norm in each layer.
-        score: what blocks are compared by: "norm" (their norm), "gate" (|S|) or "taylor" (gradient times weight); None: the
-            method's own, "gate" for kron-l1.
+        score: what blocks are compared by: "norm" (their norm, whatever the scale of their layer), "gate" (|S|) or "taylor"
+            (gradient times weight); None: the method's own, "gate" for kron-l1.
         regrow: share of the live blocks that is exchanged, at the first mask update, for the dead ones of greatest gradient; it
             falls to 0 by a cosine. None: the method's own, 0.3 for rigl and 0 for the others that can.
-        scope: one budget over all layers ("global"), or the same sparsity in each ("layer").
+        scope: one budget over all layers ("global"), of which each keeps a quarter of the mean density unless blocks are scored
+            by "taylor", or the same sparsity in each ("layer").
         distribution: of rigl's and static's live blocks over the layers: "erk" (Erdos-Renyi: small layers denser; the default) or
             "uniform".
         storage: live blocks only ("packed", the default of rigl and static: their cost is real), or the nn.Linear ("dense", the
@@ -94,6 +98,7 @@ class SparsityConfig:
     target_sparsity: float = 0.9
     layers: tuple[str | type, ...] = ("*",)
     exclude: tuple[str | type, ...] = ()
+    heads: tuple[str | type, ...] = ()
     overrides: Mapping[str, LayerOverride] = field(default_factory=dict)
     convolutions: bool = False
     on_mismatch: Mismatch = "dense"
@@ -138,6 +143,7 @@ class SparsityConfig:
             object.__setattr__(self, "block_size", BlockSize.parse(self.block_size))
         object.__setattr__(self, "layers", _patterns(self.layers))
         object.__setattr__(self, "exclude", _patterns(self.exclude))
+        object.__setattr__(self, "heads", _patterns(self.heads))
         wrong = [key for key, value in self.overrides.items() if not isinstance(value, LayerOverride)]
         if wrong:
             raise KronblocksError(f"overrides[{wrong[0]!r}] must be a LayerOverride(block_size=..., rank=..., tile_groups=...)")
@@ -328,7 +334,7 @@ def _patterns(patterns: object) -> tuple[str, ...]:
     if isinstance(patterns, str | type):
         patterns = (patterns,)
     if not isinstance(patterns, tuple | list) or not all(isinstance(each, str | type) for each in patterns):
-        raise KronblocksError(f'layers and exclude are patterns such as ("encoder.*", "re:.*fc[12]"), not {patterns!r}')
+        raise KronblocksError(f'layers, exclude and heads are patterns such as ("encoder.*", "re:.*fc[12]"), not {patterns!r}')
     return tuple(f"type:{each.__qualname__}" if isinstance(each, type) else each for each in patterns)
 
 

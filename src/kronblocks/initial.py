@@ -19,6 +19,7 @@ from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.selection import Selected, SurgeryReport
 from kronblocks.shards import whole
 from kronblocks.sparsity.budget import random_scores, strongest_masks
+from kronblocks.sparsity.heads import possible_heads
 
 
 def first_init(layer: nn.Module, config: SparsityConfig) -> Init:
@@ -146,9 +147,23 @@ def _check_target(names: list[str], masks: list[Tensor], areas: list[int], confi
         )
 
 
-def first_masks(model: nn.Module, report: SurgeryReport, config: SparsityConfig, present: Sequence[Tensor]) -> dict[str, Tensor]:
+def first_masks(
+    model: nn.Module,
+    report: SurgeryReport,
+    config: SparsityConfig,
+    present: Sequence[Tensor],
+    heads: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
     """The blocks of each layer that are live at first: of methods that are constantly sparse as many as in the end, else all
     that are there.
+
+    Args:
+        model: before anything is replaced.
+        report: which layers.
+        config: which method.
+        present: the blocks that are there, (m1, n1) bool.
+        heads: names of the layers that make the output; None: not known yet, so none that may be one gets empty block rows that
+            it need not have.
     """
     names = [each.name for each in report.selected]
     masks = list(present)
@@ -158,7 +173,9 @@ def first_masks(model: nn.Module, report: SurgeryReport, config: SparsityConfig,
             for each, live in zip(report.selected, present, strict=True)
         ]
         areas = [each.grid.block.area for each in report.selected]
-        strongest = strongest_masks(scores, areas, config.target_sparsity, config.distribution or "erk")
+        heads = possible_heads(model, names) if heads is None else heads
+        is_head = [name in heads for name in names]
+        strongest = strongest_masks(scores, areas, config.target_sparsity, config.distribution or "erk", is_head)
         masks = [mask & live for mask, live in zip(strongest, present, strict=True)]
     return dict(zip(names, masks, strict=True))
 

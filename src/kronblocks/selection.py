@@ -230,7 +230,8 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
     linears = {name: module for name, module in names.modules.items() if isinstance(module, nn.Linear | BlockLayer)}
     if not linears:
         raise KronblocksError("the model has no nn.Linear layer, so there is nothing to make block-sparse")
-    for what, patterns in (("layers", config.layers), ("exclude", config.exclude), ("overrides", tuple(config.overrides))):
+    for what in ("layers", "exclude", "heads", "overrides"):
+        patterns = tuple(getattr(config, what))
         _check_patterns(tuple(p for p in patterns if isinstance(p, str)), names, list(linears), what)
     selected, left = [], []
     for name, module in linears.items():
@@ -250,6 +251,14 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
                 f"the weight of {each.name} has values that are not finite (NaN or infinity): mend or reload it"
             )
     return SurgeryReport(tuple(_with_ranks(selected, linears, config)), tuple(left))
+
+
+def named_heads(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> tuple[str, ...] | None:
+    """The selected layers that match a pattern of `heads`; None where the config names none, and they are to be found."""
+    if not config.heads:
+        return None
+    names, patterns = _Names(model), [pattern for pattern in config.heads if isinstance(pattern, str)]
+    return tuple(each.name for each in report.selected if any(names.matches(each.name, pattern) for pattern in patterns))
 
 
 _ATTENTION = (

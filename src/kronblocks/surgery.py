@@ -33,7 +33,7 @@ from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
 from kronblocks.records import apply_structure_, layers_of, structure
-from kronblocks.selection import Selected, SurgeryReport, select
+from kronblocks.selection import Selected, SurgeryReport, named_heads, select
 from kronblocks.sparsity.budget import choose_dead
 from kronblocks.sparsity.places import target_now
 from kronblocks.sparsity.planning import Planner
@@ -190,7 +190,8 @@ def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport,
         choose_dead(scores, areas, config.target_sparsity, config.scope)
     warn_of_dropped_weights(model, report, config)
     warn_of_blocks_of_zeros(model, report, config)
-    masks = first_masks(model, report, config, present)
+    heads = named_heads(model, report, config)
+    masks = first_masks(model, report, config, present, heads)
     if config.method in FACTORED:
         warn_of_rank(report)
     report = _replace_layers(model, report, config, masks)
@@ -200,7 +201,7 @@ def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport,
             target.set_mask_(masks[target.name])
     planner = Planner(measure=config.measure_plans, rows=config.rows)
     surgeon = ModelSurgeon(model, report)
-    return Sparsifier(model, targets, rule, schedule_of(config), surgeon, scope=config.scope, planner=planner)
+    return Sparsifier(model, targets, rule, schedule_of(config), surgeon, scope=config.scope, planner=planner, heads=heads)
 
 
 def _replace_layers(

@@ -11,7 +11,6 @@ from torch import nn
 
 from kronblocks import BlockSize, SparsityConfig, sparsify_
 from kronblocks.config import PenaltyConfig, ScheduleConfig
-from kronblocks.sparsity.rules.proximal import last_to_die
 from kronblocks.sparsity.schedule import SparsitySchedule
 
 
@@ -72,13 +71,6 @@ def test_a_fixed_strength_shrinks_by_the_rate():
     warm, constant = (dict(seen_in_a_training(fixed, rate)) for rate in (lambda done: min(1.0, done / 0.45), lambda done: 1.0))
     assert sum(constant.values()) > sum(warm.values()) + 1
     assert constant[STEPS] == warm[STEPS] == pytest.approx(0.8, abs=1e-3)
-
-
-def test_the_last_to_die_counts_weights_and_leaves_out_what_cannot_die():
-    scores = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, torch.inf, 0.0]])]
-    # in order: the dead one of 1 weight, then 4 + 4, then 1 + 1 and the one that stays, of 12
-    wanted = {0.0: 0.0, 1 / 12: 0.0, 2 / 12: 1.0, 5 / 12: 1.0, 6 / 12: 2.0, 9 / 12: 2.0, 10 / 12: 3.0, 1.0: 4.0}
-    assert {share: last_to_die(scores, [4, 1], share) for share in wanted} == wanted
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from kronblocks.sparsity.rules.fixed import Fixed
 from kronblocks.sparsity.rules.group_lasso import GroupLasso
 from kronblocks.sparsity.rules.kron_l1 import KronL1
 from kronblocks.sparsity.rules.magnitude import Magnitude
+from kronblocks.sparsity.rules.proximal import blocks_due, due_thresholds
 from kronblocks.sparsity.rules.regrowth import exchange
 from kronblocks.sparsity.rules.rigl import Rigl
 
@@ -204,16 +207,23 @@ def test_magnitude_with_regrowth_hits_the_same_sparsity():
     assert torch.equal(last[0], plain[0])
 
 
-@pytest.mark.parametrize("rule", [Magnitude(), Magnitude(regrow=0.9), Rigl(0.9), GroupLasso(form="proximal", strength=1e3)])
-def test_no_rule_takes_the_last_block_of_a_row_of_the_head(rule):
-    """Of the last layer only, which mostly is the head: an output without a live block is a lost class."""
+@pytest.mark.parametrize("place", [0, 1], ids=["head first", "head last"])
+@pytest.mark.parametrize(
+    "rule", [Magnitude(), Magnitude(regrow=0.9), Rigl(0.9), GroupLasso(), GroupLasso(form="proximal", strength=1e3)]
+)
+def test_no_rule_takes_the_last_block_of_a_row_of_a_head(rule, place):
+    """Wherever it is defined: an output without a live block is a lost class."""
     body, head = torch.ones(4, 4, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)
     if isinstance(rule, Rigl):
         body, head = body.tril(), torch.tensor([[True, False, False, False], [True, True, True, False]])
     scores = [torch.arange(16.0).view(4, 4) + 9, torch.tensor([[0.1, 0.2, 0.4, 0.3], [0.5, 0.6, 0.7, 0.8]])]
     growth = [torch.rand(4, 4), torch.tensor([[0.0] * 4, [9.0] * 4])]
-    multipliers, _ = rule.propose(scores, growth, {}, context([body, head], areas=(1, 1), sparsity=0.6))
-    assert (multipliers[1] != 0).any(1).all()
+    order, is_head = (slice(None, None, 1 if place else -1), (not place, bool(place)))
+    ctx = context([body, head][order], areas=(1, 1), sparsity=0.6, heads=is_head, steps_to_update=1)
+    multipliers, _ = rule.propose(scores[order], growth[order], {}, ctx)
+    assert (multipliers[place] != 0).any(1).all()
+    without, _ = rule.propose(scores[order], growth[order], {}, replace(ctx, heads=(False, False)))
+    assert not (without[place] != 0).any(1).all()
     assert all(((m == 0) | (m == 1)).all() or isinstance(rule, GroupLasso) for m in multipliers)
 
 
@@ -221,11 +231,26 @@ def test_group_lasso_shrinks_by_what_the_next_update_wants():
     rule, mask, scores = GroupLasso(), torch.ones(1, 5, dtype=torch.bool), [torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])]
     multipliers, state = rule.propose(scores, None, {}, context([mask], is_update=False))
     # 0.75 of five blocks, so four, have to die in 5 steps: the fourth score over 5, whatever the rate
-    assert torch.allclose(multipliers[0], (1 - 0.8 / scores[0]).clamp_min(0)) and state == {}
+    assert torch.allclose(multipliers[0], (1 - 0.8 / scores[0]).clamp_min(0)) and state == {"due": [4]}
     last = rule.propose(scores, None, {}, context([mask], steps_to_update=1, learning_rates=(0.0,)))[0][0]
     assert last[0].tolist() == pytest.approx([0, 0, 0, 0, 0.2])
     rested = rule.propose(scores, None, {}, context([torch.tensor([[False] * 4 + [True]])]))[0][0]
     assert rested.tolist() == [[0, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (1.0, 0.01), (0.0, 0.0)])
+def test_what_is_due_counts_weights_and_leaves_out_what_stays(rates):
+    masks = [torch.tensor([[True, True]]), torch.tensor([[True, True, True, False]])]
+    scores = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 5.0, 9.0]])]
+    # in order: the dead one of 1 weight, then 4 weights of score 1, then 1 and 1 of 3 and 4, of 12; 2 and 5 are the layers' best
+    wanted = {1: ([0, 1], [0, 0]), 2: ([1, 1], [1, 0]), 5: ([1, 1], [1, 0]), 6: ([1, 2], [1, 3]), 7: ([1, 3], [1, 4])}
+    settings = {"areas": (4, 1), "score": "gate", "learning_rates": rates, "steps_to_update": 2}
+    for weights, (due, thresholds) in {**wanted, 11: wanted[7]}.items():
+        ctx = context(masks, next_sparsity=weights / 12, **settings)
+        assert blocks_due(scores, ctx) == due
+        assert due_thresholds(scores, due, ctx) == [each / 2 for each in thresholds]
+    alone = context(masks, next_sparsity=0.5, **{**settings, "learning_rates": (0.0, 1.0)})
+    assert blocks_due(scores, alone) == [0, 2]  # half of the layer that moves
 
 
 class FakeGate:

@@ -14,6 +14,11 @@ from kronblocks.errors import DoesNotFit
 Scope = Literal["global", "layer"]
 Distribution = Literal["erk", "uniform"]
 
+FLOOR = 0.25
+"""Share of the mean density that every layer keeps where blocks of different layers are compared by their norms."""
+
+_NEVER = 3  # the number of blocks that never die: see `keep_longest`
+
 
 def blocks_to_kill(blocks: int, sparsity: float) -> int:
     """ceil(sparsity * blocks), forgiving rounding errors of the product.
@@ -30,18 +35,15 @@ def best_of_rows(score: Tensor) -> Tensor:
     >>> best_of_rows(torch.tensor([[1.0, 3.0], [-1.0, 0.0], [-1.0, -1.0]])).tolist()
     [[False, True], [False, True], [False, False]]
     """
-    return _best_of_rows(score) & (score >= 0)
-
-
-def _best_of_rows(score: Tensor) -> Tensor:
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.argmax(1, keepdim=True), True)
+    best = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.argmax(1, keepdim=True), True)
+    return best & (score >= 0)
 
 
 def _with_live_rows(live: Tensor, score: Tensor) -> Tensor:
     """The same number of live blocks, but one in every block row, as far as they go: the worst of fuller rows make room."""
     live = live.clone()
     for row in (~live.any(1) & (score >= 0).any(1)).nonzero().flatten().tolist():
-        spare = live & ~_best_of_rows(score.masked_fill(~live, -math.inf))
+        spare = live & ~best_of_rows(score.masked_fill(~live, -1.0))
         if not spare.any():
             break
         live.view(-1)[score.masked_fill(~spare, math.inf).argmin()] = False
@@ -49,18 +51,48 @@ def _with_live_rows(live: Tensor, score: Tensor) -> Tensor:
     return live
 
 
-def _choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float, *, head: bool) -> list[Tensor]:
+def keep_longest(scores: Sequence[Tensor], sparsity: float, *, heads: Sequence[bool] = (), floor: float = 0.0) -> list[Tensor]:
+    """How late each block dies, (m1, n1) uint8 a layer: one of a higher number only when none of a lower one is left.
+
+    0: in order of score. 1: the best blocks of a layer, up to `floor` times the mean density. 2: the best block of each block
+    row of a head. 3: the best block of a layer, which never dies. Dead blocks, whose scores are below 0, have 0.
+
+    Args:
+        scores: one (m1, n1) grid a layer, from 0 on; dead blocks have scores below 0.
+        sparsity: share of all weights that is to be dead.
+        heads: whether a layer makes the model's output, one a layer; empty: none does.
+        floor: share of the mean density that every layer keeps as long as it can.
+
+    >>> keep_longest([torch.tensor([[4.0, 1.0, 3.0, 2.0], [0.5, 0.4, 0.3, 0.2]])], 0.5, heads=[True], floor=0.5)[0].tolist()
+    [[3, 0, 1, 0], [2, 0, 0, 0]]
+    """
+    numbers = []
+    for place, score in enumerate(scores):
+        number = torch.zeros_like(score, dtype=torch.uint8)
+        kept = math.ceil(floor * (1 - sparsity) * score.numel() - 1e-9)
+        if kept > 1:
+            number.view(-1)[score.flatten().topk(kept).indices] = 1
+        if len(heads) and heads[place]:
+            number[best_of_rows(score)] = 2
+        number.view(-1)[score.argmax()] = 3
+        numbers.append(number.masked_fill(score < 0, 0))
+    return numbers
+
+
+def _choose_dead(
+    scores: Sequence[Tensor],
+    areas: Sequence[int],
+    sparsity: float,
+    heads: Sequence[bool] = (),
+    floor: float = 0.0,
+    reach: bool = True,
+) -> list[Tensor]:
     sizes = [score.numel() for score in scores]
-    flat = torch.cat([score.detach().flatten().to("cpu", torch.float64) for score in scores])
-    protected = torch.zeros_like(flat, dtype=torch.bool)
-    for layer, start in zip(flat.split(sizes), _starts(sizes), strict=True):
-        protected[start + int(layer.argmax())] = True
+    on_cpu = [score.detach().to("cpu", torch.float64) for score in scores]
+    flat = torch.cat([score.flatten() for score in on_cpu])
+    late = torch.cat([each.flatten() for each in keep_longest(on_cpu, sparsity, heads=heads, floor=floor)])
     order = flat.argsort(stable=True)
-    if head:  # these die when nothing else is left to
-        late = torch.zeros_like(protected)
-        late[-sizes[-1] :] = best_of_rows(scores[-1].detach().to("cpu", torch.float64)).flatten()
-        order = order[late[order].to(torch.int8).argsort(stable=True)]
-    order = order[protected[order].to(torch.int8).argsort(stable=True)]
+    order = order[late[order].argsort(stable=True)]
     if len(set(areas)) == 1:
         count = blocks_to_kill(len(flat), sparsity)
     else:
@@ -68,48 +100,87 @@ def _choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float
         wanted = sparsity * float(area.sum())
         reached = area[order].cumsum(0) >= wanted * (1 - 1e-12)
         count = int(torch.nonzero(reached)[0]) + 1 if wanted > 0 else 0
-    free = len(flat) - int(protected.sum())
-    if count > free:
+    free = len(flat) - int((late == _NEVER).sum())
+    if count > free and reach:
         raise DoesNotFit(
             f"a sparsity of {sparsity} of {len(flat)} blocks in {len(sizes)} layers would leave a layer without a live block: "
             f"at most {free / len(flat):.4f} is possible here (lower target_sparsity, or take smaller blocks)"
         )
     dead = torch.zeros_like(flat, dtype=torch.bool)
-    dead[order[:count]] = True
+    dead[order[: min(count, free)]] = True
     return [d.view(score.shape).to(score.device) for d, score in zip(dead.split(sizes), scores, strict=True)]
 
 
-def _starts(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[:i]) for i in range(len(sizes))]
+def layer_adaptive(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Scores that compare blocks of different layers, whatever each layer's scale (equation 22 in docs/math.md).
+
+    The square of a block's score, divided by the squares of all blocks of its layer that outlive it, times m1 + n1: where
+    the blocks of every layer are alike, densities are in proportion to (m1 + n1) / (m1 * n1), as `erdos_renyi` gives them. The
+    order within a layer stays.
+
+    Args:
+        scores: one (m1, n1) grid a layer, from 0 on, in any unit; dead blocks have scores below 0, and keep them.
+
+    Source:
+        Lee, Park, Mo, Ahn, Shin, "Layer-adaptive sparsity for the magnitude-based pruning" (LAMP), 2021, with blocks for weights
+        and another constant for each layer.
+
+    >>> small, large = torch.tensor([[1.0, 2.0]]), torch.tensor([[100.0, 200.0]])
+    >>> [grid.tolist() for grid in layer_adaptive([small, large])]
+    [[[0.6, 3.0]], [[0.6, 3.0]]]
+    """
+    adapted = []
+    for score in scores:
+        flat = score.detach().flatten().to("cpu", torch.float64)
+        live = flat >= 0
+        top = float(flat.max())
+        relative = flat / top if top > 0 else torch.ones_like(flat)  # squares of it neither overflow nor, where it counts, vanish
+        squares, order = relative.square().masked_fill(~live, 0).sort(stable=True)
+        outlive = squares.flip(0).cumsum(0).flip(0)
+        found = torch.empty_like(flat).index_copy_(0, order, squares / outlive * sum(score.shape))
+        adapted.append(torch.where(live, found, flat).view(score.shape).to(score.device))
+    return adapted
 
 
-def choose_dead(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float, scope: Scope = "global") -> list[Tensor]:
+def choose_dead(
+    scores: Sequence[Tensor],
+    areas: Sequence[int],
+    sparsity: float,
+    scope: Scope = "global",
+    *,
+    heads: Sequence[bool] = (),
+    floor: float = 0.0,
+    reach: bool = True,
+) -> list[Tensor]:
     """The blocks of least score that must be dead for a sparsity; ties broken by layer order and block index.
 
     With equal block sizes exactly ceil(sparsity * N - 1e-9) of the N blocks; with unequal ones the fewest, in order of score,
-    whose weights reach that share of all weights. Every layer keeps its best block; and of the last layer, which mostly is a
-    model's head, the best block of each block row dies only when nothing else is left: an output without one is a lost class.
+    whose weights reach that share of all weights. Every layer keeps its best block. The best block of each block row of a head,
+    where an output without one is a lost class, and a layer's best blocks up to `floor` of the mean density die only when
+    nothing else is left (`keep_longest`).
 
     Args:
         scores: one (m1, n1) grid a layer, in the model's order, from 0 on; dead blocks have scores below 0, and count first.
         areas: weights per block, a number a layer.
         sparsity: share to be dead, in [0, 1).
-        scope: over all layers together ("global"), or in each ("layer").
+        scope: over all layers together ("global"), or in each ("layer"), where there is no floor to keep.
+        heads: whether a layer makes the model's output, one a layer; empty: none does.
+        floor: share of the mean density that every layer keeps as long as it can.
+        reach: whether the sparsity must be reached; else all but the best of every layer die where it cannot be.
 
     Returns:
         One (m1, n1) bool grid a layer, True = dead.
 
     Raises:
-        DoesNotFit: a layer would be left without a live block.
+        DoesNotFit: a layer would be left without a live block, and `reach` is set.
 
     >>> [dead.tolist() for dead in choose_dead([torch.tensor([[3.0, 1.0, 2.0, 1.0]])], [4], 0.5)]
     [[[False, True, False, True]]]
     """
     if scope == "global":
-        return _choose_dead(scores, areas, sparsity, head=True)
-    last = len(scores) - 1
+        return _choose_dead(scores, areas, sparsity, heads, floor, reach)
     return [
-        _choose_dead([score], [area], sparsity, head=number == last)[0]
+        _choose_dead([score], [area], sparsity, heads[number : number + 1], reach=reach)[0]
         for number, (score, area) in enumerate(zip(scores, areas, strict=True))
     ]
 
@@ -142,7 +213,11 @@ def erdos_renyi(shapes: Sequence[tuple[int, int]], weights: Sequence[int], densi
 
 
 def random_masks(
-    shapes: Sequence[tuple[int, int]], areas: Sequence[int], sparsity: float, distribution: Distribution
+    shapes: Sequence[tuple[int, int]],
+    areas: Sequence[int],
+    sparsity: float,
+    distribution: Distribution,
+    heads: Sequence[bool] | None = None,
 ) -> list[Tensor]:
     """Random live blocks that hit a sparsity exactly, with the layers' densities as the distribution says, up to rounding.
 
@@ -151,11 +226,12 @@ def random_masks(
         areas: weights per block, a number a layer.
         sparsity: share to be dead, in [0, 1).
         distribution: "erk", or "uniform": every layer alike.
+        heads: see `strongest_masks`.
 
     Returns:
         One (m1, n1) bool grid a layer, True = live.
     """
-    return strongest_masks([random_scores(shape) for shape in shapes], areas, sparsity, distribution)
+    return strongest_masks([random_scores(shape) for shape in shapes], areas, sparsity, distribution, heads)
 
 
 def random_scores(shape: tuple[int, int]) -> Tensor:
@@ -164,16 +240,23 @@ def random_scores(shape: tuple[int, int]) -> Tensor:
     return (m1 * n1 - 1 - torch.randperm(m1 * n1, device="cpu")).view(m1, n1)
 
 
-def strongest_masks(norms: Sequence[Tensor], areas: Sequence[int], sparsity: float, distribution: Distribution) -> list[Tensor]:
-    """The blocks of greatest norm, as many in each layer as a distribution wants; see `random_masks`.
+def strongest_masks(
+    norms: Sequence[Tensor],
+    areas: Sequence[int],
+    sparsity: float,
+    distribution: Distribution,
+    heads: Sequence[bool] | None = None,
+) -> list[Tensor]:
+    """The blocks of greatest norm, as many in each layer as a distribution wants, and no less than `FLOOR` of the mean density.
 
-    In the last layer, mostly a model's head, no block row is left without one while others have two.
+    No block row of a head is left without one while others have two.
 
     Args:
         norms: one (m1, n1) grid a layer, below 0 where a block is dead already and stays so.
         areas: weights per block, a number a layer.
         sparsity: share to be dead, in [0, 1).
         distribution: "erk", or "uniform": every layer alike.
+        heads: whether a layer makes the model's output, one a layer; None: nobody knows yet, so every layer may be one.
     """
     blocks = [grid.numel() for grid in norms]
     weights = [number * area for number, area in zip(blocks, areas, strict=True)]
@@ -185,6 +268,9 @@ def strongest_masks(norms: Sequence[Tensor], areas: Sequence[int], sparsity: flo
     for grid, number, wanted in zip(norms, blocks, density, strict=True):
         order = grid.detach().flatten().argsort(descending=True, stable=True).argsort().to("cpu", torch.float64)
         scores.append((wanted * number / (order.view(grid.shape) + 0.5)).masked_fill(grid.to("cpu") < 0, -1.0))
-    masks = [~dead for dead in _choose_dead(scores, areas, sparsity, head=False)]
-    norm = norms[-1].detach().to(masks[-1].device, torch.float64)
-    return [*masks[:-1], _with_live_rows(masks[-1], norm)]
+    masks = [~dead for dead in _choose_dead(scores, areas, sparsity, floor=FLOOR)]
+    is_head = [True] * len(masks) if heads is None else heads
+    return [
+        _with_live_rows(mask, norm.detach().to(mask.device, torch.float64)) if may_be else mask
+        for mask, norm, may_be in zip(masks, norms, is_head, strict=True)
+    ]

@@ -1,17 +1,26 @@
-"""What a rule is told beside the scores, from the schedule and the layers as they are."""
+"""What a rule is told beside the scores, from the schedule, the layers and the optimisers as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch.optim import Optimizer
+
 from kronblocks.sparsity.budget import Scope
 from kronblocks.sparsity.rules.base import RuleContext
 from kronblocks.sparsity.schedule import SparsitySchedule
-from kronblocks.sparsity.targets import BlockTarget
+from kronblocks.sparsity.targets import BlockTarget, Score
 
 
 def context_at(
-    step: int, schedule: SparsitySchedule, targets: Sequence[BlockTarget], learning_rates: tuple[float, ...], scope: Scope
+    step: int,
+    schedule: SparsitySchedule,
+    targets: Sequence[BlockTarget],
+    optimizers: Sequence[Optimizer],
+    *,
+    heads: Sequence[str],
+    scope: Scope,
+    score: Score,
 ) -> RuleContext:
     """The context after a step.
 
@@ -19,8 +28,10 @@ def context_at(
         step: finished optimiser steps.
         schedule: of the training.
         targets: the layers.
-        learning_rates: a number a layer.
+        optimizers: that hold their parameters.
+        heads: names of the layers that make the output.
         scope: of the budget.
+        score: what the rule is given of each block.
     """
     later = schedule.next_update(step)
     return RuleContext(
@@ -36,6 +47,14 @@ def context_at(
         steps_to_update=max(1, later - step),
         masks=tuple(target.mask for target in targets),
         areas=tuple(target.area for target in targets),
-        learning_rates=learning_rates,
+        learning_rates=_learning_rates(targets, optimizers),
+        heads=tuple(target.name in heads for target in targets),
         scope=scope,
+        score=score,
     )
+
+
+def _learning_rates(targets: Sequence[BlockTarget], optimizers: Sequence[Optimizer]) -> tuple[float, ...]:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rate = {id(p): 1.0 if group.get("lr") is None else float(group["lr"]) for group in groups for p in group["params"]}
+    return tuple(rate.get(id(target.parameters()[0]), 0.0) for target in targets)

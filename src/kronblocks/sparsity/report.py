@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from kronblocks.errors import KronblocksWarning
+from kronblocks.sparsity.heads import Heads, Source
 from kronblocks.sparsity.targets import BlockTarget
+
+STARVED = 1 / 3
+"""Below this share of the mean density a layer counts as starved, if its share would be `STARVED_FROM` blocks or more."""
+STARVED_FROM = 10
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,18 @@ class SparsityReport:
     layers: tuple[LayerSparsity, ...]
     block_sparsity: float  # share of the targeted weights that lie in zero blocks; the share of blocks where all have one size
     notes: tuple[str, ...] = ()  # what the numbers do not say: layers that are gone, a sparsifier that is not attached
+    heads: tuple[str, ...] = ()  # the layers that make the model's output, of which every block row keeps a block, once known
+    heads_from: Source | None = None  # how they were found; None: not yet
+
+    @property
+    def starved(self) -> tuple[LayerSparsity, ...]:
+        """Layers with far fewer live blocks than the mean density would give them."""
+        density = 1 - self.block_sparsity
+        return tuple(
+            layer
+            for layer in self.layers
+            if layer.live_blocks < STARVED * density * layer.total_blocks and density * layer.total_blocks >= STARVED_FROM
+        )
 
     @property
     def live_blocks(self) -> int:
@@ -55,6 +74,8 @@ class SparsityReport:
             "live_blocks": self.live_blocks,
             "total_blocks": self.total_blocks,
             "notes": list(self.notes),
+            "heads": list(self.heads),
+            "heads_from": self.heads_from,
             "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers],
         }
 
@@ -74,12 +95,27 @@ class SparsityReport:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = f"{self.live_blocks} of {self.total_blocks} blocks live, {self.block_sparsity:.4f} of the weights in zero blocks"
-        return "\n".join([*lines, total, *self.notes])
+        return "\n".join([*lines, total, *self._remarks(), *self.notes])
+
+    def _remarks(self) -> list[str]:
+        remarks = []
+        if self.heads_from is not None:
+            how = "" if self.heads_from == "named" else f" ({self.heads_from})"
+            remarks.append(f"each block row keeps a block in: {', '.join(self.heads) or 'no layer'}{how}")
+        if self.starved:
+            remarks.append(f"far below the mean density: {', '.join(layer.name for layer in self.starved)}")
+        return remarks
 
 
 @torch.no_grad()
-def count_blocks(targets: Sequence[BlockTarget], notes: Sequence[str] = ()) -> SparsityReport:
-    """Count, from the weights themselves and not from the masks, the blocks whose every value is exactly zero."""
+def count_blocks(targets: Sequence[BlockTarget], notes: Sequence[str] = (), heads: Heads | None = None) -> SparsityReport:
+    """Count, from the weights themselves and not from the masks, the blocks whose every value is exactly zero.
+
+    Args:
+        targets: the layers.
+        notes: what the numbers do not say.
+        heads: which layers make the model's output.
+    """
     layers, zero, weights = [], 0, 0
     for target in targets:
         live, grid = int(target.nonzero_blocks().sum()), target.grid
@@ -97,7 +133,23 @@ def count_blocks(targets: Sequence[BlockTarget], notes: Sequence[str] = ()) -> S
         )
         zero += (grid.blocks - live) * grid.block.area
         weights += grid.weights
-    return SparsityReport(tuple(layers), zero / weights if weights else 0.0, tuple(notes))
+    share, found = zero / weights if weights else 0.0, heads or Heads(())
+    return SparsityReport(tuple(layers), share, tuple(notes), found.names or (), found.source)
+
+
+def warn_of_starved_layers(report: SparsityReport) -> None:
+    """Name the layers that pruning has left far below the mean density, if there are any."""
+    if not report.starved:
+        return
+    shown = [f"{layer.name} ({layer.live_blocks} of {layer.total_blocks} blocks)" for layer in report.starved[:5]]
+    more = [f"and {len(report.starved) - 5} more"] * (len(report.starved) > 5)
+    warnings.warn(
+        f"pruning has ended, and {', '.join(shown + more)} kept less than a third of the mean density, "
+        f"{1 - report.block_sparsity:.3f}: their blocks scored lowest. To give every layer the same density write "
+        'scope="layer", to leave some dense name them in exclude',
+        KronblocksWarning,
+        stacklevel=2,
+    )
 
 
 def dead_share(targets: Sequence[BlockTarget]) -> float:

@@ -21,23 +21,18 @@ from kronblocks.sparsity.carried import CarriedState
 from kronblocks.sparsity.context import context_at
 from kronblocks.sparsity.distributed import agreed, averaged, follow_replaced_parameters, is_shared
 from kronblocks.sparsity.growth import EagerSteps
+from kronblocks.sparsity.heads import Heads
 from kronblocks.sparsity.nested import is_nested
 from kronblocks.sparsity.places import check_none_replaced, stands_there, target_now
 from kronblocks.sparsity.planning import Planner
-from kronblocks.sparsity.report import SparsityReport, count_blocks, dead_share
+from kronblocks.sparsity.report import SparsityReport, count_blocks, dead_share, warn_of_starved_layers
 from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState, check_multipliers
 from kronblocks.sparsity.rules.fixed import Fixed
 from kronblocks.sparsity.schedule import Phase, SparsitySchedule, continued
 from kronblocks.sparsity.state import STATE_VERSION, check_state
-from kronblocks.sparsity.surgeon import Surgeon
-from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
+from kronblocks.sparsity.surgeon import LIFT_WAITS, Surgeon
+from kronblocks.sparsity.targets import BlockTarget, LayerTarget, Score, WeightTarget
 from kronblocks.sparsity.unfollowed import LOST, NOT_ATTACHED, is_attached, wait_for_attach
-
-_LIFT_WAITS = (
-    "the lift is due, but the parameters are sharded and cannot be replaced: training goes on with factors until you call "
-    "kronblocks.integrations.fsdp.lifted_anew, or save a checkpoint, build model and sparsifier anew, load, call "
-    "sparsifier.lift_(), and shard the model again"
-)
 
 
 class Sparsifier:
@@ -51,6 +46,7 @@ class Sparsifier:
         surgeon: replaces layers at the lift and when healing begins.
         scope: one budget over all layers ("global"), or one for each ("layer").
         planner: chooses the plans of layers that leave it open, after the first step and whenever masks change.
+        heads: names of the targets that make the model's output; None: they are found in the first steps.
     """
 
     def __init__(
@@ -63,6 +59,7 @@ class Sparsifier:
         *,
         scope: Scope = "global",
         planner: Planner | None = None,
+        heads: Sequence[str] | None = None,
     ) -> None:
         self.model, self.targets, self.rule = model, list(targets), rule
         self.scope: Scope = scope
@@ -75,7 +72,7 @@ class Sparsifier:
         self._rule_state: RuleState = {}
         self._known_steps: int | None = None  # of the training that the state is of
         self._awaits_penalty = False
-        self._eager = EagerSteps()
+        self._eager, self._heads = EagerSteps(), Heads([target.name for target in self.targets], heads)
         self._handles: list[Any] = []  # of all hooks of the attachment
         self._known: list[nn.Parameter] = []  # that held the blocks after the last step
         self._was_removed = False
@@ -137,6 +134,7 @@ class Sparsifier:
         self._awaits_penalty = self.rule.has_penalty and bool(self.targets)
         self._note_parameters()
         self._handles += self._planner.watch(self.targets)
+        self._handles += self._heads.watch(self.model, [target.module for target in self.targets])
         self._prepare_probes()
         self._was_removed = False
         is_attached(self)
@@ -200,7 +198,7 @@ class Sparsifier:
             KronblocksError: the parameters are sharded.
         """
         if self._is_sharded:
-            raise KronblocksError(_LIFT_WAITS)
+            raise KronblocksError(LIFT_WAITS)
         if self._surgeon.lift([target.name for target in self.targets], self._optimizers):
             self._follow_layers()
             follow_replaced_parameters(self.model)
@@ -243,7 +241,7 @@ class Sparsifier:
         notes = [f"not counted, since it was replaced after sparsify_: {name} ({there})" for name, there in gone.items()]
         if not self._optimizers and self.without_attach():
             notes.append("the sparsifier is not attached: steps of an optimiser prune nothing")
-        return count_blocks([target for target in self.targets if target.name not in gone], notes)
+        return count_blocks([target for target in self.targets if target.name not in gone], notes, self._heads)
 
     def penalty(self) -> Tensor:
         """What the rule adds to the loss: `loss + sparsifier.penalty()`. Zero for rules that live elsewhere.
@@ -277,6 +275,7 @@ class Sparsifier:
     @torch.no_grad()
     def _advance(self) -> None:
         self.step += 1
+        self._eager.end()
         schedule = self.schedule
         if self._awaits_penalty:
             self._awaits_penalty = False
@@ -286,10 +285,12 @@ class Sparsifier:
         update = schedule.is_update(self.step)
         if update or (self.rule.every_step and schedule.start_step < self.step < schedule.end_step):
             self._apply_rule(update)
+        if self._heads.want_eager_step():
+            self._eager.begin()
         changed = False
         if self.step == schedule.lift_step:
             if self._is_sharded:
-                warnings.warn(_LIFT_WAITS, KronblocksWarning, stacklevel=2)
+                warnings.warn(LIFT_WAITS, KronblocksWarning, stacklevel=2)
             else:
                 changed = True
                 self.lift_()
@@ -300,12 +301,12 @@ class Sparsifier:
         self._prepare_probes()
 
     def _apply_rule(self, update: bool) -> None:
-        self._eager.end()
         lifted = not all(target.is_factored for target in self.targets)
         kind = "norm" if lifted and self.rule.score == "gate" else self.rule.score  # free values have no gates any more
         scores = agreed([target.scores(kind) for target in self.targets], self.step)
         growth = averaged([target.read_probe() for target in self.targets]) if update and self.rule.needs_growth else None
-        context = self._context(self.step)
+        self._heads.decide(self.targets[0].mask.device)
+        context = self._context(self.step, kind)
         multipliers, self._rule_state = self.rule.propose(scores, growth, self._rule_state, context)
         check_multipliers(multipliers, self.rule, context)
         for target, multiplier in zip(self.targets, multipliers, strict=True):
@@ -314,6 +315,8 @@ class Sparsifier:
             self._has_dead |= target.apply_(multiplier)
             if grown.any():
                 target.restart_moments_(self._optimizers, grown)
+        if context.is_last_update:
+            warn_of_starved_layers(self.report())
 
     def _prepare_probes(self) -> None:
         if self.measures_growth:
@@ -345,14 +348,10 @@ class Sparsifier:
                 self._handles += target.hook_gradients()
         self._known = now
 
-    def _context(self, step: int) -> RuleContext:
+    def _context(self, step: int, score: Score | None = None) -> RuleContext:
         assert self.schedule is not None
-        return context_at(step, self.schedule, self.targets, self._learning_rates(), self.scope)
-
-    def _learning_rates(self) -> tuple[float, ...]:
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        rate = {id(p): 1.0 if group.get("lr") is None else float(group["lr"]) for group in groups for p in group["params"]}
-        return tuple(rate.get(id(target.parameters()[0]), 0.0) for target in self.targets)
+        about = {"heads": self._heads.names or (), "scope": self.scope, "score": score or self.rule.score}
+        return context_at(step, self.schedule, self.targets, self._optimizers, **about)
 
     def save_with_model(self) -> CarriedState:
         """Keep the state in `model.state_dict()` from now on, as the tensor "kronblocks_state", and restore it, layers included,
@@ -372,6 +371,7 @@ class Sparsifier:
             "structure": self._surgeon.record(),
             "plans": {t.name: t.plan for t in self.targets if isinstance(t, LayerTarget)},
             "planner": self._planner.state_dict(),
+            "heads": self._heads.state_dict(),
             "masks": {t.name: t.mask.clone() for t in self.targets if not isinstance(t, LayerTarget)},
         }
 
@@ -394,6 +394,7 @@ class Sparsifier:
             if isinstance(target, LayerTarget):
                 target.set_plan_(state["plans"][target.name])
         self._planner.load_state_dict(state["planner"])
+        self._heads.load_state_dict(state.get("heads"))
         self.step, self._rule_state, self.initial_sparsity = step, dict(state["rule_state"]), before
         self.schedule, self._known_steps = schedule, known if schedule is None else schedule.total_steps
         self._has_dead = True

@@ -11,6 +11,7 @@ from torch import Tensor
 from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.ops.cost import check_plan
+from kronblocks.sparsity.heads import parsed_heads
 from kronblocks.sparsity.planning import parsed
 from kronblocks.sparsity.targets import BlockTarget, WeightTarget
 
@@ -47,6 +48,7 @@ def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget]) -> Non
     for target in targets:
         _check_target(state, target)
     parsed(state["planner"])
+    parsed_heads(state.get("heads"))
 
 
 def _check_target(state: dict[str, Any], target: BlockTarget) -> None:

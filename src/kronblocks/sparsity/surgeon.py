@@ -7,6 +7,12 @@ from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
+LIFT_WAITS = (
+    "the lift is due, but the parameters are sharded and cannot be replaced: training goes on with factors until you call "
+    "kronblocks.integrations.fsdp.lifted_anew, or save a checkpoint, build model and sparsifier anew, load, call "
+    "sparsifier.lift_(), and shard the model again"
+)
+
 
 class Surgeon(Protocol):
     """Replaces layers of the model, which this package does not know how to do."""

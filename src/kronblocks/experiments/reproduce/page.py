@@ -82,7 +82,8 @@ def summary(results: Path, study: str = "mlp", blocks: Sequence[str] = ("4", "16
         f"multiply-adds of training are relative to dense. Every method was tuned alike on validation (so {OURS} has rank 8 "
         f"here, by default 4 at 4x4); torch {data['versions']['torch']}."
     )
-    return [*table(columns, rows), "", about]
+    lines, stale = [*table(columns, rows), "", about], _stale(data["rows"])
+    return [*lines, "", *stale[:-1]] if stale else lines
 
 
 def _at(found: Sequence[CellResult], method: str, block: str, sparsity: float) -> CellResult:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kronblocks.checks import one_of
 from kronblocks.errors import KronblocksError
-from kronblocks.sparsity.budget import Scope, best_of_rows, blocks_to_kill, choose_dead
+from kronblocks.sparsity.budget import FLOOR, Scope, blocks_to_kill, choose_dead, keep_longest, layer_adaptive
 from kronblocks.sparsity.schedule import Phase
 from kronblocks.sparsity.targets import BlockTarget, Score
 
@@ -36,7 +36,14 @@ class RuleContext:
     masks: tuple[Tensor, ...]  # (m1, n1) bool a layer, True = live
     areas: tuple[int, ...]  # weights per block, a number a layer
     learning_rates: tuple[float, ...]  # a number a layer; 1 where the optimiser sets its steps by itself
+    heads: tuple[bool, ...] = ()  # whether a layer makes the model's output, so that each of its block rows keeps a block
     scope: Scope = "global"
+    score: Score = "norm"  # what the scores are
+
+    @property
+    def floor(self) -> float:
+        """Share of the mean density that every layer keeps, unless blocks are scored by the loss."""
+        return 0.0 if self.scope == "layer" or self.score == "taylor" else FLOOR
 
 
 class Rule(Protocol):
@@ -45,7 +52,9 @@ class Rule(Protocol):
     Subclass it for an algorithm of your own, and give `sparsify_` one as `rule=`.
 
     Args:
-        score: what `propose` gets of each block: "norm" (its norm / sqrt(area)), "gate" or "taylor".
+        score: what `propose` gets of each block: "norm" (its norm / sqrt(area)), "gate" (|S|) or "taylor" (gradient times
+            weight). Norms are in the unit of their own layer: to compare blocks of several layers, leave it to `cut`, or
+            use `kronblocks.sparsity.budget.layer_adaptive`.
         every_step: `propose` is wanted after every step of the pruning span, not only at mask updates.
         needs_growth: growth scores, the norms of the gradients of all blocks, are measured on the way to each mask update.
         has_penalty: `penalty` is wanted at every step.
@@ -98,8 +107,22 @@ def check_multipliers(multipliers: Sequence[Tensor], rule: Rule, ctx: RuleContex
         )
 
 
+def ranked(scores: Sequence[Tensor], ctx: RuleContext) -> list[Tensor]:
+    """Scores that compare blocks of all layers, -1 for dead ones: norms freed of their layer's scale, others as they are.
+
+    Args:
+        scores: one (m1, n1) grid a layer, from 0 on.
+        ctx: what the rule was given.
+    """
+    live = [score.masked_fill(~mask, -1.0) for score, mask in zip(scores, ctx.masks, strict=True)]
+    return layer_adaptive(live) if ctx.score == "norm" and ctx.scope == "global" else live
+
+
 def cut(scores: Sequence[Tensor], ctx: RuleContext, sparsity: float) -> list[Tensor]:
     """Multipliers that kill the blocks of least score so that exactly `sparsity` are dead; the dead stay dead.
+
+    Scores of a rule whose `score` is "norm" are compared within their layers first (`layer_adaptive`), so a layer's scale
+    counts for nothing. Those of "gate" and "taylor" rules are compared as they are.
 
     Args:
         scores: one (m1, n1) grid a layer, from 0 on.
@@ -111,8 +134,7 @@ def cut(scores: Sequence[Tensor], ctx: RuleContext, sparsity: float) -> list[Ten
     """
     if not all(((score >= 0) | ~mask).all() for score, mask in zip(scores, ctx.masks, strict=True)):
         raise KronblocksError("cut wants scores from 0 on for live blocks, and no NaN among them: shift them, or take exp()")
-    ranked = [score.masked_fill(~mask, -1.0) for score, mask in zip(scores, ctx.masks, strict=True)]
-    dead = choose_dead(ranked, ctx.areas, sparsity, ctx.scope)
+    dead = choose_dead(ranked(scores, ctx), ctx.areas, sparsity, ctx.scope, heads=ctx.heads, floor=ctx.floor)
     return [(mask & ~each).to(torch.float32) for mask, each in zip(ctx.masks, dead, strict=True)]
 
 
@@ -133,16 +155,17 @@ def _stays_within(multipliers: Sequence[Tensor], ctx: RuleContext, sparsity_cap:
 def shrink(scores: Sequence[Tensor], thresholds: Sequence[float], ctx: RuleContext, sparsity_cap: float) -> list[Tensor]:
     """The proximal step max(0, 1 - threshold/score) (equation 14), which never kills more than `sparsity_cap` of all.
 
-    Blocks that would die beyond the cap, or the last one of a layer or of a block row of the head, are left alone, so that the
-    target can be hit exactly.
+    Blocks that would die beyond the cap are left alone, and so are those that are to be kept longest (`keep_longest`), so that
+    the target can be hit exactly.
     """
     multipliers = []
     for score, threshold, mask in zip(scores, thresholds, ctx.masks, strict=True):
         multiplier = (1 - threshold / score.clamp_min(torch.finfo(score.dtype).tiny)).clamp_min(0)
         dies = ~mask | (score <= threshold) if threshold > 0 else ~mask  # of equal ones the quotient may round to below 1
         multipliers.append(multiplier.masked_fill(dies, 0))
-    head = best_of_rows(scores[-1].masked_fill(~ctx.masks[-1], -1.0)) & (multipliers[-1] == 0)
-    multipliers[-1] = multipliers[-1].masked_fill(head, 1.0)
+    live = [score.masked_fill(~mask, -1.0) for score, mask in zip(scores, ctx.masks, strict=True)]
+    for place, late in enumerate(keep_longest(live, sparsity_cap, heads=ctx.heads, floor=ctx.floor)):
+        multipliers[place] = multipliers[place].masked_fill((late > 0) & (multipliers[place] == 0), 1.0)
     if _stays_within(multipliers, ctx, sparsity_cap):
         return multipliers
     allowed = cut(scores, ctx, sparsity_cap)

@@ -50,7 +50,7 @@ class GroupLasso:
     ) -> tuple[list[Tensor], RuleState]:
         if self.has_penalty:
             return cut_at_the_end(scores, ctx), state
-        return proximal_step(scores, ctx, self._strength, ridge=self._ridge), state
+        return proximal_step(scores, ctx, state, self._strength, ridge=self._ridge)
 
     def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:
         if not self.has_penalty or ctx.phase == "heal":

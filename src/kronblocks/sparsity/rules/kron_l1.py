@@ -38,7 +38,7 @@ class KronL1:
         self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
     ) -> tuple[list[Tensor], RuleState]:
         if self._form == "proximal":
-            return proximal_step(scores, ctx, self._strength), state
+            return proximal_step(scores, ctx, state, self._strength)
         return cut_at_the_end(scores, ctx), state
 
     def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:

@@ -7,89 +7,77 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kronblocks.sparsity.budget import best_of_rows, blocks_to_kill
-from kronblocks.sparsity.rules.base import RuleContext, cut, shrink
+from kronblocks.sparsity.budget import choose_dead, keep_longest
+from kronblocks.sparsity.rules.base import RuleContext, RuleState, cut, ranked, shrink
 
 
-def last_to_die(scores: Sequence[Tensor], areas: Sequence[int], sparsity: float) -> float:
-    """Score of the last block that has to die for a sparsity; 0 where enough are dead, and so have that score.
+def blocks_due(scores: Sequence[Tensor], ctx: RuleContext) -> list[int]:
+    """How many blocks of each layer are to be dead at the next mask update; none of a layer whose learning rate alone is 0.
 
     Args:
-        scores: grids, in which blocks that cannot die are infinite.
-        areas: weights per block, a number a grid.
-        sparsity: share of all weights that is to be dead.
-
-    >>> last_to_die([torch.tensor([[4.0, 1.0, 0.0, 2.0]])], [1], 0.5), last_to_die([torch.tensor([[0.0, torch.inf]])], [1], 0.9)
-    (1.0, 0.0)
+        scores: (m1, n1) grids.
+        ctx: what the rule may know. The sparsity is that of the layers that move, all together.
     """
-    flat = torch.cat([score.flatten().to(scores[0].device) for score in scores])
-    alike = len(set(areas)) == 1  # then blocks are counted, else their weights
-    sizes = [1 if alike else area for area in areas]
-    due = blocks_to_kill(sum(score.numel() * size for score, size in zip(scores, sizes, strict=True)), sparsity)
-    if due == 0:
-        return 0.0
-    if alike and flat.device.type == "cpu":  # asked at every step, so without sorting where that can be
-        last = flat.kthvalue(due).values
-    else:
-        device = flat.device
-        weights = torch.cat([torch.full((s.numel(),), size, device=device) for s, size in zip(scores, sizes, strict=True)])
-        ordered, order = flat.sort()
-        last = ordered[(weights[order].cumsum(0) >= due).int().argmax()]
-    if torch.isinf(last):  # then all that can die has to
-        last = flat.masked_fill(flat.isinf(), 0).max()
-    return float(last)
+    still = not any(ctx.learning_rates)  # a schedule may begin or end with rates of 0 for all
+    moving = [number for number, rate in enumerate(ctx.learning_rates) if still or rate > 0]
+    compared, due = ranked(scores, ctx), [0] * len(scores)
+    heads = [ctx.heads[number] for number in moving] if ctx.heads else ()
+    dead = choose_dead(
+        *([compared[number] for number in moving], [ctx.areas[number] for number in moving], ctx.next_sparsity, ctx.scope),
+        **{"heads": heads, "floor": ctx.floor, "reach": False},
+    )
+    for number, grid in zip(moving, dead, strict=True):
+        due[number] = int(grid.sum())
+    return due
 
 
-def _due_thresholds(scores: Sequence[Tensor], ctx: RuleContext) -> list[float]:
-    """What to shrink each layer's scores by now, for the sparsity that the next mask update wants (equation 18 in docs/math.md).
+def due_thresholds(scores: Sequence[Tensor], due: Sequence[int], ctx: RuleContext) -> list[float]:
+    """What to shrink each layer's scores by now, so that many of its blocks are dead in time (equation 18 in docs/math.md).
 
-    Asked at every step, this makes up for what the loss pushes back, and rests once enough blocks are dead. How the learning rate
-    goes over the steps does not matter, only how layers' rates compare; layers without any stay as they are until the last cut.
+    Asked at every step, this makes up for what the loss pushes back, and rests once enough blocks are dead. Learning rates do not
+    matter.
+
+    Args:
+        scores: (m1, n1) grids.
+        due: blocks of each layer that are to be dead at the next mask update.
+        ctx: what the rule may know.
     """
-    highest = max(ctx.learning_rates)
-    rates = [rate / highest if highest > 0 else 1.0 for rate in ctx.learning_rates]
-    killable = _with_infinite_stays(scores, ctx.masks)
-    moving = [number for number, rate in enumerate(rates) if rate > 0]
-    groups = [[number] for number in moving] if ctx.scope == "layer" else [moving]
-    thresholds = [0.0] * len(scores)
-    for group in groups:
-        per_rate = [killable[number] / rates[number] for number in group]
-        penalty = last_to_die(per_rate, [ctx.areas[number] for number in group], ctx.next_sparsity) / ctx.steps_to_update
-        for number in group:
-            thresholds[number] = penalty * rates[number]
-    return thresholds
+    live = [score.masked_fill(~mask, -1.0) for score, mask in zip(scores, ctx.masks, strict=True)]
+    late = keep_longest(live, ctx.next_sparsity, heads=ctx.heads, floor=ctx.floor)
+    last = []
+    for score, stays, number in zip(live, late, due, strict=True):
+        dying = score.clamp_min(0).masked_fill(stays > 0, -1.0).flatten()
+        order = dying.sort().values  # those that stay come first
+        place = min(int((stays > 0).sum()) + number, len(order)) - 1
+        last.append(order[place].clamp_min(0) if number else order.new_zeros(()))
+    thresholds = torch.stack([each.to(last[0]) for each in last]) / ctx.steps_to_update
+    return thresholds.tolist()
 
 
-def _with_infinite_stays(scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-    """Scores, 0 where blocks are dead, infinite where no shrink kills them: the best of a layer, of a block row of the last."""
-    live = [score.masked_fill(~mask, 0).contiguous() for score, mask in zip(scores, masks, strict=True)]
-    in_head = best_of_rows(live[-1]) & masks[-1]
-    for score in live:
-        score.view(-1)[score.argmax()] = torch.inf
-    live[-1].masked_fill_(in_head, torch.inf)
-    return live
-
-
-def proximal_step(scores: Sequence[Tensor], ctx: RuleContext, strength: float | None, *, ridge: float = 0.0) -> list[Tensor]:
+def proximal_step(
+    scores: Sequence[Tensor], ctx: RuleContext, state: RuleState, strength: float | None, *, ridge: float = 0.0
+) -> tuple[list[Tensor], RuleState]:
     """Shrink all blocks by a threshold; the last update cuts to the target exactly.
 
     Args:
         scores: (m1, n1) grids.
         ctx: what the rule may know.
+        state: how many blocks of each layer are due at the next mask update, from the last one on.
         strength: a fixed penalty: the threshold is that times the learning rate, and no more than the target die. None: the
             thresholds that the schedule wants, and no more than that die.
         ridge: penalty on half the squared norm, relative to that on the norm.
     """
     if ctx.is_last_update:
-        return cut(scores, ctx, ctx.sparsity)
+        return cut(scores, ctx, ctx.sparsity), {}
     if strength is None:
-        thresholds, cap = _due_thresholds(scores, ctx), ctx.next_sparsity
+        due = state["due"] if "due" in state and not ctx.is_update else blocks_due(scores, ctx)
+        state, thresholds, cap = {"due": due}, due_thresholds(scores, due, ctx), ctx.next_sparsity
         if not any(thresholds):
-            return [mask.to(torch.float32) for mask in ctx.masks]
+            return [mask.to(torch.float32) for mask in ctx.masks], state
     else:
         thresholds, cap = [strength * rate for rate in ctx.learning_rates], ctx.target_sparsity
     multipliers = shrink(scores, thresholds, ctx, cap)
-    return [m / (1 + ridge * threshold) for m, threshold in zip(multipliers, thresholds, strict=True)]
+    return [m / (1 + ridge * threshold) for m, threshold in zip(multipliers, thresholds, strict=True)], state
 
 
 def cut_at_the_end(scores: Sequence[Tensor], ctx: RuleContext) -> list[Tensor]:

@@ -17,8 +17,8 @@ def exchange(
 ) -> list[Tensor]:
     """In every layer, drop live blocks of least score and grow as many of greatest growth score, never more or fewer.
 
-    A dropped block competes with the dead ones: where its gradient is greater it stays, with its weights. Of the last layer,
-    which mostly is a model's head, every block row keeps its best block. A layer that no gradient reached stays as it is.
+    A dropped block competes with the dead ones: where its gradient is greater it stays, with its weights. Of a head, every
+    block row keeps its best block. A layer that no gradient reached stays as it is.
 
     Args:
         alive: (m1, n1) bool grids, the blocks that would live.
@@ -35,12 +35,13 @@ def exchange(
     """
     now = share * 0.5 * (1 + math.cos(math.pi * ctx.fraction))
     exchanged = []
-    for place, (live, score, growth) in enumerate(zip(alive, scores, growth_scores, strict=True)):
+    heads = ctx.heads or [False] * len(alive)
+    for live, score, growth, is_head in zip(alive, scores, growth_scores, heads, strict=True):
         if not (growth > 0).any():
             exchanged.append(live.clone())
             continue
         kept_anyway = torch.zeros_like(live)
-        if place == len(alive) - 1:
+        if is_head:
             kept_anyway = best_of_rows(score.masked_fill(~live, -1.0))
         number = min(int(now * int(live.sum())), int(live.sum()) - max(1, int(kept_anyway.sum())))
         order = score.masked_fill(~live | kept_anyway, math.inf).flatten().argsort(stable=True)
