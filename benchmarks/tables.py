@@ -1,4 +1,4 @@
-"""Write the generated tables of README.md and docs/pretrained.md from benchmarks/results: `python benchmarks/tables.py`."""
+"""Write the generated tables of README.md and of pages in docs from benchmarks/results: `python benchmarks/tables.py`."""
 
 from __future__ import annotations
 
@@ -50,13 +50,50 @@ def from_trained() -> list[str]:
     return [*table(columns, lines), "", about]
 
 
+def scores() -> list[str]:
+    """Ways to compare blocks of different layers, on the MLP of the experiments and on a small decoder."""
+    data = json.loads((RESULTS / "scores.json").read_text())
+    mlp, decoder = ([row for row in data["rows"] if row["part"] == part] for part in ("mlp", "decoder"))
+    columns = list(dict.fromkeys((row["method"], row["block"]) for row in mlp))
+    runs = list(dict.fromkeys((row["method"], row["lr"], row["steps"]) for row in decoder))
+    lines = []
+    for way in dict.fromkeys(row["way"] for row in data["rows"]):
+        cells = [way]
+        for method, block in columns:
+            found = {
+                row["seed"]: 100 * row["accuracy"]
+                for row in mlp
+                if (row["method"], row["block"], row["way"]) == (method, block, way)
+            }
+            cells.append(_over_seeds(list(found.values()), ".2f") if found else "")
+        for run in runs:
+            here = [row for row in decoder if (row["method"], row["lr"], row["steps"]) == run and row["way"] == way]
+            lost = [row["loss"] for row in here]
+            fewest = min((density for row in here for density in row["densities"].values()), default=0.0)
+            cells += [f"{statistics.fmean(lost):.3f}" if lost else "", f"{fewest:.3f}" if lost else ""]
+        lines.append(cells)
+    names = [f"MLP, {method}, {block}x{block}" for method, block in columns]
+    for method, rate, steps in runs:
+        names += [f"decoder, {method}, lr {rate:g}, {steps} steps", "its sparsest layer"]
+    sparsity = {part: 100 * data["settings"][part]["target_sparsity"] for part in ("mlp", "decoder")}
+    seeds = [len({row["seed"] for row in rows}) for rows in (mlp, decoder)]
+    about = (
+        f"MLP: validation accuracy in percent at {sparsity['mlp']:g}% zeros, mean ± standard deviation of {seeds[0]} seeds. "
+        f"Decoder: validation loss in nats a character at {sparsity['decoder']:g}% zeros, mean of {seeds[1]} seed"
+        f"{'s' * (seeds[1] > 1)}, and the density of the layer that kept least; torch {data['versions']['torch']}. "
+        "`benchmarks/scores.py` trains."
+    )
+    return [*table(["compared by", *names], lines), "", about]
+
+
 def pages() -> dict[Path, str]:
     """The pages with their tables, as they should be."""
-    readme, trained = ROOT / "README.md", ROOT / "docs" / "pretrained.md"
+    readme, trained, choosing = ROOT / "README.md", ROOT / "docs" / "pretrained.md", ROOT / "docs" / "choosing.md"
     text = fill(readme.read_text(), "accuracy", accuracy.summary(RESULTS))
     return {
         readme: fill(text, "speed", speed.summary(RESULTS)),
         trained: fill(trained.read_text(), "from-trained", from_trained()),
+        choosing: fill(choosing.read_text(), "scores", scores()),
     }
 
 
