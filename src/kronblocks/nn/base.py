@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
-from kronblocks.nn.built import BuiltWeight, is_transformed
+from kronblocks.nn.built import is_transformed, weight_of
 from kronblocks.nn.loading import WholeWeights
 from kronblocks.ops.choice import PlanChoice, choose_plan
 from kronblocks.ops.cost import ASSUMED_ROWS, Problem, check_plan
@@ -161,8 +161,8 @@ class BlockLayer(WholeWeights):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, (out_features, in_features), built at every access; writing into it is an error."""
-        return BuiltWeight.of(self.dense_weight())
+        """The dense weight, (out_features, in_features), built at every use; writing into it is an error."""
+        return weight_of(self.dense_weight, self.block_parameters(), (self.out_features, self.in_features))
 
     def dense_weight(self) -> Tensor:
         """Build the dense weight, (out_features, in_features); differentiable."""

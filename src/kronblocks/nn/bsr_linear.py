@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.nn.built import weight_of
 from kronblocks.nn.loading import WholeWeights
 
 
@@ -51,14 +52,17 @@ class BsrLinear(WholeWeights):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in BSR layout, (m, n), without a copy."""
+        """The weight in BSR layout, (m, n)."""
+        return weight_of(self._bsr, [self.values], (self.out_features, self.in_features))
+
+    def _bsr(self) -> Tensor:
         with warnings.catch_warnings():  # torch says once a process that BSR is in beta
             warnings.filterwarnings("ignore", message="Sparse BSR tensor support")
             size = (self.out_features, self.in_features)
             return torch.sparse_bsr_tensor(self.crow, self.col, self.values, size, check_invariants=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        y = (self.weight @ input.reshape(-1, self.in_features).t()).t().reshape(*input.shape[:-1], self.out_features)
+        y = (self._bsr() @ input.reshape(-1, self.in_features).t()).t().reshape(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -1,12 +1,15 @@
-"""A dense weight that is built when it is read, so that writing into it would be lost: it is an error."""
+"""A dense weight that is built when something is computed from it. Writing into it would be lost: it is an error."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
+from torch.utils._pytree import tree_map
 
 from kronblocks.errors import KronblocksError
 
@@ -24,10 +27,9 @@ class _AnyTensor(type(Tensor)):
 
 
 class BuiltWeight(Tensor, metaclass=_AnyTensor):
-    """The result of `layer.weight`: an ordinary tensor for whoever reads it, part of the graph of autograd.
+    """A weight that was built: an ordinary tensor for whoever reads it, part of the graph of autograd.
 
-    Its views and its `data` are such tensors too; what is computed from it is an ordinary one. A subclass without
-    `__torch_function__`, so that torch's fused paths still take it.
+    Its views and its `data` are such tensors too; what is computed from it is an ordinary one.
 
     Raises:
         KronblocksError: somebody writes into it, by a method or an operator.
@@ -41,11 +43,122 @@ class BuiltWeight(Tensor, metaclass=_AnyTensor):
         traced = torch.compiler.is_compiling() or is_transformed() or type(weight) is not Tensor
         return weight if traced else weight.as_subclass(cls)
 
+    def built(self) -> Tensor:
+        """Itself."""
+        return self
+
     def __reduce_ex__(self, proto: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(proto)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.as_subclass(Tensor).__deepcopy__(memo)
+
+
+_PROPERTIES = (
+    "shape",
+    "dtype",
+    "device",
+    "layout",
+    "ndim",
+    "requires_grad",
+    "is_cpu",
+    "is_cuda",
+    "is_meta",
+    "is_nested",
+    "is_sparse",
+)
+_METHODS = ("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "get_device", "__len__")
+_KNOWN: frozenset[Any] = frozenset(
+    [getattr(Tensor, name).__get__ for name in _PROPERTIES]
+    + [getattr(Tensor, name) for name in _METHODS]
+    + [torch.is_floating_point]
+)
+"""What a weight can say before it is built."""
+
+
+class UnbuiltWeight(BuiltWeight):
+    """The result of `layer.weight`: built at every use, and not when its dtype, device or shape is asked for.
+
+    Model code asks for those at each call (T5 does), and torch's fast paths look at weights to see if they may go past the
+    layers. A tensor with a `__torch_function__` keeps them away, by their own test.
+
+    Args:
+        build: gives the weight.
+        sources: what it is built from, of the weight's dtype and device; at least one.
+        shape: of the weight.
+
+    Raises:
+        KronblocksError: it is used after what it is built from has changed, or written into.
+    """
+
+    _build: Callable[[], Tensor]
+    _sources: Sequence[Tensor]
+    _seen: list[tuple[int, int]]
+
+    @staticmethod
+    def __new__(cls, build: Callable[[], Tensor], sources: Sequence[Tensor], shape: Sequence[int]) -> UnbuiltWeight:
+        first, trained = sources[0], torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=first.dtype, device=first.device, requires_grad=trained)
+        made._build, made._sources, made._seen = build, sources, _versions(sources)
+        return made
+
+    def built(self) -> Tensor:
+        """The weight that the layer has now."""
+        if _versions(self._sources) != self._seen:
+            raise KronblocksError(
+                "the layer has changed since its weight was read, and the weight is built when it is used: read layer.weight "
+                "again, or keep a copy, layer.weight.detach().clone()"
+            )
+        with contextlib.ExitStack() as stack:
+            if torch.amp.is_autocast_available(device := self._sources[0].device.type):
+                stack.enter_context(torch.autocast(device, enabled=False))  # a weight has its parameters' dtype
+            weight = self._build()
+        return BuiltWeight.of(weight) if weight.layout is torch.strided else weight
+
+    def mapped(self, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
+        """The weight in another arrangement, of this shape, unbuilt too."""
+        return UnbuiltWeight(lambda: function(self.built()), self._sources, shape)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        given = kwargs or {}
+        if func in _KNOWN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **given)
+        args, given = tree_map(lambda each: each.built() if type(each) is cls else each, (args, given))
+        return func(*args, **given)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        raise KronblocksError(f"{func} cannot use layer.weight, which is built when it is used: give it layer.dense_weight()")
+
+
+class _Traced(Tensor):
+    """A weight in code that torch.compile traces and that leaves out what is not used; it too keeps torch's fast paths away."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def weight_of(build: Callable[[], Tensor], sources: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """A layer's weight, unbuilt where that is possible: tracers, transforms and shards get it built."""
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return build().as_subclass(_Traced)
+    ordinary = all(type(source) in (Tensor, nn.Parameter) for source in sources)
+    if torch.compiler.is_compiling() or is_transformed() or not ordinary:
+        return BuiltWeight.of(build())
+    return UnbuiltWeight(build, sources, shape)
+
+
+def rearranged(weight: Tensor, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
+    """What a function makes of a layer's weight, unbuilt if the weight is."""
+    return weight.mapped(function, shape) if type(weight) is UnbuiltWeight else function(weight)
+
+
+def _versions(sources: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(id(source), 0 if source.is_inference() else source._version) for source in sources]
 
 
 class HasBuiltWeight(nn.Module):
@@ -58,7 +171,7 @@ class HasBuiltWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, built at every access; writing into it is an error."""
+        """The dense weight, built at every use; writing into it is an error."""
         raise NotImplementedError
 
 
@@ -78,10 +191,11 @@ def _refused(name: str) -> Any:
 
 def _viewing(read: Any) -> Any:
     def method(self: BuiltWeight, *args: Any, **kwargs: Any) -> Any:
-        result = read(self, *args, **kwargs)
+        weight = self.built()
+        result = read(weight, *args, **kwargs)
         if isinstance(result, tuple | list):
             return tuple(map(BuiltWeight.of, result))
-        shares = result.untyped_storage().data_ptr() == self.untyped_storage().data_ptr()
+        shares = result.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
         return BuiltWeight.of(result) if shares else result
 
     return method

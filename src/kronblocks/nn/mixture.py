@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import reset_bias_
-from kronblocks.nn.built import BuiltWeight
+from kronblocks.nn.built import weight_of
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.loading import WholeWeights
 
@@ -95,8 +95,9 @@ class BlockMixtureLinear(WholeWeights):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, (out_features, in_features), built at every access; writing into it is an error."""
-        return BuiltWeight.of(self.dense_weight())
+        """The dense weight, (out_features, in_features), built at every use; writing into it is an error."""
+        sources = [parameter for layer in self._layers().values() for parameter in layer.block_parameters()]
+        return weight_of(self.dense_weight, sources, (self.out_features, self.in_features))
 
     def dense_weight(self) -> Tensor:
         """Build the dense weight, (out_features, in_features), the candidates' sum; differentiable."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kronblocks.errors import KronblocksError
+from kronblocks.nn.built import rearranged
 from kronblocks.nn.loading import WholeWeights
 
 
@@ -83,7 +84,11 @@ class UnfoldedConv(Unfolded):
 
     @property
     def weight(self) -> Tensor:
-        kernel = self._kernel(self.linear.weight)
+        size = self.kernel_size[1:] if self.one_dimensional else self.kernel_size
+        return rearranged(self.linear.weight, self._folded_kernel, (self.out_channels, self.in_channels, *size))
+
+    def _folded_kernel(self, weight: Tensor) -> Tensor:
+        kernel = self._kernel(weight)
         return kernel.squeeze(2) if self.one_dimensional else kernel
 
     def folded(self) -> nn.Conv1d | nn.Conv2d:
@@ -171,7 +176,7 @@ class Transposed(Unfolded):
 
     @property
     def weight(self) -> Tensor:
-        return self.linear.weight.t()
+        return rearranged(self.linear.weight, Tensor.t, (self.block_cols_divide, self.nf))
 
     def folded(self) -> nn.Module:
         with torch.device("meta"):
