@@ -85,7 +85,7 @@ def test_transformer_encoder_layer(make, fast_path):
     assert not fast_path
     for modes in (torch.no_grad, torch.inference_mode):
         agree(modes)
-    assert len(fast_path) == 4, "both models took the fused path both times"
+    assert len(fast_path) == 2, "the dense model took the fused path both times, which would build the weights of the other"
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
