@@ -267,8 +267,8 @@ def test_blocks_chosen_before_any_step_leave_no_row_of_what_may_be_a_head_empty(
 
 def test_frozen_layers_below_are_no_heads():
     model = HeadFirst()
-    model.body.requires_grad_(False)
     sparsifier = sparsify_(model, SparsityConfig(**CONFIG))
+    model.body.requires_grad_(False)
     assert [target.name for target in sparsifier.targets] == ["head", "body.0", "body.2"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     sparsifier.attach(optimizer, total_steps=STEPS)
