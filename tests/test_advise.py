@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import KronblocksError, Problem, advise
+from kronblocks import KronblocksError, Problem, SparsityConfig, advise, select
 from kronblocks.experiments import commands
 from kronblocks.ops import timing
 from kronblocks.ops.cost import possible_plans
@@ -103,6 +103,37 @@ def test_a_model_is_read_as_sparsify_would_take_it(asked):
     assert {problem.rank for problem in asked} == {None, 16}, "no more terms than a block has weights"
     nearest = advise(model, rows=4, block_size=4, rank=2, on_mismatch="nearest").layers
     assert [each.block_size for each in nearest] == ["4x4", "4x4", "2x4"]
+
+
+def test_layers_of_gpt2_are_timed_as_what_they_become_and_the_rest_is_listed(asked):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=2))
+    advice = advise(model, rows=4, block_size=8)
+    found = {(each.out_features, each.in_features): (each.count, bool(each.left_dense)) for each in advice.layers}
+    assert found == {
+        (96, 32): (2, False),
+        (32, 32): (2, False),
+        (128, 32): (2, False),
+        (32, 128): (2, False),
+        (60, 32): (1, True),
+    }
+    selected = [each.name for each in select(model, SparsityConfig(block_size=8)).selected]
+    assert sorted(selected) == sorted(name for each in advice.layers if not each.left_dense for name in each.names)
+    weights = sum(p.numel() for p in model.parameters())
+    assert any("wte: Embedding: rows of a table" in line and f"({6000 * 32 / weights:.1f}%" in line for line in advice.not_timed)
+    assert str(advice).endswith(advice.not_timed[-1]) and advice.to_dict()["not_timed"] == advice.not_timed
+    nearest = advise(model, rows=4, block_size=16, on_mismatch="nearest").layers
+    assert {(each.out_features, each.block_size) for each in nearest} == {(size, "16x16") for size in (96, 32, 128)} | {
+        (60, "")
+    }  # the head is tied to the embedding
+
+
+def test_convolutions_are_listed_and_not_timed_as_what_they_are_not(asked):
+    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.Flatten(), nn.Linear(32, 64), nn.LSTM(64, 8))
+    advice = advise(model, rows=4, block_size=8)
+    assert [each.names for each in advice.layers] == [("2",)]
+    assert [line[:25] for line in advice.not_timed] == ["dense:  0: a convolution:", "dense:  3: LSTM computes "]
 
 
 @pytest.mark.parametrize(("slope", "even"), [(0.9, 0.0), (1.1, 1 - 1 / 1.1), (3.0, 2 / 3), (100.0, 0.99), (1000.0, None)])

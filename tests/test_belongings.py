@@ -30,15 +30,17 @@ def dispatch(layer: nn.Module) -> None:
     hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
 
 
-PUT_ON = [
+KEPT_DENSE = [
     (patch, "a forward of its own"),
-    (dispatch, "accelerate's hook"),
+    (dispatch, "a forward of its own"),
+    (lambda layer: layer.register_buffer("scale", torch.ones(1)), "scale"),
+    (lambda layer: layer.register_parameter("adapter", nn.Parameter(torch.ones(1))), "adapter"),
+]
+PUT_ON = [
     (lambda layer: layer.register_state_dict_post_hook(lambda *_: None), "state_dict hooks"),
     (lambda layer: layer.register_state_dict_pre_hook(lambda *_: None), "state_dict hooks"),
     (lambda layer: layer.register_load_state_dict_pre_hook(lambda *_: None), "state_dict hooks"),
     (lambda layer: layer.register_load_state_dict_post_hook(lambda *_: None), "state_dict hooks"),
-    (lambda layer: layer.register_buffer("scale", torch.ones(1)), "scale"),
-    (lambda layer: layer.register_parameter("adapter", nn.Parameter(torch.ones(1))), "adapter"),
     (lambda layer: layer.add_module("lora", nn.Identity()), "lora"),
     (lambda layer: layer.weight.register_hook(lambda gradient: gradient), "hooks on its weight"),
     (lambda layer: layer.weight.register_post_accumulate_grad_hook(lambda _: None), "hooks on its weight"),
@@ -58,7 +60,16 @@ def test_what_a_new_layer_lacks_is_named_once(put_on, says):
     assert "after sparsify_" in message
 
 
-@pytest.mark.parametrize(("put_on", "says"), PUT_ON)
+@pytest.mark.parametrize(("put_on", "says"), KEPT_DENSE)
+def test_a_layer_that_computes_something_else_with_it_is_left_as_it_is(put_on, says):
+    net = model()
+    put_on(net[0])
+    kept = net[0]
+    (left,) = sparsify_(net, STATIC).surgery.left_dense
+    assert net[0] is kept and left.name == "0" and says in left.reason
+
+
+@pytest.mark.parametrize(("put_on", "says"), [*PUT_ON, *KEPT_DENSE])
 def test_layers_that_stay_what_they_are_lose_nothing(put_on, says):
     net = model()
     put_on(net[0])
@@ -118,16 +129,16 @@ def test_convolutions_and_those_that_are_put_back():
     def conv() -> nn.Sequential:
         net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
         for layer in net:
-            patch(layer)
+            layer.add_module("lora", nn.Identity())
             layer.tag = [layer]
         return net
 
     net = conv()
-    with pytest.warns(KronblocksWarning, match=r"layers were replaced.*\(0: a forward of its own\)"):
+    with pytest.warns(KronblocksWarning, match=r"layers were replaced.*\(0: lora\)"):
         sparsify_(net, SparsityConfig("static", 4, target_sparsity=0.5, convolutions=True, exclude=("1",)))
-    assert net[0].tag[0] is not net[0] and net[1].tag[0] is net[1] and "forward" in vars(net[1])
+    assert net[0].tag[0] is not net[0] and net[1].tag[0] is net[1] and "lora" in net[1]._modules
     net = conv()
     with warnings.catch_warnings(), pytest.raises(ValueError, match="pattern"):
         warnings.simplefilter("error")
         sparsify_(net, SparsityConfig("static", 4, convolutions=True, layers=("none",)))
-    assert all(layer.tag[0] is layer and "forward" in vars(layer) for layer in net)
+    assert all(layer.tag[0] is layer and "lora" in layer._modules for layer in net)

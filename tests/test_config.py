@@ -18,6 +18,7 @@ FULL = SparsityConfig(
     exclude=("type:Head",),
     heads=("encoder.fc2",),
     overrides={"encoder.0": LayerOverride(block_size="8x2", rank=1, tile_groups=1)},
+    frozen="sparsify",
     on_mismatch="nearest",
     tile_groups=2,
     init="nearest",

@@ -42,7 +42,7 @@ def test_every_layer_is_selected_or_left_dense_with_a_reason():
     report = select(Model(), SparsityConfig(block_size=4))
     assert names(report) == ["blocks.0.fc1", "blocks.0.fc2", "blocks.1.fc1", "blocks.1.fc2"]
     why = reasons(report)
-    assert set(why) == {"odd", "prime", "head", "attention.out_proj", "attention.in_proj"}
+    assert set(why) == {"odd", "prime", "head", "embed", "attention.out_proj", "attention.in_proj"}
     assert "tied to embed.weight" in why["head"]
     assert "on_mismatch='nearest' would take 2x4" in why["odd"]
     assert "one fused function" in why["attention.out_proj"] and why["attention.in_proj"] == why["attention.out_proj"]

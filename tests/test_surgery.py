@@ -133,7 +133,7 @@ def test_a_module_in_two_places_is_replaced_in_both():
 
 def test_frozen_layers_stay_frozen():
     model = mlp().requires_grad_(False)
-    sparsify_(model, config())
+    sparsify_(model, config(frozen="sparsify", init="nearest"))
     assert not any(p.requires_grad for p in model.parameters())
 
 

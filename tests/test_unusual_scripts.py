@@ -78,7 +78,8 @@ def test_frozen_layers_and_layers_that_are_not_used(method):
     model.add_module("unused", nn.Linear(32, 32))
     model[0].requires_grad_(False)
     weight = model[0].weight.detach().clone()
-    sparsifier = sparsify_(model, config(method, init="nearest") if method == "rigl" else config(method))
+    init = {"rigl": {"init": "nearest"}, "static": {"init": "random"}, "two-phase": {"init": "random"}}.get(method, {})
+    sparsifier = sparsify_(model, config(method, frozen="sparsify", **init))
     frozen = model[0].weight.detach().clone()
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
     sparsifier.attach(optimizer, total_steps=STEPS)
@@ -94,11 +95,17 @@ def test_frozen_layers_and_layers_that_are_not_used(method):
         assert torch.equal(model[0].weight[live], weight[live])
 
 
-def test_a_taylor_score_of_a_frozen_layer_says_what_to_do():
+def test_a_taylor_score_of_a_frozen_or_unused_layer_says_what_to_do():
     model = mlp()
     model[0].requires_grad_(False)
+    with pytest.raises(KronblocksError, match=r"score='taylor' needs gradients, and 0 is frozen"):
+        sparsify_(model, config("magnitude", score="taylor", frozen="sparsify"))
+    model.add_module("unused", nn.Linear(32, 32))
+    sparsifier, optimizer = started(model, config("magnitude", score="taylor"))
+    assert [target.name for target in sparsifier.targets] == ["2", "4", "unused"]
     with pytest.raises(KronblocksError, match=r"frozen or unused out with exclude"):
-        trained(model, config("magnitude", score="taylor"))
+        for _ in range(STEPS):
+            step(model[:5], sparsifier, optimizer)
 
 
 @pytest.mark.parametrize("method", ["two-phase", "kron-l1", "rigl", "static"])
@@ -108,7 +115,7 @@ def test_what_is_frozen_stays_frozen(method, weights):
     for layer in (model[0], model[2]):
         layer.weight.requires_grad_(weights)
         layer.bias.requires_grad_(not weights)
-    sparsify_(model, config(method))
+    sparsify_(model, config(method, frozen="sparsify", init="random"))
     for layer in (model[0], model[2]):
         assert isinstance(layer, BlockLayer) and isinstance(layer.bias, nn.Parameter)
         assert layer.bias.requires_grad is not weights
@@ -218,9 +225,9 @@ def test_hooks_on_layers_go_on_over_the_lift():
 
 def test_computed_weights_are_left_dense():
     model = mlp()
-    nn.utils.spectral_norm(model[2])
+    nn.utils.spectral_norm(model[4])
     report = sparsify_(model, config()).surgery
-    assert [(each.name, "spectral_norm" in each.reason) for each in report.left_dense] == [("2", True)]
+    assert [(each.name, "spectral_norm" in each.reason) for each in report.left_dense] == [("4", True)]
 
 
 def test_a_lift_by_hand_is_followed():

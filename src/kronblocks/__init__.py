@@ -29,7 +29,8 @@ from kronblocks.search.halving import SearchConfig, find_block_size
 from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
 from kronblocks.search.report import SearchReport
 from kronblocks.search.task import SearchTask
-from kronblocks.selection import SurgeryReport, select
+from kronblocks.selected import SurgeryReport
+from kronblocks.selection import select
 from kronblocks.sparsity.report import SparsityReport
 from kronblocks.sparsity.rules.base import Rule, RuleContext
 from kronblocks.sparsity.schedule import SparsitySchedule

@@ -105,6 +105,7 @@ class Advice:
     threads: int
     layers: tuple[LayerAdvice, ...]
     gains: tuple[Gain, ...]  # one a sparsity
+    not_timed: tuple[str, ...] = ()  # modules with weights that are no linear layers, with their share of the model
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the format's version."""
@@ -121,6 +122,7 @@ class Advice:
                 lines.append(f"  {label(way):15s}{times}{way.weight_bytes / 2**20:10.2f} MiB")
             lines += [f"  {line}" for line in remarks(layer)] + [""]
         lines += [f"whole model at {percent(gain.sparsity)} zeros: {summary(gain)}" for gain in self.gains]
+        lines += [f"not timed: {line}" for line in self.not_timed]
         return "\n".join(lines)
 
 

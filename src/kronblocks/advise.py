@@ -12,13 +12,14 @@ from torch import nn
 
 from kronblocks.advice import Advice, Gain, LayerAdvice, Speed, Way
 from kronblocks.blocks import BlockGrid, BlockSize
-from kronblocks.config import BlockSizeLike, Mismatch, SparsityConfig
+from kronblocks.config import BlockSizeLike, Frozen, Mismatch, SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.methods import TileGroups
-from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.cost import Problem, cost
 from kronblocks.ops.timing import REFERENCE, measure_together
-from kronblocks.selection import Selected, select
+from kronblocks.reasons import linear_sizes
+from kronblocks.selected import LeftDense, SurgeryReport
+from kronblocks.selection import select
 from kronblocks.specs import Layers, linears
 
 MOST_WEIGHTS = 2**31
@@ -36,11 +37,15 @@ def advise(
     rank: int | None = None,
     tile_groups: TileGroups = "per-row",
     on_mismatch: Mismatch = "dense",
+    frozen: Frozen = "keep",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> Advice:
     """Measure, on this machine, what to keep dense, what to factor and what to pack. Takes seconds for each new shape.
+
+    Linear layers are timed, and transformers' Conv1D as what they are. Convolutions and other modules with weights are not:
+    `Advice.not_timed` lists them.
 
     Args:
         layers: a model, or any of: shapes "4096x1024" (out x in), "4096x1024*12" (twelve of them), "package.module:function"
@@ -51,6 +56,7 @@ def advise(
         rank: number of Kronecker terms; None: what a training takes, a quarter of a block's weights, 2 to 8.
         tile_groups: "per-row", or the number of tile banks.
         on_mismatch: a block size that does not divide a layer: leave it "dense", or take the "nearest" that does.
+        frozen: of a model, layers with requires_grad=False: "keep" them dense, as a training does, or "sparsify" them too.
         device: what to time on.
         dtype: of weights and inputs.
         progress: told what is timed, before each time.
@@ -60,9 +66,16 @@ def advise(
     """
     shares = _check(rows, sparsity, device, dtype)
     config = SparsityConfig(
-        block_size=block_size, rank=rank, tile_groups=tile_groups, on_mismatch=on_mismatch, rows=rows, target_sparsity=shares[-1]
+        block_size=block_size,
+        rank=rank,
+        tile_groups=tile_groups,
+        on_mismatch=on_mismatch,
+        frozen=frozen,
+        init="random",  # weights do not matter, nor do frozen ones
+        rows=rows,
+        target_sparsity=shares[-1],
     )
-    distinct = _distinct(linears(layers), config)
+    distinct, not_timed = _distinct(linears(layers), config)
     problem = Problem(BlockGrid(1, 1, BlockSize(1, 1)), None, rows=rows, dtype=dtype, device=str(device))
     found = []
     for done, (key, (names, count)) in enumerate(distinct.items()):
@@ -70,7 +83,8 @@ def advise(
             progress(f"{key.out_features}x{key.in_features}", done, len(distinct))
         found.append(_measure(key, names, count, problem, shares))
     gains = tuple(_gain(found, share) for share in shares)
-    return Advice(rows, rank, str(device), str(dtype).removeprefix("torch."), torch.get_num_threads(), tuple(found), gains)
+    kind = str(dtype).removeprefix("torch.")
+    return Advice(rows, rank, str(device), kind, torch.get_num_threads(), tuple(found), gains, not_timed)
 
 
 def _check(rows: int, sparsity: Sequence[float], device: torch.device | str, dtype: torch.dtype) -> list[float]:
@@ -97,22 +111,29 @@ class _Key(NamedTuple):
     left_dense: str
 
 
-def _distinct(found: Layers, config: SparsityConfig) -> dict[_Key, tuple[list[str], int]]:
-    """Distinct questions -> names of the layers, and how many there are."""
+def _distinct(found: Layers, config: SparsityConfig) -> tuple[dict[_Key, tuple[list[str], int]], tuple[str, ...]]:
+    """Distinct questions -> names of the layers, and how many there are; and what is no linear layer, with its share."""
     distinct: dict[_Key, tuple[list[str], int]] = {}
+    others: list[LeftDense] = []
+
+    def add(name: str, sizes: tuple[int, int], chosen: tuple[BlockGrid, int, int] | None, reason: str, count: int) -> None:
+        if not 0 < math.prod(sizes) <= MOST_WEIGHTS:  # 0: a lazy layer
+            raise KronblocksError(f"{name} has {math.prod(sizes):,} weights: what can be timed has from 1 to {MOST_WEIGHTS:,}")
+        names, so_far = distinct.get(key := _Key(*sizes, chosen, reason), ([], 0))
+        distinct[key] = ([*names, name], so_far + count)
+
     for model, counts in found:
-        report = select(model, config)
-        for each in (*report.selected, *report.left_dense):
-            module = model.get_submodule(each.name)
-            assert isinstance(module, nn.Linear | BlockLayer)
-            size = module.out_features * module.in_features
-            if not 0 < size <= MOST_WEIGHTS:  # 0: a lazy layer
-                raise KronblocksError(f"{each.name} has {size:,} weights: what can be timed has from 1 to {MOST_WEIGHTS:,}")
-            chosen = (each.grid, each.rank, each.tile_groups) if isinstance(each, Selected) else None
-            reason = "" if isinstance(each, Selected) else each.reason
-            names, so_far = distinct.get(key := _Key(module.out_features, module.in_features, chosen, reason), ([], 0))
-            distinct[key] = ([*names, each.name], so_far + counts.get(each.name, 1))
-    return distinct
+        report, modules = select(model, config), dict(model.named_modules())
+        for each in report.selected:
+            sizes = (each.grid.out_features, each.grid.in_features)
+            add(each.name, sizes, (each.grid, each.rank, each.tile_groups), "", counts.get(each.name, 1))
+        for each in report.left_dense:
+            sizes = linear_sizes(modules[each.name]) if each.name in modules else None
+            if sizes is None:
+                others.append(each)
+            else:
+                add(each.name, sizes, None, each.reason, counts.get(each.name, 1))
+    return distinct, tuple(str(SurgeryReport((), tuple(others))).splitlines())
 
 
 def _measure(key: _Key, names: list[str], count: int, problem: Problem, shares: list[float]) -> LayerAdvice:

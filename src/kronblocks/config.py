@@ -38,6 +38,7 @@ CONFIG_VERSION = 1
 
 Storage = Literal["dense", "packed"]
 Mismatch = Literal["dense", "nearest"]
+Frozen = Literal["keep", "sparsify"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class SparsityConfig:
             before (rigl, static), whatever may be a head leaves no block row empty that could have one.
         overrides: pattern to `LayerOverride`; later ones win.
         convolutions: take nn.Conv1d and nn.Conv2d too, as linear layers over patches: blocks never cut across kernel positions.
+        frozen: layers whose weight has requires_grad=False when `sparsify_` is called: "keep" leaves them as they are, and they
+            do not count in the target; "sparsify" treats them as the others, and they stay frozen.
         on_mismatch: a block size that does not divide a layer, or tile groups that do not divide its block rows: leave it
             "dense", or take the "nearest" that does.
         tile_groups: "per-row", or the number of tile banks of each layer; None: the method's own, "per-row" for two-phase and
@@ -101,6 +104,7 @@ class SparsityConfig:
     heads: tuple[str | type, ...] = ()
     overrides: Mapping[str, LayerOverride] = field(default_factory=dict)
     convolutions: bool = False
+    frozen: Frozen = "keep"
     on_mismatch: Mismatch = "dense"
     tile_groups: TileGroups | None = None
     gate: bool | None = None
@@ -122,6 +126,7 @@ class SparsityConfig:
                 raise KronblocksError(f"{name} is a {kind.__name__}(...), not {getattr(self, name)!r}")
         if not isinstance(self.overrides, Mapping):
             raise KronblocksError(f'overrides is a dict such as {{"head": LayerOverride(block_size=8)}}, not {self.overrides!r}')
+        one_of("frozen", self.frozen, Frozen)
         one_of("on_mismatch", self.on_mismatch, Mismatch)
         one_of("scope", self.scope, Scope)
         for name, allowed in (("init", Init), ("score", Score), ("distribution", Distribution), ("storage", Storage)):

@@ -16,7 +16,7 @@ from kronblocks.methods import CONSTANT, FACTORED, Init
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
-from kronblocks.selection import Selected, SurgeryReport
+from kronblocks.selected import Selected, SurgeryReport
 from kronblocks.shards import whole
 from kronblocks.sparsity.budget import random_scores, strongest_masks
 from kronblocks.sparsity.heads import possible_heads

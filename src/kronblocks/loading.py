@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kronblocks.errors import KronblocksError
-from kronblocks.modules import unfoldable
 from kronblocks.nn.base import BlockLayer
+from kronblocks.nn.unfolded import is_transposed
+from kronblocks.reasons import is_convolution
 from kronblocks.records import STRUCTURE_VERSION, apply_structure_
 from kronblocks.sparsity import carried
 
@@ -54,9 +55,8 @@ def _rebuild_(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
         return
     state_dict.pop(prefix + carried.KEY, None)
     modules, found = dict(model.named_modules()), layers_of(state_dict, prefix)
-    folded = unfoldable(model, convolutions=True) if any(name not in modules for name in found) else {}
     inside = {
-        name: name.removesuffix(".linear") for name in found if name not in modules and name.removesuffix(".linear") in folded
+        name: place for name in found if name not in modules and _is_folded(modules.get(place := name.removesuffix(".linear")))
     }
     layers = {name: entry for name, entry in found.items() if name in inside or _is_plain(modules.get(name), name, entry)}
     apply_structure_(model, {"version": STRUCTURE_VERSION, "layers": layers, "unfolded": list(inside.values())})
@@ -77,16 +77,23 @@ def layers_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, dict
         part = {each: state_dict.get(f"{prefix}{name}.{each}") for each in ("values", "coeff", "tiles", "gate", "bias")}
         shared = {"bias": part["bias"] is not None, "plan": "auto"}
         rows, cols = mask.shape
-        match part:
-            case {"values": Tensor(shape=(capacity, bm, bn))}:
-                own = {"kind": "BlockSparseLinear", "capacity": capacity}
-            case {"coeff": Tensor(), "tiles": Tensor(shape=(groups, rank, bm, bn))}:
-                own = {"kind": "KroneckerBlockLinear", "rank": rank, "tile_groups": groups, "gate": part["gate"] is not None}
-            case _:
-                continue
+        values, coeff, tiles = part["values"], part["coeff"], part["tiles"]
+        if isinstance(values, Tensor) and values.dim() == 3:
+            capacity, bm, bn = values.shape
+            own = {"kind": "BlockSparseLinear", "capacity": capacity}
+        elif isinstance(coeff, Tensor) and isinstance(tiles, Tensor) and tiles.dim() == 4:
+            groups, rank, bm, bn = tiles.shape
+            own = {"kind": "KroneckerBlockLinear", "rank": rank, "tile_groups": groups, "gate": part["gate"] is not None}
+        else:
+            continue
         sizes = {"in_features": cols * bn, "out_features": rows * bm, "block_size": f"{bm}x{bn}"}
         found[name] = {**own, **sizes, **shared}
     return found
+
+
+def _is_folded(module: nn.Module | None) -> bool:
+    """Whether it is a convolution or transformers' Conv1D, which block layers may be inside of."""
+    return module is not None and (is_convolution(module) or is_transposed(module))
 
 
 def _is_plain(old: nn.Module | None, name: str, entry: dict[str, Any]) -> bool:

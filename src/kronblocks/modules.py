@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kronblocks.belongings import carry_over_
 from kronblocks.errors import KronblocksError
-from kronblocks.nn.unfolded import Unfolded, UnfoldedConv, is_transposed, unfolded
+from kronblocks.nn.unfolded import Unfolded, unfolded
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -66,35 +66,16 @@ def unfolding(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.M
         raise
 
 
+def to_unfold(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Names of the modules to unfold so that a model has the linear layers of these names, as `select` gives them."""
+    there = dict(model.named_modules())
+    return [name.rpartition(".")[0] for name in layers if name not in there]
+
+
 def fold_(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
     """Put modules back where they stood."""
     for name, old in originals.items():
         replace_(model, name, old)
-
-
-def unfoldable(model: nn.Module, convolutions: bool) -> dict[str, str]:
-    """Names of convolutions and of transformers' Conv1D, each with the reason why it cannot be unfolded, or an empty one.
-
-    Args:
-        model: any model.
-        convolutions: whether convolutions are wanted at all.
-    """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    found = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or not (is_transposed(module) or isinstance(module, nn.modules.conv._ConvNd)):
-            continue
-        if not is_transposed(module) and not convolutions:
-            found[name] = "a convolution: convolutions=True takes them as linear layers over patches"
-        elif owners[id(weight)] > 1:
-            found[name] = "its weight is tied to another one's"
-        else:
-            found[name] = "" if is_transposed(module) else UnfoldedConv.why_not(module)
-    return found
 
 
 def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:

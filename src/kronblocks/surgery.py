@@ -27,13 +27,14 @@ from kronblocks.initial import (
     warn_of_rank,
 )
 from kronblocks.methods import FACTORED, LIFTED
-from kronblocks.modules import fold_, replace_, unfoldable, unfolding
+from kronblocks.modules import replace_, to_unfold, unfolding
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
 from kronblocks.records import apply_structure_, layers_of, structure
-from kronblocks.selection import Selected, SurgeryReport, named_heads, select
+from kronblocks.selected import Selected, SurgeryReport
+from kronblocks.selection import named_heads, select, warn_of_missed
 from kronblocks.sparsity.budget import choose_dead
 from kronblocks.sparsity.places import target_now
 from kronblocks.sparsity.planning import Planner
@@ -164,13 +165,11 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: R
             "sparsify_ was called under torch.inference_mode(), where the parameters that it makes could never train: call it "
             "outside"
         )
-    found = unfoldable(model, config.convolutions)
-    with unfolding(model, [name for name, reason in found.items() if not reason]) as originals:
-        report = select(model, config)
-        taken = {each.name for each in report.selected}
-        left = {name: old for name, old in originals.items() if f"{name}.linear" not in taken}
-        fold_(model, left)
-        return _sparsified(model, config, report.folded(left, found), rule or _rule(config))
+    report = select(model, config)
+    warn_of_missed(report)
+    heads = named_heads(model, report, config)
+    with unfolding(model, to_unfold(model, [each.name for each in report.selected])):
+        return _sparsified(model, config, report, rule or _rule(config), heads)
 
 
 def _check_for_rule(config: SparsityConfig) -> None:
@@ -181,8 +180,10 @@ def _check_for_rule(config: SparsityConfig) -> None:
         raise KronblocksError(f"{', '.join(given)}: a rule= of your own decides that, so leave it out of the config")
 
 
-def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport, rule: Rule) -> Sparsifier:
-    """Replace the layers of a selection."""
+def _sparsified(
+    model: nn.Module, config: SparsityConfig, report: SurgeryReport, rule: Rule, heads: tuple[str, ...] | None = None
+) -> Sparsifier:
+    """Replace the layers of a selection, of which some have been named as heads."""
     present = present_masks(model, report, config)
     if present:
         scores = [torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -1.0) for mask in present]
@@ -190,7 +191,6 @@ def _sparsified(model: nn.Module, config: SparsityConfig, report: SurgeryReport,
         choose_dead(scores, areas, config.target_sparsity, config.scope)
     warn_of_dropped_weights(model, report, config)
     warn_of_blocks_of_zeros(model, report, config)
-    heads = named_heads(model, report, config)
     masks = first_masks(model, report, config, present, heads)
     if config.method in FACTORED:
         warn_of_rank(report)

@@ -6,7 +6,7 @@ from typing import get_args
 
 import torch
 from tests.in_the_field.cases import works
-from tests.in_the_field.trial import STEPS, Trial, batch, config, loss_of
+from tests.in_the_field.trial import STEPS, Trial, batch, config, loss_of, mlp
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +22,19 @@ def plain() -> None:
         if method != "dense":
             trial = Trial(settings=config(method))
             trial.train(trial.adam())
+
+
+@works(
+    LOOPS,
+    "frozen layers (transfer learning)",
+    "stay as they are, and do not count in the sparsity; `frozen='sparsify'` asks for them",
+)
+def frozen() -> None:
+    trial = Trial(nn.Sequential(nn.Linear(32, 32).requires_grad_(False), nn.ReLU(), *mlp()))
+    x = batch()[0]
+    before = trial.model[0](x)
+    trial.train(trial.adam())
+    assert [target.name for target in trial.sparsifier.targets] == ["2", "4"] and torch.equal(trial.model[0](x), before)
 
 
 @works(LOOPS, "gradient accumulation", "only `optimizer.step()` counts")

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from tests.in_the_field.cases import limited, refused, works
 from tests.in_the_field.trial import STEPS, Trial, batch, check_layers_agree, config, loss_of, mlp, same_output, trained
@@ -17,7 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from kronblocks import densify_, sparsify_
+from kronblocks import KronblocksError, densify_, sparsify_
 from kronblocks.nn.base import BlockLayer
 
 WRAPPERS = "wrappers"
@@ -40,6 +41,14 @@ def data_parallel() -> None:
     trial.train(trial.adam(), model=nn.DataParallel(trial.model))
 
 
+@refused(
+    WRAPPERS, "DistributedDataParallel before `sparsify_`", "call `sparsify_` first, then wrap", "sparsify_ first, then wrap"
+)
+def distributed_before() -> None:
+    with one_process():
+        sparsify_(nn.parallel.DistributedDataParallel(mlp()), config())
+
+
 @works(WRAPPERS, "checkpoint_wrapper (activation checkpointing)", "wrap layers before `sparsify_`")
 def checkpointed() -> None:
     trial = Trial(nn.Sequential(checkpoint_wrapper(nn.Linear(32, 64)), nn.ReLU(), checkpoint_wrapper(nn.Linear(64, 16))))
@@ -48,14 +57,14 @@ def checkpointed() -> None:
 
 @limited(WRAPPERS, "weight_norm, spectral_norm and other parametrizations", "such layers are left dense, with a reason")
 def parametrized() -> None:
-    model = nn.Sequential(weight_norm(nn.Linear(32, 64)), nn.ReLU(), spectral_norm(nn.Linear(64, 64)), nn.Linear(64, 16))
+    model = nn.Sequential(weight_norm(nn.Linear(32, 64)), nn.ReLU(), nn.Linear(64, 64), spectral_norm(nn.Linear(64, 16)))
     trial = Trial(model)
-    assert {each.name for each in trial.sparsifier.surgery.left_dense} == {"0", "2"}
+    assert {each.name for each in trial.sparsifier.surgery.left_dense} == {"0", "3"}
     optimizer = trial.adam()
     while trial.sparsifier.step < STEPS:
         trial.step(optimizer)
     trial.check(0.75)
-    assert isinstance(model[3], BlockLayer)
+    assert isinstance(model[2], BlockLayer)
 
 
 @works(WRAPPERS, "nn.TransformerEncoder in eval with a padding mask", "between training steps too")
@@ -157,15 +166,20 @@ def quantised() -> None:
     assert (whole(x) - model(x)).norm() < 0.05 * model(x).norm()
 
 
-@works(WRAPPERS, "LoRA (PEFT)", "`with_block_layers(LoraConfig(...))`; the block layers stay as they are", "peft")
+@works(
+    WRAPPERS,
+    "LoRA (PEFT)",
+    "`import kronblocks.integrations.peft`, then by PEFT's own calls; the block layers stay as they are",
+    "peft",
+)
 def lora() -> None:
     from peft import LoraConfig, get_peft_model
 
-    from kronblocks.integrations.peft import with_block_layers
+    import kronblocks.integrations.peft  # noqa: F401
 
     model = trained().model
     base = copy.deepcopy(model)
-    adapted = get_peft_model(model, with_block_layers(LoraConfig(r=2, target_modules=["0", "2"])))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     x = batch()[0]
     assert torch.allclose(adapted(x), base(x), atol=1e-6)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
@@ -179,6 +193,50 @@ def lora() -> None:
     assert sum(losses[-5:]) < sum(losses[:5])
     with adapted.disable_adapter():
         assert torch.equal(adapted(x), base(x))
+
+
+@refused(
+    WRAPPERS, "LoRA starts that change base weights (PiSSA, OLoRA, LoftQ), DoRA", "leave them out", "leave it at True", "peft"
+)
+def other_starts() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    import kronblocks.integrations.peft  # noqa: F401
+
+    get_peft_model(trained().model, LoraConfig(target_modules=["0"], init_lora_weights="pissa"))
+
+
+@refused(WRAPPERS, "LoHa, LoKr, IA3, VeRA and the other methods of PEFT", "use LoRA, or `densify_` first", "use LoRA", "peft")
+def other_adapters() -> None:
+    from peft import IA3Config, get_peft_model
+
+    import kronblocks.integrations.peft  # noqa: F401
+
+    get_peft_model(trained().model, IA3Config(target_modules=["0"], feedforward_modules=[]))
+
+
+@limited(
+    WRAPPERS,
+    "LoRA (PEFT) before `sparsify_`",
+    "the layers under it are frozen and stay dense: `frozen='sparsify'` prunes them, best with `magnitude`",
+    "peft",
+)
+def lora_before() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def adapted() -> nn.Module:
+        return get_peft_model(mlp(), LoraConfig(r=8, target_modules=["0", "2"]))  # pyright: ignore[reportArgumentType]
+
+    with pytest.raises(KronblocksError, match="every layer that could become sparse is frozen"):
+        sparsify_(adapted(), config())
+    trial = Trial(adapted(), config("magnitude", frozen="sparsify"))
+    assert [target.name.rpartition(".")[2] for target in trial.sparsifier.targets] == ["base_layer", "base_layer"]
+    optimizer = trial.adam()
+    while trial.sparsifier.step < STEPS:
+        optimizer.zero_grad()
+        loss_of(trial.model).backward()
+        optimizer.step()
+    trial.check()
 
 
 @works(WRAPPERS, "casts and moves of a model in mid-training", "to float64 and back to float32")

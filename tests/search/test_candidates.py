@@ -6,10 +6,11 @@ import pytest
 import torch
 from tests.search.small_task import convolutional, task
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from kronblocks import BlockGrid, BlockSize, KronblocksError, RankChoice, SparsityConfig, nearest_kronecker_sum
+from kronblocks import BlockGrid, BlockSize, KronblocksError, RankChoice, SparsityConfig, nearest_kronecker_sum, sparsify_
 from kronblocks.nn.unfolded import UnfoldedConv
-from kronblocks.search.candidates import Candidate, captured_energy, excess_energy, find_candidates, shortlist
+from kronblocks.search.candidates import Candidate, captured_energy, excess_energy, find_candidates, shortlist, with_block
 
 
 def model() -> nn.Sequential:
@@ -83,6 +84,18 @@ def test_where_no_usual_size_fits_the_divisors_are_candidates():
     config = SparsityConfig(rank=1, target_sparsity=0.5)
     assert [str(c.block) for c in find_candidates(nn.Sequential(nn.Linear(147, 63)), config)] == ["3x3", "7x7", "21x21"]
     assert [str(c.block) for c in find_candidates(nn.Sequential(nn.Linear(144, 48)), config)][:3] == ["2x2", "4x4", "8x8"]
+
+
+def test_patterns_and_layers_are_those_of_sparsify_where_layers_are_unfolded():
+    """Of GPT-2, whose layers are transformers' Conv1D, and of convolutions named by their type."""
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=16, n_layer=2, n_head=2))
+    before = dict(gpt2.named_modules())
+    config = SparsityConfig(rank=1, target_sparsity=0.5, layers=("type:Conv1D",), exclude=("*.c_fc",))
+    (found,) = find_candidates(gpt2, config, (4,))
+    wanted = [f"transformer.h.{block}.{name}.linear" for block in (0, 1) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
+    assert [layer.name for layer in found.layers] == wanted and dict(gpt2.named_modules()) == before
+    sparsifier = sparsify_(gpt2, with_block(config, found.block))
+    assert [(target.name, target.grid) for target in sparsifier.targets] == [(each.name, each.grid) for each in found.layers]
 
 
 def test_estimated_times_count_the_rows_that_reach_each_layer():

@@ -158,7 +158,7 @@ def test_frozen_layers_stay_frozen_and_every_module_in_its_mode():
     net = nn.Sequential(*convolutional(), nn.Dropout(0.1)).eval()
     net[4].train()
     net[3].weight.requires_grad_(False)
-    config, modes = dataclasses.replace(CONFIG, convolutions=True), []
+    config, modes = dataclasses.replace(CONFIG, convolutions=True, frozen="sparsify", init="random"), []
     watched = dataclasses.replace(task(), losses=lambda net, batch: (modes.append(net.training), task().losses(net, batch))[1])
     find_block_size_in_mixture_(net, config, watched, total_steps=200, sizes=(2, 4))
     assert isinstance(net[3], KroneckerBlockLinear) and isinstance(net[1].linear, KroneckerBlockLinear)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from kronblocks.advice import Advice, LayerAdvice, Way, label, percent, ratio, remarks, summary, title
 from kronblocks.advise import advise
-from kronblocks.config import Mismatch
+from kronblocks.config import Frozen, Mismatch
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.tasks import tile_groups
 from kronblocks.files import write_json
@@ -39,6 +39,8 @@ class AdviseConfig:
     """Tile banks of a factored layer: per-row, or a number."""
     on_mismatch: Mismatch = "dense"
     """Layers that the block size does not divide: nearest size that does, or left dense."""
+    frozen: Frozen = "keep"
+    """Layers of a model with requires_grad=False: keep them dense, as a training does, or sparsify them too."""
     device: str = "cpu"
     """What to time on: cpu, or cuda."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
@@ -79,6 +81,7 @@ def _advise(config: AdviseConfig) -> Advice:
             rank=config.rank,
             tile_groups=tile_groups(config.tile_groups),
             on_mismatch=config.on_mismatch,
+            frozen=config.frozen,
             device=config.device,
             dtype=getattr(torch, config.dtype),
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
@@ -105,6 +108,8 @@ def show(advice: Advice) -> None:
     for gain in advice.gains:
         total.add_row(f"{percent(gain.sparsity)} zeros", summary(gain))
     console.print(total)
+    for line in advice.not_timed:
+        console.print(f"not timed: {line}", markup=False, highlight=False)
     rank = "of a training" if advice.rank is None else advice.rank
     console.print(
         f"{advice.rows} rows, rank {rank}, {advice.dtype}, {advice.device}, {advice.threads} threads; "

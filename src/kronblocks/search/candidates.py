@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import BlockSizeLike, SparsityConfig
 from kronblocks.errors import DoesNotFit, KronblocksError
-from kronblocks.modules import fold_, unfoldable, unfolding
+from kronblocks.modules import fold_, to_unfold, unfolding
 from kronblocks.ops.cost import Problem, estimated_seconds, possible_plans
 from kronblocks.search.report import Path
-from kronblocks.selection import Selected, select
+from kronblocks.selected import Selected
+from kronblocks.selection import select
 from kronblocks.sparsity.budget import choose_dead
 
 SIZES = (2, 4, 8, 16, 32, 64)
@@ -106,17 +107,23 @@ def _fitting(model: nn.Module, config: SparsityConfig) -> tuple[Selected, ...]:
     return layers
 
 
-def _fits(model: nn.Module, config: SparsityConfig) -> bool:
-    try:
-        _fitting(model, config)
-    except DoesNotFit:
-        return False
-    return True
+def _by_size(
+    model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike]
+) -> tuple[dict[BlockSize, tuple[Selected, ...]], str]:
+    """The layers that each size fits, and why the last of the others fits none."""
+    found, why_not = {}, ""
+    for block in map(BlockSize.parse, sizes):
+        try:
+            found[block] = _fitting(model, with_block(config, block))
+        except DoesNotFit as error:
+            why_not = f"; {block}: {str(error).splitlines()[0].rstrip(':')}"
+    return found, why_not
 
 
-def _divisors(model: nn.Module) -> list[int]:
-    """Sides from 2 to 64 of squares that divide a linear layer."""
-    sides = {math.gcd(*module.weight.shape) for module in model.modules() if isinstance(module, nn.Linear)}
+def _divisors(model: nn.Module, config: SparsityConfig) -> list[int]:
+    """Sides from 2 to 64 of squares that divide a layer."""
+    every = select(model, with_block(dataclasses.replace(config, rank=None, overrides={}), BlockSize(1, 1))).selected
+    sides = {math.gcd(*layer.grid.shape) for layer in every}
     return [side for side in range(2, SIZES[-1] + 1) if any(common % side == 0 for common in sides)]
 
 
@@ -143,48 +150,41 @@ def find_candidates(
         KronblocksError: no size is named, none of them fits any layer, leaves blocks enough for the sparsity, or makes factors as
             few as `RankChoice` allows; a layer that is block-sparse already.
     """
-    found = unfoldable(model, config.convolutions)
-    with unfolding(model, [name for name, reason in found.items() if not reason]) as originals:
-        counted = dict.fromkeys((name for name, _ in model.named_modules()), rows) if isinstance(rows, int) else rows(model)
-        candidates = _find(model, config, sizes, counted)
-        fold_(model, originals)
-    return candidates
-
-
-def _find(
-    model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike] | None, rows: Mapping[str, int]
-) -> list[Candidate]:
-    """The same for a model of linear layers alone."""
-    if sizes is None:
-        sizes = SIZES if any(_fits(model, with_block(config, BlockSize(side, side))) for side in SIZES) else _divisors(model)
-    elif not (sizes := tuple(sizes)):
+    if sizes is not None and not (sizes := tuple(sizes)):
         raise KronblocksError("sizes= names no block size: a search wants at least two, such as sizes=(4, 8), or None")
-    device = next(model.parameters()).device.type
-    found: dict[tuple[str, ...], Candidate] = {}
-    why_not = ""
-    for size in sizes:
-        block = BlockSize.parse(size)
-        try:
-            layers = _fitting(model, with_block(config, block))
-        except DoesNotFit as error:
-            why_not = f"; {block}: {str(error).splitlines()[0].rstrip(':')}"
-            continue
-        sparse = [layer.name for layer in layers if not isinstance(model.get_submodule(layer.name), nn.Linear)]
-        if sparse:
-            raise KronblocksError(
-                f"{', '.join(sparse)}: block-sparse already, and a search begins with the dense model: densify_ it first"
-            )
-        weights = [model.get_submodule(layer.name).get_parameter("weight") for layer in layers]
-        squares = [float(weight.detach().double().square().sum()) for weight in weights]
-        shares = [excess_energy(w, layer.grid, layer.rank, layer.tile_groups) for w, layer in zip(weights, layers, strict=True)]
-        energy = sum(s * e for s, e in zip(squares, shares, strict=True)) / max(sum(squares), 1e-300)
-        seconds = {layer.name: _step_seconds(layer, config, rows[layer.name], device) for layer in layers}
-        found.setdefault(tuple(str(layer.grid) for layer in layers), Candidate(block, layers, seconds, energy))
-    if not found:
+    fitting, why_not = _by_size(model, config, SIZES if sizes is None else sizes)
+    if sizes is None and not fitting:
+        fitting, why_not = _by_size(model, config, _divisors(model, config))
+    if not fitting:
         raise KronblocksError(
             f"none of the block sizes fits the layers, the sparsity and the rank: name others, such as sizes=(2, 4){why_not}"
         )
+    names = dict.fromkeys(layer.name for layers in fitting.values() for layer in layers)
+    with unfolding(model, to_unfold(model, names)) as originals:
+        counted = dict.fromkeys(names, rows) if isinstance(rows, int) else rows(model)
+        found: dict[tuple[str, ...], Candidate] = {}
+        for block, layers in fitting.items():
+            found.setdefault(tuple(str(layer.grid) for layer in layers), _candidate(model, config, block, layers, counted))
+        fold_(model, originals)
     return sorted(found.values(), key=lambda candidate: candidate.block.area)
+
+
+def _candidate(
+    model: nn.Module, config: SparsityConfig, block: BlockSize, layers: tuple[Selected, ...], rows: Mapping[str, int]
+) -> Candidate:
+    """What a size costs and keeps, in a model whose convolutions are linear layers."""
+    modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
+    if sparse := [name for name, module in modules.items() if not isinstance(module, nn.Linear)]:
+        raise KronblocksError(
+            f"{', '.join(sparse)}: block-sparse already, and a search begins with the dense model: densify_ it first"
+        )
+    device = next(model.parameters()).device.type
+    weights = [module.get_parameter("weight") for module in modules.values()]
+    squares = [float(weight.detach().double().square().sum()) for weight in weights]
+    shares = [excess_energy(w, layer.grid, layer.rank, layer.tile_groups) for w, layer in zip(weights, layers, strict=True)]
+    energy = sum(s * e for s, e in zip(squares, shares, strict=True)) / max(sum(squares), 1e-300)
+    seconds = {layer.name: _step_seconds(layer, config, rows[layer.name], device) for layer in layers}
+    return Candidate(block, layers, seconds, energy)
 
 
 def shortlist(candidates: Sequence[Candidate], most: int) -> tuple[list[Candidate], dict[str, str]]:

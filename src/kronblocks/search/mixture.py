@@ -20,7 +20,7 @@ from kronblocks.config import SparsityConfig
 from kronblocks.errors import Diverged, KronblocksError
 from kronblocks.groups import drop_parameters_, parameter_groups
 from kronblocks.methods import FACTORED
-from kronblocks.modules import in_mode, replace_, unfolding
+from kronblocks.modules import in_mode, replace_, to_unfold, unfolding
 from kronblocks.nn.mixture import BlockMixtureLinear
 from kronblocks.ranks import RankChoice
 from kronblocks.search.candidates import Candidate, entrants
@@ -150,9 +150,7 @@ class _MixtureTraining:
         names = [layer.name for layer in kept[0].layers if all(layer.name in found for found in fits.values())]
         if not names:
             raise KronblocksError("no layer is fit by all candidates together: name other sizes, or search by short trainings")
-        plain = dict(model.named_modules())
-        around = [name.rpartition(".")[0] for name in names if name not in plain]
-        with torch.random.fork_rng(devices=[]), unfolding(model, around):
+        with torch.random.fork_rng(devices=[]), unfolding(model, to_unfold(model, names)):
             torch.manual_seed(search.seed)
             for name in names:
                 linear = model.get_submodule(name)
