@@ -44,7 +44,6 @@ PUT_ON = [
     (lambda layer: layer.add_module("lora", nn.Identity()), "lora"),
     (lambda layer: layer.weight.register_hook(lambda gradient: gradient), "hooks on its weight"),
     (lambda layer: layer.weight.register_post_accumulate_grad_hook(lambda _: None), "hooks on its weight"),
-    (lambda layer: setattr(layer.weight, "no_decay", True), "its weight's no_decay"),
 ]
 
 

@@ -12,6 +12,7 @@ from kronblocks.distillation import Distillation
 from kronblocks.errors import KronblocksError, KronblocksWarning, NativeFallbackWarning, OpenMPConflictWarning, PerformanceWarning
 from kronblocks.export import Exported, export
 from kronblocks.groups import parameter_groups
+from kronblocks.lifting import lift_
 from kronblocks.loading import rebuild_on_load_
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
@@ -36,7 +37,7 @@ from kronblocks.sparsity.rules.base import Rule, RuleContext
 from kronblocks.sparsity.schedule import SparsitySchedule
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.sparsity.targets import BlockTarget
-from kronblocks.surgery import densify_, lift_, sparsify_
+from kronblocks.surgery import densify_, sparsify_
 
 __version__ = "0.1.0"
 

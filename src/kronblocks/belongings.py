@@ -14,6 +14,7 @@ from kronblocks.errors import KronblocksWarning
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import UnfoldedConv, is_transposed
+from kronblocks.parameters import hooks_of
 from kronblocks.sparsity.places import SUCCESSOR
 
 _HOOKS = (
@@ -43,6 +44,10 @@ def carry_over_(old: nn.Module, new: nn.Module) -> None:
         vars(new).update({name: vars(old)[name] for name in own})
         if lost := _lost(old, usual):
             vars(new)[_LOST] = lost
+    if (weight := old._parameters.get("weight")) is not None:
+        for name, parameter in new.named_parameters(recurse=False):
+            if name not in ("weight", "bias"):  # factors or values
+                vars(parameter).update(vars(weight))
     vars(old)[SUCCESSOR] = new  # no submodule of it, but what a sparsifier follows
 
 
@@ -71,11 +76,9 @@ def _lost(old: nn.Module, usual: nn.Module) -> list[str]:
     tables = ("_parameters", "_buffers", "_modules")
     if extra := [name for table in tables for name in getattr(old, table).keys() - getattr(usual, table).keys() - _OPTIONAL]:
         lost.append(" and ".join(sorted(extra)))
-    weight: Any = old._parameters.get("weight")
-    if weight is not None and (weight._backward_hooks or weight._post_accumulate_grad_hooks):
+    weight = old._parameters.get("weight")
+    if isinstance(weight, nn.Parameter) and hooks_of(weight):
         lost.append("hooks on its weight")
-    if weight is not None and vars(weight):
-        lost.append(f"its weight's {', '.join(vars(weight))}")
     return lost
 
 

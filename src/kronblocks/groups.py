@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,15 @@ from kronblocks.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.parameters import become_, share_hooks_
+from kronblocks.sparsity.attachment import PART
+from kronblocks.sparsity.moments import forget_, with_inner
 
 FACTOR_LR_SCALE = 1.0
 TILE_LR_SCALE = 1.0
 LIFTED_LR_SCALE = 1.5
 LIFTED = "lifted"
+_calls = itertools.count()  # of parameter_groups: groups of one call belong together, wherever an optimiser puts them
 
 
 def parameter_groups(
@@ -36,7 +41,9 @@ def parameter_groups(
     """Groups for an optimiser: "dense", "no-decay" (biases, norms), "coefficients", "tiles", and "lifted", empty till the lift.
 
     Give it the rate that suits the dense model; lifted values want a larger one (1.5 times by default; see the ablation in
-    docs/experiments.md). All five groups are always there, so that learning-rate schedules and resumed runs agree.
+    docs/experiments.md). All five groups are always there, so that learning-rate schedules and resumed runs agree. They share a
+    number, "part": call this for each part of a model that has rates of its own, add the lists up, and lifted values join the
+    group "lifted" of their part.
 
     Args:
         model: after `sparsify_`.
@@ -74,8 +81,9 @@ def parameter_groups(
         ("tiles", tiles, factor_lr_scale * tile_lr_scale, factor_weight_decay),
         (LIFTED, lifted, lifted_lr_scale, factor_weight_decay if lifted_weight_decay is None else lifted_weight_decay),
     ]
+    part = next(_calls)
     return [
-        {"params": [p for p in params if p.requires_grad], "lr": lr * scale, "weight_decay": decay, "name": name}
+        {"params": [p for p in params if p.requires_grad], "lr": lr * scale, "weight_decay": decay, "name": name, PART: part}
         for name, params, scale, decay in groups
         if params or keep_empty
     ]
@@ -85,46 +93,115 @@ _GROUPS = {"coeff": "coefficients", "gate": "coefficients", "tiles": "tiles", "v
 
 
 def replace_parameters_(optimizers: Sequence[Optimizer], old: BlockLayer, new: BlockLayer) -> None:
-    """Let an optimiser go on with the parameters of the layer that has taken another's place; state and gradients are dropped.
+    """Let optimisers go on with the parameters of the layer that has taken another's place; state and gradients are dropped.
 
-    They join the groups that `parameter_groups` makes for them, or, where there are none, take the place of the first old one: in
-    one optimiser, whichever of them held the old ones.
+    Where an optimiser holds the old ones, the first of the new ones is the old layer's first, given other values: whatever holds
+    that parameter (lists, hooks, an optimiser for it alone) goes on with it. In the optimisers they join the groups that came
+    with the old ones' groups, by one call of `parameter_groups`, or, where there are none, take the first old one's place.
+
+    Args:
+        optimizers: any; those of the old parameters are changed, with optimisers that they keep inside.
+        old: the layer that was replaced. It computes as before, with a parameter object of its own.
+        new: the layer in its place.
     """
-    gone = {id(p) for p in old.block_parameters()}
-    holders = [each for each in optimizers if any(id(p) in gone for group in each.param_groups for p in group["params"])]
-    owner = next((each for each in holders if _group(each, LIFTED) is not None), holders[0] if holders else None)
-    for optimizer in holders:
-        if optimizer is owner:
-            _put_in_place(optimizer, gone, new)
-        drop_parameters_([optimizer], old.block_parameters())
+    gone, fresh = old.block_parameters(), new.block_parameters()
+    names = {id(p): name for name, p in new.named_parameters(recurse=False)}
+    fresh_names = [names[id(p)] for p in fresh]
+    places = _places(optimizers, gone)
+    drop_parameters_(optimizers, gone)
+    for parameter in fresh:
+        vars(parameter).update(vars(gone[0]))  # tags that users and frameworks set on parameters
+    if places:
+        own = next(name for name, p in old.named_parameters(recurse=False) if p is gone[0])
+        setattr(old, own, nn.Parameter(gone[0].data, gone[0].requires_grad))  # the old layer may stand in another model too
+        become_(gone[0], fresh[0])
+        gone[0].requires_grad_(fresh[0].requires_grad)
+        setattr(new, fresh_names[0], gone[0])
+        fresh[0] = gone[0]
+    else:  # what an optimiser that is not given here remembers has the old shape: let it be seen that it does not have this one
+        share_hooks_(fresh[0], gone[0])
+    for place in places:
+        for parameter, name in zip(fresh, fresh_names, strict=True):
+            place.insert(parameter, name)
 
 
-def _group(optimizer: Optimizer, name: str) -> dict[str, Any] | None:
-    return next((group for group in optimizer.param_groups if group.get("name") == name), None)
+class _Place:
+    """Where the parameters of a layer stood in an optimiser, and others are to stand."""
+
+    def __init__(self, optimizer: Optimizer, home: dict[str, Any], first: int, gone: set[int]) -> None:
+        self._optimizer, self._home = optimizer, home
+        self._next = sum(id(p) not in gone for p in home["params"][:first])  # once those that are gone are out
+        self._layer = home["param_names"][first].rpartition(".")[0] if "param_names" in home else ""
+        self._has_momentum = "momentum_buffer" in optimizer.state.get(home["params"][first], {})
+
+    @property
+    def has_lifted(self) -> bool:
+        """Whether the home has a group for lifted values beside it."""
+        return _beside(self._optimizer, self._home, LIFTED) is not None
+
+    def insert(self, parameter: nn.Parameter, name: str) -> None:
+        """Put a parameter of the layer in, by its name there."""
+        group = _beside(self._optimizer, self._home, _GROUPS[name])
+        if group is None:
+            group, place = self._home, self._next
+            self._next += 1
+            if group.get("fused") and self._has_momentum:  # torch's fused SGD wants momenta of all of a group, or of none
+                self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        else:
+            place = len(group["params"])
+        full_name = f"{self._layer}.{name}"
+        self._prepare(group, parameter, full_name)
+        group["params"].insert(place, parameter)
+        if "param_names" in group:  # of torch's named parameters
+            group["param_names"].insert(place, full_name)
+
+    def _prepare(self, group: dict[str, Any], parameter: nn.Parameter, name: str) -> None:
+        """Let an optimiser that prepares parameters when they join it (Lookahead) do that, in a group that goes again."""
+        if type(self._optimizer).add_param_group is not Optimizer.add_param_group:
+            options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            named = "param_names" in group
+            self._optimizer.add_param_group({**options, "params": [(name, parameter) if named else parameter]})
+            self._optimizer.param_groups.pop()
 
 
-def _put_in_place(optimizer: Optimizer, gone: set[int], new: BlockLayer) -> None:
-    home = next(group for group in optimizer.param_groups if any(id(p) in gone for p in group["params"]))
-    place = next(place for place, p in enumerate(home["params"]) if id(p) in gone)
-    has_momentum = "momentum_buffer" in optimizer.state.get(home["params"][place], {})
-    layer = home["param_names"][place].rpartition(".")[0] if "param_names" in home else ""
-    for name, p in new.named_parameters(recurse=False):
-        if name not in _GROUPS:
-            continue
-        group = _group(optimizer, _GROUPS[name])
-        if group is not None:
-            _insert(group, len(group["params"]), p, f"{layer}.{name}")
-            continue
-        place += 1
-        _insert(home, place, p, f"{layer}.{name}")
-        if home.get("fused") and has_momentum:  # torch's fused SGD wants momenta of all parameters of a group, or of none
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+def _places(optimizers: Sequence[Optimizer], gone: Sequence[Tensor]) -> list[_Place]:
+    """Where the successors of some parameters belong: in one of the optimisers that hold them, and in what that keeps inside."""
+    ids, found = {id(p) for p in gone}, []
+    for optimizer in optimizers:
+        places, lists = [], set()
+        for each in with_inner([optimizer]):
+            at = [(g, k) for g in each.param_groups for k, p in enumerate(g["params"]) if id(p) in ids]
+            if at and id(at[0][0]["params"]) not in lists:  # an optimiser inside mostly shares the list
+                home, first = next(((g, k) for g, k in at if g["params"][k] is gone[0]), at[0])
+                lists.update(id(g["params"]) for g in each.param_groups)
+                places.append(_Place(each, home, first, ids))
+        if places:
+            found.append((any(place.has_lifted for place in places), places))
+    return max(found, key=lambda each: each[0], default=(False, []))[1]
 
 
-def _insert(group: dict[str, Any], place: int, parameter: nn.Parameter, name: str) -> None:
-    group["params"].insert(place, parameter)
-    if "param_names" in group:  # of torch's named parameters
-        group["param_names"].insert(place, name)
+def _beside(optimizer: Optimizer, home: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The group of a name that came with another group, by one call of `parameter_groups`.
+
+    Groups that carry no number of a call (made by hand, or loaded from a state of an earlier version) belong to the next of
+    that name in the optimiser's order, or else to the one before.
+    """
+    groups = optimizer.param_groups
+    at = next(place for place, group in enumerate(groups) if group is home)
+    found = [k for k, g in enumerate(groups) if g.get("name") == name and (PART not in home or g.get(PART) == home[PART])]
+    later = [k for k in found if k >= at]
+    return groups[(later or found[-1:])[0]] if found else None
+
+
+def in_order_of_(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    """Sort the groups of factors and of values as `parameter_groups` does: states are saved by place."""
+    order = {id(p): place for place, p in enumerate(model.parameters())}
+    for optimizer in optimizers:
+        numbered = any(PART in group for group in optimizer.param_groups)
+        for group in optimizer.param_groups:
+            if group.get("name") in _GROUPS.values() and (PART in group) == numbered:
+                places = [order.get(id(p), len(order)) for p in group["params"]]
+                _keep(group, sorted(range(len(places)), key=places.__getitem__))
 
 
 def _keep(group: dict[str, Any], kept: Sequence[int]) -> None:
@@ -134,53 +211,16 @@ def _keep(group: dict[str, Any], kept: Sequence[int]) -> None:
             group[name][:] = [group[name][place] for place in kept]
 
 
-def in_order_of_(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
-    """Sort the groups of factors and of values as `parameter_groups` does: states are saved by place."""
-    order = {id(p): place for place, p in enumerate(model.parameters())}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if group.get("name") in _GROUPS.values():
-                places = [order.get(id(p), len(order)) for p in group["params"]]
-                _keep(group, sorted(range(len(places)), key=places.__getitem__))
-
-
 def drop_parameters_(optimizers: Sequence[Optimizer], gone: Sequence[Tensor]) -> None:
     """Let optimisers forget parameters that are no longer part of the model, and their state."""
     ids = {id(p) for p in gone}
-    for optimizer in optimizers:
+    for optimizer in with_inner(optimizers):
         for group in optimizer.param_groups:
             _keep(group, [place for place, p in enumerate(group["params"]) if id(p) not in ids])
         for p in gone:
-            optimizer.state.pop(p, None)
+            forget_(optimizer, p)
     for p in gone:
         p.grad = None  # whoever kept a list of parameters would count it in norms
-
-
-def keep_slots_(optimizers: Sequence[Optimizer], old: nn.Parameter, new: nn.Parameter, kept: Tensor) -> None:
-    """Let an optimiser go on with compacted values: they take the old ones' place, and state with a row a slot keeps its rows.
-
-    Args:
-        optimizers: those that may hold the parameter.
-        old: (capacity, bm, bn), the values before `compact_`.
-        new: (new capacity, bm, bn), the values after it.
-        kept: (new capacity,) the slots that were kept.
-    """
-    old.grad = None
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"][:] = [new if p is old else p for p in group["params"]]
-        state = optimizer.state.pop(old, None)
-        if state is None:
-            continue
-        optimizer.state[new] = state
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == old.shape[0]:
-                state[name] = value.index_select(0, kept.to(value.device))
-            elif isinstance(value, Tensor) and value.numel() > 1:
-                raise KronblocksError(
-                    f"the optimiser keeps {name!r} of shape {tuple(value.shape)} for block values, which has no row a slot: "
-                    "use an optimiser whose state has the shape of its parameters, such as AdamW or SGD"
-                )
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:

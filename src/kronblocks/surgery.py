@@ -1,10 +1,10 @@
-"""Walk a model, replace layers, and put them back: `sparsify_`, `lift_`, `densify_`."""
+"""Walk a model, replace layers, and put them back: `sparsify_`, `densify_`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from kronblocks.belongings import warn_of_lost_belongings
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
-from kronblocks.groups import in_order_of_, keep_slots_, replace_parameters_
+from kronblocks.groups import in_order_of_
 from kronblocks.initial import (
     first_init,
     first_layer,
@@ -26,15 +26,16 @@ from kronblocks.initial import (
     warn_of_dropped_weights,
     warn_of_rank,
 )
+from kronblocks.lifting import compact_, hand_over_, lift_layers_
 from kronblocks.methods import FACTORED, LIFTED
 from kronblocks.modules import replace_, to_unfold, unfolding
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
-from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
 from kronblocks.records import apply_structure_, layers_of, structure
 from kronblocks.selected import Selected, SurgeryReport
 from kronblocks.selection import named_heads, select, warn_of_missed
+from kronblocks.sparsity.attachment import warn_of_hooks
 from kronblocks.sparsity.budget import choose_dead
 from kronblocks.sparsity.places import target_now
 from kronblocks.sparsity.planning import Planner
@@ -85,34 +86,26 @@ class ModelSurgeon:
         self._model = model
 
     def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> bool:
-        lifted = _lift(self._model, names, optimizers)
+        lifted = lift_layers_(self._model, names, optimizers)
         layers = {name: self._model.get_submodule(name) for name in lifted}
         warn_of_lost_belongings(layers, "the lift has replaced factors by values, so put it on them again")
         return bool(lifted)
 
     def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> bool:
-        changed = False
-        for name in names:
-            layer = self._model.get_submodule(name)
-            if isinstance(layer, BlockSparseLinear):
-                old, kept = layer.values, layer.compact_()
-                if layer.values is not old:
-                    keep_slots_(optimizers, old, layer.values, kept)
-                    changed = True
-        return changed
+        return compact_(self._model, names, optimizers)
 
     def record(self) -> dict[str, Any]:
         return structure(self._model)
 
     def restore(self, record: dict[str, Any], optimizers: Sequence[Optimizer]) -> bool:
-        before = layers_of(self._model, BlockLayer)
+        before, ending, changed = layers_of(self._model, BlockLayer), {}, False
         apply_structure_(self._model, record)
-        changed = False
         for name, old in before.items():
             new = self._model.get_submodule(name)
             if isinstance(new, BlockLayer) and new is not old:
-                replace_parameters_(optimizers, old, new)
+                ending |= hand_over_(optimizers, name, old, new)
                 changed = True
+        warn_of_hooks(ending, "ended when layers were replaced")
         in_order_of_(optimizers, self._model)
         return changed
 
@@ -269,42 +262,6 @@ def pack_masked_(copy: nn.Module, model: nn.Module, sparsifier: Sparsifier) -> N
 def weight_targets(model: nn.Module, report: SurgeryReport) -> list[BlockTarget]:
     """The selected layers of a model that has not been changed, plain nn.Linear with a mask beside them."""
     return [_target(model, each) for each in report.selected]
-
-
-def _lift(model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimizer]) -> list[str]:
-    lifted = []
-    for name in names:
-        old = model.get_submodule(name)
-        if isinstance(old, BlockSparseLinear):
-            continue
-        if not isinstance(old, KroneckerBlockLinear):
-            raise KronblocksError(
-                f"the lift is due, and {name} is now a {type(old).__name__} around the layer that sparsify_ made: wrap layers "
-                "(checkpoint_wrapper, LoRA) before sparsify_, or choose a method without a lift"
-            )
-        new = BlockSparseLinear.from_kron(old)
-        new.values.requires_grad_(old.coeff.requires_grad)
-        replace_(model, name, new)
-        replace_parameters_(optimizers, old, new)
-        lifted.append(name)
-    return lifted
-
-
-def lift_(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] = ()) -> list[str]:
-    """Replace every Kronecker layer by a `BlockSparseLinear` with the same live blocks as free values, in place.
-
-    The two-phase method does this by itself, at the right step. The values join the optimiser's group "lifted" (or take the
-    factors' place) with fresh state; biases keep theirs.
-
-    Args:
-        model: any model.
-        optimizer: the optimiser, or all of them, that hold the factors.
-
-    Returns:
-        The names of the lifted layers.
-    """
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    return _lift(model, list(layers_of(model, KroneckerBlockLinear)), optimizers)
 
 
 @torch.no_grad()

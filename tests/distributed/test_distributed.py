@@ -56,6 +56,7 @@ ALL = (*EXACT, "rigl")
 RUNS = [
     *((2, "ddp", method) for method in (*ALL, "elastic-group-lasso")),
     *((2, "static", method) for method in ("two-phase", "group-lasso")),
+    (2, "group", "two-phase"),
     *((2, "fsdp", method) for method in ALL),
     *((4, way, method) for way in ("ddp", "fsdp") for method in ("two-phase", "rigl")),
 ]
@@ -74,6 +75,28 @@ def test_processes_do_what_one_does(worker, two, four, way, method, world):
         alone = worker.train(model, sparsifier, 0, 1)
         assert torch.equal(alone["masks"], found[0]["masks"])
         assert torch.allclose(alone["losses"], found[0]["losses"], rtol=0, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    return launched("one", 1, tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("way", ["ddp", "static", "frozen", "fsdp"])
+def test_one_process_wrapped_does_what_it_does_unwrapped(worker, one, way):
+    model, sparsifier = worker.make("two-phase")
+    alone = worker.train(model, sparsifier, 0, 1)
+    found = torch.load(one / f"alone-{way}.pt", weights_only=True)
+    assert torch.equal(alone["masks"], found["masks"])
+    assert torch.allclose(alone["losses"], found["losses"], rtol=0, atol=1e-9)
+
+
+def test_zero_is_refused_before_a_lift_and_works_without_one(worker, one):
+    assert "use the optimiser inside it under DistributedDataParallel" in (one / "zero.txt").read_text()
+    model, sparsifier = worker.make("magnitude")
+    alone = worker.train(model, sparsifier, 0, 1, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    found = torch.load(one / "zero.pt", weights_only=True)
+    assert torch.equal(alone["masks"], found["masks"]) and torch.equal(alone["losses"], found["losses"])
 
 
 @pytest.mark.parametrize("method", ["two-phase", "magnitude"])

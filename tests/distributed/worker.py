@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from kronblocks import KronblocksError, PenaltyConfig, SparsityConfig, parameter_groups, save_pretrained, sparsify_
@@ -197,8 +199,49 @@ def unwrapped(rank: int, world: int, folder: Path) -> None:
         (folder / f"unwrapped-{rank}.txt").write_text(str(error))
 
 
+def alone(rank: int, world: int, folder: Path) -> None:
+    """One process, as torchrun --nproc-per-node 1 starts it: wrapped, unwrapped, and with what cannot follow the lift."""
+    for name, wrap in {
+        "ddp": DistributedDataParallel,
+        "static": functools.partial(DistributedDataParallel, static_graph=True),
+        "frozen": wrapped_and_frozen,
+        "fsdp": sharded,
+    }.items():
+        bare, sparsifier = make("two-phase")
+        wrapped = wrap(bare)
+        optimizer = optimizer_of(wrapped)
+        found = train(wrapped, sparsifier, rank, world, optimizer, until_lift=True)
+        if sparsifier.lift_due:
+            found = continued(found, sparsifier, optimizer, functools.partial(make, "two-phase"), rank, world)
+        torch.save(found, folder / f"alone-{name}.pt")
+    bare, sparsifier = make("two-phase")
+    try:
+        sparsifier.attach(ZeroRedundancyOptimizer(bare.parameters(), torch.optim.AdamW, lr=1e-2), total_steps=STEPS)
+    except KronblocksError as error:
+        (folder / "zero.txt").write_text(str(error))
+    bare, sparsifier = make("magnitude")  # no lift: it may stay
+    found = train(bare, sparsifier, rank, world, ZeroRedundancyOptimizer(bare.parameters(), torch.optim.AdamW, lr=1e-2))
+    torch.save(found, folder / "zero.pt")
+
+
+def wrapped_and_frozen(model: nn.Module) -> nn.Module:
+    """Hidden from who looks through all objects."""
+    wrapper = DistributedDataParallel(model)
+    gc.freeze()
+    return wrapper
+
+
+def own_group(rank: int, world: int, folder: Path) -> None:
+    """DistributedDataParallel of another process group than the default one."""
+    bare, sparsifier = make("two-phase")
+    group = distributed.new_group(list(range(world)))
+    found = train(DistributedDataParallel(bare, process_group=group), sparsifier, rank, world)
+    torch.save(found, folder / f"group-two-phase-{rank}.pt")
+
+
 SCENARIOS: dict[str, tuple[Callable[[int, int, Path], None], ...]] = {
-    "two": (ddp, static_graph, fsdp, unwrapped, saved),
+    "one": (alone,),
+    "two": (ddp, static_graph, own_group, fsdp, unwrapped, saved),
     "four": (ddp, fsdp, resumed),
 }
 

@@ -6,11 +6,15 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from tests.in_the_field.cases import limited, refused, works
 from tests.in_the_field.trial import STEPS, Trial, config, loss_of
 from torch import Tensor, nn
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.optim import Optimizer
+
+from kronblocks import BlockSparseLinear, PerformanceWarning, parameter_groups
 
 OPTIMISERS = "optimisers"
 ROWWISE = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
@@ -173,14 +177,13 @@ class Lookahead(Optimizer):
                     p.copy_(slow.lerp_(p, 0.5))
 
 
-@works(OPTIMISERS, "Lookahead and others around an optimiser", "attach the inner one")
+@works(OPTIMISERS, "Lookahead and others around an optimiser", "attach the outer one, whose `step()` the loop calls")
 def lookahead() -> None:
-    trial = Trial()
-    inner = trial.adam()
-    optimizer = Lookahead(inner)
-    while trial.sparsifier.step < STEPS:
-        trial.step(optimizer)
-    trial.check()
+    for method in ("two-phase", "magnitude"):
+        trial = Trial(settings=config(method))
+        optimizer = Lookahead(torch.optim.AdamW(parameter_groups(trial.model, lr=1e-2)))
+        trial.attach(optimizer)
+        trial.train(optimizer)
 
 
 class Careful(torch.optim.SGD):
@@ -242,6 +245,95 @@ class NoInit(Optimizer):
 def no_hooks() -> None:
     trial = Trial()
     trial.attach(NoInit(trial.model.parameters()))
+
+
+class Forms(Optimizer):
+    """SGD that remembers things of every form: factored, sliced, quantised, preconditioners in lists."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            if not state:
+                state.update(slice=p.flatten()[::11].clone(), byte=p.char(), squares=[torch.eye(size) for size in p.shape])
+            assert state["byte"].shape == p.shape and len(state["slice"]) == -(-p.numel() // 11)
+            assert [len(each) for each in state["squares"]] == list(p.shape)
+            p.sub_(p.grad, alpha=0.1)
+
+
+@limited(
+    OPTIMISERS,
+    "Prodigy, Shampoo, SOAP, Adalite, 8-bit: states in other forms than the parameter's",
+    "dead slots keep their memory when pruning ends; a warning says so",
+)
+def of_other_forms() -> None:
+    trial = Trial()
+    optimizer = Forms(trial.model.parameters())
+    trial.attach(optimizer)
+    with pytest.warns(PerformanceWarning, match="keep the slots of dead blocks"):
+        trial.train(optimizer)
+
+
+def in_backward(trial: Trial) -> None:
+    """Step each parameter as soon as its gradient is there, as torch's tutorial and torchtune do."""
+    optimizers = {p: torch.optim.AdamW([p], lr=1e-2) for p in trial.model.parameters()}
+
+    def step(parameter: torch.Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in trial.model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    trial.attach(list(optimizers.values()))
+
+
+@works(
+    OPTIMISERS,
+    "one optimiser for each parameter, stepped in backward",
+    "the same hook on every parameter",
+)
+def stepped_in_backward() -> None:
+    for method in ("two-phase", "magnitude"):
+        trial = Trial(settings=config(method))
+        in_backward(trial)
+        while trial.sparsifier.step < STEPS:
+            loss = loss_of(trial.model)
+            loss.backward()
+            trial.note(loss)
+        trial.check()
+
+
+@refused(OPTIMISERS, "torch's `_apply_optimizer_in_backward`", "use `register_post_accumulate_grad_hook`", "stepped in backward")
+def torchs_in_backward() -> None:
+    trial = Trial()
+    _apply_optimizer_in_backward(torch.optim.SGD, trial.model.parameters(), {"lr": 0.1})
+    trial.attach([each for p in trial.model.parameters() for each in p._in_backward_optimizers])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@works(OPTIMISERS, "rates for each part of a model", "a call of `parameter_groups` for each part, and the lists added up")
+def rates_of_parts() -> None:
+    trial = Trial()
+    groups = parameter_groups(trial.model[0], lr=5e-3) + parameter_groups(trial.model[2], lr=2e-2)  # pyright: ignore[reportIndexIssue]
+    optimizer = torch.optim.AdamW(groups)
+    trial.attach(optimizer)
+    trial.train(optimizer)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    values = [layer.values for layer in trial.model.modules() if isinstance(layer, BlockSparseLinear)]
+    assert [rates[id(p)] for p in values] == pytest.approx([7.5e-3, 3e-2])
+
+
+@works(OPTIMISERS, "hooks on parameters that clip or count gradients", "the same function on all of them, after `sparsify_`")
+def hooks_on_parameters() -> None:
+    trial = Trial()
+    for p in trial.model.parameters():
+        p.register_hook(lambda gradient: gradient.clamp(-1e-2, 1e-2))
+    optimizer = torch.optim.SGD(trial.model.parameters(), lr=1.0)
+    trial.attach(optimizer)
+    trial.train(optimizer)
+    assert all(float(p.grad.abs().max()) <= 1.001e-2 for p in trial.model.parameters() if p.grad is not None)
 
 
 @works(OPTIMISERS, "one optimiser for each parameter, stepped after backward", "values join the one that held their factors")

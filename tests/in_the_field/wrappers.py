@@ -15,10 +15,12 @@ from tests.in_the_field.cases import limited, refused, works
 from tests.in_the_field.trial import STEPS, Trial, batch, check_layers_agree, config, loss_of, mlp, same_output, trained
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from kronblocks import KronblocksError, densify_, sparsify_
+from kronblocks import BlockSparseLinear, KronblocksError, densify_, sparsify_
 from kronblocks.nn.base import BlockLayer
 
 WRAPPERS = "wrappers"
@@ -49,10 +51,43 @@ def distributed_before() -> None:
         sparsify_(nn.parallel.DistributedDataParallel(mlp()), config())
 
 
-@works(WRAPPERS, "checkpoint_wrapper (activation checkpointing)", "wrap layers before `sparsify_`")
+@works(WRAPPERS, "DistributedDataParallel", "`sparsify_`, wrap, make the optimiser, `attach`; one process or several")
+def distributed_data_parallel() -> None:
+    with one_process():
+        for settings in ({}, {"static_graph": True}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}):
+            trial = Trial()
+            wrapped = DistributedDataParallel(trial.model, **settings)
+            trial.train(trial.adam(), model=wrapped)
+
+
+@refused(
+    WRAPPERS,
+    "ZeroRedundancyOptimizer, before a lift",
+    "the plain optimiser under DistributedDataParallel, or `fully_shard`; it works with methods without a lift",
+    "ZeroRedundancyOptimizer",
+)
+def zero() -> None:
+    with one_process():
+        trial = Trial(settings=config("magnitude"))
+        optimizer = ZeroRedundancyOptimizer(trial.model.parameters(), torch.optim.AdamW, lr=1e-2)
+        trial.attach(optimizer)
+        while trial.sparsifier.step < STEPS:
+            trial.step(optimizer)
+        trial.check()
+        trial = Trial()
+        trial.attach(ZeroRedundancyOptimizer(trial.model.parameters(), torch.optim.AdamW, lr=1e-2))
+
+
+@works(WRAPPERS, "checkpoint_wrapper (activation checkpointing)", "before or after `sparsify_`")
 def checkpointed() -> None:
     trial = Trial(nn.Sequential(checkpoint_wrapper(nn.Linear(32, 64)), nn.ReLU(), checkpoint_wrapper(nn.Linear(64, 16))))
     trial.train(trial.adam())
+    trial = Trial()
+    trial.model[0] = checkpoint_wrapper(trial.model[0])  # pyright: ignore[reportIndexIssue]
+    optimizer = trial.adam()
+    while trial.sparsifier.step < STEPS:
+        trial.step(optimizer)
+    assert trial.sparsifier.sparsity == 0.75 and isinstance(trial.sparsifier.targets[0].module, BlockSparseLinear)
 
 
 @limited(WRAPPERS, "weight_norm, spectral_norm and other parametrizations", "such layers are left dense, with a reason")

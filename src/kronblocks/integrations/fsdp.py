@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from kronblocks.errors import KronblocksError
 from kronblocks.shards import rows_here, whole
+from kronblocks.sparsity.attachment import PART, number_parts_
 from kronblocks.sparsity.sparsifier import Sparsifier
 
 
@@ -25,8 +26,9 @@ def lifted_anew(
 ) -> tuple[nn.Module, Sparsifier, Optimizer]:
     """The lift, when `sparsifier.lift_due` says so: gather the weights, build the model anew, lift it, shard it again.
 
-    Parameters that are still there keep their moments, and groups of the same name their learning rates and other options, so
-    a learning-rate scheduler goes on when it is made anew and given the old one's state. Every rank holds the whole model in its
+    Parameters that are still there keep their moments. Groups that `parameter_groups` made for the same part of the model, and
+    others of the same name and order, keep their learning rates and other options, so a learning-rate scheduler goes on when it
+    is made again and given the old one's state. Every rank holds the whole model in its
     own memory for a moment. Call `attach` on the new sparsifier afterwards.
 
     Args:
@@ -48,7 +50,7 @@ def lifted_anew(
     weights = {name: whole(tensor).cpu() for name, tensor in old.state_dict().items()}
     names = {id(parameter): name for name, parameter in old.named_parameters()}
     memory = {names[id(p)]: {key: _whole(value) for key, value in state.items()} for p, state in optimizer.state.items()}
-    options = {group.get("name"): {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups}
+    options = {key: {k: v for k, v in g.items() if k not in _OWN} for key, g in _identified(optimizer)}
 
     model, new = build()
     new.load_state_dict(sparsifier.state_dict())
@@ -56,12 +58,22 @@ def lifted_anew(
     new.lift_()
     shard(model)
     following = make_optimizer(model)
-    for group in following.param_groups:
-        group.update(options.get(group.get("name"), {}))
+    for key, group in _identified(following):
+        group.update(options.get(key, {}))
     for name, parameter in model.named_parameters():
         if name in memory:
             following.state[parameter] = {key: _like(value, parameter) for key, value in memory[name].items()}
     return model, new, following
+
+
+_OWN = ("params", "param_names")  # what a group of the new optimiser keeps as it is
+
+
+def _identified(optimizer: Optimizer) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Groups by part of the model, name, and place among those of the same part and name."""
+    number_parts_([optimizer])
+    kinds = [(group.get(PART), group.get("name")) for group in optimizer.param_groups]
+    return [((*kind, kinds[:place].count(kind)), optimizer.param_groups[place]) for place, kind in enumerate(kinds)]
 
 
 def _whole(value: Any) -> Any:

@@ -17,6 +17,7 @@ from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.packed import autocast, check_product, packed_linear
 from kronblocks.ops.pattern import current_slots
+from kronblocks.parameters import become_
 from kronblocks.shards import assembled, is_sharded, rows_here
 
 
@@ -163,6 +164,11 @@ class BlockSparseLinear(BlockLayer):
         """(capacity, 1, 1) bool."""
         return ~self.block_mask.view(-1)[position].view(-1, 1, 1)
 
+    @property
+    def has_dead_slots(self) -> bool:
+        """Whether `compact_` would give slots up."""
+        return not is_sharded(self.values) and bool(self._dead_slots(self.positions()).any())
+
     def forward(self, input: Tensor) -> Tensor:
         if input.layout is not torch.strided or input.is_nested:
             return map_unusual(self, input)
@@ -249,7 +255,7 @@ class BlockSparseLinear(BlockLayer):
 
     @torch.no_grad()
     def compact_(self) -> Tensor:
-        """Give up the slots of dead blocks: `values` becomes a new, smaller parameter, and stays the same where there are none.
+        """Give up the slots of dead blocks: `values` is a smaller parameter afterwards, the same object, without a gradient.
 
         Raises:
             KronblocksError: they are sharded.
@@ -263,7 +269,7 @@ class BlockSparseLinear(BlockLayer):
         kept = (~self._dead_slots(position)).flatten().nonzero().squeeze(1)
         if len(kept) == self.capacity:
             return kept
-        self.values = nn.Parameter(self.values[kept], requires_grad=self.values.requires_grad)
+        become_(self.values, self.values[kept])
         self.block_position = position[kept]
         self.refresh_index_()
         return kept

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from kronblocks.errors import KronblocksError
+from kronblocks.errors import KronblocksError, KronblocksWarning
+from kronblocks.parameters import ParameterHook, hooks_that_end
 from kronblocks.sparsity.targets import BlockTarget
+
+PART = "part"
+"""The key of an optimiser's group that says which call of `parameter_groups` it came from."""
 
 
 class _Follows(Protocol):
@@ -41,17 +46,23 @@ def _nothing() -> None:
     """What a copy of an attachment releases."""
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> None:
+def check_optimizers(optimizers: Sequence[Optimizer], sparsifier: _Follows, *, lifts: bool) -> None:
     """Refuse optimisers that a sparsifier cannot follow.
+
+    Args:
+        optimizers: what `attach` got, out of the wrappers that only pass steps on.
+        sparsifier: whose layers are to be followed.
+        lifts: whether factors will become free values.
 
     Raises:
         KronblocksError: LBFGS, an optimiser whose steps run no hooks, flattened weights, a targeted parameter in none of
-            the optimisers, or one whose layers another sparsifier follows.
+            the optimisers, or one whose layers another sparsifier follows; before a lift, parameters that two layers share, and
+            optimisers that go on stepping copies or parts of the factors.
     """
     if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
         raise KronblocksError("attach wants a torch optimiser or a list of them: sparsifier.attach(optimizer, total_steps=...)")
     for optimizer in optimizers:
-        if not getattr(type(optimizer).step, "hooked", False):
+        if not _runs_hooks(optimizer):
             raise KronblocksError(
                 f"steps of {type(optimizer).__name__} run no hooks, by which a sparsifier follows them: its __init__ has to call "
                 "super().__init__(params, defaults), as torch's optimisers do"
@@ -75,6 +86,75 @@ def check_optimizers(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> N
         raise KronblocksError(
             f"no optimiser holds the parameters of {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}: make the "
             "optimiser after sparsify_, from kronblocks.parameter_groups(model, lr=...) or model.parameters()"
+        )
+    if lifts:
+        _check_lift(optimizers, sparsifier.model, [target for target in sparsifier.targets if target.is_factored])
+
+
+def _check_lift(optimizers: Sequence[Optimizer], model: nn.Module, targets: Sequence[BlockTarget]) -> None:
+    """Refuse what would go on with the factors when they have become free values, and say which hooks will not."""
+    instead = "or choose a method without a lift, such as magnitude"
+    for optimizer in optimizers:
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+            raise KronblocksError(
+                "ZeroRedundancyOptimizer shares parameters out among the processes when it is made, and would never step those "
+                f"that the lift makes: use the optimiser inside it under DistributedDataParallel, use fully_shard, {instead}"
+            )
+    for target in targets:
+        if any(hasattr(parameter, "_in_backward_optimizers") for parameter in target.parameters()):
+            raise KronblocksError(
+                f"{target.name} is stepped in backward by torch's _apply_optimizer_in_backward, which would not step what the "
+                "lift makes: make an optimiser for each parameter, and call its step() and zero_grad() in one function that "
+                f"register_post_accumulate_grad_hook gets on every parameter, {instead}"
+            )
+    if moved := [target.name for target in targets if not _is_in_place(model, target)]:
+        raise KronblocksError(
+            f"{', '.join(moved[:5])} are no longer found under these names, by which the lift replaces layers: put wrappers "
+            f"around parts of the model before sparsify_, {instead}"
+        )
+    check_apart({target.name: target.parameters() for target in targets})
+    warn_of_hooks(
+        {name: hooks for target in targets for name, hooks in hooks_that_end(_named(target)).items()}, "will end at the lift"
+    )
+
+
+def _is_in_place(model: nn.Module, target: BlockTarget) -> bool:
+    try:
+        return any(each is target.module for each in model.get_submodule(target.name).modules())
+    except AttributeError:
+        return False
+
+
+def check_apart(layers: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    """Refuse layers that share a factor.
+
+    Raises:
+        KronblocksError: two do.
+    """
+    owners: dict[int, str] = {}
+    for name, parameters in layers.items():
+        for parameter in parameters:
+            if (other := owners.setdefault(id(parameter), name)) != name:
+                raise KronblocksError(
+                    f"{other} and {name} share factors, which the lift would tear apart: put one module in both places instead"
+                )
+
+
+def _named(target: BlockTarget) -> dict[str, nn.Parameter]:
+    ids = {id(p) for p in target.parameters()}
+    return {f"{target.name}.{name}": p for name, p in target.module.named_parameters() if id(p) in ids}
+
+
+def warn_of_hooks(ending: Mapping[str, Sequence[ParameterHook]], when: str) -> None:
+    """One warning for the hooks on factors, by parameter, that do not go on on the values of the lift."""
+    named = [f"{hook.name} on {name}" for name, hooks in ending.items() for hook in hooks]
+    if named:
+        warnings.warn(
+            f"hooks on parameters {when}: {', '.join(named[:5])}{' ...' if len(named) > 5 else ''}. A layer's values keep the "
+            "hooks that were the same on all of its factors: register one function on each of them, or register hooks again "
+            'when sparsifier.phase is "refine"',
+            KronblocksWarning,
+            stacklevel=2,
         )
 
 
@@ -113,6 +193,20 @@ def _followed_already(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> 
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimiser whose steps run hooks: Accelerate and Lightning keep it in `optimizer` of their wrappers."""
+    """The optimiser whose steps run hooks: Accelerate and Lightning keep it in `optimizer` of what passes steps on."""
     inner = getattr(optimizer, "optimizer", None)
-    return unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
+    passes_on = isinstance(inner, Optimizer) and not _runs_hooks(optimizer) and "state" not in vars(optimizer)
+    return unwrapped(inner) if passes_on else optimizer
+
+
+def _runs_hooks(optimizer: Any) -> bool:
+    return getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_post_hooks")
+
+
+def number_parts_(optimizers: Sequence[Optimizer]) -> None:
+    """Number the parts that `parameter_groups` made from 0 on in each optimiser, so that saved states of equal runs are equal."""
+    for optimizer in optimizers:
+        numbers: dict[Any, int] = {}
+        for group in optimizer.param_groups:
+            if PART in group:
+                group[PART] = numbers.setdefault(group[PART], len(numbers))

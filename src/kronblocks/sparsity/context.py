@@ -47,14 +47,15 @@ def context_at(
         steps_to_update=max(1, later - step),
         masks=tuple(target.mask for target in targets),
         areas=tuple(target.area for target in targets),
-        learning_rates=_learning_rates(targets, optimizers),
+        learning_rates=learning_rates(targets, optimizers),
         heads=tuple(target.name in heads for target in targets),
         scope=scope,
         score=score,
     )
 
 
-def _learning_rates(targets: Sequence[BlockTarget], optimizers: Sequence[Optimizer]) -> tuple[float, ...]:
+def learning_rates(targets: Sequence[BlockTarget], optimizers: Sequence[Optimizer]) -> tuple[float, ...]:
+    """Of each layer; 1 where the optimiser sets its steps by itself, 0 where none holds it."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rate = {id(p): 1.0 if group.get("lr") is None else float(group["lr"]) for group in groups for p in group["params"]}
     return tuple(rate.get(id(target.parameters()[0]), 0.0) for target in targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -67,22 +68,27 @@ def broadcast_(tensor: Tensor) -> Tensor:
 
 
 def follow_replaced_parameters(model: nn.Module) -> None:
-    """Let the DistributedDataParallel around a model average the gradients of the parameters that it has now.
-
-    Raises:
-        KronblocksError: it is one of another process group than the default one.
-    """
-    if not is_shared():
+    """Let the DistributedDataParallel around a model, one of one process too, average the gradients that it has now."""
+    if not (distributed.is_available() and distributed.is_initialized()):
         return
-    for wrapper in [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]:
-        if any(module is model for module in wrapper.module.modules()):
-            wrapper._static_graph_delay_allreduce_enqueued = False  # a static graph's first iteration comes once more
-            try:
-                wrapper.__setstate__(wrapper.__getstate__())  # what unpickling does: a new reducer over the present parameters
-            except RuntimeError as error:
-                raise KronblocksError(
-                    "the layers were replaced, and DistributedDataParallel of another process group than the default one cannot "
-                    "follow: leave process_group= and device_mesh= out"
-                ) from error
-            for hook, state in wrapper._comm_hooks:
-                distributed._register_comm_hook(wrapper.reducer, state, hook)
+    for wrapper in _wrappers(model):
+        wrapper._static_graph_delay_allreduce_enqueued = False  # a static graph's first iteration comes once more
+        parameters, sparse = wrapper._build_params_for_reducer()  # from here on what unpickling does: a new reducer over those
+        names = wrapper._build_debug_param_to_name_mapping(parameters)
+        wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
+        if wrapper.static_graph:
+            wrapper.reducer._set_static_graph()
+            wrapper.logger._set_static_graph()
+        for hook, state in wrapper._comm_hooks:
+            distributed._register_comm_hook(wrapper.reducer, state, hook)
+
+
+def _wrappers(model: nn.Module) -> list[Any]:
+    """Every DistributedDataParallel that a model is inside of, found among all objects: nothing in the model knows of it."""
+    frozen = gc.get_freeze_count() > 0
+    if frozen:  # gc.freeze() hides objects
+        gc.unfreeze()
+    found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    if frozen:
+        gc.freeze()
+    return [wrapper for wrapper in found if any(module is model for module in wrapper.module.modules())]

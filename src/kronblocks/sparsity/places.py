@@ -26,7 +26,7 @@ def target_now(model: nn.Module, target: BlockTarget) -> BlockTarget | None:
     if found is not None and any(each is target.module for each in found.modules()):
         return target if _has_its_weight(target) else None
     if found is not None:
-        inside = [each for each in found.modules() if isinstance(each, HasBlocks)]
+        inside = [each for each in found.modules() if isinstance(each, HasBlocks) and not _is_around(each)]
         if len(inside) == 1 and inside[0].grid == target.grid:
             assert isinstance(inside[0], nn.Module)
             return LayerTarget(target.name, inside[0])
@@ -79,6 +79,11 @@ def _has_its_weight(target: BlockTarget) -> bool:
     weight = target.module._parameters.get("weight")
     sizes = (target.grid.out_features, target.grid.in_features)
     return weight is None or weight.dim() != 2 or weight.shape == torch.Size(sizes)  # a flattened one is told of by `attach`
+
+
+def _is_around(module: nn.Module) -> bool:
+    """Whether it only shows the attributes of a layer that it is wrapped around, as checkpoint_wrapper does."""
+    return any(isinstance(each, HasBlocks) for each in module.modules() if each is not module)
 
 
 def _successors(module: nn.Module) -> Iterator[nn.Module]:

@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from kronblocks.errors import KronblocksError, KronblocksWarning
 from kronblocks.shards import is_sharded
 from kronblocks.sparsity.added_penalty import AddedPenalty, warn_of_missing_penalty
-from kronblocks.sparsity.attachment import Attachment, check_held, check_optimizers, unwrapped
+from kronblocks.sparsity.attachment import Attachment, check_held, check_optimizers, number_parts_, unwrapped
 from kronblocks.sparsity.budget import Scope
 from kronblocks.sparsity.carried import CarriedState
-from kronblocks.sparsity.context import context_at
+from kronblocks.sparsity.context import context_at, learning_rates
 from kronblocks.sparsity.distributed import agreed, averaged, follow_replaced_parameters, is_shared
+from kronblocks.sparsity.following import Movement, Turns, keep_zeros_
 from kronblocks.sparsity.growth import EagerSteps
 from kronblocks.sparsity.heads import Heads
 from kronblocks.sparsity.nested import is_nested
@@ -68,7 +69,7 @@ class Sparsifier:
         self.surgery = surgeon.report
         self._surgeon, self._make_schedule, self._planner = surgeon, make_schedule, planner or Planner()
         self._optimizers: list[Optimizer] = []
-        self._pending: set[int] = set()
+        self._turns, self._movement = Turns((), ()), Movement()
         self._rule_state: RuleState = {}
         self._known_steps: int | None = None  # of the training that the state is of
         self._awaits_penalty = False
@@ -82,7 +83,7 @@ class Sparsifier:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickled one, goes on from the same step but is not attached: torch's optimisers drop hooks when copied."""
-        nothing = {"_optimizers": [], "_pending": set(), "_handles": [], "_known": [], "schedule": None}
+        nothing = {"_optimizers": [], "_turns": Turns((), ()), "_handles": [], "_known": [], "schedule": None}
         return {**self.__dict__, **nothing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -93,8 +94,8 @@ class Sparsifier:
         """Follow these optimisers' steps from now on.
 
         Args:
-            optimizers: one, or several that each step once per training step; together they hold every targeted parameter.
-                Optimisers in the wrappers of Accelerate and Lightning are found.
+            optimizers: one, or several; together they hold every targeted parameter. Each of those that hold some steps once per
+                training step. Optimisers in the wrappers of Accelerate and Lightning are found.
             total_steps: optimiser steps of the whole training, what a learning-rate schedule would be given too.
             add_penalty: add the penalty's gradient to the parameters' before each step, after clipping, for a training loop
                 whose loss is out of reach; leave `penalty()` out of the loss then.
@@ -104,15 +105,16 @@ class Sparsifier:
 
         Raises:
             KronblocksError: LBFGS, a targeted parameter in none of the optimisers, attached already or followed by another
-                sparsifier, or another number of steps than a loaded state had, unless its mask is frozen already.
+                sparsifier, another number of steps than a loaded state had, unless its mask is frozen already, or what could not
+                go on after the lift.
         """
         if self._optimizers:
             raise KronblocksError("this sparsifier is attached already: call remove() on the handle of the first attach")
         optimizers = [optimizers] if not isinstance(optimizers, Sequence) else optimizers
         optimizers = [unwrapped(optimizer) for optimizer in optimizers]
         check_none_replaced(self._follow_layers())
-        check_optimizers(optimizers, self)
         schedule = self._schedule_for(total_steps, self._known_steps, self.step, self.initial_sparsity)
+        check_optimizers(optimizers, self, lifts=schedule.lift_step is not None and not self._is_sharded)
         if self._is_sharded and self.rule.has_penalty:
             raise KronblocksError(
                 'the penalty is taken from whole weights, and these are sharded: use PenaltyConfig(form="proximal"), which '
@@ -122,7 +124,8 @@ class Sparsifier:
             warnings.warn(f"{schedule.why_not}: nothing is pruned in this run", KronblocksWarning, stacklevel=2)
         self.schedule, self._known_steps = schedule, schedule.total_steps
         self._optimizers = optimizers
-        self._pending = {id(optimizer) for optimizer in optimizers}
+        number_parts_(optimizers)
+        self._turns = Turns(optimizers, self.targets)
         if is_shared():
             for target in self.targets:
                 target.share_mask_()
@@ -200,15 +203,19 @@ class Sparsifier:
         if self._is_sharded:
             raise KronblocksError(LIFT_WAITS)
         if self._surgeon.lift([target.name for target in self.targets], self._optimizers):
-            self._follow_layers()
-            follow_replaced_parameters(self.model)
+            self._follow_replaced()
 
     def _compact(self) -> bool:
         """Give up the slots of dead blocks; whether there were any."""
-        compacted = self._surgeon.compact([target.name for target in self.targets], self._optimizers)
-        if compacted:
-            follow_replaced_parameters(self.model)
+        if compacted := self._surgeon.compact([target.name for target in self.targets], self._optimizers):
+            self._follow_replaced()
         return compacted
+
+    def _follow_replaced(self) -> None:
+        self._follow_layers()
+        follow_replaced_parameters(self.model)
+        if self._optimizers:
+            self._movement.watch(self.targets, self.step)
 
     def _layer_changes_to_come(self) -> int:
         """How often layers will still be replaced, or be made smaller where that is worth a compilation."""
@@ -263,14 +270,10 @@ class Sparsifier:
         check_none_replaced(self._follow_layers())
         self._note_parameters()
         if self._has_dead:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            for target in self.targets:
-                if any(id(p) in held for p in target.parameters()):
-                    target.enforce_zeros_()
-        self._pending.discard(id(optimizer))
-        if not self._pending:
-            self._pending = {id(each) for each in self._optimizers}
+            keep_zeros_(self.targets, optimizer)
+        if self._turns.end(optimizer, self.step):
             self._advance()
+            self._turns.begin(self.targets)
 
     @torch.no_grad()
     def _advance(self) -> None:
@@ -282,6 +285,7 @@ class Sparsifier:
             warn_of_missing_penalty(self.rule)
         if not self.targets or schedule is None:
             return
+        self._movement.check(self.targets, learning_rates(self.targets, self._optimizers))
         update = schedule.is_update(self.step)
         if update or (self.rule.every_step and schedule.start_step < self.step < schedule.end_step):
             self._apply_rule(update)
@@ -311,8 +315,9 @@ class Sparsifier:
         check_multipliers(multipliers, self.rule, context)
         for target, multiplier in zip(self.targets, multipliers, strict=True):
             multiplier = multiplier.to(target.mask.device)
-            grown = ~target.mask & (multiplier != 0)
+            grown, died = ~target.mask & (multiplier != 0), target.mask & (multiplier == 0)
             self._has_dead |= target.apply_(multiplier)
+            target.end_moments_(self._optimizers, died)
             if grown.any():
                 target.restart_moments_(self._optimizers, grown)
         if context.is_last_update:

@@ -19,10 +19,11 @@ from torch.utils.hooks import RemovableHandle
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import Diverged, KronblocksError
 from kronblocks.ops.cost import Problem
+from kronblocks.parameters import move_to_front_
 from kronblocks.shards import is_sharded, rows_here, summed, whole
 from kronblocks.sparsity.distributed import broadcast_
 from kronblocks.sparsity.growth import GrowthProbe
-from kronblocks.sparsity.moments import moments, restart_
+from kronblocks.sparsity.moments import end_, moments, restart_
 
 Score = Literal["norm", "gate", "taylor"]
 
@@ -156,6 +157,9 @@ class BlockTarget:
         a training, when Adam's correction of the bias is over, first steps would be several times the learning rate.
         """
         raise NotImplementedError
+
+    def end_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
+        """Make optimisers forget what would bring back blocks, (m1, n1) bool, that have died, where the layer lets it."""
 
     def set_mask_(self, mask: Tensor) -> None:
         """Make exactly these blocks live."""
@@ -337,6 +341,11 @@ class WeightTarget(BlockTarget):
             rows, chosen = self._beside(moment, blocks)
             restart_(name, moment, rows, chosen, self._beside(moment, self.mask & ~blocks)[1])
 
+    @torch.no_grad()
+    def end_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
+        for name, moment in moments(optimizers, self._weight):
+            end_(name, moment, *self._beside(moment, blocks))
+
     def set_mask_(self, mask: Tensor) -> None:
         self._mask = mask.to(self.mask.device, torch.bool).clone()
         self.enforce_zeros_()
@@ -351,7 +360,7 @@ class WeightTarget(BlockTarget):
         @torch.no_grad()
         def zero(parameter: Tensor) -> None:
             target = found()
-            if target is not None and parameter.grad is not None:
+            if target is not None and parameter.grad is not None:  # else a hook that ran before has used it up
                 target._zero_dead_blocks(parameter.grad)
 
         weight = self._weight
@@ -359,6 +368,7 @@ class WeightTarget(BlockTarget):
         weight.requires_grad_(True)  # a frozen one takes no hooks, and may be unfrozen later
         handle = weight.register_post_accumulate_grad_hook(zero)
         weight.requires_grad_(is_trained)
+        move_to_front_(weight, handle.id)  # others may step an optimiser
         return [handle]
 
     def _zero_dead_blocks(self, weight: Tensor) -> None:
