@@ -32,6 +32,9 @@ class _Trace:
 
         self.while_compiling = while_compiling
 
+    def __reduce__(self) -> tuple[type[_Trace], tuple[()]]:  # a copy has seen nothing
+        return _Trace, ()
+
     def note_compilation(self) -> None:
         """Called in code that is being compiled; it leaves no trace there."""
         from torch._dynamo.comptime import comptime  # slow to import, and the compiler has
