@@ -155,3 +155,8 @@ def test_weights_that_are_no_real_floating_point_numbers_are_left_dense(method, 
     assert names(report) == ["1"] and f"its weight is {dtype}" in reasons(report)["0"]
     with pytest.raises(KronblocksError, match=f"no layer was selected.*\n.*0: its weight is {dtype}"):
         select(nn.Sequential(other), SparsityConfig(method, 4))
+
+
+def test_a_broken_expression_is_refused_in_a_model_without_linear_layers_too():
+    with pytest.raises(KronblocksError, match="is no regular expression"):
+        select(nn.Sequential(nn.Embedding(8, 8)), SparsityConfig(block_size=2, exclude=("re:(",)))

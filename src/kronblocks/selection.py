@@ -127,11 +127,6 @@ class _Names:
     def check(self, what: str, patterns: Iterable[str], candidates: Sequence[str]) -> None:
         """Refuse patterns that mean none of the candidates."""
         for pattern in patterns:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as error:
-                    raise KronblocksError(f"{what} pattern {pattern!r} is no regular expression: {error}") from error
             if pattern != "*" and not any(self.matches_name(name, pattern) for name in candidates):
                 near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.4) or candidates[:5]
                 raise KronblocksError(f"{what} pattern {pattern!r} matches no nn.Linear layer; there are {', '.join(near)}, ...")
@@ -303,9 +298,12 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
     layers = {layer.name: layer for layer in names.layers()}
     elsewhere = list(outside(model, {layer.place for layer in layers.values()}))
     known = list(dict.fromkeys(name for layer in layers.values() for name in (layer.place, layer.name)))
-    for what in ("layers", "exclude", "heads", "overrides") if layers else ():
-        others = [name for name, *_ in elsewhere] if what == "exclude" else []
-        names.check(what, _texts(getattr(config, what)), [*known, *others])
+    for what in ("layers", "exclude", "heads", "overrides"):
+        patterns = _texts(getattr(config, what))
+        _check_expressions(what, patterns)
+        if layers:
+            others = [name for name, *_ in elsewhere] if what == "exclude" else []
+            names.check(what, patterns, [*known, *others])
     selected, frozen = [], []
     for layer in layers.values():
         decision = _decide(layer, names, shared, config)
@@ -323,6 +321,15 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
     for each in selected:
         check_values(layers[each.name].place, layers[each.name].module, replaces=replaces)
     return ledger.report(_with_ranks(selected, layers, config))
+
+
+def _check_expressions(what: str, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise KronblocksError(f"{what} pattern {pattern!r} is no regular expression: {error}") from error
 
 
 def named_heads(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> tuple[str, ...] | None:

@@ -48,6 +48,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "exclude": st.sampled_from([[], ["2"], ["re:0"], ["type:ReLU"], ["*"]]),
     "heads": st.sampled_from([None, [], ["2"], ["0", "2"], ["re:.*"], ["type:Linear"], ["missing"]]),
     "overrides": st.dictionaries(st.sampled_from(["0", "2", "re:.*", "missing"]), OVERRIDE, max_size=2),
+    "frozen": st.sampled_from(["keep", "sparsify"]),
     "convolutions": st.booleans(),
     "on_mismatch": st.sampled_from(["dense", "nearest"]),
     "tile_groups": st.sampled_from([None, "per-row", 1, 2, 5]),

@@ -162,7 +162,7 @@ class Heads:
         self._asked = False
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has no hooks
-        return {**self.__dict__, "_trace": _Trace(), "_handles": []}
+        return {**self.__dict__, "_handles": []}
 
     def watch(self, model: nn.Module, targets: Sequence[nn.Module]) -> list[RemovableHandle]:
         """Look at the coming training steps, unless the heads are known; returns the hooks' handles."""
