@@ -281,13 +281,17 @@ def test_what_the_weights_must_decide_they_must_be_there_for():
         LayerOverride(rank=RankChoice(max_error=0.1))  # type: ignore[arg-type]
 
 
-def test_a_layer_wrapped_after_surgery_is_not_lifted_in_silence():
+def test_a_layer_wrapped_after_surgery_is_lifted_inside_its_wrapper():
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     sparsifier = sparsify_(model, SparsityConfig(block_size=4, rank=2, target_sparsity=0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier.attach(optimizer, total_steps=6)
-    model[0] = nn.Sequential(model[0])
-    with pytest.raises(KronblocksError, match="wrap layers"):
-        for _ in range(6):
-            model(torch.randn(4, 16)).square().mean().backward()
-            optimizer.step()
+    wrapper = model[0] = nn.Sequential(model[0])
+    for _ in range(6):
+        before = wrapper[0].dense_weight().detach()
+        optimizer.zero_grad()
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+    assert isinstance(wrapper[0], BlockSparseLinear)
+    assert sparsifier.sparsity == 0.5
+    assert not torch.equal(wrapper[0].dense_weight(), before), "the values are trained"

@@ -13,6 +13,7 @@ from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 
+pytestmark = pytest.mark.filterwarnings("ignore:only .* of the model's weights")  # attention is most of these small encoders
 PADDED = torch.tensor([[False] * 5 + [True] * 3, [False] * 8])
 
 

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError, OtherSteps
 from kronblocks.loading import HINT, rebuild_on_load_
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.records import apply_structure_
 from kronblocks.shards import is_sharded
 from kronblocks.sparsity.attachment import Attachment
@@ -25,6 +26,7 @@ from kronblocks.surgery import sparsify_
 
 _KEY = "kronblocks"
 _AVERAGES = (WeightAveraging, StochasticWeightAveraging)
+_Averaged = tuple[bool, list[nn.Parameter], list[Tensor]]  # what averages are of: a frozen mask, parameters, places of blocks
 
 
 class SparsityCallback(Callback):
@@ -37,7 +39,7 @@ class SparsityCallback(Callback):
     `load_from_checkpoint`, and trainers without the callback, load them if the module's `__init__` ends with
     `kronblocks.rebuild_on_load_(self)`. A second model, as in cross-validation, is made block-sparse like the first.
     Averages of weights (WeightAveraging, StochasticWeightAveraging) come after this callback in `callbacks=[...]`; they begin
-    again whenever layers are replaced, and when healing begins, so that what they end with has the same zeros.
+    again when layers are replaced or blocks exchanged, and when healing begins, so that they end with the same zeros.
 
     Args:
         config: what `sparsify_` gets.
@@ -51,7 +53,7 @@ class SparsityCallback(Callback):
         self.config, self.total_steps = config or SparsityConfig(), total_steps
         self.sparsifier: Sparsifier | None = None
         self._attachment: Attachment | None = None
-        self._averaged: tuple[bool, list[nn.Parameter]] = (False, [])  # what averages are of: a frozen mask, and parameters
+        self._averaged: _Averaged = (False, [], [])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace the layers, once for each model."""
@@ -123,13 +125,17 @@ class SparsityCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let averages of weights begin again where what they hold is no longer what is trained."""
         if any(isinstance(each, _AVERAGES) for each in _callbacks(trainer)):
-            (was_frozen, before), (frozen, now) = self._averaged, self._to_average()
-            if was_frozen != frozen or len(before) != len(now) or any(p is not q for p, q in zip(before, now, strict=True)):
+            (was_frozen, before, were), (frozen, now, are) = self._averaged, self._to_average()
+            same = len(before) == len(now) and all(p is q for p, q in zip(before, now, strict=True))
+            if was_frozen != frozen or not same or not all(torch.equal(p, q) for p, q in zip(were, are, strict=True)):
                 self._begin_averages(trainer, pl_module)
 
-    def _to_average(self) -> tuple[bool, list[nn.Parameter]]:
+    def _to_average(self) -> _Averaged:
         assert self.sparsifier is not None
-        return self.sparsifier.phase == "heal", [p for target in self.sparsifier.targets for p in target.parameters()]
+        targets = self.sparsifier.targets
+        layers = [target.module for target in targets if isinstance(target.module, BlockSparseLinear)]
+        parameters = [p for target in targets for p in target.parameters()]
+        return self.sparsifier.phase == "heal", parameters, [layer.block_position.clone() for layer in layers]
 
     def _begin_averages(self, trainer: Trainer, module: LightningModule) -> None:
         for each in _callbacks(trainer):

@@ -126,8 +126,8 @@ def layer_adaptive(scores: Sequence[Tensor]) -> list[Tensor]:
         and another constant for each layer.
 
     >>> small, large = torch.tensor([[1.0, 2.0]]), torch.tensor([[100.0, 200.0]])
-    >>> [grid.tolist() for grid in layer_adaptive([small, large])]
-    [[[0.6, 3.0]], [[0.6, 3.0]]]
+    >>> [grid.mul(10).round().tolist() for grid in layer_adaptive([small, large])]
+    [[[6.0, 30.0]], [[6.0, 30.0]]]
     """
     adapted = []
     for score in scores:

@@ -144,7 +144,6 @@ def measure_training(settings: ModelSettings, machine: Mapping[str, Any], progre
     return rows
 
 
-@torch.inference_mode()
 def measure_inference(settings: ModelSettings, machine: Mapping[str, Any], progress: Callable[[str], None]) -> list[Row]:
     """A model with live blocks as `export` ships it, beside the same weights in a dense one, in bf16 where that is asked for."""
     progress("exporting")
@@ -159,8 +158,9 @@ def measure_inference(settings: ModelSettings, machine: Mapping[str, Any], progr
         return lambda: model(images)
 
     progress("timing inference")
-    work = {name: count_work(model, call(model), images.element_size(), training=False) for name, model in models.items()}
-    times = measure({name: call(model) for name, model in models.items()}, settings.budget, device=settings.device)
+    with torch.inference_mode():
+        work = {name: count_work(model, call(model), images.element_size(), training=False) for name, model in models.items()}
+        times = measure({name: call(model) for name, model in models.items()}, settings.budget, device=settings.device)
 
     def row(name: str) -> Row:
         return _timed(INFERENCE, name, times[name], times[DENSE], settings.images, work[name], machine)
