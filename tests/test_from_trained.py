@@ -287,6 +287,7 @@ def test_a_layer_wrapped_after_surgery_is_lifted_inside_its_wrapper():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier.attach(optimizer, total_steps=6)
     wrapper = model[0] = nn.Sequential(model[0])
+    before = wrapper[0].dense_weight().detach()
     for _ in range(6):
         before = wrapper[0].dense_weight().detach()
         optimizer.zero_grad()
