@@ -9,9 +9,10 @@ import torch
 
 from kronblocks import BlockSparseLinear, KronblocksError
 from kronblocks.cli import main
-from kronblocks.experiments.deploy import ExportConfig, run_export, trained_model
+from kronblocks.experiments.deploy import ExportConfig, run_export
 from kronblocks.experiments.tasks import TrainConfig
 from kronblocks.experiments.train import train
+from kronblocks.experiments.trained import trained_model
 
 
 @pytest.fixture(scope="module")

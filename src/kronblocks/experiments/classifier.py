@@ -18,9 +18,9 @@ from kronblocks.distillation import Distillation
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments import accounting
 from kronblocks.experiments.data import Dataset
-from kronblocks.experiments.deploy import trained_model
 from kronblocks.experiments.models import build_model
 from kronblocks.experiments.tasks import TrainConfig
+from kronblocks.experiments.trained import trained_model
 from kronblocks.groups import parameter_groups
 from kronblocks.surgery import densify_, sparsify_
 

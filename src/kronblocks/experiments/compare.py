@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from kronblocks.errors import KronblocksError
+from kronblocks.experiments.apart import train_apart
 from kronblocks.experiments.report import find_runs, write_report
 from kronblocks.experiments.runs import finished
-from kronblocks.experiments.tasks import CompareConfig, TrainConfig
-
-
-def train_apart(config: TrainConfig) -> None:
-    """Train in a process of its own, so that neither memory nor threads of one training reach the next.
-
-    Raises:
-        KronblocksError: the training failed; it has said why on stderr.
-        KeyboardInterrupt: it was interrupted.
-    """
-    process = multiprocessing.get_context("spawn").Process(target=_train, args=(config,), name=config.out.name)
-    process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        process.join()
-        raise
-    if process.exitcode == 130:
-        raise KeyboardInterrupt
-    if process.exitcode:
-        raise KronblocksError(f"the training in {config.out} failed (see above); what it finished is kept, to go on from")
-
-
-def _train(config: TrainConfig) -> None:
-    """What the new process does; its exit code tells how it went."""
-    from kronblocks.experiments.train import train
-
-    try:
-        train(config)
-    except KronblocksError as error:
-        sys.stderr.write(f"kronblocks: {error}\n")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+from kronblocks.experiments.tasks import CompareConfig
 
 
 def compare(config: CompareConfig) -> Path:

@@ -20,10 +20,10 @@ from kronblocks.errors import KronblocksError
 from kronblocks.experiments import accounting
 from kronblocks.experiments.classifier import Classification
 from kronblocks.experiments.data import BatchSampler, Dataset, limited, load_data, loader
-from kronblocks.experiments.deploy import CLASSES, SHAPE
 from kronblocks.experiments.runs import RunFolder
-from kronblocks.experiments.search import check_candidates, search_for, steps_of
+from kronblocks.experiments.searching import check_candidates, search_for, steps_of
 from kronblocks.experiments.tasks import RESULT_VERSION, TrainConfig
+from kronblocks.experiments.trained import CLASSES, SHAPE
 from kronblocks.experiments.versions import versions
 from kronblocks.files import read_json, write_json
 from kronblocks.records import structure

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kronblocks.errors import KronblocksError
+from kronblocks.experiments.apart import train_apart
 from kronblocks.experiments.bench.results import Results, Row, significant
 from kronblocks.experiments.bench.settings import TrainSettings
-from kronblocks.experiments.compare import train_apart
 from kronblocks.experiments.data import load_data
 from kronblocks.experiments.tasks import DataName, TrainConfig
 from kronblocks.files import read_json

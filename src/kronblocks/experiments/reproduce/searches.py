@@ -93,7 +93,7 @@ class SearchStudy:
 
     def _search(self, key: Row) -> Row:
         from kronblocks.experiments.data import load_data
-        from kronblocks.experiments.search import search_for
+        from kronblocks.experiments.searching import search_for
         from kronblocks.search.mixture import MixtureConfig
 
         config = dataclasses.replace(self._config(key, Path()), candidates=self.sizes)
