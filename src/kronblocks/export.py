@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +26,7 @@ from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
 from kronblocks.ops.choice import VALUES, DeployedForm, choose_deployed, milliseconds
 from kronblocks.ops.cost import possible_plans
+from kronblocks.outputs import arguments, call, call_or_refuse, difference, tensors
 from kronblocks.saving import save_pretrained
 from kronblocks.slimming import Slimmed, remove_dead_features_
 from kronblocks.sparsity.sparsifier import Sparsifier
@@ -153,7 +154,7 @@ def export(
     if tolerance is not None:
         number("tolerance", tolerance, 0, float("inf"), "a share of the largest output, from 0 on")
     with evaluating(model):
-        expected = list(tensors(_called(model, example)))
+        expected = list(tensors(call_or_refuse(model, example)))
         new = copy.deepcopy(bare(model)).requires_grad_(False)
     if not expected:
         raise KronblocksError("the model gives no floating point tensors for the example, by which the copy could be checked")
@@ -184,58 +185,6 @@ def _tolerance(model: nn.Module, outputs: list[Tensor]) -> float:
     """How far a copy may be away by rounding in the lowest precision of the model's weights and outputs."""
     dtypes = {tensor.dtype for tensor in (*model.parameters(), *outputs) if tensor.is_floating_point()}
     return max(1e-4, *(4 * torch.finfo(dtype).eps for dtype in dtypes))
-
-
-def arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Positional and keyword arguments of an example."""
-    if isinstance(example, Mapping):
-        return (), example
-    return (example if isinstance(example, tuple) else (example,)), {}
-
-
-@torch.no_grad()
-def call(model: nn.Module, example: Any) -> Any:
-    """The model's output for an example, without gradients."""
-    args, kwargs = arguments(example)
-    return model(*args, **kwargs)
-
-
-def _called(model: nn.Module, example: Any) -> Any:
-    try:
-        return call(model, example)
-    except Exception as error:  # whatever the model's own code makes of what it was given
-        raise KronblocksError(
-            f"the model cannot be called with the example ({type(error).__name__}: {error}): give what its forward takes, a "
-            "tensor, a tuple of arguments, or a dict of keyword arguments"
-        ) from error
-
-
-def tensors(output: Any) -> Iterator[Tensor]:
-    """The floating point tensors of whatever a model returns, in order."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output.detach().clone()
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from tensors(value)
-
-
-def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Largest difference, relative to the largest finite number of theirs; infinite where shapes, NaNs or infinities differ."""
-    if [t.shape for t in ours] != [t.shape for t in theirs]:
-        return float("inf")
-    largest = most = 0.0
-    for own, other in zip(ours, theirs, strict=True):
-        finite = other.isfinite()
-        if not torch.equal(own[~finite].nan_to_num(nan=0.5), other[~finite].nan_to_num(nan=0.5)):
-            return float("inf")
-        if finite.any():
-            gap = (own[finite] - other[finite]).abs().max()
-            largest, most = max(largest, float(other[finite].abs().max())), max(most, float(gap.nan_to_num(nan=float("inf"))))
-    return most / largest if largest > 0 else most
 
 
 def _rows(model: nn.Module, example: Any) -> dict[str, int]:

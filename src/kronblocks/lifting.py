@@ -9,11 +9,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from kronblocks.errors import KronblocksError, PerformanceWarning
-from kronblocks.groups import replace_parameters_
 from kronblocks.modules import replace_
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.optimizers import replace_parameters_
 from kronblocks.parameters import ParameterHook, drop_hooks_, hooks_that_end
 from kronblocks.sparsity.attachment import check_apart, warn_of_hooks
 from kronblocks.sparsity.moments import keep_rows_, without_rows

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from kronblocks.belongings import warn_of_lost_belongings
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError
-from kronblocks.groups import in_order_of_
 from kronblocks.initial import (
     first_init,
     first_layer,
@@ -32,6 +31,7 @@ from kronblocks.modules import replace_, to_unfold, unfolding
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.unfolded import Unfolded
+from kronblocks.optimizers import in_order_of_
 from kronblocks.records import apply_structure_, layers_of, structure
 from kronblocks.selected import Selected, SurgeryReport
 from kronblocks.selection import named_heads, select, warn_of_missed

@@ -15,8 +15,9 @@ import pytest
 from tests.experiments.made_up_runs import put
 
 from kronblocks.errors import KronblocksError
-from kronblocks.experiments import figures, report
-from kronblocks.experiments.report import find_runs, write_report
+from kronblocks.experiments import comparison, figures, results, styles
+from kronblocks.experiments.report import write_report
+from kronblocks.experiments.results import find_runs
 
 TIMES, MINUS, TO = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{EN DASH}"
 HOSTILE = '<b onload="x">$\\frac$|*a*`</b>&amp;\n![x](y)'
@@ -110,7 +111,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path):
 def test_the_version_is_that_of_train():
     from kronblocks.experiments import train
 
-    assert report.RESULT_VERSION == train.RESULT_VERSION
+    assert results.RESULT_VERSION == train.RESULT_VERSION
 
 
 def test_the_table_holds_means_spreads_medians_ranges_and_ratios(tmp_path):
@@ -351,6 +352,6 @@ def test_one_method_has_one_colour_and_several_markers(tmp_path):
         put(tmp_path / f"{number}", settings={"block_size": block})
     put(tmp_path / "dense", "dense")
     put(tmp_path / "unknown", "invented")
-    looks = report._tasks(find_runs([tmp_path]))[0].looks
+    looks = figures.looks(comparison.compared(find_runs([tmp_path]))[0])
     assert len({look.colour for look in looks[1:6]}) == 1 and len(set(looks)) == 6
-    assert looks[0].colour != looks[1].colour != looks[6].colour == figures.OTHER_COLOUR
+    assert looks[0].colour != looks[1].colour != looks[6].colour == styles.OTHER_COLOUR

@@ -19,7 +19,8 @@ from kronblocks import KronblocksError, PenaltyConfig, ScheduleConfig, from_pret
 from kronblocks.cli import main
 from kronblocks.experiments import train as training
 from kronblocks.experiments.models import build_model
-from kronblocks.experiments.report import find_runs, write_report
+from kronblocks.experiments.report import write_report
+from kronblocks.experiments.results import find_runs
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
 from kronblocks.methods import FACTORED
 

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from kronblocks.groups import optimizer_bytes
 from kronblocks.hooks import forward_input
 from kronblocks.modules import evaluating
 from kronblocks.nn.base import BlockLayer
@@ -186,3 +185,13 @@ class PeakMemory:
 def finite(value: float) -> float | None:
     """A number for JSON: None where it is not finite."""
     return value if math.isfinite(value) else None
+
+
+def optimizer_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all tensors in an optimiser's state."""
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )

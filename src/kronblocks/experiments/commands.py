@@ -73,7 +73,8 @@ def report(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = N
         folders: folders of trainings, or folders that hold such folders.
         out: where report.html and report.md go; unset: the first folder.
     """
-    from kronblocks.experiments.report import find_runs, write_report
+    from kronblocks.experiments.report import write_report
+    from kronblocks.experiments.results import find_runs
 
     if not folders:
         raise KronblocksError("name at least one folder: kronblocks report runs/demo")

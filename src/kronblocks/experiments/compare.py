@@ -8,7 +8,8 @@ from rich.console import Console
 
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.apart import train_apart
-from kronblocks.experiments.report import find_runs, write_report
+from kronblocks.experiments.report import write_report
+from kronblocks.experiments.results import find_runs
 from kronblocks.experiments.runs import finished
 from kronblocks.experiments.tasks import CompareConfig
 

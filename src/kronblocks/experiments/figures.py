@@ -1,7 +1,4 @@
-"""The costs of a training and the pictures of a report: panels as SVG, block maps as PNG, all as data URIs that a page can hold.
-
-Colours belong to methods (Okabe and Ito's, which the colour-blind can tell apart); markers and dashes to the settings of one.
-"""
+"""The pictures of a report: panels as SVG, block maps as PNG, all as data URIs that a page can hold."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
@@ -23,30 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator
 
 from kronblocks.blocks import BlockSize
+from kronblocks.experiments.costs import BYTES, Cost
+from kronblocks.experiments.styles import Style, styles
 
 if TYPE_CHECKING:
-    from kronblocks.experiments.report import Row, Task
+    from kronblocks.experiments.comparison import Task
 
-COLOURS = {
-    "dense": "#757a84",
-    "two-phase": "#0072b2",
-    "kron-l1": "#d55e00",
-    "group-lasso": "#009e73",
-    "magnitude": "#cc79a7",
-    "static": "#e69f00",
-    "elastic-group-lasso": "#44aa99",
-    "rigl": "#882255",
-    "iterative": "#332288",
-}
-OTHER_COLOUR = "#56b4e9"
-MARKERS = {  # as SVG paths in a box of 14 by 14
-    "o": "M7 3.5a3.5 3.5 0 1 0 .01 0z",
-    "s": "M4 4h6v6H4z",
-    "^": "M7 2.6 11 10H3z",
-    "D": "M7 2.6 11.4 7 7 11.4 2.6 7z",
-}
-DASHES = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
-BYTES = {"parameters": "#1f3a5f", "gradients": "#4f7cac", "optimizer_state": "#9dbbd8", "saved_tensors": "#d5dbe3"}
 PHASES = {"discover": "#eaf1f7", "refine": "#d3e3f0", "heal": "#f7f5ef"}
 INK, SOFT, FAINT, GROUND = "#22252b", "#626975", "#c9cdd4", "#fdfdfc"
 
@@ -69,67 +47,6 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-class Cost(NamedTuple):
-    """Something that a training costs, and what to say where that is more than dense ("": nothing)."""
-
-    name: str
-    unit: str
-    scale: float
-    get: Callable[[dict[str, Any]], float]  # from a result
-    more: str = ""
-    measured: bool = False  # not counted
-
-    def text(self, value: float) -> str:
-        """The value in the cost's unit, without the unit."""
-        return short(value / self.scale)
-
-    def extent(self, values: Sequence[float]) -> str:
-        """The least and the most, or the one value that both are."""
-        low, high = self.text(min(values)), self.text(max(values))
-        return low if low == high else f"{low}\N{EN DASH}{high}"
-
-    def complaint(self, values: Sequence[float], dense: Sequence[float]) -> list[str]:
-        """One sentence if the median is more than that of dense, else none."""
-        middle, base, remark = median(values), median(dense), ""
-        if not self.more or middle <= base:
-            return []
-        if min(len(values), len(dense)) > 1:
-            remark = f"; within the spread, {self.extent(values)} and {self.extent(dense)}" * (min(values) <= max(dense))
-        elif self.measured:
-            remark = "; with one run the spread is not known"
-        times = f"{short(middle / base)} times" if base else "from nothing"
-        return [f"{self.more} than dense: {self.text(middle)} against {self.text(base)} {self.unit} ({times}{remark})."]
-
-
-def short(value: float) -> str:
-    """About three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.{2 if value >= 0.1 else 3}f}"
-
-
-def number(value: Any) -> float:
-    """A number, NaN where there is none."""
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-PARAMETERS = Cost("trained parameters", "", 1, lambda r: r["trainable_parameters_max"])
-AT_END = Cost("trained parameters at the end", "", 1, lambda r: r["trainable_parameters_end"])
-MACS = Cost("training multiply-adds", "G", 1e9, lambda r: r["training_macs"], "More multiply-adds in training")
-INFERENCE = Cost("inference multiply-adds", "M", 1e6, lambda r: r["inference_macs_per_sample"], "More multiply-adds in inference")
-SECONDS = Cost("training seconds", "s", 1, lambda r: r["train_seconds"], "Slower", True)
-MEMORY = Cost("peak memory", "MiB", 2**20, lambda r: r["peak_memory_bytes"], "More peak memory", True)
-COUNTED_BYTES = Cost("counted bytes", "MiB", 2**20, lambda r: sum(r["bytes"][part] for part in BYTES))
-HEADLINE = (PARAMETERS, MACS, SECONDS, MEMORY)
-COSTS = (PARAMETERS, AT_END, MACS, INFERENCE, SECONDS, MEMORY, COUNTED_BYTES)
-
-
-class Style(NamedTuple):
-    """How a row of the table looks in every figure."""
-
-    colour: str
-    marker: str
-    dash: tuple[float, ...]
-
-
 class Picture(NamedTuple):
     """An image for a page; its source is a data URI."""
 
@@ -139,12 +56,9 @@ class Picture(NamedTuple):
     height: int
 
 
-def styles(rows: Sequence[Row]) -> list[Style]:
-    """One style for each row."""
-    methods = [row.method for row in rows]
-    looks = list(zip(MARKERS, DASHES, strict=True))
-    numbers = [methods[:place].count(method) % len(looks) for place, method in enumerate(methods)]
-    return [Style(COLOURS.get(each, OTHER_COLOUR), *looks[number]) for each, number in zip(methods, numbers, strict=True)]
+def looks(task: Task) -> list[Style]:
+    """How each row of a task is drawn."""
+    return styles([row.method for row in task.rows])
 
 
 def _data_uri(kind: str, content: bytes) -> str:
@@ -195,7 +109,7 @@ def accuracy_against_cost(task: Task, cost: Cost) -> Picture:
         y = _ShareAxis(axes, [run.result["test_accuracy"] for row in task.rows for run in row.runs], "test accuracy")
         if task.dense:
             axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-        for row, look in zip(task.rows, task.looks, strict=True):
+        for row, look in zip(task.rows, looks(task), strict=True):
             x = np.array(row.values(cost)) / unit
             y_runs, mark = (
                 y([run.result["test_accuracy"] for run in row.runs]),
@@ -242,7 +156,7 @@ def history(task: Task, what: str, name: str) -> Picture:
         curves = [[run.history(what) for run in row.runs] for row in task.rows]
         values = [value for row in curves for run in row for value in run]
         y = _ShareAxis(axes, values, name, may_bend="accuracy" in what)
-        for row, look in zip(curves, task.looks, strict=True):
+        for row, look in zip(curves, looks(task), strict=True):
             epochs, dash = range(1, len(row[0]) + 1), (0, look.dash) if look.dash else "-"
             for run in row:
                 axes.plot(epochs, y(run), color=look.colour, linewidth=0.8, alpha=0.4)
@@ -257,7 +171,7 @@ def parameters_over_epochs(task: Task) -> Picture:
     """Trained parameters at the start and after every epoch, of the first seed of each row."""
 
     def draw(axes: Axes) -> None:
-        for place, (row, look) in enumerate(zip(task.rows, task.looks, strict=True)):
+        for place, (row, look) in enumerate(zip(task.rows, looks(task), strict=True)):
             counts = [row.runs[0].result["trainable_parameters_start"], *row.runs[0].history("trainable_parameters")]
             thick = 1.8 + 4 * (1 - place / len(task.rows))  # of lines that lie on each other the earlier show as edges
             dash = (0, tuple(step * 1.6 / thick for step in look.dash)) if look.dash else "-"

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from kronblocks.checks import number, one_of
 from kronblocks.errors import KronblocksError
-from kronblocks.export import arguments, call, difference, export, tensors
+from kronblocks.export import export
 from kronblocks.files import replacing
 from kronblocks.modules import replace_
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.outputs import arguments, call, difference, tensors
 
 OnnxForm = Literal["dense", "factored"]
 

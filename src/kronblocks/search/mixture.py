@@ -18,10 +18,11 @@ from torch.optim.lr_scheduler import OneCycleLR
 from kronblocks.checks import number, one_of, whole
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import Diverged, KronblocksError
-from kronblocks.groups import drop_parameters_, parameter_groups
+from kronblocks.groups import parameter_groups
 from kronblocks.methods import FACTORED
 from kronblocks.modules import in_mode, replace_, to_unfold, unfolding
 from kronblocks.nn.mixture import BlockMixtureLinear
+from kronblocks.optimizers import drop_parameters_
 from kronblocks.ranks import RankChoice
 from kronblocks.search.candidates import Candidate, entrants
 from kronblocks.search.report import Path, SearchReport

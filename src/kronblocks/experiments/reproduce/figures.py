@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kronblocks.blocks import BlockSize
-from kronblocks.experiments.figures import COLOURS, OTHER_COLOUR
 from kronblocks.experiments.reproduce.statistics import CellResult
 from kronblocks.experiments.reproduce.texts import OURS
+from kronblocks.experiments.styles import COLOURS, OTHER_COLOUR
 
 
 def draw(found: Sequence[CellResult], path: Path, title: str) -> None:
