@@ -1,4 +1,4 @@
-"""Shows the examples of docstrings on the site as code: an extension of griffe."""
+"""Shows examples of docstrings on the site as code: an extension of griffe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import griffe
 
 
 def fenced(text: str) -> str:
-    """A docstring with each doctest, up to the next empty line, between fences."""
+    """A docstring with each doctest, up to an empty line, between fences."""
     lines, inside = [], False
     for line in text.splitlines():
         if not inside and line.lstrip().startswith(">>> "):
