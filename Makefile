@@ -3,14 +3,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUNS := runs
+HAS_COMPILER := echo 'int main() {}' | $(CXX) -fopenmp -x c++ - -o /dev/null 2>/dev/null
+# what `make test` must have tested: it fails if tests of these were skipped
+MUST_RUN ?= onnx $(if $(filter Linux,$(shell uname)),triton) $(shell if $(HAS_COMPILER); then echo native; fi)
 NATIVE := $(wildcard src/native/*.cpp src/native/*.h src/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu bench-gpu lint format bench docs reliability clean
+.PHONY: help demo quick test test-gpu bench-gpu lint format bench docs reliability clean
 
 help:
 	@echo "make demo   train dense and two-phase side by side on real data and write a report"
 	@echo "make test   lint, types, layer rules, tests, doctests, README snippets"
+	@echo "make quick  the same without types and slow tests, in two minutes"
 	@echo "make lint   the first three of these"
 	@echo "make reliability  try every fault many times (half an hour), write docs/reliability.md"
 	@echo "make docs   build the site into build/site, every link checked"
@@ -31,7 +35,7 @@ $(VENV)/.experiments: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 # where a compiler with OpenMP is at work, kernels that do not compile are an error, not a reason to skip their tests
 $(VENV)/.dev: $(VENV)/.experiments
 	@echo "installing the tools of the tests"
-	@if echo 'int main() {}' | $(CXX) -fopenmp -x c++ - -o /dev/null 2>/dev/null; then export KRONBLOCKS_REQUIRE_NATIVE=1; fi; \
+	@if $(HAS_COMPILER); then export KRONBLOCKS_REQUIRE_NATIVE=1; fi; \
 		$(INSTALL) --no-build-isolation --editable '.[experiments,dev]'
 	@touch $@
 
@@ -45,8 +49,14 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+quick: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 KRONBLOCKS_MUST_RUN="$(strip $(MUST_RUN))" $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # what every test run builds too, so a link that leads nowhere is found at once

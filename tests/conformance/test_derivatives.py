@@ -1,12 +1,17 @@
 """Derivatives by finite differences, the custom operators' contract with PyTorch, and outputs that are written in full."""
 
+import functools
+import itertools
+
 import pytest
 import torch
+from tests.conformance.backends import over
 from torch.autograd import gradcheck, gradgradcheck
 
 from kronblocks.ops.kron import PLAN_NAMES, kron_linear
 from kronblocks.ops.packed import BlockIndex, packed_linear
 
+FACTORED = ("dense", "tile_first", "coeff_first")
 GROUPS = (1, 2, 4)  # one bank of tiles, some, and one for each of the 4 block rows
 
 
@@ -21,16 +26,16 @@ def mask(kind: str, device: str) -> torch.Tensor:
     return torch.zeros_like(live) if kind == "all-dead" else live
 
 
-@pytest.mark.parametrize("save_intermediate", (False, True))
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("plan", PLAN_NAMES)
-def test_first_and_second_derivatives(backend, plan, masked, groups, save_intermediate):
+@pytest.mark.parametrize("backend", over([()]), indirect=True)
+def test_first_and_second_derivatives(backend, plan, masked, groups):
     """gradcheck and gradgradcheck with their default tolerances, made for float64."""
     live = mask("some", backend.device) if masked or plan == "packed" else None
 
     def function(x, coeff, tiles, bias):
-        return kron_linear(x, coeff, tiles, bias, plan=plan, live=live, save_intermediate=save_intermediate)
+        return kron_linear(x, coeff, tiles, bias, plan=plan, live=live)
 
     inputs = factors(groups, backend.device)
     assert gradcheck(function, inputs)
@@ -39,6 +44,7 @@ def test_first_and_second_derivatives(backend, plan, masked, groups, save_interm
 
 @pytest.mark.parametrize("kind", ("some", "all-dead"))
 @pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("backend", over([()]), indirect=True)
 def test_packed_linear_derivatives(backend, padded, kind):
     live = mask(kind, backend.device)
     index = BlockIndex.from_mask(live, torch.randperm(8).to(backend.device) if padded else None)
@@ -52,6 +58,7 @@ def test_packed_linear_derivatives(backend, padded, kind):
     assert gradgradcheck(function, (x, values, bias))
 
 
+@pytest.mark.parametrize("backend", over([()]), indirect=True)
 @pytest.mark.parametrize("wanted", (0, 1))
 @pytest.mark.parametrize("name", ("packed_linear", "packed_grad_input", "packed_grad_values"))
 def test_one_gradient_is_the_same_without_the_other(backend, name, wanted):
@@ -74,10 +81,22 @@ def test_one_gradient_is_the_same_without_the_other(backend, name, wanted):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("rows", (3, 1, 0))
-@pytest.mark.parametrize("kind", ("some", "padded", "all-dead"))
+# without AOT dispatch, which takes seconds
+QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def opcheck(backend):
+    return functools.partial(torch.library.opcheck, **{"test_utils": QUICK} if backend.reduced else {})
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "rows"),
+    over(itertools.product(("some", "padded", "all-dead"), (3, 1, 0)), [("padded", 3)]),
+    indirect=["backend"],
+)
 def test_custom_operators(backend, kind, rows):
     """Schema, autograd registration, fake tensors and AOT dispatch with dynamic shapes of all three."""
+    check = opcheck(backend)
     live = mask(kind, backend.device)
     index = BlockIndex.from_mask(live, torch.arange(8, device=backend.device) if kind == "padded" else None)
     factory = {"dtype": torch.float64, "device": backend.device, "requires_grad": True}
@@ -85,30 +104,33 @@ def test_custom_operators(backend, kind, rows):
     values = torch.randn(len(index.slot), 2, 3, **factory)
     operators = torch.ops.kronblocks
     bias = torch.randn(8, **factory)
-    torch.library.opcheck(operators.packed_linear, (x, values, None, *index))
-    torch.library.opcheck(operators.packed_linear, (x, values, bias, *index))
-    torch.library.opcheck(operators.packed_grad_input, (dy, values, *index))
-    torch.library.opcheck(operators.packed_grad_values, (dy, x, *index))
+    check(operators.packed_linear, (x, values, None, *index))
+    check(operators.packed_linear, (x, values, bias, *index))
+    check(operators.packed_grad_input, (dy, values, *index))
+    check(operators.packed_grad_values, (dy, x, *index))
     _, coeff, tiles, _ = factors(2, backend.device)
-    torch.library.opcheck(operators.live_blocks, (coeff, tiles, *index))
-    torch.library.opcheck(operators.live_blocks_backward, (values, coeff, tiles, *index))
+    check(operators.live_blocks, (coeff, tiles, *index))
+    check(operators.live_blocks_backward, (values, coeff, tiles, *index))
 
 
-@pytest.mark.parametrize("rows", (3, 1, 0))
-@pytest.mark.parametrize("masked", (False, True))
-@pytest.mark.parametrize("plan", ("dense", "tile_first", "coeff_first"))
+@pytest.mark.parametrize(
+    ("backend", "plan", "masked", "rows"),
+    over(itertools.product(FACTORED, (False, True), (3, 1, 0)), [(plan, True, 3) for plan in FACTORED]),
+    indirect=["backend"],
+)
 def test_custom_operators_on_factors(backend, plan, masked, rows):
     x, coeff, tiles, bias = factors(2, backend.device, rows)
     live = mask("some", backend.device) if masked else None
     dy = torch.randn(rows, 8, dtype=torch.float64, device=backend.device, requires_grad=True)
     operators = torch.ops.kronblocks
-    torch.library.opcheck(operators.kron_linear, (x, coeff, tiles, bias, live, plan))
-    torch.library.opcheck(operators.kron_linear, (x, coeff, tiles, None, live, plan))
-    quick = ("test_schema", "test_autograd_registration", "test_faketensor")  # AOT dispatch of second derivatives: once, below
-    for input_grad in (True, False):
-        torch.library.opcheck(operators.kron_backward, (dy, x, coeff, tiles, live, plan, input_grad), test_utils=quick)
+    check = opcheck(backend)
+    check(operators.kron_linear, (x, coeff, tiles, bias, live, plan))
+    check(operators.kron_linear, (x, coeff, tiles, None, live, plan))
+    for input_grad in (True, False):  # AOT dispatch of second derivatives: once, below
+        torch.library.opcheck(operators.kron_backward, (dy, x, coeff, tiles, live, plan, input_grad), test_utils=QUICK)
 
 
+@pytest.mark.parametrize("backend", over([()]), indirect=True)
 def test_second_derivatives_through_aot_dispatch(backend):
     x, coeff, tiles, _ = factors(2, backend.device)
     dy = torch.randn(3, 8, dtype=torch.float64, device=backend.device, requires_grad=True)
@@ -127,9 +149,14 @@ def poisoned(monkeypatch):
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.mark.parametrize("kind", ("some", "all-dead"))
-@pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("plan", PLAN_NAMES)
+@pytest.mark.parametrize(
+    ("backend", "plan", "groups", "kind"),
+    over(
+        itertools.product(PLAN_NAMES, GROUPS, ("some", "all-dead")),
+        itertools.product(PLAN_NAMES, (2,), ("some", "all-dead")),
+    ),
+    indirect=["backend"],
+)
 def test_every_output_is_written(backend, poisoned, plan, groups, kind, with_gradients):
     *inputs, dy = *factors(groups, backend.device), torch.randn(3, 8, dtype=torch.float64, device=backend.device)
     live = mask(kind, backend.device)
@@ -152,9 +179,10 @@ def test_dead_blocks_stop_nothing_but_themselves(backend, kind):
     """NaN in a dead slot, or in an x that only dead blocks read, does not reach the output."""
     live = torch.tensor([[1, 0], [1, 0], [1, 0], [0, 0]], dtype=torch.bool, device=backend.device)
     index = BlockIndex.from_mask(live, torch.arange(8, device=backend.device))
-    x, values = torch.randn(3, 6, device=backend.device), torch.randn(8, 2, 3, device=backend.device)
+    bm, bn = backend.block
+    x, values = torch.randn(3, 2 * bn, device=backend.device), torch.randn(8, bm, bn, device=backend.device)
     if kind == "values":
         values[~live.flatten()] = torch.nan
     else:
-        x[:, 3:] = torch.nan
+        x[:, bn:] = torch.nan
     assert torch.isfinite(packed_linear(x, values, index)).all()

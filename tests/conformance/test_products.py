@@ -1,10 +1,12 @@
 """Every plan x backend x dtype x shape x mask against the reference in float64: output and every gradient."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import pytest
 import torch
+from tests.conformance.backends import BACKENDS, in_dtypes, over
 
 from kronblocks.ops import reference
 from kronblocks.ops.kron import PLAN_NAMES, kron_linear
@@ -34,9 +36,13 @@ CASES = {
     "one-block-row": Case((1, 5), (2, 3), rank=3),
     "tall-blocks": Case((2, 5), (3, 1)),
     "flat-blocks": Case((5, 2), (1, 4), groups=5),
+    "tensor-cores": Case((3, 2), (16, 20), groups=3, leading=(9,)),
     "larger": Case((8, 6), (4, 4), rank=4, groups=2, leading=(33,)),
     "no-rows": Case((4, 3), (3, 5), groups=2, leading=(0,)),
     "one-row": Case((4, 3), (3, 5), groups=2, leading=(1,)),
+}
+# leading dimensions and strides of x are settled before an operator sees it, whatever the mask, the dtype and the order of slots
+LAYOUTS = {
     "3d": Case((4, 3), (3, 5), groups=2, leading=(2, 3)),
     "3d-empty": Case((4, 3), (3, 5), leading=(2, 0)),
     "4d": Case((3, 2), (2, 3), leading=(2, 1, 3)),
@@ -95,34 +101,39 @@ def longest_sum(case: Case) -> int:
 
 # packed without a mask is an error: tests/ops/test_kron.py
 PLANS_AND_MASKS = [(plan, mask) for plan in PLAN_NAMES for mask in MASKS if (plan, mask) != ("packed", "none")]
+WHOLE = [(case, *rest) for case in CASES for rest in PLANS_AND_MASKS]
+PART = [
+    (case, *rest) for case in ("some-groups", "no-rows") for rest in PLANS_AND_MASKS if rest[1] not in ("one-live", "all-live")
+]
 
 
-@pytest.mark.parametrize(("plan", "mask"), PLANS_AND_MASKS)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_kron_linear(backend, dtype, plan, case, mask, rounding, with_gradients):
-    *tensors, dy = products(case, dtype, backend.device)
-    live = None if mask == "none" else mask_of(mask, case.grid).to(backend.device)
-
-    def oracle(*t):
-        return reference.kron_linear(*t, live=live)
-
-    expected = rounding(oracle, tensors, dy, terms=longest_sum(case))
-    for save_intermediate in (False, True):
-
-        def function(*t, save=save_intermediate):
-            return kron_linear(*t, plan=plan, live=live, save_intermediate=save)
-
-        actual = with_gradients(function, tensors, dy)
-        assert all(t.dtype == dtype for t in actual)
-        expected.check(actual)
-        if live is not None:
-            assert (actual[2][~live] == 0).all(), "gradients of dead blocks' coefficients are exactly 0"
+def check_kron_linear(case: Case, dtype: torch.dtype, device: str, plan: str, mask: str, rounding, with_gradients) -> None:
+    *tensors, dy = products(case, dtype, device)
+    live = None if mask == "none" else mask_of(mask, case.grid).to(device)
+    actual = with_gradients(lambda *t: kron_linear(*t, plan=plan, live=live), tensors, dy)
+    assert all(t.dtype == dtype for t in actual)
+    rounding(lambda *t: reference.kron_linear(*t, live=live), tensors, dy, terms=longest_sum(case)).check(actual)
+    if live is not None:
+        assert (actual[2][~live] == 0).all(), "gradients of dead blocks' coefficients are exactly 0"
 
 
+@pytest.mark.parametrize(("backend", "dtype", "case", "plan", "mask"), in_dtypes(WHOLE, PART), indirect=["backend"])
+def test_kron_linear(backend, dtype, case, plan, mask, rounding, with_gradients):
+    check_kron_linear(CASES[case], dtype, backend.device, plan, mask, rounding, with_gradients)
+
+
+@pytest.mark.parametrize(
+    ("backend", "case", "plan"),
+    over(itertools.product(LAYOUTS, PLAN_NAMES), [("strided", plan) for plan in PLAN_NAMES]),
+    indirect=["backend"],
+)
+def test_kron_linear_of_any_layout(backend, case, plan, rounding, with_gradients):
+    check_kron_linear(LAYOUTS[case], torch.float32, backend.device, plan, "some-dead", rounding, with_gradients)
+
+
+@pytest.mark.parametrize("backend", [b.parameter() for b in BACKENDS if torch.bfloat16 in b.dtypes], indirect=True)
 def test_packed_groups_in_bf16(backend, with_gradients):
     """2048 blocks that each add 1 to the gradient: 2048 in every plan that accumulates in fp32."""
-    if torch.bfloat16 not in backend.dtypes:
-        pytest.skip("no bf16")
     live = torch.ones(64, 64, dtype=torch.bool, device=backend.device)
     x, coeff, tiles = (torch.ones(s, dtype=torch.bfloat16, device=backend.device) for s in ((1, 64), (64, 64, 1), (2, 1, 1, 1)))
     dy = torch.ones(1, 64, dtype=torch.bfloat16, device=backend.device)
@@ -164,16 +175,16 @@ def slots(kind: str, live: torch.Tensor) -> torch.Tensor | None:
     raise AssertionError(kind)
 
 
-@pytest.mark.parametrize("kind", ("exact", "with-dead", "shuffled"))
-@pytest.mark.parametrize("mask", MASKS[1:])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_packed_linear(backend, dtype, case, mask, kind, rounding, with_gradients):
-    x, _, _, bias, dy = products(case, dtype, backend.device)
+KINDS = ("exact", "with-dead", "shuffled")
+
+
+def check_packed_linear(case: Case, dtype: torch.dtype, device: str, mask: str, kind: str, rounding, with_gradients) -> None:
+    x, _, _, bias, dy = products(case, dtype, device)
     live = mask_of(mask, case.grid)
     position = slots(kind, live)
-    index = BlockIndex(*(t.to(backend.device) for t in BlockIndex.from_mask(live, position)))
+    index = BlockIndex(*(t.to(device) for t in BlockIndex.from_mask(live, position)))
     position = live.flatten().nonzero().squeeze(1) if position is None else position
-    values = torch.randn(len(position), *case.block).to(dtype).to(backend.device)
+    values = torch.randn(len(position), *case.block).to(dtype).to(device)
     listed = [k for k, at in enumerate(position.tolist()) if live.flatten()[at]]
     places = [divmod(int(position[k]), case.grid[1]) for k in listed]
 
@@ -188,3 +199,20 @@ def test_packed_linear(backend, dtype, case, mask, kind, rounding, with_gradient
     assert (actual[2][unlisted] == 0).all(), "slots that the index does not list get a gradient of exactly 0"
     without_bias = with_gradients(lambda x, values: packed_linear(x, values, index), (x, values), dy)
     rounding(lambda x, values: oracle(x, values, 0), (x, values), dy, terms=longest_sum(case)).check(without_bias)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "case", "mask", "kind"),
+    in_dtypes(
+        itertools.product(CASES, MASKS[1:], KINDS),
+        itertools.product(("some-groups", "tensor-cores"), ("some-dead", "all-dead"), ("shuffled",)),
+    ),
+    indirect=["backend"],
+)
+def test_packed_linear(backend, dtype, case, mask, kind, rounding, with_gradients):
+    check_packed_linear(CASES[case], dtype, backend.device, mask, kind, rounding, with_gradients)
+
+
+@pytest.mark.parametrize(("backend", "case"), over(((case,) for case in LAYOUTS), [("3d-permuted",)]), indirect=["backend"])
+def test_packed_linear_of_any_layout(backend, case, rounding, with_gradients):
+    check_packed_linear(LAYOUTS[case], torch.float32, backend.device, "some-dead", "shuffled", rounding, with_gradients)

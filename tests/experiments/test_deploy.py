@@ -22,6 +22,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.needs("onnx")
 def test_a_training_is_exported_and_inspected(run, tmp_path, capsys):
     files = ["--out", str(tmp_path / "out"), "--onnx", str(tmp_path / "x.onnx")]
     main(["export", str(run), "--form", "packed", "--rows", "9", *files])

@@ -11,9 +11,8 @@ from kronblocks.cli import main
 from kronblocks.experiments.bench.graphs import graphed
 from kronblocks.experiments.bench.results import read
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs an NVIDIA GPU: make test-gpu"
-)
+if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs an NVIDIA GPU: make test-gpu", allow_module_level=True)
 
 TINY = "--device cuda --seconds 1e-3 --repeats 2"
 

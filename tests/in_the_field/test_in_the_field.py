@@ -16,6 +16,7 @@ ROOMS = (loops, habits, trainers, averages, wrappers, optimisers, loaders, compi
 
 def _parameter(case: Case) -> object:
     marks = [pytest.mark.xfail(strict=True, reason=case.why)] if case.outcome == "does not work yet" else []
+    marks += [pytest.mark.needs("onnx")] if "onnx" in case.needs else []
     return pytest.param(case, id=f"{case.group}: {case.name}", marks=marks)
 
 

@@ -10,10 +10,12 @@ from kronblocks import BlockSparseLinear, KronblocksError, KroneckerBlockLinear,
 from kronblocks.integrations import onnx as module
 from kronblocks.integrations.onnx import PlainFactors, save_onnx
 
-onnxruntime = pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.needs("onnx")
 
 
 def run(path, *inputs):
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
     return torch.from_numpy(session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})[0])

@@ -41,8 +41,16 @@ class Maker:
         return layer
 
 
-@pytest.fixture(params=[(kind, plan) for kind in KINDS for plan in PLANS[kind]], ids="-".join)
+MADE = [(kind, plan) for kind in KINDS for plan in PLANS[kind]]
+
+
+@pytest.fixture(params=MADE, ids="-".join)
 def make(request) -> Maker:
+    return Maker(*request.param)
+
+
+@pytest.fixture(params=[(kind, plan) for kind, plan in MADE if kind != "free"], ids="-".join)
+def make_factors(request) -> Maker:
     return Maker(*request.param)
 
 

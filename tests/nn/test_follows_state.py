@@ -118,9 +118,9 @@ def test_writes_of_the_same_shapes_do_not_compile_again(make, expected_weight):
             computed(compiled, layer, expected_weight)
 
 
+@pytest.mark.parametrize("make", [(kind, "packed") for kind in ("kron", "kron-groups", "kron-gate")], ids="-".join, indirect=True)
 def test_more_live_blocks_than_compiled_code_has_room_for_are_refused(make):
-    if make.plan != "packed" or make.kind == "free":
-        pytest.skip("only the packed plan of factors has a list of live blocks that grows")
+    """Only the packed plan of factors has a list of live blocks that grows."""
     layer = make.pruned()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     compiled(torch.randn(5, 15))

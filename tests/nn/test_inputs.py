@@ -89,10 +89,8 @@ def test_a_layer_that_is_partly_on_meta(make, buffers):
         layer(torch.randn(5, 15))
 
 
-def test_norms_of_factors_on_two_devices(make):
-    if make.kind == "free":
-        pytest.skip("has values only")
-    layer = make()
+def test_norms_of_factors_on_two_devices(make_factors):
+    layer = make_factors()
     layer.coeff = nn.Parameter(layer.coeff.detach().to("meta"))
     for call in (layer.block_norms, layer.dense_weight):
         with pytest.raises((KronblocksError, RuntimeError), match="meta"):

@@ -29,14 +29,13 @@ def inputs(*leading: int, groups: int = 2) -> list[torch.Tensor]:
     return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
-@pytest.mark.parametrize("save_intermediate", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("plan", PLAN_NAMES)
-def test_kron_linear(plan, masked, save_intermediate, with_gradients):
+def test_kron_linear(plan, masked, with_gradients):
     live = {True: LIVE, False: None}[masked] if plan != "packed" else INDEX
 
     def function(*t):
-        return kron_linear(*t, plan=plan, live=live, save_intermediate=save_intermediate)
+        return kron_linear(*t, plan=plan, live=live)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_same(function, compiled, inputs(2, 3), with_gradients)

@@ -17,7 +17,7 @@ from kronblocks.errors import KronblocksWarning, NativeFallbackWarning, OpenMPCo
 from kronblocks.ops.backends import library
 
 TORCH = Path(torch.__file__).resolve().parent
-needs_library = pytest.mark.skipif(bool(library.unavailable_reason()), reason=str(library.unavailable_reason()))
+needs_library = pytest.mark.needs("native")
 on_linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps")
 
 MAPS = """\

@@ -45,16 +45,6 @@ def test_factored_plans_keep_x_only(plan, groups, dtype):
     assert kept == cost(Problem(GRID, RANK, groups, ROWS, dtype=dtype), plan).saved_bytes
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("plan", FACTORED)
-def test_save_intermediate_keeps_the_first_stage(plan, groups):
-    """The sizes in docs/math.md: W m n, Z T n1 g r bm, U T m1 r bn."""
-    x, coeff, tiles = factors(groups)
-    size = {"dense": 12 * 15, "tile_first": ROWS * 3 * groups * RANK * 3, "coeff_first": ROWS * 4 * RANK * 5}[plan]
-    kept = kept_bytes(lambda: kron_linear(x, coeff, tiles, plan=plan, save_intermediate=True), coeff, tiles)
-    assert kept == cost(Problem(GRID, RANK, groups, ROWS), plan).saved_bytes + 4 * size
-
-
 @pytest.mark.parametrize("plan", FACTORED)
 def test_a_mask_keeps_nothing_more(plan):
     x, coeff, tiles = factors(2)
@@ -101,7 +91,7 @@ def test_layers_keep_no_more(plan):
 def test_nothing_is_kept_without_gradients():
     x, coeff, tiles = (t.detach() for t in factors(2))
     for plan in FACTORED:
-        assert kept_bytes(lambda plan=plan: kron_linear(x, coeff, tiles, plan=plan, save_intermediate=True)) == 0
+        assert kept_bytes(lambda plan=plan: kron_linear(x, coeff, tiles, plan=plan)) == 0
 
 
 @pytest.mark.parametrize("plan", FACTORED)

@@ -10,9 +10,15 @@ import torch
 
 from kronblocks import BlockIndex
 from kronblocks.ops import reference
-from kronblocks.ops.backends import library, native
+from kronblocks.ops.backends import native
 
-pytestmark = pytest.mark.skipif(library.unavailable_reason() is not None, reason=f"{library.unavailable_reason()}")
+pytestmark = pytest.mark.needs("native")
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+INSTRUCTION_SETS = (
+    "baseline",
+    pytest.param("avx2", marks=pytest.mark.skipif(CAPABILITY not in ("AVX2", "AVX512"), reason="this CPU has no AVX2")),
+    pytest.param("avx512", marks=pytest.mark.skipif(CAPABILITY != "AVX512", reason="this CPU has no AVX-512")),
+)
 
 BLOCKS = (
     (1, 1),
@@ -33,11 +39,10 @@ BLOCKS = (
 ROWS = (0, 1, 2, 3, 4, 5, 15, 17, 40, 130, 300)
 
 
-@pytest.fixture(params=("baseline", "avx2", "avx512"))
+@pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request):
     before = native.instruction_set()
-    if not native.use_instruction_set(request.param):
-        pytest.skip(f"this machine or this build has no {request.param}")
+    assert native.use_instruction_set(request.param), f"this build has no {request.param}"
     yield request.param
     native.use_instruction_set(before)
 

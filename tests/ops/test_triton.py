@@ -8,14 +8,14 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from kronblocks import BlockIndex
 from kronblocks.ops import backends
 from kronblocks.ops.backends import torch as plain
 from kronblocks.ops.backends import triton as backend
 from kronblocks.ops.backends.triton import packed, tuning
 from kronblocks.ops.backends.triton import sizes as suited
+
+pytestmark = pytest.mark.needs("triton")
 
 DTYPES = (torch.float64, torch.float32, torch.float16)  # the interpreter multiplies the bits of bfloat16
 BLOCKS = ((16, 16), (16, 32), (32, 16), (20, 24), (48, 16), (128, 64), (4, 4), (3, 5), (8, 160))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
+pytestmark = pytest.mark.needs("triton")
 
 COMPILE = """
 import os, re, subprocess, sys, torch, triton

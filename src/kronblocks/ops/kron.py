@@ -14,27 +14,6 @@ from kronblocks.ops.plans import PLANS, dense
 PLAN_NAMES = (*PLANS, "packed")
 
 
-class _KeptKronLinear(torch.autograd.Function):
-    """A factored plan in plain PyTorch that keeps its intermediate for backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, plan: str):
-        intermediate = PLANS[plan].first(x, coeff, tiles)
-        y = PLANS[plan].second(x, coeff, tiles, intermediate)
-        ctx.plan = plan
-        ctx.save_for_backward(x, coeff, tiles, intermediate)
-        return y if bias is None else y + bias
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        dy, plan = gradients[0].contiguous(), PLANS[ctx.plan]
-        x, coeff, tiles, intermediate = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a kept intermediate is a constant to autograd, so a second derivative needs a new one
-            intermediate = plan.first(x, coeff, tiles)
-        dx, dcoeff, dtiles = plan.backward(dy, x, coeff, tiles, intermediate, ctx.needs_input_grad[0])
-        return dx, dcoeff, dtiles, dy.sum(0) if ctx.needs_input_grad[3] else None, None
-
-
 def check_factors(coeff: Tensor, tiles: Tensor) -> None:
     """Refuse coefficients and tiles that do not fit together."""
     if coeff.dim() != 3 or tiles.dim() != 4:
@@ -89,7 +68,6 @@ def kron_linear(
     *,
     plan: str,
     live: Tensor | BlockIndex | None = None,
-    save_intermediate: bool = False,
 ) -> Tensor:
     """y = x W^T + bias with W = sum_i A_i kron B_i (equation 3 in docs/math.md).
 
@@ -101,8 +79,6 @@ def kron_linear(
         plan: how to compute it: "dense", "tile_first", "coeff_first" or "packed"; `choose_plan` names the cheapest.
         live: (m1, n1) bool, or its `BlockIndex`. None: full gradients. Given: dead blocks count as zero and the gradients of
             their coefficients are exactly 0. "packed" needs it.
-        save_intermediate: keep the first stage's result for backward, in plain PyTorch: more memory. "packed" always
-            keeps its values.
 
     Returns:
         (..., m1*bm).
@@ -127,11 +103,7 @@ def kron_linear(
     if live is not None and not isinstance(live, Tensor):
         raise KronblocksError(f'plan "{plan}" takes live as an (m1, n1) bool mask; a BlockIndex is for "packed"')
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if save_intermediate:
-        alive = coeff if live is None else coeff.masked_fill(~live.unsqueeze(-1), 0)
-        y = _KeptKronLinear.apply(rows, alive, tiles, bias, plan)
-    else:
-        y = factored.kron_linear(rows, coeff, tiles, bias, live, plan)
+    y = factored.kron_linear(rows, coeff, tiles, bias, live, plan)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], m1 * bm)
 
 
