@@ -26,7 +26,8 @@ from kronblocks import (
     sparsify_,
 )
 from kronblocks.errors import KronblocksWarning
-from kronblocks.ranks import choose_ranks, spectrum
+from kronblocks.ops.nearest import spectrum
+from kronblocks.ranks import choose_ranks
 
 
 def trained(*sizes: int, seed: int = 0) -> nn.Sequential:

@@ -18,10 +18,12 @@ from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.mixture import BlockMixtureLinear
 from kronblocks.ops.choice import PlanChoice, choose_plan
-from kronblocks.ops.cost import Cost, Problem, cost
+from kronblocks.ops.cost import Cost, cost
+from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.kron import block_norms, kron_linear, kron_weight
 from kronblocks.ops.nearest import canonical_form, nearest_kronecker_sum
-from kronblocks.ops.packed import BlockIndex, packed_linear
+from kronblocks.ops.packed import packed_linear
+from kronblocks.ops.problem import Problem
 from kronblocks.ranks import RankChoice
 from kronblocks.records import apply_structure_, structure
 from kronblocks.rewinding import rewind_

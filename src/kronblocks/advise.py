@@ -15,7 +15,8 @@ from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import BlockSizeLike, Frozen, Mismatch, SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.methods import TileGroups
-from kronblocks.ops.cost import Problem, cost
+from kronblocks.ops.cost import cost
+from kronblocks.ops.problem import Problem
 from kronblocks.ops.timing import REFERENCE, measure_together
 from kronblocks.reasons import linear_sizes
 from kronblocks.selected import LeftDense, SurgeryReport

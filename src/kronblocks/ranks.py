@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kronblocks.blocks import BlockGrid
 from kronblocks.checks import number
 from kronblocks.errors import DoesNotFit, KronblocksError
+from kronblocks.ops.nearest import spectrum
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,6 @@ class RankChoice:
             number("max_error", self.max_error, 0, 1, "the relative error of each layer's start, from 0 to below 1")
         if self.max_parameters is not None:
             number("max_parameters", self.max_parameters, 0, math.inf, "the factors' share of the weights, above 0")
-
-
-@torch.no_grad()
-def spectrum(weight: Tensor, grid: BlockGrid, tile_groups: int) -> Tensor:
-    """Squared error that each Kronecker term removes, largest first, as shares of |W|^2; (at most bm*bn,) float64.
-
-    From the eigenvalues of each group's second moments, (bm*bn, bm*bn): no SVD of the whole weight.
-    """
-    blocks = grid.to_blocks(weight.detach()).reshape(tile_groups, -1, grid.block.area).double()
-    wide = blocks.shape[1] < blocks.shape[2]
-    moments = blocks @ blocks.transpose(1, 2) if wide else blocks.transpose(1, 2) @ blocks
-    squares = torch.linalg.eigvalsh(moments).clamp_min(0).flip(1).sum(0)
-    total = squares.sum()
-    return squares / total if total > 0 else squares
 
 
 def _errors(squares: Tensor) -> list[float]:

@@ -8,8 +8,9 @@ import torch
 from tests.conformance.backends import over
 from torch.autograd import gradcheck, gradgradcheck
 
+from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.kron import PLAN_NAMES, kron_linear
-from kronblocks.ops.packed import BlockIndex, packed_linear
+from kronblocks.ops.packed import packed_linear
 
 FACTORED = ("dense", "tile_first", "coeff_first")
 GROUPS = (1, 2, 4)  # one bank of tiles, some, and one for each of the 4 block rows

@@ -9,8 +9,9 @@ import torch
 from tests.conformance.backends import BACKENDS, in_dtypes, over
 
 from kronblocks.ops import reference
+from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.kron import PLAN_NAMES, kron_linear
-from kronblocks.ops.packed import BlockIndex, packed_linear
+from kronblocks.ops.packed import packed_linear
 
 
 class Case(NamedTuple):

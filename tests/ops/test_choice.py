@@ -6,7 +6,7 @@ import pytest
 
 from kronblocks import BlockGrid, BlockSize
 from kronblocks.ops import choice
-from kronblocks.ops.cost import Problem
+from kronblocks.ops.problem import Problem
 from kronblocks.ops.timing import REFERENCE
 
 

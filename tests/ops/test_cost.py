@@ -10,8 +10,9 @@ from kronblocks import BlockGrid, BlockIndex, BlockSize, BlockSparseLinear, Kron
 from kronblocks.ops import backends
 from kronblocks.ops.backends import torch as torch_backend
 from kronblocks.ops.choice import choose_plan
-from kronblocks.ops.cost import Problem, check_plan, cost, estimated_seconds, intermediate_bytes, possible_plans
+from kronblocks.ops.cost import check_plan, cost, estimated_seconds, intermediate_bytes, possible_plans
 from kronblocks.ops.kron import PLAN_NAMES, kron_linear
+from kronblocks.ops.problem import Problem
 
 FACTORED = ("dense", "tile_first", "coeff_first")
 

@@ -6,7 +6,7 @@ import torch
 from kronblocks import BlockIndex, KronblocksError, kron_linear, kron_weight, packed_linear
 from kronblocks.ops import reference
 from kronblocks.ops.kron import PLAN_NAMES
-from kronblocks.ops.packed import autocast
+from kronblocks.ops.operands import autocast
 
 SEED = torch.Generator().manual_seed(0)
 X, COEFF, TILES, BIAS = (torch.randn(shape, generator=SEED) for shape in ((2, 15), (4, 3, 2), (2, 2, 3, 5), (12,)))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kronblocks import BlockGrid, BlockIndex, BlockSize, BlockSparseLinear, KroneckerBlockLinear
-from kronblocks.ops.cost import Problem, cost
+from kronblocks.ops.cost import cost
 from kronblocks.ops.kron import kron_linear
+from kronblocks.ops.problem import Problem
 
 FACTORED = ("dense", "tile_first", "coeff_first")
 GRID, ROWS, RANK = BlockGrid(12, 15, BlockSize(3, 5)), 70, 2

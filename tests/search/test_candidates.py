@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from kronblocks import BlockGrid, BlockSize, KronblocksError, RankChoice, SparsityConfig, nearest_kronecker_sum, sparsify_
 from kronblocks.nn.unfolded import UnfoldedConv
-from kronblocks.search.candidates import Candidate, captured_energy, excess_energy, find_candidates, shortlist, with_block
+from kronblocks.ops.nearest import captured_energy
+from kronblocks.search.candidates import Candidate, excess_energy, find_candidates, shortlist, with_block
 
 
 def model() -> nn.Sequential:

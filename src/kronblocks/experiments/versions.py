@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from pathlib import Path
 
 import torch
 
 import kronblocks
+from kronblocks.ops.kept import processor
 
 
 def versions() -> dict[str, str]:
@@ -21,12 +21,3 @@ def versions() -> dict[str, str]:
         "platform": platform.platform(),
         "processor": processor(),
     }
-
-
-def processor() -> str:
-    """The CPU's name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -13,9 +13,10 @@ from kronblocks.errors import KronblocksError
 from kronblocks.nn.built import is_transformed, weight_of
 from kronblocks.nn.loading import WholeWeights
 from kronblocks.ops.choice import PlanChoice, choose_plan
-from kronblocks.ops.cost import ASSUMED_ROWS, Problem, check_plan
+from kronblocks.ops.cost import check_plan
 from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.pattern import Pattern
+from kronblocks.ops.problem import ASSUMED_ROWS, Problem
 from kronblocks.shards import is_sharded
 
 

@@ -15,7 +15,8 @@ from kronblocks.nn.built import is_transformed
 from kronblocks.nn.inputs import map_unusual
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.ops.index import BlockIndex
-from kronblocks.ops.packed import autocast, check_product, packed_linear
+from kronblocks.ops.operands import autocast, check_product
+from kronblocks.ops.packed import packed_linear
 from kronblocks.ops.pattern import current_slots
 from kronblocks.parameters import become_
 from kronblocks.shards import assembled, is_sharded, rows_here

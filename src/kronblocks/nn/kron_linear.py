@@ -15,7 +15,7 @@ from kronblocks.nn.built import is_transformed
 from kronblocks.nn.inputs import map_unusual
 from kronblocks.ops import kron
 from kronblocks.ops.nearest import nearest_kronecker_sum
-from kronblocks.ops.packed import autocast
+from kronblocks.ops.operands import autocast
 from kronblocks.shards import assembled, is_sharded, rows_here, whole
 
 

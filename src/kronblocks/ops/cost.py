@@ -8,34 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
 from kronblocks.ops import backends
 from kronblocks.ops.backends.triton.packed import fits
 from kronblocks.ops.backends.triton.sizes import fit_on_chip
 from kronblocks.ops.kron import PLAN_NAMES
 from kronblocks.ops.precision import float32_products
-
-ASSUMED_ROWS = 1024
-"""Rows of x that `plan="auto"` assumes where nobody has said how many there will be."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One layer's product y = x W^T, as far as its cost depends on it."""
-
-    grid: BlockGrid
-    rank: int | None  # None: free block values instead of factors
-    tile_groups: int = 1
-    rows: int = ASSUMED_ROWS  # rows of x
-    density: float = 1.0  # live blocks / blocks
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    training: bool = True
-    input_grad: bool = True  # False for the first layer of a net, whose input needs no gradient
-    gate: bool = False  # a trained gate beside the factors
+from kronblocks.ops.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -88,7 +67,7 @@ def cost(problem: Problem, plan: str) -> Cost:
     Raises:
         KronblocksError: the plan does not exist, or needs factors that a layer of free values has not got.
 
-    >>> from kronblocks.blocks import BlockSize
+    >>> from kronblocks.blocks import BlockGrid, BlockSize
     >>> cost(Problem(BlockGrid(64, 64, BlockSize(16, 16)), rank=None, rows=10, density=0.25), "packed").forward_macs
     10240
     """

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kronblocks.ops import backends
-from kronblocks.ops.index import BlockIndex
-from kronblocks.ops.packed import NO_INDEX_GRADIENTS
+from kronblocks.ops.index import NO_INDEX_GRADIENTS, BlockIndex
 from kronblocks.ops.pattern import up_to_date, without_dead
 from kronblocks.ops.plans import dense
 

@@ -66,3 +66,7 @@ class BlockIndex(NamedTuple):
     def grid(self) -> tuple[int, int]:
         """(m1, n1)."""
         return self.crow.shape[0] - 1, self.ccol.shape[0] - 1
+
+
+NO_INDEX_GRADIENTS = (None,) * len(BlockIndex._fields)
+"""What a backward returns for an operator's index."""

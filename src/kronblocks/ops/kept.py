@@ -8,9 +8,11 @@ read, or was asked otherwise, counts as missing; where nothing can be written, n
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,16 @@ def cache_folder() -> Path | None:
         home = None
     base = Path(named) if named else home
     return base / "kronblocks" if base is not None and base.is_absolute() else None
+
+
+@functools.cache
+def processor() -> str:
+    """The CPU's name, as the system gives it: measurements of another one do not count."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _path(kind: str, key: str) -> Path | None:

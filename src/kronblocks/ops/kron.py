@@ -8,24 +8,11 @@ from torch import Tensor
 from kronblocks.errors import KronblocksError
 from kronblocks.ops import factored
 from kronblocks.ops.index import BlockIndex
-from kronblocks.ops.packed import autocast, check_product, packed_linear
+from kronblocks.ops.operands import autocast, check_factors, check_product
+from kronblocks.ops.packed import packed_linear
 from kronblocks.ops.plans import PLANS, dense
 
 PLAN_NAMES = (*PLANS, "packed")
-
-
-def check_factors(coeff: Tensor, tiles: Tensor) -> None:
-    """Refuse coefficients and tiles that do not fit together."""
-    if coeff.dim() != 3 or tiles.dim() != 4:
-        raise KronblocksError(
-            f"coeff must be (m1, n1, r) and tiles (g, r, bm, bn), not {tuple(coeff.shape)} and {tuple(tiles.shape)}"
-        )
-    if coeff.shape[2] != tiles.shape[1]:
-        raise KronblocksError(f"coeff has rank {coeff.shape[2]}, but tiles have rank {tiles.shape[1]}")
-    if coeff.device != tiles.device:
-        raise KronblocksError(f"coeff is on {coeff.device}, but tiles on {tiles.device}: move one with .to(device)")
-    if tiles.shape[0] < 1 or coeff.shape[0] % tiles.shape[0]:
-        raise KronblocksError(f"{tiles.shape[0]} groups of tiles do not divide {coeff.shape[0]} block rows: choose a divisor")
 
 
 def kron_weight(coeff: Tensor, tiles: Tensor) -> Tensor:

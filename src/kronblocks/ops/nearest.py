@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import KronblocksError
-from kronblocks.ops.kron import check_factors
+from kronblocks.ops.operands import check_factors
 
 
 def _signs(tiles: Tensor) -> Tensor:
@@ -58,6 +58,26 @@ def nearest_kronecker_sum(weight: Tensor, grid: BlockGrid, rank: int, *, tile_gr
     total = torch.linalg.vector_norm(s)
     error = float(torch.linalg.vector_norm(s[:, kept:]) / total) if total > 0 else 0.0
     return coeff.view(m1, n1, rank).to(weight.dtype), tiles.view(tile_groups, rank, bm, bn).to(weight.dtype), error
+
+
+@torch.no_grad()
+def spectrum(weight: Tensor, grid: BlockGrid, tile_groups: int) -> Tensor:
+    """Squared error that each Kronecker term removes, largest first, as shares of |W|^2; (at most bm*bn,) float64.
+
+    From the eigenvalues of each group's second moments, (bm*bn, bm*bn): no SVD of the whole weight.
+    """
+    blocks = grid.to_blocks(weight.detach()).reshape(tile_groups, -1, grid.block.area).double()
+    wide = blocks.shape[1] < blocks.shape[2]
+    moments = blocks @ blocks.transpose(1, 2) if wide else blocks.transpose(1, 2) @ blocks
+    squares = torch.linalg.eigvalsh(moments).clamp_min(0).flip(1).sum(0)
+    total = squares.sum()
+    return squares / total if total > 0 else squares
+
+
+def captured_energy(weight: Tensor, grid: BlockGrid, rank: int, tile_groups: int = 1) -> float:
+    """Share of |W|^2 that the nearest sum of `rank` Kronecker products keeps (equation 11); 1 for a weight of zeros."""
+    squares = spectrum(weight, grid, tile_groups)
+    return float(squares[:rank].sum()) if squares.any() else 1.0
 
 
 def canonical_form(coeff: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:

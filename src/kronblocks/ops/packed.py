@@ -1,4 +1,4 @@
-"""Block-sparse products with the live blocks packed: a `BlockIndex` says where they are, `packed_linear` multiplies.
+"""Block-sparse products with the live blocks packed: `packed_linear`, whose `BlockIndex` says where the blocks are.
 
 Three custom operators, each the gradient of the others (equation 7 in docs/math.md): y = x W^T, dx = dy W, and dvalues = the
 live blocks of dy^T x. They are opaque to torch.compile and know autograd, fake tensors and autocast.
@@ -14,7 +14,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kronblocks.errors import KronblocksError
 from kronblocks.ops import backends
-from kronblocks.ops.index import BlockIndex
+from kronblocks.ops.index import NO_INDEX_GRADIENTS, BlockIndex
+from kronblocks.ops.operands import autocast, check_product
 from kronblocks.ops.pattern import up_to_date
 
 
@@ -68,9 +69,6 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-NO_INDEX_GRADIENTS = (None,) * len(BlockIndex._fields)
-
-
 def _save_linear(ctx, inputs, output):
     x, values, _, *index = inputs
     ctx.save_for_backward(x, values, *index)
@@ -113,60 +111,6 @@ register_flop_formula(torch.ops.kronblocks.packed_grad_values)(_grad_values_flop
 _packed_linear.register_autograd(_linear_backward, setup_context=_save_linear)
 _packed_grad_input.register_autograd(_grad_input_backward, setup_context=_save)
 _packed_grad_values.register_autograd(_grad_values_backward, setup_context=_save)
-
-
-def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors in the dtype that autocast asks for on the first one's device, unchanged where it is off."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
-
-
-def check_product(
-    x: Tensor, columns: int, width: int, bias: Tensor | None, out_features: int, weights: dict[str, Tensor], where: Tensor | None
-) -> None:
-    """Refuse an x or a bias that does not fit the weights, in shape, dtype or device.
-
-    Args:
-        x: (..., columns * width).
-        columns: block columns.
-        width: of a block.
-        bias: (out_features,) or None.
-        out_features: rows of the weight.
-        weights: by name.
-        where: what says which blocks live, if anything does.
-    """
-    shape = x.shape
-    features = shape[-1] if shape else 0
-    if features != columns * width:
-        raise KronblocksError(f"x has {features} features, but {columns} block columns of {width} need {columns * width}")
-    if bias is not None and bias.shape != (out_features,):
-        raise KronblocksError(f"bias must be ({out_features},), not {tuple(bias.shape)}")
-    dtype, device = x.dtype, x.device
-    if where is not None and where.device != device:
-        raise _devices_differ(device, {**weights, "block_mask": where})
-    for tensor in weights.values() if bias is None else (*weights.values(), bias):
-        if tensor.dtype != dtype:
-            found = ", ".join(f"{name} {t.dtype}" for name, t in {**weights, "bias": bias}.items() if t is not None)
-            raise KronblocksError(
-                f"x is {dtype}, but {found}: convert the model or the input with .to(dtype), or use torch.autocast"
-            )
-        if tensor.device != device:
-            raise _devices_differ(device, {**weights, "bias": bias})
-
-
-def _devices_differ(device: torch.device, others: dict[str, Tensor | None]) -> KronblocksError:
-    elsewhere = {name: t.device for name, t in others.items() if t is not None and t.device != device}
-    empty = [name for name, place in elsewhere.items() if place.type == "meta"]
-    if empty:
-        return KronblocksError(
-            f"{', '.join(empty)} of the layer has no values yet (meta device): load a state_dict with assign=True, or call "
-            "to_empty(device=...) and then load one"
-        )
-    found = ", ".join(f"{name} on {place}" for name, place in elsewhere.items())
-    return KronblocksError(f"x is on {device}, but {found}: move the model or the input with .to(device)")
 
 
 def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None = None) -> Tensor:

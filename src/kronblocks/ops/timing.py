@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kronblocks.ops.cost import Problem, estimated_seconds, intermediate_bytes, possible_plans
+from kronblocks.ops.cost import estimated_seconds, intermediate_bytes, possible_plans
+from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.kron import kron_linear
-from kronblocks.ops.packed import BlockIndex, packed_linear
+from kronblocks.ops.packed import packed_linear
+from kronblocks.ops.problem import Problem
 
 REFERENCE = "F.linear"
 """Name, among the plans, of the plain dense layer of the same sizes."""

@@ -5,23 +5,20 @@ What does not look like timings is measured anew.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
 from kronblocks.ops import kept
 from kronblocks.ops.backends import backend_key
-from kronblocks.ops.cost import Problem
 from kronblocks.ops.kron import PLAN_NAMES
 from kronblocks.ops.precision import float32_products
+from kronblocks.ops.problem import Problem
 from kronblocks.ops.timing import REFERENCE, measure, measured_rows
 
 Tables = dict[str, dict[str, float]]
@@ -98,7 +95,7 @@ def _key(problem: Problem) -> str:
     device = problem.device
     return json.dumps(
         {
-            "machine": _processor() if device == "cpu" else _accelerator(device),
+            "machine": kept.processor() if device == "cpu" else _accelerator(device),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads() if device == "cpu" else None,
             "torch": torch.__version__,
@@ -118,15 +115,6 @@ def _key(problem: Problem) -> str:
         },
         sort_keys=True,
     )
-
-
-@functools.cache
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _accelerator(device: str) -> str:

@@ -15,7 +15,9 @@ from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import BlockSizeLike, SparsityConfig
 from kronblocks.errors import DoesNotFit, KronblocksError
 from kronblocks.modules import fold_, to_unfold, unfolding
-from kronblocks.ops.cost import Problem, estimated_seconds, possible_plans
+from kronblocks.ops.cost import estimated_seconds, possible_plans
+from kronblocks.ops.nearest import captured_energy
+from kronblocks.ops.problem import Problem
 from kronblocks.search.report import Path
 from kronblocks.selected import Selected
 from kronblocks.selection import select
@@ -62,19 +64,6 @@ class Candidate:
 def with_block(config: SparsityConfig, block: BlockSize) -> SparsityConfig:
     """The config with another block size, taken as near as it fits each layer."""
     return dataclasses.replace(config, block_size=block, on_mismatch="nearest")
-
-
-@torch.no_grad()
-def captured_energy(weight: Tensor, grid: BlockGrid, rank: int, tile_groups: int = 1) -> float:
-    """Share of a weight's sum of squares that the nearest sum of `rank` Kronecker products keeps (equation 11 in docs/math.md).
-
-    From the eigenvalues of the smaller Gram matrix of the rearranged weight, in float64: no singular vectors.
-    """
-    blocks = grid.to_blocks(weight.detach().double()).reshape(tile_groups, -1, grid.block.area)
-    gram = blocks.mT @ blocks if blocks.shape[1] >= blocks.shape[2] else blocks @ blocks.mT
-    total = gram.diagonal(dim1=1, dim2=2).sum()
-    kept = torch.linalg.eigvalsh(gram)[:, -rank:].clamp_min(0).sum()
-    return float(kept / total) if total > 0 else 1.0
 
 
 def excess_energy(weight: Tensor, grid: BlockGrid, rank: int, tile_groups: int = 1) -> float:

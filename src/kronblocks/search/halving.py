@@ -17,7 +17,7 @@ from kronblocks.config import BlockSizeLike, SparsityConfig
 from kronblocks.errors import Diverged
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.choice import choose_deployed
-from kronblocks.ops.cost import Problem
+from kronblocks.ops.problem import Problem
 from kronblocks.search.candidates import Candidate, entrants, with_block
 from kronblocks.search.report import Path, Rung, SearchReport, percent
 from kronblocks.search.task import SearchTask, Trial, steps_of_search

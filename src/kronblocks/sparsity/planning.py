@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from kronblocks.errors import KronblocksError, KronblocksWarning
 from kronblocks.hooks import OwnHook, forward_input, rows_of
 from kronblocks.ops.choice import plan_seconds
+from kronblocks.ops.operands import autocast_dtype
 from kronblocks.ops.timing import candidates
 from kronblocks.ops.timing_cache import Tables, load_tables
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget
@@ -76,9 +77,8 @@ class _Watch:
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if casts and x.dtype != torch.float64 else x.dtype
+    cast = autocast_dtype(x.device.type)
+    return x.dtype if cast is None or x.dtype == torch.float64 else cast
 
 
 def measuring_allowed() -> bool:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kronblocks.blocks import BlockGrid
 from kronblocks.errors import Diverged, KronblocksError
-from kronblocks.ops.cost import Problem
+from kronblocks.ops.problem import Problem
 from kronblocks.parameters import move_to_front_
 from kronblocks.shards import is_sharded, rows_here, summed, whole
 from kronblocks.sparsity.distributed import broadcast_

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import importlib.util
 import os
 import re
 import threading
@@ -17,7 +18,6 @@ from pathlib import Path
 import torch
 
 from kronblocks.errors import NativeFallbackWarning, OpenMPConflictWarning
-from kronblocks.ops import backends
 
 ABI = 1  # what kb_abi() of the library must say; raised with every change of a signature
 
@@ -107,7 +107,8 @@ class _Loader:
 
 def installed_files() -> list[Path]:
     """Where the library may be: beside this file, or, in an editable installation, in site-packages."""
-    return [Path(directory) / "_native.so" for directory in backends.__path__]
+    package = importlib.util.find_spec("kronblocks.ops.backends")
+    return [Path(directory) / "_native.so" for directory in (package and package.submodule_search_locations) or ()]
 
 
 def _provide_openmp() -> str | None:

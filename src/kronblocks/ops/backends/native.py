@@ -18,7 +18,7 @@ from kronblocks.ops.backends import library
 from kronblocks.ops.plans import dense
 
 if TYPE_CHECKING:
-    from kronblocks.ops.packed import BlockIndex
+    from kronblocks.ops.index import BlockIndex
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from kronblocks.ops.plans import PLANS
 
 if TYPE_CHECKING:
-    from kronblocks.ops.packed import BlockIndex
+    from kronblocks.ops.index import BlockIndex
 
 
 def _columns_of(x: Tensor, count: int) -> Tensor:

@@ -18,7 +18,7 @@ from kronblocks.ops.backends.triton.weights import gather, scatter
 from kronblocks.ops.precision import float32_products
 
 if TYPE_CHECKING:
-    from kronblocks.ops.packed import BlockIndex
+    from kronblocks.ops.index import BlockIndex
 
 SMALLEST, _LARGEST = 16, 128  # sides of a block that tensor cores take whole
 _SPLIT_ROWS = 1024  # of a sum over rows, at least, for one program

@@ -10,7 +10,7 @@ from torch import Tensor
 from kronblocks.ops.backends.triton.launch import PROGRAMS, arithmetic, cells, launch, padded, sum_dtype
 
 if TYPE_CHECKING:
-    from kronblocks.ops.packed import BlockIndex
+    from kronblocks.ops.index import BlockIndex
 
 
 def live_blocks(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
