@@ -14,7 +14,7 @@ from torch import nn
 from kronblocks import KronblocksError, Problem, SparsityConfig, advise, select
 from kronblocks.experiments import commands
 from kronblocks.ops import timing
-from kronblocks.ops.cost import possible_plans
+from kronblocks.ops.plans import possible_plans
 from kronblocks.ops.timing import REFERENCE
 
 measuring = sys.modules["kronblocks.advise"]  # the function hides its module

@@ -25,7 +25,7 @@ from kronblocks.nn.bsr_linear import BsrLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
 from kronblocks.ops.choice import VALUES, DeployedForm, choose_deployed, milliseconds
-from kronblocks.ops.cost import possible_plans
+from kronblocks.ops.plans import PLANS
 from kronblocks.outputs import arguments, call, call_or_refuse, difference, tensors
 from kronblocks.saving import save_pretrained
 from kronblocks.slimming import Slimmed, remove_dead_features_
@@ -34,7 +34,6 @@ from kronblocks.surgery import pack_masked_
 
 Form = Literal["auto", "dense", "packed", "factored", "bsr"]
 MANIFEST = "manifest.json"
-_FACTORED = ("tile_first", "coeff_first")
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,7 @@ def _choose(layer: BlockLayer, rows: int, form: Form) -> _Chosen:
     plan, timed, why = choice.form, choice.timed, f"at {rows} rows {_times(choice)}"
     if plan == "dense":
         return _Chosen("dense", plan, why, timed)
-    if factored and plan in _FACTORED:
+    if factored and _is_factored(plan):
         return _Chosen("factored", plan, f"{why}; {plan}", timed)
     return _Chosen("packed", "packed", why + "; live blocks multiplied out of the factors" * (plan == VALUES), timed)
 
@@ -239,7 +238,11 @@ def _times(choice: DeployedForm) -> str:
 
 def _best_factored(layer: BlockLayer, rows: int) -> str:
     plan = layer.choose_plan_(rows or None).plan
-    return plan if plan in _FACTORED else next(each for each in possible_plans(layer.rank) if each in _FACTORED)
+    return plan if _is_factored(plan) else next(filter(_is_factored, PLANS))
+
+
+def _is_factored(form: str) -> bool:
+    return form in PLANS and PLANS[form].is_factored
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ from tests.conformance.backends import over
 from torch.autograd import gradcheck, gradgradcheck
 
 from kronblocks.ops.index import BlockIndex
-from kronblocks.ops.kron import PLAN_NAMES, kron_linear
+from kronblocks.ops.kron import kron_linear
 from kronblocks.ops.packed import packed_linear
+from kronblocks.ops.plans import PLAN_NAMES
 
 FACTORED = ("dense", "tile_first", "coeff_first")
 GROUPS = (1, 2, 4)  # one bank of tiles, some, and one for each of the 4 block rows

@@ -10,8 +10,9 @@ from tests.conformance.backends import BACKENDS, in_dtypes, over
 
 from kronblocks.ops import reference
 from kronblocks.ops.index import BlockIndex
-from kronblocks.ops.kron import PLAN_NAMES, kron_linear
+from kronblocks.ops.kron import kron_linear
 from kronblocks.ops.packed import packed_linear
+from kronblocks.ops.plans import PLAN_NAMES
 
 
 class Case(NamedTuple):

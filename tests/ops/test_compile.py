@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kronblocks import BlockIndex, kron_linear, packed_linear
-from kronblocks.ops.kron import PLAN_NAMES
+from kronblocks.ops.plans import PLAN_NAMES
 
 LIVE = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
 INDEX = BlockIndex.from_mask(LIVE)

@@ -5,8 +5,8 @@ import torch
 
 from kronblocks import BlockIndex, KronblocksError, kron_linear, kron_weight, packed_linear
 from kronblocks.ops import reference
-from kronblocks.ops.kron import PLAN_NAMES
 from kronblocks.ops.operands import autocast
+from kronblocks.ops.plans import PLAN_NAMES
 
 SEED = torch.Generator().manual_seed(0)
 X, COEFF, TILES, BIAS = (torch.randn(shape, generator=SEED) for shape in ((2, 15), (4, 3, 2), (2, 2, 3, 5), (12,)))
@@ -71,7 +71,7 @@ def test_refused_with_our_words(plan, changed, message):
 
 @pytest.mark.parametrize("plan", ["", "Dense", "sparse", None, "auto"])
 def test_unknown_plan(plan):
-    with pytest.raises(KronblocksError, match=r"unknown plan .*write one of dense, tile_first, coeff_first, packed"):
+    with pytest.raises(KronblocksError, match=r"plan .* is unknown: write one of dense, tile_first, coeff_first, packed"):
         call(plan)
 
 

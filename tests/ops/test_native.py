@@ -10,7 +10,12 @@ import torch
 
 from kronblocks import BlockIndex
 from kronblocks.ops import reference
+<<<<<<< HEAD
 from kronblocks.ops.backends import native
+=======
+from kronblocks.ops.backends import library, native
+from kronblocks.ops.plans import PLANS
+>>>>>>> 06d51c3 (Plans are objects with what is true of them; multiply-adds are counted once, beside each plan)
 
 pytestmark = pytest.mark.needs("native")
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
@@ -126,14 +131,14 @@ def test_factored(instruction_set, threads, plan):
             return y.detach(), *torch.autograd.grad(y, leaves, dy, materialize_grads=True)
 
         exact, size = both(results, x, coeff, tiles, bias, dy)
-        actual = [native.kron_linear(x, coeff, tiles, bias, live, plan)]
-        actual += native.kron_backward(dy, x, coeff, tiles, live, plan, True)
+        actual = [native.kron_linear(x, coeff, tiles, bias, live, PLANS[plan])]
+        actual += native.kron_backward(dy, x, coeff, tiles, live, PLANS[plan], True)
         terms = max(n1 * bn * rank, m1 * bm * rank, rows * bm * bn, rows * m1 * n1)
         for found, wanted, bound in zip(actual, exact, size, strict=True):
             assert_close(found, wanted, bound, terms=terms)
         if live is not None:
             assert (actual[2][~live] == 0).all()
-        without = native.kron_backward(dy, x, coeff, tiles, live, plan, False)
+        without = native.kron_backward(dy, x, coeff, tiles, live, PLANS[plan], False)
         assert without[0] is None
         assert_close(without[1], exact[2], size[2], terms=terms)
         assert_close(without[2], exact[3], size[3], terms=terms)
@@ -175,8 +180,8 @@ def test_the_same_bits_from_run_to_run(instruction_set, threads, count):
         results = [native.packed_linear(x, values, index), native.packed_grad_input(dy, values, index)]
         results.append(native.packed_grad_values(dy, x, index))
         for plan in ("coeff_first", "tile_first"):
-            results.append(native.kron_linear(x, coeff, tiles, None, mask, plan))
-            results += native.kron_backward(dy, x, coeff, tiles, mask, plan, True)
+            results.append(native.kron_linear(x, coeff, tiles, None, mask, PLANS[plan]))
+            results += native.kron_backward(dy, x, coeff, tiles, mask, PLANS[plan], True)
         return [*results, *native.live_blocks_backward(values, coeff, tiles, index)]
 
     first = everything()
@@ -192,8 +197,8 @@ def test_nan_of_dead_blocks_goes_nowhere(instruction_set):
     x[:, 16:20] = torch.nan
     coeff = torch.where(mask.unsqueeze(-1), torch.randn(6, 9, 3), torch.nan)
     for plan in ("coeff_first", "tile_first"):
-        assert torch.isfinite(native.kron_linear(x, coeff, tiles, None, mask, plan)).all()
-        gradients = native.kron_backward(dy, x.nan_to_num(0), coeff, tiles, mask, plan, True)
+        assert torch.isfinite(native.kron_linear(x, coeff, tiles, None, mask, PLANS[plan])).all()
+        gradients = native.kron_backward(dy, x.nan_to_num(0), coeff, tiles, mask, PLANS[plan], True)
         assert all(torch.isfinite(t).all() for t in gradients)
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from kronblocks import BlockGrid, BlockSize, Problem
 from kronblocks.ops import timing
-from kronblocks.ops.cost import estimated_seconds, intermediate_bytes, possible_plans
+from kronblocks.ops.cost import estimated_seconds, intermediate_bytes
+from kronblocks.ops.plans import possible_plans
 from kronblocks.ops.timing import REFERENCE, affordable, candidates, measure, measured_rows
 
 META = torch.device("meta")

@@ -14,6 +14,7 @@ from kronblocks.ops.backends import torch as plain
 from kronblocks.ops.backends import triton as backend
 from kronblocks.ops.backends.triton import packed, tuning
 from kronblocks.ops.backends.triton import sizes as suited
+from kronblocks.ops.plans import PLANS
 
 pytestmark = pytest.mark.needs("triton")
 
@@ -144,12 +145,14 @@ def test_products_with_factors(case, plan, monkeypatch):
         x, dy, bias = torch.randn(rows, n1 * bn).to(dtype), torch.randn(rows, m1 * bm).to(dtype), torch.randn(m1 * bm).to(dtype)
         coeff, tiles = torch.randn(m1, n1, rank).to(dtype), torch.randn(groups, rank, bm, bn).to(dtype)
         size = max(m1 * bm, n1 * bn, rows) * rank
-        y = backend.kron_linear(x, coeff, tiles, bias, live, plan)
-        exact, magnitude = both(lambda x, c, t, b: plain.kron_linear(x, c, t, b, live, plan), x, coeff, tiles, bias)
+        y = backend.kron_linear(x, coeff, tiles, bias, live, PLANS[plan])
+        exact, magnitude = both(lambda x, c, t, b: plain.kron_linear(x, c, t, b, live, PLANS[plan]), x, coeff, tiles, bias)
         assert_close(y, exact, magnitude, size, rounded=1)
-        exact, magnitude = both(lambda dy, x, c, t: plain.kron_backward(dy, x, c, t, live, plan, True), dy, x, coeff, tiles)
+        exact, magnitude = both(
+            lambda dy, x, c, t: plain.kron_backward(dy, x, c, t, live, PLANS[plan], True), dy, x, coeff, tiles
+        )
         for input_grad in (True, False):
-            found = backend.kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
+            found = backend.kron_backward(dy, x, coeff, tiles, live, PLANS[plan], input_grad)
             assert (found[0] is not None) == input_grad
             for own, other, scale in zip(found, exact, magnitude, strict=True):
                 if own is not None:
@@ -179,10 +182,12 @@ def test_products_with_factors_are_the_same_whatever_the_sizes(monkeypatch):
         factors = coeff[..., :rank], tiles[:, :rank]
         given, other = (x, dy) if not transposed else (dy, x)
         factors = factors if not transposed else (factors[0].transpose(0, 1), factors[1].transpose(2, 3))
-        exact = plain.kron_linear(*(t.double() for t in (given, *factors)), None, None, plan)
-        torch.testing.assert_close(backend.kron_linear(given, *factors, None, None, plan).double(), exact, rtol=1e-5, atol=1e-4)
-        gradients = plain.kron_backward(*(t.double() for t in (other, given, *factors)), None, plan, True)
-        for own, wanted in zip(backend.kron_backward(other, given, *factors, None, plan, True), gradients, strict=True):
+        exact = plain.kron_linear(*(t.double() for t in (given, *factors)), None, None, PLANS[plan])
+        torch.testing.assert_close(
+            backend.kron_linear(given, *factors, None, None, PLANS[plan]).double(), exact, rtol=1e-5, atol=1e-4
+        )
+        gradients = plain.kron_backward(*(t.double() for t in (other, given, *factors)), None, PLANS[plan], True)
+        for own, wanted in zip(backend.kron_backward(other, given, *factors, None, PLANS[plan], True), gradients, strict=True):
             assert own is not None and wanted is not None
             torch.testing.assert_close(own.double(), wanted, rtol=1e-5, atol=1e-4)
     assert tried.keys() == {
@@ -317,8 +322,8 @@ def test_a_bias_that_is_not_contiguous():
     assert torch.equal(backend.packed_linear(x, values, index, bias), wanted)
     coeff, tiles = torch.randn(2, 2, 1), torch.randn(1, 1, 16, 16)
     for plan in ("coeff_first", "tile_first"):
-        wanted = backend.kron_linear(x, coeff, tiles, bias.clone(), None, plan)
-        assert torch.equal(backend.kron_linear(x, coeff, tiles, bias, None, plan), wanted)
+        wanted = backend.kron_linear(x, coeff, tiles, bias.clone(), None, PLANS[plan])
+        assert torch.equal(backend.kron_linear(x, coeff, tiles, bias, None, PLANS[plan]), wanted)
 
 
 def test_they_serve_a_gpu_where_they_are_asked_for(monkeypatch):

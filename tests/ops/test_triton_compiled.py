@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from kronblocks import BlockIndex
 from kronblocks.ops.backends import triton as backend
 from kronblocks.ops.backends.triton import fused, launch, packed, tuning, weights
+from kronblocks.ops.plans import PLANS
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.uint8: "u8"}
 
@@ -65,10 +66,10 @@ for dtype in (torch.float32, torch.bfloat16):
         backend.packed_grad_values(dy, x, index)
         backend.live_blocks(coeff, tiles, index)
         backend.live_blocks_backward(values, coeff, tiles, index)
-        backend.kron_backward(dy, x, coeff, tiles, live, "dense", True)
+        backend.kron_backward(dy, x, coeff, tiles, live, PLANS["dense"], True)
         for plan in ("coeff_first", "tile_first"):
-            backend.kron_linear(x, coeff, tiles, bias, live, plan)
-            backend.kron_backward(dy, x, coeff, tiles, live, plan, True)
+            backend.kron_linear(x, coeff, tiles, bias, live, PLANS[plan])
+            backend.kron_backward(dy, x, coeff, tiles, live, PLANS[plan], True)
 packed._product_sizes = lambda *args: tuning.Sizes(32, 32, 16, 4, 3, terms=8)  # block rows in pieces
 backend.packed_linear(torch.empty(64, 48 * 32, device="meta"), torch.empty(64 * 48, 32, 32, device="meta"), index, None)
 """

@@ -16,7 +16,7 @@ from torch import nn
 
 from kronblocks import KronblocksError, Problem, ScheduleConfig, SparsityConfig, parameter_groups, sparsify_
 from kronblocks.ops import timing, timing_cache
-from kronblocks.ops.cost import possible_plans
+from kronblocks.ops.plans import possible_plans
 from kronblocks.ops.timing import REFERENCE
 from kronblocks.ops.timing_cache import forget_timings
 
@@ -311,7 +311,7 @@ RANKS = """
     from torch import distributed, nn
     from kronblocks import SparsityConfig, parameter_groups, sparsify_
     from kronblocks.ops import timing, timing_cache
-    from kronblocks.ops.cost import possible_plans
+    from kronblocks.ops.plans import possible_plans
 
     rank, asked = int(sys.argv[1]), 0
 

@@ -13,9 +13,9 @@ from kronblocks.errors import KronblocksError
 from kronblocks.nn.built import is_transformed, weight_of
 from kronblocks.nn.loading import WholeWeights
 from kronblocks.ops.choice import PlanChoice, choose_plan
-from kronblocks.ops.cost import check_plan
 from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.pattern import Pattern
+from kronblocks.ops.plans import PLANS, check_plan
 from kronblocks.ops.problem import ASSUMED_ROWS, Problem
 from kronblocks.shards import is_sharded
 
@@ -69,9 +69,13 @@ class BlockLayer(WholeWeights):
         self.active_plan = plan
         self.refresh_index_()
 
+    @property
+    def _needs_index(self) -> bool:
+        return PLANS[self.active_plan].needs_live
+
     def refresh_index_(self) -> None:
         """Rebuild what is derived from the buffers, and take these for what is meant."""
-        self._pattern.follow_(self.block_mask, self._buffers.get("block_position"), index=self.active_plan == "packed")
+        self._pattern.follow_(self.block_mask, self._buffers.get("block_position"), index=self._needs_index)
 
     def _follow(self) -> Pattern:
         """What is derived from the buffers as they are now.
@@ -93,7 +97,7 @@ class BlockLayer(WholeWeights):
                 if pattern.mask is None or pattern.is_fresh():
                     return
                 mask, position, values = pattern.mask, pattern.position, None
-            pattern.follow_(mask, position, values, index=self.active_plan == "packed")
+            pattern.follow_(mask, position, values, index=self._needs_index)
 
     def _index(self) -> BlockIndex | None:
         """The index for the packed plan; None where nobody can look at the mask now, and the weight has to be built."""

@@ -173,7 +173,7 @@ class BlockSparseLinear(BlockLayer):
     def forward(self, input: Tensor) -> Tensor:
         if input.layout is not torch.strided or input.is_nested:
             return map_unusual(self, input)
-        if self.active_plan == "packed" and (index := self._index()) is not None:
+        if self._needs_index and (index := self._index()) is not None:
             return packed_linear(input, self.values, index, self.bias)
         x, weight, bias = autocast(input, self.dense_weight(), self.bias)
         shape = self.grid.shape[1], self.grid.block.cols

@@ -157,7 +157,7 @@ class KroneckerBlockLinear(BlockLayer):
         if is_transformed():
             return nn.functional.linear(*autocast(input, self.dense_weight(), self.bias))
         plan, live = self.active_plan, self.block_mask
-        if plan == "packed":
+        if self._needs_index:
             live = self._index()
             plan, live = ("dense", self.block_mask) if live is None else (plan, live)
         return kron.kron_linear(input, self.effective_coeff(), self.tiles, self.bias, plan=plan, live=live)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from kronblocks.ops import backends
-from kronblocks.ops.cost import Cost, cost, estimated_seconds, possible_plans
+from kronblocks.ops.cost import Cost, cost, estimated_seconds
+from kronblocks.ops.plans import possible_plans
 from kronblocks.ops.problem import Problem
 from kronblocks.ops.timing import REFERENCE, affordable
 from kronblocks.ops.timing_cache import Tables, timings

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kronblocks.errors import KronblocksError
 from kronblocks.ops import backends
 from kronblocks.ops.backends.triton.packed import fits
 from kronblocks.ops.backends.triton.sizes import fit_on_chip
-from kronblocks.ops.kron import PLAN_NAMES
+from kronblocks.ops.plans import PLANS, Plan, plan_named
 from kronblocks.ops.precision import float32_products
 from kronblocks.ops.problem import Problem
 
@@ -37,28 +36,8 @@ class Cost:
 def _parameters(problem: Problem) -> int:
     grid, (m1, n1) = problem.grid, problem.grid.shape
     if problem.rank is None:
-        return round(problem.density * grid.blocks) * grid.block.area
+        return problem.live_blocks * grid.block.area
     return problem.rank * (m1 * n1 + problem.tile_groups * grid.block.area) + problem.gate * m1 * n1
-
-
-def _stages(problem: Problem, plan: str) -> tuple[float, float, int]:
-    """Multiply-adds of a plan's first and second stage, and the size of the intermediate between them (values)."""
-    grid, rows, rank = problem.grid, problem.rows, problem.rank or 0
-    (m1, n1), (bm, bn) = grid.shape, grid.block
-    dense = rows * grid.weights
-    live = round(problem.density * grid.blocks) * grid.block.area
-    match plan:
-        case "dense":
-            return rank * grid.weights, dense, grid.weights
-        case "packed":  # on factors the live blocks are built, and kept
-            return rank * live, rows * live, live if rank else 0
-        case "tile_first":
-            size = rows * n1 * problem.tile_groups * rank * bm
-            return size * bn, rows * live / bn * rank, size
-        case "coeff_first":
-            size = rows * m1 * rank * bn
-            return rows * live / bm * rank, rows * m1 * rank * bm * bn, size
-    raise KronblocksError(f"unknown plan {plan!r}: write one of {', '.join(PLAN_NAMES)}")
 
 
 def cost(problem: Problem, plan: str) -> Cost:
@@ -71,34 +50,38 @@ def cost(problem: Problem, plan: str) -> Cost:
     >>> cost(Problem(BlockGrid(64, 64, BlockSize(16, 16)), rank=None, rows=10, density=0.25), "packed").forward_macs
     10240
     """
-    if problem.rank is None and plan in ("tile_first", "coeff_first"):
-        raise KronblocksError(f'plan "{plan}" works on factors; a layer of free block values has "dense" and "packed"')
-    first, second, intermediate = _stages(problem, plan)
-    grid, rows = problem.grid, problem.rows
-    itemsize = problem.dtype.itemsize
+    way = plan_named(plan, problem.rank)
+    stages = way.stages(problem.sizes)
+    grid, rows, itemsize = problem.grid, problem.rows, problem.dtype.itemsize
     ends = rows * (grid.in_features + grid.out_features)
-    if plan in ("dense", "packed"):
-        # dvalues (or dW) is one product of the second stage's size, dx another; then dcoeff and dtiles. dense builds W again
-        backward = second * (1 + problem.input_grad) + first * (3 if plan == "dense" else 2)
-        # values are kept; W only for the dx of free values, since that of factors is built again
-        built = intermediate if plan == "packed" or (problem.rank is None and problem.input_grad) else 0
-        saved = rows * grid.in_features + built
-    else:
-        # the first stage again; two gradients of the second stage's size; dtiles or dcoeff, and dx, of the first's
-        backward = 2 * second + first * (2 + problem.input_grad)
-        saved = rows * grid.in_features
-    # an einsum copies its operands into the layout of a matrix product: each use of the intermediate is about three passes
-    passes = (3 * 4 if problem.training else 3) if plan.endswith("first") else (4 if problem.training else 2)
+    # blocks that were built are kept; W only for the dx of free values, since that of factors is built again
+    keeps = way.keeps_blocks or (problem.rank is None and problem.input_grad)
+    saved = rows * grid.in_features + (stages.between if keeps else 0)
     parameters = _parameters(problem)
-    moved = (ends * (3 if problem.training else 1) + parameters) * itemsize + intermediate_bytes(problem, plan) * passes
+    between = intermediate_bytes(problem, plan) * _passes(way, problem.training)
+    moved = (ends * (3 if problem.training else 1) + parameters) * itemsize + between
     return Cost(
-        forward_macs=round(first + second),
-        backward_macs=round(backward) if problem.training else 0,
+        forward_macs=stages.first + stages.second,
+        backward_macs=way.backward_macs(stages, problem.input_grad) if problem.training else 0,
         parameters=parameters,
         parameter_bytes=parameters * itemsize,
         saved_bytes=saved * itemsize if problem.training else 0,
         moved_bytes=moved,
     )
+
+
+_EINSUM_PASSES = 3  # over the intermediate at each use: an einsum reads it, and copies it into a matrix product's layout
+
+
+def _passes(plan: Plan, training: bool) -> int:
+    """How often the bytes between the stages are read or written.
+
+    A factored intermediate is used once forward, and in training three more times: made again, and for two gradients. Built
+    blocks are written and read once forward, and in training once more each.
+    """
+    if plan.is_factored:
+        return (4 if training else 1) * _EINSUM_PASSES
+    return 4 if training else 2
 
 
 def _backend(problem: Problem) -> str:
@@ -112,8 +95,8 @@ def intermediate_bytes(problem: Problem, plan: str) -> int:
     """
     backend = _backend(problem)
     fused = backend == "native" or (backend == "triton" and fit_on_chip(problem.grid.block))
-    on_chip = plan.endswith("first") and fused
-    return 0 if on_chip else _stages(problem, plan)[2] * problem.dtype.itemsize
+    on_chip = PLANS[plan].is_factored and fused
+    return 0 if on_chip else plan_named(plan, problem.rank).stages(problem.sizes).between * problem.dtype.itemsize
 
 
 # bytes per second inside and outside the cache; only ratios matter: 2 CPU cores, one large GPU
@@ -173,25 +156,8 @@ def estimated_seconds(problem: Problem, plan: str) -> float:
     bandwidth = cached if intermediate_bytes(problem, plan) < _CACHE_BYTES else uncached
     backend = _backend(problem)
     overhead = 0.0 if plan == "dense" and (backend != "triton" or problem.rank is None) else _CALL_SECONDS
-    if backend == "triton" and plan.endswith("first"):
+    if backend == "triton" and PLANS[plan].is_factored:
         overhead += _LAUNCHES_SECONDS
     if plan == "packed" and backend == "torch":
         overhead += (2 if problem.training else 1) * sum(problem.grid.shape) * _PRODUCT_SECONDS
     return counts.macs / (_dense_rate(problem) * _efficiency(problem, plan)) + counts.moved_bytes / bandwidth + overhead
-
-
-def possible_plans(rank: int | None) -> tuple[str, ...]:
-    """The plans that can compute a layer: all four on factors, dense and packed on free block values (rank None)."""
-    return PLAN_NAMES if rank is not None else ("dense", "packed")
-
-
-def check_plan(plan: str, rank: int | None) -> None:
-    """Refuse a plan that cannot compute a layer.
-
-    Raises:
-        KronblocksError: the name is unknown, or the plan works on factors and the layer has free values.
-    """
-    allowed: tuple[str, ...] = ("auto", *possible_plans(rank))
-    if plan not in allowed:
-        reason = "works on factors, not on free block values" if plan in PLAN_NAMES else "is unknown"
-        raise KronblocksError(f"plan {plan!r} {reason}: write one of {', '.join(allowed)}")

@@ -15,14 +15,15 @@ from torch.utils.flop_counter import register_flop_formula
 from kronblocks.ops import backends
 from kronblocks.ops.index import NO_INDEX_GRADIENTS, BlockIndex
 from kronblocks.ops.pattern import up_to_date, without_dead
-from kronblocks.ops.plans import dense
+from kronblocks.ops.plans import PLANS, Stages, dense
+from kronblocks.ops.problem import ProductSizes
 
 
 @torch.library.custom_op("kronblocks::kron_linear", mutates_args=())
 def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
     """y = x W^T + bias by a factored plan; x (rows, n) -> (rows, m)."""
     live = _looked_at(live)
-    return backends.pick(x).kron_linear(x, coeff, tiles, bias, live, plan).contiguous()
+    return backends.pick(x).kron_linear(x, coeff, tiles, bias, live, PLANS[plan]).contiguous()
 
 
 @torch.library.custom_op("kronblocks::kron_backward", mutates_args=())
@@ -31,7 +32,7 @@ def kron_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dcoeff, dtiles; dx is empty, (0,), unless wanted."""
     live = _looked_at(live)
-    dx, dcoeff, dtiles = backends.pick(x).kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
+    dx, dcoeff, dtiles = backends.pick(x).kron_backward(dy, x, coeff, tiles, live, PLANS[plan], input_grad)
     dcoeff, dtiles = (t.to(x.dtype).contiguous() for t in (dcoeff, dtiles))  # autocast may be on in backward
     return x.new_empty(0) if dx is None else dx.contiguous(), dcoeff, dtiles
 
@@ -151,30 +152,23 @@ def live_blocks(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
     return _live_blocks(coeff, tiles, *index)
 
 
-def _stages(plan: str, x: Any, coeff: Any, tiles: Any) -> tuple[int, int]:
-    """Multiply-adds of a plan's two stages, from the shapes, all blocks live."""
-    (m1, n1, rank), (groups, _, bm, bn), rows = coeff, tiles, x[0]
-    match plan:
-        case "dense":
-            return rank * m1 * n1 * bm * bn, rows * m1 * n1 * bm * bn
-        case "tile_first":
-            return rows * n1 * groups * rank * bm * bn, rows * m1 * n1 * rank * bm
-    return rows * m1 * n1 * rank * bn, rows * m1 * rank * bm * bn
+def _stages(plan: str, x: Any, coeff: Any, tiles: Any) -> Stages:
+    """Of a plan, from the shapes, all blocks live."""
+    (m1, n1, rank), (groups, _, bm, bn) = coeff, tiles
+    return PLANS[plan].stages(ProductSizes(x[0], m1, n1, bm, bn, rank, groups, live=m1 * n1))
 
 
 @register_flop_formula(torch.ops.kronblocks.kron_linear)
 def _forward_flops(x: Any, coeff: Any, tiles: Any, bias: Any, live: Any, plan: str, **_: Any) -> int:
-    return 2 * sum(_stages(plan, x, coeff, tiles))
+    stages = _stages(plan, x, coeff, tiles)
+    return 2 * (stages.first + stages.second)
 
 
 @register_flop_formula(torch.ops.kronblocks.kron_backward)
 def _backward_flops(
     dy: Any, x: Any, coeff: Any, tiles: Any, live: Any, plan: str, input_grad: bool, **_: Any
 ) -> int:  # fmt: skip
-    first, second = _stages(plan, x, coeff, tiles)
-    if plan == "dense":
-        return 2 * (second * (1 + input_grad) + 3 * first)
-    return 2 * (2 * second + first * (2 + input_grad))
+    return 2 * PLANS[plan].backward_macs(_stages(plan, x, coeff, tiles), input_grad)
 
 
 @register_flop_formula(torch.ops.kronblocks.live_blocks)

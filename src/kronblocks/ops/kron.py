@@ -10,9 +10,7 @@ from kronblocks.ops import factored
 from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.operands import autocast, check_factors, check_product
 from kronblocks.ops.packed import packed_linear
-from kronblocks.ops.plans import PLANS, dense
-
-PLAN_NAMES = (*PLANS, "packed")
+from kronblocks.ops.plans import PLANS, dense, plan_named
 
 
 def kron_weight(coeff: Tensor, tiles: Tensor) -> Tensor:
@@ -78,14 +76,13 @@ def kron_linear(
     torch.Size([7, 8])
     """
     check_factors(coeff, tiles)
-    if plan not in PLAN_NAMES:
-        raise KronblocksError(f"unknown plan {plan!r}: write one of {', '.join(PLAN_NAMES)}")
+    needs_live = plan_named(plan, coeff.shape[2]).needs_live
     (m1, n1, _), (_, _, bm, bn) = coeff.shape, tiles.shape
     if isinstance(live, Tensor) and (live.dtype != torch.bool or live.shape != coeff.shape[:2]):
         raise KronblocksError(f"live must be bool of shape ({m1}, {n1}), not {live.dtype} {tuple(live.shape)}")
     x, coeff, tiles, bias = autocast(x, coeff, tiles, bias)
     check_product(x, n1, bn, bias, m1 * bm, {"coeff": coeff, "tiles": tiles}, live.crow if isinstance(live, BlockIndex) else live)
-    if plan == "packed":
+    if needs_live:
         return _packed(x, coeff, tiles, bias, live)
     if live is not None and not isinstance(live, Tensor):
         raise KronblocksError(f'plan "{plan}" takes live as an (m1, n1) bool mask; a BlockIndex is for "packed"')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -10,6 +11,19 @@ from kronblocks.blocks import BlockGrid
 
 ASSUMED_ROWS = 1024
 """Rows of x that `plan="auto"` assumes where nobody has said how many there will be."""
+
+
+class ProductSizes(NamedTuple):
+    """What the multiply-adds of a product depend on."""
+
+    rows: int  # of x
+    m1: int  # block rows and columns
+    n1: int
+    bm: int  # rows and columns of a block
+    bn: int
+    rank: int  # 0: free block values instead of factors
+    groups: int
+    live: int  # blocks
 
 
 @dataclass(frozen=True)
@@ -26,3 +40,19 @@ class Problem:
     training: bool = True
     input_grad: bool = True  # False for the first layer of a net, whose input needs no gradient
     gate: bool = False  # a trained gate beside the factors
+
+    @property
+    def device_type(self) -> str:
+        """ "cuda" of "cuda:1"."""
+        return self.device.split(":")[0]
+
+    @property
+    def live_blocks(self) -> int:
+        """How many blocks live, to the nearest whole number."""
+        return round(self.density * self.grid.blocks)
+
+    @property
+    def sizes(self) -> ProductSizes:
+        """What the multiply-adds depend on."""
+        (m1, n1), (bm, bn) = self.grid.shape, self.grid.block
+        return ProductSizes(self.rows, m1, n1, bm, bn, self.rank or 0, self.tile_groups, self.live_blocks)

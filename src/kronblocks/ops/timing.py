@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kronblocks.ops.cost import estimated_seconds, intermediate_bytes, possible_plans
+from kronblocks.ops.cost import estimated_seconds, intermediate_bytes
 from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.kron import kron_linear
 from kronblocks.ops.packed import packed_linear
+from kronblocks.ops.plans import PLANS, possible_plans
 from kronblocks.ops.problem import Problem
 
 REFERENCE = "F.linear"
@@ -44,7 +45,7 @@ Name = TypeVar("Name")
 
 def affordable(problem: Problem, plan: str) -> bool:
     """Whether a plan's intermediate, for all the problem's rows, is of a size that anybody would want to hold."""
-    return plan in ("dense", "packed") or intermediate_bytes(problem, plan) <= _MOST_BYTES
+    return not PLANS[plan].is_factored or intermediate_bytes(problem, plan) <= _MOST_BYTES
 
 
 def candidates(problem: Problem) -> tuple[str, ...]:
@@ -149,7 +150,7 @@ def _runs(problem: Problem) -> Runs:
         return linear(x, weight, bias)
 
     def factored(plan: str) -> Callable[..., Tensor]:
-        live = index if plan == "packed" else mask
+        live = index if PLANS[plan].needs_live else mask
         return lambda x, coeff, tiles, bias: kron_linear(x, coeff, tiles, bias, plan=plan, live=live)
 
     def packed(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from kronblocks.ops import kept
 from kronblocks.ops.backends import backend_key
-from kronblocks.ops.kron import PLAN_NAMES
+from kronblocks.ops.plans import PLAN_NAMES
 from kronblocks.ops.precision import float32_products
 from kronblocks.ops.problem import Problem
 from kronblocks.ops.timing import REFERENCE, measure, measured_rows

@@ -15,8 +15,9 @@ from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import BlockSizeLike, SparsityConfig
 from kronblocks.errors import DoesNotFit, KronblocksError
 from kronblocks.modules import fold_, to_unfold, unfolding
-from kronblocks.ops.cost import estimated_seconds, possible_plans
+from kronblocks.ops.cost import estimated_seconds
 from kronblocks.ops.nearest import captured_energy
+from kronblocks.ops.plans import possible_plans
 from kronblocks.ops.problem import Problem
 from kronblocks.search.report import Path
 from kronblocks.selected import Selected

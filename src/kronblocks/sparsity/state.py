@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
-from kronblocks.ops.cost import check_plan
+from kronblocks.ops.plans import check_plan
 from kronblocks.sparsity.heads import parsed_heads
 from kronblocks.sparsity.planning import parsed
 from kronblocks.sparsity.targets import BlockTarget, WeightTarget

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kronblocks.ops.backends import library
-from kronblocks.ops.plans import dense
+from kronblocks.ops.plans import DENSE, TILE_FIRST, Plan, dense
 
 if TYPE_CHECKING:
     from kronblocks.ops.index import BlockIndex
@@ -122,24 +122,24 @@ def _shape(coeff: Tensor, tiles: Tensor) -> object:
     return byref(_KronShape(m1, n1, bm, bn, rank, groups))
 
 
-def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
+def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: Plan) -> Tensor:
     """y = x W^T + bias by a factored plan; x (rows, n) -> (rows, m)."""
-    if plan == "dense":
+    if plan is DENSE:
         weight = dense.first(None, coeff if live is None else coeff * live.unsqueeze(-1), tiles)
         return torch.nn.functional.linear(x, weight, bias)
     x, coeff, tiles = x.contiguous(), coeff.contiguous(), tiles.contiguous()
     live, bias = None if live is None else live.contiguous(), None if bias is None else bias.contiguous()
     y = x.new_empty(x.shape[0], coeff.shape[0] * tiles.shape[2])
-    first = c_int(plan == "tile_first")
+    first = c_int(plan is TILE_FIRST)
     _call("kron_linear", x.dtype, _shape(coeff, tiles), first, x, x.shape[0], coeff, tiles, live, bias, y)
     return y
 
 
 def kron_backward(
-    dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: str, input_grad: bool
+    dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: Plan, input_grad: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx (rows, n) or None, dcoeff, exactly 0 for dead blocks, and dtiles."""
-    if plan == "dense":
+    if plan is DENSE:
         from kronblocks.ops.backends import torch as plain
 
         return plain.kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
@@ -147,7 +147,7 @@ def kron_backward(
     live = None if live is None else live.contiguous()
     dx = x.new_empty(x.shape) if input_grad else None
     dcoeff, dtiles = torch.empty_like(coeff), torch.empty_like(tiles)
-    first = c_int(plan == "tile_first")
+    first = c_int(plan is TILE_FIRST)
     _call(
         "kron_backward", x.dtype, _shape(coeff, tiles), first, dy, x, x.shape[0], coeff, tiles, live, dx, dcoeff, dtiles
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kronblocks.ops.plans import PLANS
+from kronblocks.ops.plans import Plan
 
 if TYPE_CHECKING:
     from kronblocks.ops.index import BlockIndex
@@ -72,20 +72,20 @@ def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     return dvalues
 
 
-def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
+def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: Plan) -> Tensor:
     """y = x W^T + bias by a factored plan; x (rows, n) -> (rows, m)."""
     coeff = _live_only(coeff, live)
-    y = PLANS[plan].second(x, coeff, tiles, PLANS[plan].first(x, coeff, tiles))
+    y = plan.second(x, coeff, tiles, plan.first(x, coeff, tiles))
     return y if bias is None else y + bias
 
 
 def kron_backward(
-    dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: str, input_grad: bool
+    dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: Plan, input_grad: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx (rows, n) or None, dcoeff, exactly 0 for dead blocks, and dtiles; the intermediate is computed again."""
     coeff = _live_only(coeff, live)
-    intermediate = PLANS[plan].first(x, coeff, tiles)
-    dx, dcoeff, dtiles = PLANS[plan].backward(dy.contiguous(), x, coeff, tiles, intermediate, input_grad)
+    intermediate = plan.first(x, coeff, tiles)
+    dx, dcoeff, dtiles = plan.backward(dy.contiguous(), x, coeff, tiles, intermediate, input_grad)
     return dx, _live_only(dcoeff, live), dtiles
 
 

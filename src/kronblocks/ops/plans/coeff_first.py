@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kronblocks.ops.plans.plan import Plan, Stages, factored_backward_macs
+from kronblocks.ops.problem import ProductSizes
+
 
 def first(x: Tensor, coeff: Tensor, tiles: Tensor) -> Tensor:
     """U = the mixtures of x's blocks, (rows, g, m1/g, r, bn)."""
@@ -30,3 +33,22 @@ def backward(dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, u: Tensor, inp
     dcoeff = torch.einsum("tpib,tqb->pqi", du, blocks)
     dx = torch.einsum("pqi,tpib->tqb", coeff, du).flatten(1) if input_grad else None
     return dx, dcoeff, dtiles
+
+
+def stages(sizes: ProductSizes) -> Stages:
+    """Mix the live blocks; then every tile of a group on its mixtures."""
+    mixtures = sizes.rows * sizes.m1 * sizes.rank * sizes.bn
+    return Stages(sizes.rows * sizes.live * sizes.bn * sizes.rank, mixtures * sizes.bm, mixtures)
+
+
+COEFF_FIRST = Plan(
+    "coeff_first",
+    is_factored=True,
+    needs_live=False,
+    keeps_blocks=False,
+    stages=stages,
+    backward_macs=factored_backward_macs,
+    first=first,
+    second=second,
+    backward=backward,
+)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kronblocks.ops.plans.plan import Plan, Stages
+from kronblocks.ops.problem import ProductSizes
+
 
 def build_blocks(coeff: Tensor, tiles: Tensor) -> Tensor:
     """Every block of W, (m1, n1, bm, bn)."""
@@ -31,3 +34,27 @@ def backward(dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, weight: Tensor
     dcoeff = dweight @ tiles.reshape(groups, rank, bm * bn).transpose(1, 2)
     dtiles = coeff.reshape(groups, -1, rank).transpose(1, 2) @ dweight
     return dx, dcoeff.view(coeff.shape), dtiles.view(tiles.shape)
+
+
+def stages(sizes: ProductSizes) -> Stages:
+    """Build W from its factors, where it has any; one dense product."""
+    weights = sizes.m1 * sizes.n1 * sizes.bm * sizes.bn
+    return Stages(sizes.rank * weights, sizes.rows * weights, weights)
+
+
+def backward_macs(stages: Stages, input_grad: bool) -> int:
+    """dW is one product of the second stage's size, dx another; W is built again, then dcoeff and dtiles."""
+    return stages.second * (1 + input_grad) + 3 * stages.first
+
+
+DENSE = Plan(
+    "dense",
+    is_factored=False,
+    needs_live=False,
+    keeps_blocks=False,
+    stages=stages,
+    backward_macs=backward_macs,
+    first=first,
+    second=second,
+    backward=backward,
+)

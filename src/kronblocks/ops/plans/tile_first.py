@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kronblocks.ops.plans.plan import Plan, Stages, factored_backward_macs
+from kronblocks.ops.problem import ProductSizes
+
 
 def _grouped(coeff: Tensor, tiles: Tensor) -> Tensor:
     """(m1, n1, r) -> (g, m1/g, n1, r)."""
@@ -30,3 +33,22 @@ def backward(dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, z: Tensor, inp
     dtiles = torch.einsum("tqgia,tqb->giab", dz, x.unflatten(1, (coeff.shape[1], -1)))
     dx = torch.einsum("tqgia,giab->tqb", dz, tiles).flatten(1) if input_grad else None
     return dx, dcoeff.reshape(coeff.shape), dtiles
+
+
+def stages(sizes: ProductSizes) -> Stages:
+    """Every tile on every block; then mix what the live blocks want."""
+    tiled = sizes.rows * sizes.n1 * sizes.groups * sizes.rank * sizes.bm
+    return Stages(tiled * sizes.bn, sizes.rows * sizes.live * sizes.bm * sizes.rank, tiled)
+
+
+TILE_FIRST = Plan(
+    "tile_first",
+    is_factored=True,
+    needs_live=False,
+    keeps_blocks=False,
+    stages=stages,
+    backward_macs=factored_backward_macs,
+    first=first,
+    second=second,
+    backward=backward,
+)

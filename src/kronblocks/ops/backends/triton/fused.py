@@ -20,26 +20,27 @@ from kronblocks.ops.backends.triton.launch import arithmetic, cells, launch, pad
 from kronblocks.ops.backends.triton.roles import Roles
 from kronblocks.ops.backends.triton.tuning import Sizes
 from kronblocks.ops.backends.triton.weights import weight, weight_backward
+from kronblocks.ops.plans import COEFF_FIRST, DENSE, Plan
 from kronblocks.ops.precision import float32_products
 
 Result = TypeVar("Result")
 
 
-def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
+def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: Plan) -> Tensor:
     """y = x W^T + bias; x (rows, n) -> (rows, m)."""
-    if plan == "dense":
+    if plan is DENSE:
         return linear(x, weight(coeff, tiles, live), bias)
     if not suited.fit_on_chip(tiles.shape[2:]):
         return plain.kron_linear(x, coeff, tiles, bias, live, plan)
     roles, bias = Roles.of(coeff, tiles, live), None if bias is None else bias.contiguous()
-    return _mix_then_tile(roles, x, bias) if plan == "coeff_first" else _tile_then_mix(roles, x, bias)
+    return _mix_then_tile(roles, x, bias) if plan is COEFF_FIRST else _tile_then_mix(roles, x, bias)
 
 
 def kron_backward(
-    dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: str, input_grad: bool
+    dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: Plan, input_grad: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx (rows, n) or None, dcoeff, exactly 0 for dead blocks, and dtiles; nothing is kept from the forward."""
-    if plan == "dense":
+    if plan is DENSE:
         dx = dy @ weight(coeff, tiles, live) if input_grad else None
         return dx, *weight_backward(dy.t() @ x, coeff, tiles, live)
     if not suited.fit_on_chip(tiles.shape[2:]):
