@@ -10,12 +10,8 @@ import torch
 
 from kronblocks import BlockIndex
 from kronblocks.ops import reference
-<<<<<<< HEAD
 from kronblocks.ops.backends import native
-=======
-from kronblocks.ops.backends import library, native
 from kronblocks.ops.plans import PLANS
->>>>>>> 06d51c3 (Plans are objects with what is true of them; multiply-adds are counted once, beside each plan)
 
 pytestmark = pytest.mark.needs("native")
 CAPABILITY = torch.backends.cpu.get_cpu_capability()

@@ -10,7 +10,7 @@ from kronblocks.ops import factored
 from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.operands import autocast, check_factors, check_product
 from kronblocks.ops.packed import packed_linear
-from kronblocks.ops.plans import PLANS, dense, plan_named
+from kronblocks.ops.plans import dense, plan_named
 
 
 def kron_weight(coeff: Tensor, tiles: Tensor) -> Tensor:
