@@ -1,4 +1,7 @@
-"""Write the numbers and the charts of README and of the site's first page from benchmarks/results: `python benchmarks/front.py`."""
+"""Write the numbers and charts of README and of the site's first page: `python benchmarks/front.py`.
+
+All come from benchmarks/results. Where several machines were measured, numbers are the lowest.
+"""
 
 from __future__ import annotations
 
@@ -107,8 +110,12 @@ def numbers() -> list[str]:
     data, found = _study("mlp")
     dense, own = (_at(found, method).accuracy for method in ("dense", OURS))
     whole, one, many = training(), inference(1), inference(ROWS)
-    columns = [f"{own - dense:+.1f} points".replace("-", "\N{MINUS SIGN}"), f"{times(whole.low)} faster", f"{times(many.low)} faster"]
-    cells_ = [
+    columns = [
+        f"{own - dense:+.1f} points".replace("-", "\N{MINUS SIGN}"),
+        f"{times(whole.low)} faster",
+        f"{times(many.low)} faster",
+    ]
+    told = [
         f"**test accuracy**: {own:.1f}%, dense {dense:.1f}%",
         f"**training**, start to end; {times(whole.high)} on another machine",
         f"**inference**, {ROWS} rows at a time; {times(one.low)} for one row",
@@ -125,7 +132,7 @@ def numbers() -> list[str]:
         "Speed is relative to dense PyTorch, and the lowest over the machines that were measured.",
         *_mark(found),
     ]
-    return [f"| {' | '.join(line)} |" for line in (columns, rule, cells_)] + ["", *about]
+    return [f"| {' | '.join(line)} |" for line in (columns, rule, told)] + ["", *about]
 
 
 def own_rows(found: list[CellResult]) -> list[Row]:
@@ -194,9 +201,8 @@ def dense_wins() -> list[str]:
         ["early training steps of the MLP, on an older CPU (AVX2)", times(_step("early", "factors r=8 16x16 per-row").low)],
         ["one row of the MLP, against dense in int8", times(inference(1).low / int8)],
     ]
-    about = (
-        f"Small models also lose accuracy: LeNet-5 at {100 * SPARSITY:g}% zeros in 4x4 blocks ends {-lost:.1f} points below dense."
-    )
+    share = f"{100 * SPARSITY:g}%"
+    about = f"Small models also lose accuracy: LeNet-5 at {share} zeros in 4x4 blocks ends {-lost:.1f} points below dense."
     return [*table(["where", "speed to dense"], shown), "", about]
 
 

@@ -41,7 +41,7 @@ class Theme(NamedTuple):
 
 THEMES = (
     Theme("light", "#1f2328", "#59636e", "#d1d9e0", "#f0f2f5", "#0969a8", "#0a7f5a", "#c2541b", "#ffffff"),
-    Theme("dark", "#e6edf3", "#9aa4af", "#3d444d", "#1b2129", "#58b1f0", "#3fbf8f", "#f08a4b", "#0d1117"),
+    Theme("dark", "#e6edf3", "#9aa4af", "#3d444d", "#262c35", "#58b1f0", "#3fbf8f", "#f08a4b", "#171c24"),
 )
 
 
@@ -234,7 +234,9 @@ def how_it_works(path: Path) -> None:
             for number, tile in enumerate(shown.tiles):
                 small = figure.add_axes((0.212 + 0.05 * number, 0.215, 0.042, 0.042 * WIDTH / HEIGHT))
                 _matrix(small, tile / np.abs(tile).max(), colours, theme, side)
-            figure.text(0.005, 0.022, f"The same {weight.shape[0]}x{weight.shape[1]} matrix, dense: {weight.size} numbers", color=theme.soft)
+            size = "x".join(map(str, shown.factors.shape))
+            told = f"The same {size} matrix, dense: {shown.factors.size} numbers"
+            figure.text(0.005, 0.022, told, color=theme.soft)
 
 
 def _matrix(axes: Axes, weight: np.ndarray, colours: LinearSegmentedColormap, theme: Theme, side: int) -> None:

@@ -1,4 +1,4 @@
-"""Write the generated tables of README.md and of pages in docs from benchmarks/results: `python benchmarks/tables.py`."""
+"""Write the generated tables of pages in docs from benchmarks/results: `python benchmarks/tables.py`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kronblocks.experiments.bench import page as speed
 from kronblocks.experiments.bench.tables import fill, table
-from kronblocks.experiments.reproduce import page as accuracy
 from kronblocks.files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -88,10 +86,8 @@ def scores() -> list[str]:
 
 def pages() -> dict[Path, str]:
     """The pages with their tables, as they should be."""
-    readme, trained, choosing = ROOT / "README.md", ROOT / "docs" / "pretrained.md", ROOT / "docs" / "choosing.md"
-    text = fill(readme.read_text(), "accuracy", accuracy.summary(RESULTS))
+    trained, choosing = ROOT / "docs" / "pretrained.md", ROOT / "docs" / "choosing.md"
     return {
-        readme: fill(text, "speed", speed.summary(RESULTS)),
         trained: fill(trained.read_text(), "from-trained", from_trained()),
         choosing: fill(choosing.read_text(), "scores", scores()),
     }

@@ -27,6 +27,8 @@ def test_the_code_of_a_page_runs(page):
             exec(compile(snippet, str(page), "exec"), scope)
     if page.stem == "tutorial":
         assert scope["accuracy"](scope["model"]) > 0.93 and scope["sparsifier"].sparsity >= 0.9
+    if page.stem == "deploying":
+        assert all(torch.equal(a, b) for a, b in zip(scope["model"].parameters(), scope["again"].parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["scale", "reliability"])

@@ -1,13 +1,15 @@
-"""The README's code runs, its commands exist, and its generated parts are up to date."""
+"""The README's code runs, its commands exist, and its generated parts are up to date; so are those of the site's first page."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 import runpy
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import torch
 
 import kronblocks
 from kronblocks.experiments.bench.page import write
@@ -15,26 +17,54 @@ from kronblocks.experiments.reproduce.page import write as write_experiments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+INDEX = (ROOT / "docs" / "index.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PRINTED = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippets_run(snippet, capsys):
+@pytest.fixture
+def front(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("front")
+
+
+@pytest.mark.parametrize("page", [README, INDEX], ids=["readme", "index"])
+def test_the_first_code_runs_and_prints_what_is_shown(page, capsys):
+    code, shown = next(PRINTED.finditer(page)).groups()
     scope: dict = {}
-    exec(snippet, scope)
-    if "sparsifier" in scope:
-        assert "of the weights in zero blocks" in capsys.readouterr().out
-        # the last block that was needed may be of 256 of the weights
-        assert 0.9 <= scope["sparsifier"].sparsity < 0.9 + 256 / (784 * 512)
-    if "again" in scope:
-        assert all(torch.equal(a, b) for a, b in zip(scope["model"].parameters(), scope["again"].parameters(), strict=True))
+    exec(code, scope)
+    printed = capsys.readouterr().out
+    assert _without_counts(printed) == _without_counts(shown)
+    assert "160 of 1600 blocks live, 0.9000 of the weights in zero blocks" in printed.splitlines()
+    # the last block that was needed may be of 256 of the weights
+    assert 0.9 <= scope["sparsifier"].sparsity < 0.9 + 256 / (784 * 512)
 
 
-def test_there_is_a_snippet_and_links_lead_somewhere():
-    assert any("sparsifier =" in each for each in SNIPPETS) and any("again =" in each for each in SNIPPETS)
-    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
-    assert len(links) >= 5
+def _without_counts(report: str) -> list[list[str]]:
+    """Cells of a report but for the numbers of live blocks, which depend on the seed."""
+    return [re.sub(r"\d+ / |\d\.\d+", "", line).split() for line in report.splitlines()]
+
+
+def test_all_code_shows_what_it_prints():
+    assert len(SNIPPETS) == len(PRINTED.findall(README)) == 1
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", README) + re.findall(r'src(?:set)?="([^"]+)"', README)
+    assert len(links) >= 11
     assert [link for link in links if not leads_somewhere(link)] == []
+    pictures = re.findall(r'src(?:set)?="([^"]+)"', INDEX)
+    assert pictures and [each for each in pictures if not (ROOT / "docs" / each).exists()] == []
+
+
+def test_the_first_screen_is_short():
+    assert len(README.splitlines()) <= 150
+    tables = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
+    assert tables and all(len(table.splitlines()) - 2 <= 10 for table in tables)
+    code = [line for block in re.findall(r"```\w+\n(.*?)```", README + INDEX, re.DOTALL) for line in block.splitlines()]
+    assert [line for line in code if len(line) > 84] == []
+    prose = [line for line in README.splitlines() if not line.startswith(("|", "<"))]
+    assert [line for line in prose if len(line) > 100] == []
 
 
 def leads_somewhere(link: str) -> bool:
@@ -65,6 +95,27 @@ def test_tables_of_the_pages_are_what_the_results_say():
     found = runpy.run_path(str(ROOT / "benchmarks/tables.py"))["pages"]()
     for path, content in found.items():
         assert content == path.read_text(), f"run python benchmarks/tables.py: {path.name} is out of date"
+
+
+def test_numbers_and_charts_are_what_the_results_say(front, tmp_path):
+    for path, content in front.pages().items():
+        assert content == path.read_text(), f"run python benchmarks/front.py: {path.name} is out of date"
+    front.draw(tmp_path)
+    drawn = sorted(tmp_path.glob("*.svg"))
+    assert len(drawn) == 6
+    for path in drawn:  # the words and numbers: coordinates may differ in the last digit
+        texts = [re.findall(r"<text[^>]*>([^<]*)", each.read_text()) for each in (path, front.FIGURES / path.name)]
+        assert texts[0] and texts[0] == texts[1], f"run python benchmarks/front.py: {path.name} is out of date"
+
+
+def test_the_three_numbers_are_the_lowest_over_machines(front):
+    ratios = [front._training_ratio(data) for data in front._files("train")]
+    assert len(ratios) >= 2 and f"| {min(ratios):.1f}x faster |" in README and f"| {min(ratios):.1f}x faster |" in INDEX
+
+
+def test_examples_of_the_figures(front):
+    figures = importlib.import_module("front_figures")
+    assert doctest.testmod(figures).attempted and not doctest.testmod(figures).failed
 
 
 def test_everything_public_is_exported_and_documented():

@@ -153,11 +153,6 @@ def _train_summary(rows: Sequence[Row]) -> list[list[str]]:
     return [against_dense(row, "whole training, two-phase")]
 
 
-def summary(folder: Path) -> list[str]:
-    """The lines of the table that says the most important of all results in a folder; none where there are none."""
-    return _summary_table(_load(folder), others(folder))
-
-
 def _summary_table(parts: dict[str, dict[str, Any]], variants: Sequence[dict[str, Any]]) -> list[str]:
     makers = {"step": _step_summary, "ops": _ops_summary, "infer": _infer_summary}
     makers |= {"deploy": _deploy_summary, "train": _train_summary}
@@ -221,6 +216,26 @@ def _train_part(data: dict[str, Any]) -> list[str]:
         *table(columns, lines),
         "",
     ]
+
+
+def _train_steps(folder: Path) -> list[str]:
+    """Trainings on other machines that were added up from timed steps."""
+    text = []
+    for data in map(read, sorted(folder.glob("bench-train-*.json"))):
+        if data["kind"] != "train-steps":
+            continue
+        shares = ["" if row["share_of_steps"] is None else f"{100 * row['share_of_steps']:.0f}" for row in data["rows"]]
+        times = ["" if row["time_to_dense"] is None else ratio(row["time_to_dense"]) for row in data["rows"]]
+        names = [f"{row['method']}, {row['part']}" for row in data["rows"]]
+        text += [
+            "On another machine the same training was added up from timed steps, and the measuring of plans.",
+            "",
+            where(data),
+            "",
+            *table(["part", "steps %", "time, to dense"], zip(names, shares, times, strict=True)),
+            "",
+        ]
+    return text
 
 
 def _shapes(rows: Sequence[Row]) -> list[str]:
@@ -318,7 +333,7 @@ def write(folder: Path, page: Path) -> Path:
     if "step" in parts:
         text += _step_part(parts["step"], figures)
     if "train" in parts:
-        text += _train_part(parts["train"])
+        text += _train_part(parts["train"]) + _train_steps(folder)
     if "deploy" in parts:
         text += _deploy_part(parts["deploy"])
     if "ops" in parts:

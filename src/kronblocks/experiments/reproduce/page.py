@@ -33,7 +33,7 @@ def write(results: Path, page: Path) -> Path:
     files, searched = sorted(results.glob("reproduce-*.json")), results / f"{searches.NAME}.json"
     if not files and not searched.exists():
         raise KronblocksError(f"{results} holds no reproduce-*.json: run kronblocks reproduce mlp first, or name another folder")
-    parts = [INTRO]
+    parts = [INTRO, *_overview(results)]
     for file in files:
         name, data = file.stem.removeprefix("reproduce-"), read(file)
         parts += _study(name, data)
@@ -43,6 +43,14 @@ def write(results: Path, page: Path) -> Path:
         parts += searches.page(read(searched))
     write_text(page, "\n".join([*parts, REPRODUCE]) + "\n")
     return page
+
+
+def _overview(results: Path) -> list[str]:
+    """The short table first, once all its trainings are there."""
+    try:
+        return ["## Summary", "", *summary(results), ""]
+    except KronblocksError:  # trainings are missing
+        return []
 
 
 def _picture(name: str, data: dict[str, Any], page: Path) -> str | None:

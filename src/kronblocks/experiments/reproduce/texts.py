@@ -38,7 +38,7 @@ REPRODUCE = """## How to reproduce
 
 ```sh
 pip install '.[experiments]'   # in a checkout
-kronblocks reproduce mlp       # the first table of the README; two trainings at a time, one thread each: two to three hours
+kronblocks reproduce mlp       # the summary of this page; two trainings at a time, one thread each: two to three hours
 kronblocks reproduce linear    # also: lenet5, vit-tiny, swin-tiny, ablation, search, or all
 kronblocks reproduce tables    # this page
 ```
