@@ -200,7 +200,7 @@ def test_gate_multiplies_and_its_gradient():
 
 
 def test_whether_all_blocks_live_is_known_without_asking_the_device():
-    """A GPU's kernels skip the mask then; on a CPU they get it always."""
+    """Backends that want no such masks get none then, see tests/ops/test_backends.py."""
     layer = KroneckerBlockLinear(8, 12, (3, 2), rank=2)
     assert without_dead(layer.block_mask)
     assert without_dead(KroneckerBlockLinear.from_linear(nn.Linear(8, 12), block_size=(3, 2), rank=2).block_mask)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kronblocks import BlockGrid, BlockIndex, BlockSize, BlockSparseLinear, KronblocksError, KroneckerBlockLinear
 from kronblocks.ops import backends
+from kronblocks.ops.backends import native, triton
 from kronblocks.ops.backends import torch as torch_backend
 from kronblocks.ops.choice import choose_plan
 from kronblocks.ops.cost import cost, estimated_seconds, intermediate_bytes
@@ -158,7 +159,7 @@ def test_choice(device, training, rank, density):
     allowed = possible_plans(rank)
     assert set(allowed) == set(PLAN_NAMES if rank else ("dense", "packed"))
     assert choice.plan == min(allowed, key=lambda plan: estimated_seconds(p, plan))
-    assert choice.backend == backends.name(device, torch.float32)
+    assert choice.backend == backends.expected(device, torch.float32).name
     assert choice.why.startswith(f"{choice.plan}: ")
     assert all(plan in choice.why for plan in allowed)
     assert f"{density:.2f}" in choice.why
@@ -183,21 +184,21 @@ def test_choices_that_are_clear(grid, block, settings, plans):
 
 def test_without_native_kernels_packed_wants_many_zeros(monkeypatch):
     """Nothing dead: PyTorch's packed plan would do dense's work in small pieces."""
-    monkeypatch.setattr(backends, "name", lambda device, dtype: "torch")
+    monkeypatch.setattr(backends, "expected", lambda device, dtype: torch_backend)
     dead = problem((64, 64), (16, 16), rank=None, density=1.0)
     assert estimated_seconds(dead, "dense") < estimated_seconds(dead, "packed")
     assert intermediate_bytes(problem(rank=2), "coeff_first") > 0
 
 
 def test_native_kernels_keep_the_intermediate_in_cache(monkeypatch):
-    monkeypatch.setattr(backends, "name", lambda device, dtype: "native")
+    monkeypatch.setattr(backends, "expected", lambda device, dtype: native)
     assert intermediate_bytes(problem(rank=2), "coeff_first") == intermediate_bytes(problem(rank=2), "tile_first") == 0
     assert intermediate_bytes(problem(rank=2), "dense") == 12 * 15 * 4
 
 
 def on_triton(monkeypatch, block, **settings) -> Problem:
     """4096x4096 on a GPU, 20,000 rows."""
-    monkeypatch.setattr(backends, "name", lambda device, dtype: "triton")
+    monkeypatch.setattr(backends, "expected", lambda device, dtype: triton)
     grid = 4096 // block[0], 4096 // block[1]
     return problem(grid, block, **{"rows": 20_000, "device": "cuda", "dtype": torch.bfloat16, **settings})
 
@@ -224,7 +225,7 @@ def test_choices_on_a_gpu(monkeypatch, block, settings, plans):
 
 
 def test_launches_decide_about_small_layers_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(backends, "name", lambda device, dtype: "triton")
+    monkeypatch.setattr(backends, "expected", lambda device, dtype: triton)
     for rows, plans in ((64, {"dense"}), (20_000, {"tile_first", "coeff_first"})):
         assert choose_plan(problem((64, 64), (8, 8), rank=4, rows=rows, device="cuda")).plan in plans
 

@@ -326,9 +326,21 @@ def test_a_bias_that_is_not_contiguous():
         assert torch.equal(backend.kron_linear(x, coeff, tiles, bias, None, PLANS[plan]), wanted)
 
 
-def test_they_serve_a_gpu_where_they_are_asked_for(monkeypatch):
-    assert backends.name("cuda", torch.float32) == "torch"
+@pytest.fixture
+def looking_again():
+    """What the test sets is found, and forgotten behind it."""
+    backends.look_again()
+    yield
+    backends.look_again()
+
+
+def test_they_serve_a_gpu_where_they_are_asked_for(looking_again, monkeypatch):
+    assert backends.expected("cuda", torch.float32) is plain
     monkeypatch.setenv("KRONBLOCKS_TRITON", "1")
-    assert [backends.name("cuda", dtype) for dtype in (*backend.DTYPES, torch.float64)] == [*["triton"] * 3, "torch"]
-    assert backends.name("cpu", torch.bfloat16) == "torch"
+    assert backends.expected("cuda", torch.float32) is plain, "who serves is found once"
+    backends.look_again()
+    names = [backends.expected("cuda:1", dtype).name for dtype in (*backend.DTYPES, torch.float64)]
+    assert names == [*["triton"] * 3, "torch"]
+    assert backends.expected("cpu", torch.bfloat16) is plain
     assert backends.backend_key("cuda", torch.float32).startswith("triton 3")
+    monkeypatch.delenv("KRONBLOCKS_TRITON")

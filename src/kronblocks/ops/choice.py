@@ -65,7 +65,7 @@ def choose_plan(problem: Problem, *, measure: bool = False) -> PlanChoice:
         f"{best}: measured {milliseconds(plans[best])}{dense}, for {_about(problem)}; "
         f"{f'the others relative to it: {others}' if others else 'no other plan came near it by its counts'}"
     )
-    return PlanChoice(best, backends.name(problem.device, problem.dtype), why, _costs(problem), MappingProxyType(seconds))
+    return PlanChoice(best, _backend(problem), why, _costs(problem), MappingProxyType(seconds))
 
 
 VALUES = "values"
@@ -129,7 +129,11 @@ def _estimated(problem: Problem) -> PlanChoice:
         f"{best}: {costs[best].macs / dense:.2f} of dense's multiply-adds for {_about(problem)}; "
         f"estimated time of the others relative to it: {others}"
     )
-    return PlanChoice(best, backends.name(problem.device, problem.dtype), why, costs)
+    return PlanChoice(best, _backend(problem), why, costs)
+
+
+def _backend(problem: Problem) -> str:
+    return backends.expected(problem.device, problem.dtype).name
 
 
 def _costs(problem: Problem) -> Mapping[str, Cost]:

@@ -1,7 +1,8 @@
 """What each plan costs for a layer: counted exactly, and estimated in seconds.
 
 The counts are exact for what the backends compute (equation 9 in docs/math.md). The estimate turns them into
-time by a rough roofline: multiply-adds over a rate, plus bytes over a bandwidth. `ops/choice.py` chooses by it, or by timings.
+time by a rough roofline: multiply-adds over a rate, plus bytes over a bandwidth, plus what calls take. How much of a dense
+product's rate a plan reaches, the backend says. `ops/choice.py` chooses by it, or by timings.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kronblocks.ops import backends
-from kronblocks.ops.backends.triton.packed import fits
-from kronblocks.ops.backends.triton.sizes import fit_on_chip
-from kronblocks.ops.plans import PLANS, Plan, plan_named
+from kronblocks.ops.plans import DENSE, Plan, plan_named
 from kronblocks.ops.precision import float32_products
 from kronblocks.ops.problem import Problem
 
@@ -84,80 +83,39 @@ def _passes(plan: Plan, training: bool) -> int:
     return 4 if training else 2
 
 
-def _backend(problem: Problem) -> str:
-    return backends.name(problem.device.split(":")[0], problem.dtype)
-
-
 def intermediate_bytes(problem: Problem, plan: str) -> int:
     """Bytes of memory between a plan's two stages: the built W or blocks, or the first stage's result for all rows.
 
-    The native kernels keep the latter in cache, and Triton's on chip, of tiles that fit there: 0.
+    0 where the backend keeps it on chip.
     """
-    backend = _backend(problem)
-    fused = backend == "native" or (backend == "triton" and fit_on_chip(problem.grid.block))
-    on_chip = PLANS[plan].is_factored and fused
-    return 0 if on_chip else plan_named(plan, problem.rank).stages(problem.sizes).between * problem.dtype.itemsize
+    way = plan_named(plan, problem.rank)
+    on_chip = backends.expected(problem.device, problem.dtype).keeps_on_chip(problem, way)
+    return 0 if on_chip else way.stages(problem.sizes).between * problem.dtype.itemsize
 
 
-# bytes per second inside and outside the cache; only ratios matter: 2 CPU cores, one large GPU
+# Bytes per second inside and outside the cache; only ratios matter: 2 CPU cores, one large GPU
 _BANDWIDTHS = {"cpu": (20e9, 8e9), "cuda": (4e12, 2e12)}
-_CACHE_BYTES = 16e6
-_PRODUCT_SECONDS = 2e-5  # to launch one of the small products of which the PyTorch backend's packed plan is made
-_CALL_SECONDS = 5e-5  # of an operator of ours before it computes
-_LAUNCHES_SECONDS = 1e-5  # of what a fused Triton plan launches beyond building W and multiplying
-_LANES, _FEW_ROWS = 16, 4  # the native kernels' vectors hold so many rows of x, unless there are very few
+_CACHE_BYTES = 16e6  # up to which an intermediate is taken to stay in the cache
+# Multiply-adds per second of a dense product: measured on 2 CPU cores; of a GPU about 60% of what an H100 is specified for, and
+# 75% of its float32
+_CPU_RATE = 65e9
+_GPU_HALF_RATE, _GPU_TF32_RATE, _GPU_FLOAT32_RATE = 300e12, 150e12, 25e12
 
 
 def _dense_rate(problem: Problem) -> float:
-    """Multiply-adds per second of a dense product: measured on 2 CPU cores; of a GPU's, about what an H100 is specified for."""
-    if problem.device.split(":")[0] != "cuda":
-        return 65e9
+    """Multiply-adds per second of a dense product."""
+    if problem.device_type != "cuda":
+        return _CPU_RATE
     if problem.dtype.itemsize == 2:
-        return 300e12
-    return 25e12 if float32_products() == "ieee" else 150e12
-
-
-def _triton_efficiency(problem: Problem, plan: str) -> float:
-    """The same of the Triton kernels, from what they load and the instructions they were compiled to: nothing is measured.
-
-    float32 at full precision is three products on tensor cores, which dense products do not use at all. Products with blocks wait
-    for the blocks' inputs, of which each number is used as often as a block is high.
-    """
-    full_precision = problem.dtype.itemsize > 2 and float32_products() == "ieee"
-    smallest = min(problem.grid.block)
-    if plan == "packed":
-        if not fits(*problem.grid.block):
-            return 0.9 * max(problem.density, 1e-3)  # W is built, and multiplied densely
-        return min(1.5, smallest / 32) if full_precision else min(0.8, smallest / 150)
-    density = max(problem.density, 1e-3)
-    taken = 1 - (1 - density) ** 16  # of inputs: those that any of 16 outputs is alive with, if blocks died at random
-    return (2.0 if full_precision else 0.6) * min(1.0, smallest / 4) * density / taken
-
-
-def _efficiency(problem: Problem, plan: str) -> float:
-    """Share of a dense product's rate that a plan's products reach (measured on 2 CPU cores)."""
-    if plan == "dense":
-        return 1.0
-    backend = _backend(problem)
-    if backend == "triton":
-        return _triton_efficiency(problem, plan)
-    if backend == "native":
-        full = {"packed": 1.0, "coeff_first": 0.8, "tile_first": 0.6}[plan]
-        few = plan != "packed" or (problem.rows <= _FEW_ROWS and not problem.training)
-        return full if few else full * min(1.0, max(1, problem.rows) / _LANES)
-    # PyTorch's packed plan is one thin product per block row: 0.03 at 4x4, 0.1 at 16x16
-    return min(0.8, 0.006 * min(problem.grid.block)) if plan == "packed" else 0.6
+        return _GPU_HALF_RATE
+    return _GPU_FLOAT32_RATE if float32_products() == "ieee" else _GPU_TF32_RATE
 
 
 def estimated_seconds(problem: Problem, plan: str) -> float:
     """Rough time of one step of the layer: good for comparing plans, not for promises."""
-    cached, uncached = _BANDWIDTHS.get(problem.device.split(":")[0], _BANDWIDTHS["cpu"])
+    backend, way = backends.expected(problem.device, problem.dtype), plan_named(plan, problem.rank)
+    cached, uncached = _BANDWIDTHS.get(problem.device_type, _BANDWIDTHS["cpu"])
     counts = cost(problem, plan)
     bandwidth = cached if intermediate_bytes(problem, plan) < _CACHE_BYTES else uncached
-    backend = _backend(problem)
-    overhead = 0.0 if plan == "dense" and (backend != "triton" or problem.rank is None) else _CALL_SECONDS
-    if backend == "triton" and PLANS[plan].is_factored:
-        overhead += _LAUNCHES_SECONDS
-    if plan == "packed" and backend == "torch":
-        overhead += (2 if problem.training else 1) * sum(problem.grid.shape) * _PRODUCT_SECONDS
-    return counts.macs / (_dense_rate(problem) * _efficiency(problem, plan)) + counts.moved_bytes / bandwidth + overhead
+    rate = _dense_rate(problem) * (1.0 if way is DENSE else backend.efficiency(problem, way))
+    return counts.macs / rate + counts.moved_bytes / bandwidth + backend.call_seconds(problem, way)

@@ -22,8 +22,8 @@ from kronblocks.ops.problem import ProductSizes
 @torch.library.custom_op("kronblocks::kron_linear", mutates_args=())
 def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
     """y = x W^T + bias by a factored plan; x (rows, n) -> (rows, m)."""
-    live = _looked_at(live)
-    return backends.pick(x).kron_linear(x, coeff, tiles, bias, live, PLANS[plan]).contiguous()
+    backend = backends.pick(x)
+    return backend.kron_linear(x, coeff, tiles, bias, _looked_at(live, backend), PLANS[plan]).contiguous()
 
 
 @torch.library.custom_op("kronblocks::kron_backward", mutates_args=())
@@ -31,15 +31,16 @@ def kron_backward(
     dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: str, input_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dcoeff, dtiles; dx is empty, (0,), unless wanted."""
-    live = _looked_at(live)
-    dx, dcoeff, dtiles = backends.pick(x).kron_backward(dy, x, coeff, tiles, live, PLANS[plan], input_grad)
+    backend = backends.pick(x)
+    live = _looked_at(live, backend)
+    dx, dcoeff, dtiles = backend.kron_backward(dy, x, coeff, tiles, live, PLANS[plan], input_grad)
     dcoeff, dtiles = (t.to(x.dtype).contiguous() for t in (dcoeff, dtiles))  # autocast may be on in backward
     return x.new_empty(0) if dx is None else dx.contiguous(), dcoeff, dtiles
 
 
-def _looked_at(live: Tensor | None) -> Tensor | None:
-    """The mask, or None where a GPU's kernels need not look at it."""
-    return None if live is not None and live.is_cuda and without_dead(live) else live
+def _looked_at(live: Tensor | None, backend: backends.Backend) -> Tensor | None:
+    """The mask, or None where no block is dead and the backend had better not look at it."""
+    return live if backend.wants_masks or not without_dead(live) else None
 
 
 @kron_linear.register_fake

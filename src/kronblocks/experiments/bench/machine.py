@@ -30,6 +30,7 @@ def use(settings: TimedSettings) -> None:
         if not torch.cuda.is_available():
             raise KronblocksError("--device cuda: torch sees no GPU here; write --device cpu")
         os.environ.setdefault("KRONBLOCKS_TRITON", "1")
+        backends.look_again()
     if settings.compiled:
         import torch._dynamo.config as dynamo
 

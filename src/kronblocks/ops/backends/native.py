@@ -9,16 +9,22 @@ from __future__ import annotations
 import ctypes
 from ctypes import Structure, byref, c_int, c_int64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kronblocks.ops.backends import library
-from kronblocks.ops.plans import DENSE, TILE_FIRST, Plan, dense
+from kronblocks.ops.backends import torch as plain
+from kronblocks.ops.backends.protocol import CALL_SECONDS
+from kronblocks.ops.index import BlockIndex
+from kronblocks.ops.plans import COEFF_FIRST, DENSE, PACKED, TILE_FIRST, Plan, dense
+from kronblocks.ops.problem import Problem
 
-if TYPE_CHECKING:
-    from kronblocks.ops.index import BlockIndex
+name = "native"
+wants_masks = True  # they scan it at every call; what they would gain without has not been measured
+
+_FULL_EFFICIENCY = {PACKED: 1.0, COEFF_FIRST: 0.8, TILE_FIRST: 0.6}  # measured on 2 CPU cores
+_LANES, _FEW_ROWS = 16, 4  # the packed kernels' vectors hold so many rows of x; kernels of their own take very few rows
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
@@ -34,14 +40,29 @@ class _KronShape(Structure):
     _fields_ = [(name, c_int64) for name in ("m1", "n1", "bm", "bn", "rank", "groups")]
 
 
-def serves(device: str, dtype: torch.dtype) -> bool:
-    """Whether these kernels compute for a device type and dtype."""
-    return knows(device, dtype) and library.load() is not None
+def serves(device: str, dtype: torch.dtype, *, warn: bool) -> bool:
+    """CPUs, where the library is there."""
+    if device != "cpu" or dtype not in _SUFFIX:
+        return False
+    return library.load() is not None if warn else library.unavailable_reason() is None
 
 
-def knows(device: str, dtype: torch.dtype) -> bool:
-    """Whether these kernels are for a device type and dtype, loaded or not."""
-    return device == "cpu" and dtype in _SUFFIX
+def efficiency(problem: Problem, plan: Plan) -> float:
+    """Share of a dense product's rate, less where rows do not fill the packed kernels' vectors."""
+    full = _FULL_EFFICIENCY[plan]
+    if plan is not PACKED or (problem.rows <= _FEW_ROWS and not problem.training):
+        return full
+    return full * min(1.0, max(1, problem.rows) / _LANES)
+
+
+def keeps_on_chip(problem: Problem, plan: Plan) -> bool:
+    """Factored plans take so few rows at a time that the intermediate stays in cache."""
+    return plan.is_factored
+
+
+def call_seconds(problem: Problem, plan: Plan) -> float:
+    """One call of an operator of ours."""
+    return 0.0 if plan is DENSE else CALL_SECONDS
 
 
 def instruction_set() -> str:
@@ -140,8 +161,6 @@ def kron_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx (rows, n) or None, dcoeff, exactly 0 for dead blocks, and dtiles."""
     if plan is DENSE:
-        from kronblocks.ops.backends import torch as plain
-
         return plain.kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
     dy, x, coeff, tiles = dy.contiguous(), x.contiguous(), coeff.contiguous(), tiles.contiguous()
     live = None if live is None else live.contiguous()

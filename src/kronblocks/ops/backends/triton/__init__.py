@@ -14,22 +14,31 @@ import os
 
 import torch
 
+from kronblocks.ops.backends.triton.estimate import call_seconds, efficiency, keeps_on_chip
 from kronblocks.ops.backends.triton.fused import kron_backward, kron_linear
 from kronblocks.ops.backends.triton.packed import packed_grad_input, packed_grad_values, packed_linear
 from kronblocks.ops.backends.triton.weights import live_blocks, live_blocks_backward
 
 __all__ = [
     "build",
+    "call_seconds",
+    "efficiency",
     "is_installed",
+    "keeps_on_chip",
     "kron_backward",
     "kron_linear",
     "live_blocks",
     "live_blocks_backward",
+    "name",
     "packed_grad_input",
     "packed_grad_values",
     "packed_linear",
     "serves",
+    "wants_masks",
 ]
+
+name = "triton"
+wants_masks = False  # where no block is dead they read no mask and list no blocks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -40,8 +49,8 @@ def is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def serves(device: str, dtype: torch.dtype) -> bool:
-    """Whether these kernels compute for a device type and dtype.
+def serves(device: str, dtype: torch.dtype, *, warn: bool) -> bool:
+    """GPUs that know TF32 and bfloat16.
 
     Only where KRONBLOCKS_TRITON=1 asks for them, as long as they have been compiled for GPUs but run on none.
     """

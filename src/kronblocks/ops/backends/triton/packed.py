@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import linear
@@ -15,10 +15,8 @@ from kronblocks.ops.backends.triton.launch import PROGRAMS, arithmetic, cells, l
 from kronblocks.ops.backends.triton.sizes import ENOUGH, room
 from kronblocks.ops.backends.triton.tuning import Sizes
 from kronblocks.ops.backends.triton.weights import gather, scatter
+from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.precision import float32_products
-
-if TYPE_CHECKING:
-    from kronblocks.ops.index import BlockIndex
 
 SMALLEST, _LARGEST = 16, 128  # sides of a block that tensor cores take whole
 _SPLIT_ROWS = 1024  # of a sum over rows, at least, for one program

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kronblocks.ops.backends.triton.launch import PROGRAMS, arithmetic, cells, launch, padded, sum_dtype
-
-if TYPE_CHECKING:
-    from kronblocks.ops.index import BlockIndex
+from kronblocks.ops.index import BlockIndex
 
 
 def live_blocks(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
