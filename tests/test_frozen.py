@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import get_args
 
 import pytest
 import torch
@@ -19,15 +18,15 @@ from kronblocks import (
     advise,
     densify_,
     find_block_size,
+    methods,
     parameter_groups,
     select,
     sparsify_,
 )
-from kronblocks.methods import Method
 from kronblocks.ops.timing_cache import forget_timings
 from kronblocks.search.halving import SearchConfig
 
-METHODS = [method for method in get_args(Method) if method != "dense"]
+METHODS = [method for method in methods.METHODS if method != "dense"]
 STEPS = 24
 
 

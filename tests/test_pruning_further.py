@@ -21,7 +21,7 @@ from kronblocks import (
     select,
     sparsify_,
 )
-from kronblocks.methods import CONSTANT, FACTORED
+from kronblocks.methods import spec_of
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
@@ -77,14 +77,14 @@ def test_every_method_goes_on_from_the_live_blocks(method, first, saved, tmp_pat
     before, kept = weights(model), [layer.block_mask.clone() for layer in model if isinstance(layer, BlockLayer)]
     sparsifier = sparsify_(model, config(method, 0.85))
     for old, new, mask in zip(before, weights(model), kept, strict=True):
-        if method not in FACTORED | CONSTANT:
+        if not spec_of(method).draws_start:
             assert torch.equal(old, new)
         assert not ((new != 0) & (old == 0)).any() and mask.any()
     masks = train(model, sparsifier)
     total = sum(mask.numel() for mask in kept)
     share = [1 - sum(int(mask.sum()) for mask in each) / total for each in masks]
     assert sparsifier.report().live_blocks == total - -(-85 * total // 100)  # ceil of 85% are dead
-    if method in CONSTANT:
+    if spec_of(method).starts_sparse:
         assert share[0] == share[-1]
     else:
         assert share[0] == 1 - sum(int(mask.sum()) for mask in kept) / total

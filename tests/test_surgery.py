@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from kronblocks import (
     sparsify_,
     structure,
 )
-from kronblocks.methods import CONSTANT, FACTORED, Method
+from kronblocks.methods import METHODS, spec_of
 
 
 def mlp() -> nn.Sequential:
@@ -32,7 +31,7 @@ def mlp() -> nn.Sequential:
 
 
 def config(**settings) -> SparsityConfig:
-    factors = {"rank": 2} if settings.get("method", "two-phase") in FACTORED else {}
+    factors = {"rank": 2} if spec_of(settings.get("method", "two-phase")).is_factored else {}
     return SparsityConfig(**{"block_size": 4, "target_sparsity": 0.5, **factors, **settings})
 
 
@@ -257,7 +256,8 @@ def test_meta_models_can_be_sparsified_and_filled_later():
     assert torch.equal(model(x), source(x))
 
 
-STORED = [(method, None) for method in get_args(Method) if method != "dense"] + [(method, "dense") for method in sorted(CONSTANT)]
+STORED = [(method, None) for method in METHODS if method != "dense"]
+STORED += [(method, "dense") for method in METHODS if spec_of(method).starts_sparse]
 
 
 @pytest.mark.parametrize(("method", "storage"), STORED)

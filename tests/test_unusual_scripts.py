@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from typing import get_args
 
 import pytest
 import torch
@@ -22,18 +21,18 @@ from kronblocks import (
     export,
     from_pretrained,
     lift_,
+    methods,
     parameter_groups,
     save_pretrained,
     sparsify_,
     structure,
 )
-from kronblocks.methods import OWN, Method
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.sparsity.sparsifier import Sparsifier
 
 STEPS = 24
-METHODS = [method for method in get_args(Method) if method != "dense"]
+METHODS = [method for method in methods.METHODS if method != "dense"]
 
 
 def mlp() -> nn.Sequential:
@@ -323,7 +322,7 @@ def test_a_second_sparsifier_on_the_same_layers_is_refused():
     second.attach(optimizer, total_steps=STEPS)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method in OWN and OWN[method].form == "gradient"])
+@pytest.mark.parametrize("method", [method for method in METHODS if methods.spec_of(method).defaults.form == "gradient"])
 def test_a_penalty_that_is_left_out_is_warned_of(method):
     for called in (False, True):
         model = mlp()

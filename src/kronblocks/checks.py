@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import get_args
 
 from kronblocks.errors import KronblocksError
 
 
 def one_of(name: str, value: object, allowed: object) -> None:
-    """The value is one of those of a `Literal`."""
-    names = get_args(allowed)
+    """The value is one of those of a `Literal`, or one of the names of a table."""
+    names = tuple(allowed) if isinstance(allowed, Mapping) else get_args(allowed)
     if value not in names:
         raise KronblocksError(f"{name}={value!r} is unknown: write one of {', '.join(map(repr, names))}")
 

@@ -13,30 +13,15 @@ from typing import Any, Literal
 from kronblocks.blocks import BlockSize
 from kronblocks.checks import number, one_of, whole
 from kronblocks.errors import KronblocksError
-from kronblocks.methods import (
-    CONSTANT,
-    FACTORED,
-    LIFTED,
-    OWN,
-    PENALISED,
-    PRUNING,
-    REGROWING,
-    STORED,
-    Init,
-    Method,
-    Own,
-    TileGroups,
-)
+from kronblocks.methods import METHODS, Choices, Init, Method, MethodSpec, Setting, Storage, TileGroups
 from kronblocks.ranks import RankChoice
 from kronblocks.settings import BlockSizeLike, LayerOverride, PenaltyConfig, ScheduleConfig, check_factors
 from kronblocks.sparsity.budget import Distribution, Scope
-from kronblocks.sparsity.rules.base import Form
-from kronblocks.sparsity.schedule import Shape
+from kronblocks.sparsity.rules.base import Rule
 from kronblocks.sparsity.targets import Score
 
 CONFIG_VERSION = 1
 
-Storage = Literal["dense", "packed"]
 Mismatch = Literal["dense", "nearest"]
 Frozen = Literal["keep", "sparsify"]
 
@@ -120,7 +105,7 @@ class SparsityConfig:
     measure_plans: bool = True
 
     def __post_init__(self) -> None:
-        one_of("method", self.method, Method)
+        one_of("method", self.method, METHODS)
         for name, kind in (("schedule", ScheduleConfig), ("penalty", PenaltyConfig)):
             if not isinstance(getattr(self, name), kind):
                 raise KronblocksError(f"{name} is a {kind.__name__}(...), not {getattr(self, name)!r}")
@@ -156,105 +141,81 @@ class SparsityConfig:
 
     def _refuse_ignored(self) -> None:
         """An option that the method would ignore is an error."""
-        method = self.method
-        linear = f"method {method!r} keeps free values, not factors, and has no"
-        for name, allowed, reason in (
-            *((name, method in FACTORED, linear) for name in ("tile_groups", "rank", "gate")),
-            ("init", method in FACTORED | CONSTANT, f"method {method!r} starts from the weights that are there and has no"),
-            ("score", method in PRUNING, f"method {method!r} has no choice of"),
-            ("regrow", method in REGROWING, f"method {method!r} brings no dead blocks back and has no"),
-            ("distribution", method in CONSTANT, f"method {method!r} has no"),
-            ("storage", method in STORED, f"method {method!r} has no choice of"),
-            ("scope", method not in CONSTANT, f"method {method!r} has a distribution= of its blocks and no"),
-        ):
-            if not allowed and getattr(self, name) != _DEFAULTS[name]:
-                raise KronblocksError(f"{reason} {name}: leave {name}={_DEFAULTS[name]!r}")
+        method, has, penalty, schedule = self.method, self.spec.settings, self.penalty, self.schedule
+        for name, reason in _WITHOUT.items():
+            if name == "scope" and self.spec.starts_sparse:
+                reason = "has a distribution= of its blocks and no"
+            if name not in has and getattr(self, name) != _DEFAULTS[name]:
+                raise KronblocksError(f"method {method!r} {reason} {name}: leave {name}={_DEFAULTS[name]!r}")
         for pattern, override in self.overrides.items():
-            if method not in FACTORED and (override.rank, override.tile_groups) != (None, None):
+            if not self.spec.is_factored and (override.rank, override.tile_groups) != (None, None):
                 raise KronblocksError(
                     f"method {method!r} works on nn.Linear itself: overrides[{pattern!r}] can set block_size only"
                 )
-        self._refuse_ignored_details()
-
-    def _refuse_ignored_details(self) -> None:
-        """The same for what stands in the penalty, the schedule and between options."""
-        method, penalty, schedule = self.method, self.penalty, self.schedule
-        if method not in PENALISED and penalty != PenaltyConfig():
+        if "penalty" not in has and penalty != PenaltyConfig():
             raise KronblocksError(f"method {method!r} has no penalty: leave penalty=PenaltyConfig()")
-        if method in PENALISED and self.form == "proximal" and penalty.growth != PenaltyConfig.growth:
+        if "penalty.ridge" not in has and penalty.ridge != PenaltyConfig.ridge:
+            which = " and ".join(repr(name) for name, spec in METHODS.items() if "penalty.ridge" in spec.settings)
+            raise KronblocksError(f"penalty.ridge is for method {which}, not {method!r}: leave penalty.ridge=1.0")
+        if "schedule.lift_at" not in has and schedule.lift_at != ScheduleConfig.lift_at:
+            raise KronblocksError(f"method {method!r} is never lifted: leave schedule.lift_at at its default")
+        if self.spec.starts_sparse and schedule.shape is not None:
+            raise KronblocksError(f"method {method!r} is sparse from the first step: leave schedule.shape=None")
+        if "schedule.shape" not in has and schedule.shape not in (None, own := self.spec.defaults.shape):
+            raise KronblocksError(
+                f"method {method!r} prunes by a shape of its own, {own}: leave schedule.shape=None, or take method 'magnitude'"
+            )
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        """The same for options that others leave without effect."""
+        method, choices = self.method, self.resolved()
+        if "penalty" in self.spec.settings and choices.form == "proximal" and choices.growth != PenaltyConfig.growth:
             raise KronblocksError(
                 f"method {method!r} is proximal, and its penalty does not grow: leave penalty.growth=3.0, or take form='gradient'"
             )
-        if method != "elastic-group-lasso" and penalty.ridge != PenaltyConfig.ridge:
-            raise KronblocksError(f"penalty.ridge is for method 'elastic-group-lasso', not {method!r}: leave penalty.ridge=1.0")
-        if method not in LIFTED and schedule.lift_at != ScheduleConfig.lift_at:
-            raise KronblocksError(f"method {method!r} is never lifted: leave schedule.lift_at at its default")
-        if method == "iterative" and self.shape != "staircase":
-            raise KronblocksError("method 'iterative' prunes in stages: leave schedule.shape=None, or take method 'magnitude'")
-        if method in CONSTANT and schedule.shape is not None:
-            raise KronblocksError(f"method {method!r} is sparse from the first step: leave schedule.shape=None")
-        if self.shape != "staircase" and schedule.stages != ScheduleConfig.stages:
-            raise KronblocksError(f"schedule.stages={schedule.stages} is for a staircase, and {method!r} is {self.shape}")
-        if method in CONSTANT and self.init == "spectral":
+        if choices.shape != "staircase" and self.schedule.stages != ScheduleConfig.stages:
+            raise KronblocksError(f"schedule.stages={self.schedule.stages} is for a staircase, and {method!r} is {choices.shape}")
+        if self.spec.starts_sparse and choices.init == "spectral":
             raise KronblocksError(f"init='spectral' is for factors, and {method!r} has none: write init='random' or 'nearest'")
-        if isinstance(self.rank, RankChoice) and self.chosen_init == "random":
+        if isinstance(self.rank, RankChoice) and choices.init == "random":
             raise KronblocksError(
                 "RankChoice goes by the weights that are there, and init='random' drops them: set init='nearest'"
             )
-        if self.chosen_score == "gate" and not self.has_gate:
+        if choices.score == "gate" and not choices.gate:
             raise KronblocksError(f"score='gate' needs gates, and method {method!r} has none: set gate=True, or score='norm'")
 
     @property
-    def own(self) -> Own:
-        """What the method does where nothing is set."""
-        return OWN.get(self.method, Own())
+    def spec(self) -> MethodSpec:
+        """What the method is."""
+        return METHODS[self.method]
 
-    @property
-    def tiles(self) -> TileGroups:
-        """The tile groups, the method's own where none are set."""
-        return self.own.tile_groups if self.tile_groups is None else self.tile_groups
+    def resolved(self) -> Choices:
+        """What counts for every setting that may be None: the method's own where the user set nothing.
 
-    @property
-    def form(self) -> Form:
-        """The penalty's form, the method's own where none is set."""
-        return self.penalty.form or self.own.form
+        Two answers are left to the layers: `rank="by-area"` goes by the area of their blocks, and block layers that are there
+        already keep their weights unless the user set `init`.
 
-    @property
-    def shape(self) -> Shape:
-        """The schedule's shape, the method's own where none is set."""
-        return self.schedule.shape or self.own.shape
+        >>> SparsityConfig(method="kron-l1").resolved().score
+        'gate'
+        """
+        penalty, own = self.penalty, self.spec.defaults
+        form = penalty.form or own.form
+        choices = dataclasses.replace(
+            own,
+            form=form,
+            strength="scheduled" if form == "proximal" else 1.0,
+            growth=penalty.growth,
+            ridge=penalty.ridge,
+        )
+        given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(Choices)}
+        given |= {"end": self.schedule.end, "shape": self.schedule.shape, "strength": penalty.strength}
+        choices = dataclasses.replace(choices, **{name: value for name, value in given.items() if value is not None})
+        return choices if self.spec.rule is None else dataclasses.replace(choices, score=self.spec.rule(choices).score)
 
-    @property
-    def has_gate(self) -> bool:
-        """Whether blocks have trained gates."""
-        return self.own.gate if self.gate is None else self.gate
-
-    @property
-    def chosen_init(self) -> Init:
-        """How factors or live blocks start."""
-        return self.init or self.own.init
-
-    @property
-    def chosen_storage(self) -> Storage | None:
-        """How a method of free values keeps them, the method's own where nothing is set; None for the other methods."""
-        if self.method not in STORED:
-            return None
-        return self.storage or ("packed" if self.method in CONSTANT else "dense")
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether a method of free values keeps live blocks only."""
-        return self.chosen_storage == "packed"
-
-    @property
-    def chosen_score(self) -> Score:
-        """What blocks are compared by."""
-        return self.score or self.own.score
-
-    @property
-    def regrown(self) -> float:
-        """The share of live blocks that is exchanged at first."""
-        return self.own.regrow if self.regrow is None else self.regrow
+    def rule(self) -> Rule | None:
+        """The method's algorithm; None: it makes nothing sparse."""
+        return None if self.spec.rule is None else self.spec.rule(self.resolved())
 
     @property
     def block(self) -> BlockSize:
@@ -330,6 +291,20 @@ class SparsityConfig:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise KronblocksError(f"cannot read the config {path}: {error}") from error
 
+
+_LINEAR = "keeps free values, not factors, and has no"
+_WITHOUT: dict[Setting, str] = {
+    "tile_groups": _LINEAR,
+    "rank": _LINEAR,
+    "gate": _LINEAR,
+    "init": "starts from the weights that are there and has no",
+    "score": "has no choice of",
+    "regrow": "brings no dead blocks back and has no",
+    "distribution": "has no",
+    "storage": "has no choice of",
+    "scope": "has no",
+}
+"""What is said of methods that do not have a setting."""
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(SparsityConfig)}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import KronblocksError, KronblocksWarning, PerformanceWarning
-from kronblocks.methods import CONSTANT, FACTORED, Init
+from kronblocks.methods import Init
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
@@ -24,7 +24,7 @@ from kronblocks.sparsity.heads import possible_heads
 
 def first_init(layer: nn.Module, config: SparsityConfig) -> Init:
     """How the blocks of a layer start: those that are there already stay what they are, unless the config says otherwise."""
-    return config.init or ("nearest" if isinstance(layer, BlockLayer) else config.own.init)
+    return "nearest" if config.init is None and isinstance(layer, BlockLayer) else config.resolved().init
 
 
 def first_layer(layer: nn.Module, selected: Selected, mask: Tensor, config: SparsityConfig) -> nn.Module:
@@ -36,11 +36,11 @@ def first_layer(layer: nn.Module, selected: Selected, mask: Tensor, config: Spar
         mask: (m1, n1) bool, True = live at first.
         config: what the user wants.
     """
-    if config.method in FACTORED:
+    if config.spec.is_factored:
         return factored(layer, selected, mask, config)
     if isinstance(layer, BlockLayer) and config.storage == "dense":
         return plain_linear(layer)
-    if isinstance(layer, BlockLayer) or config.is_packed:
+    if isinstance(layer, BlockLayer) or config.resolved().storage == "packed":
         return packed(layer, selected, mask, config)
     return layer
 
@@ -48,12 +48,12 @@ def first_layer(layer: nn.Module, selected: Selected, mask: Tensor, config: Spar
 def factored(layer: Any, selected: Selected, mask: Tensor, config: SparsityConfig) -> KroneckerBlockLinear:
     """The Kronecker layer that takes another's place, initialised as the config says; one that is there already stays."""
     if isinstance(layer, KroneckerBlockLinear):
-        if config.has_gate and layer.gate is None:
+        if config.resolved().gate and layer.gate is None:
             layer.gate = nn.Parameter(torch.ones_like(layer.coeff[..., 0]))
             layer.enforce_zeros_()
         return layer
     init, weight = first_init(layer, config), layer.weight
-    shape: dict[str, Any] = {"rank": selected.rank, "tile_groups": selected.tile_groups, "gate": config.has_gate}
+    shape: dict[str, Any] = {"rank": selected.rank, "tile_groups": selected.tile_groups, "gate": config.resolved().gate}
     if init == "random" or weight.is_meta:
         new = KroneckerBlockLinear(
             layer.in_features,
@@ -125,7 +125,7 @@ def present_masks(model: nn.Module, report: SurgeryReport, config: SparsityConfi
         if isinstance(layer, BlockLayer) and not layer.block_mask.is_meta:
             masks.append(layer.block_mask.to("cpu", copy=True))
             continue
-        if isinstance(layer, BlockLayer) and not (config.method in FACTORED and isinstance(layer, KroneckerBlockLinear)):
+        if isinstance(layer, BlockLayer) and not (config.spec.is_factored and isinstance(layer, KroneckerBlockLinear)):
             raise KronblocksError(f"{each.name} is block-sparse already, on the meta device: load the model first")
         masks.append(torch.ones(each.grid.shape, dtype=torch.bool, device="cpu"))
     areas = [each.grid.block.area for each in report.selected]
@@ -167,7 +167,7 @@ def first_masks(
     """
     names = [each.name for each in report.selected]
     masks = list(present)
-    if config.method in CONSTANT:
+    if config.spec.starts_sparse:
         scores = [
             _first_scores(model.get_submodule(each.name), each, config).masked_fill(~live, -1.0)
             for each, live in zip(report.selected, present, strict=True)
@@ -175,7 +175,7 @@ def first_masks(
         areas = [each.grid.block.area for each in report.selected]
         heads = possible_heads(model, names) if heads is None else heads
         is_head = [name in heads for name in names]
-        strongest = strongest_masks(scores, areas, config.target_sparsity, config.distribution or "erk", is_head)
+        strongest = strongest_masks(scores, areas, config.target_sparsity, config.resolved().distribution, is_head)
         masks = [mask & live for mask, live in zip(strongest, present, strict=True)]
     return dict(zip(names, masks, strict=True))
 
@@ -197,7 +197,7 @@ def _first_scores(layer: nn.Module, selected: Selected, config: SparsityConfig) 
 
 def warn_of_blocks_of_zeros(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> None:
     """Say so where a plain layer has lost blocks already, perhaps in an earlier pruning: they count as live, and would train."""
-    if config.method in FACTORED | CONSTANT:
+    if config.spec.draws_start:
         return
     for each in report.selected:
         layer = model.get_submodule(each.name)
@@ -227,12 +227,12 @@ def relative_error(old: nn.Module, new: BlockLayer) -> float:
 
 def warn_of_dropped_weights(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> None:
     """Say so when weights that look trained would be replaced by new random ones without the user having asked for it."""
-    if config.method not in FACTORED | CONSTANT or config.init is not None or config.own.init != "random":
+    if not config.spec.draws_start or config.init is not None or config.resolved().init != "random":
         return
     for each in report.selected:
         layer = model.get_submodule(each.name)
         if isinstance(layer, nn.Linear) and _looks_trained(layer.weight):
-            what = "replaces them by new factors" if config.method in FACTORED else "keeps random blocks of them"
+            what = "replaces them by new factors" if config.spec.is_factored else "keeps random blocks of them"
             warnings.warn(
                 f"the weight of {each.name} looks trained, and method {config.method!r} {what}: write "
                 "SparsityConfig(init='nearest') to start from the present weights, or init='random' to start anew",

@@ -1,69 +1,210 @@
-"""The methods there are, what they have in common, and what each does where the user sets nothing."""
+"""The methods: one entry each, with what it stores, its rule, its settings and its defaults."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from kronblocks.sparsity.rules.base import Form
+from kronblocks.checks import one_of
+from kronblocks.errors import KronblocksError
+from kronblocks.ranks import RankChoice
+from kronblocks.sparsity.budget import Distribution
+from kronblocks.sparsity.rules.base import Form, Rule, Strength
+from kronblocks.sparsity.rules.fixed import Fixed
+from kronblocks.sparsity.rules.group_lasso import GroupLasso
+from kronblocks.sparsity.rules.kron_l1 import KronL1
+from kronblocks.sparsity.rules.magnitude import Magnitude
+from kronblocks.sparsity.rules.rigl import Rigl
 from kronblocks.sparsity.schedule import Shape
 from kronblocks.sparsity.targets import Score
 
 Init = Literal["random", "spectral", "nearest"]
 TileGroups = int | Literal["per-row"]
-Method = Literal[
-    "two-phase",
-    "kron-l1",
-    "group-lasso",
-    "elastic-group-lasso",
-    "rigl",
-    "iterative",
-    "magnitude",
-    "static",
-    "dense",
+Storage = Literal["dense", "packed"]
+Kept = Literal["factors", "dense", "packed"]
+Setting = Literal[
+    "rank",
+    "tile_groups",
+    "gate",
+    "init",
+    "score",
+    "regrow",
+    "scope",
+    "distribution",
+    "storage",
+    "penalty",
+    "penalty.ridge",
+    "schedule.shape",
+    "schedule.lift_at",
 ]
-
-FACTORED: frozenset[str] = frozenset({"two-phase", "kron-l1"})
-"""Methods that replace nn.Linear by a Kronecker layer; the others work on the nn.Linear itself."""
-
-LIFTED: frozenset[str] = frozenset({"two-phase"})
-"""Methods that lift factors to free values."""
-
-PENALISED: frozenset[str] = frozenset({"kron-l1", "group-lasso", "elastic-group-lasso"})
-"""Methods that have a penalty."""
-
-CONSTANT: frozenset[str] = frozenset({"rigl", "static"})
-"""Methods that have the target sparsity from the first step."""
-
-STORED: frozenset[str] = CONSTANT | {"magnitude", "iterative"}
-"""Methods of free values that can work on the nn.Linear itself or on live blocks only."""
-
-PRUNING: frozenset[str] = frozenset({"two-phase", "magnitude", "iterative"})
-"""Methods that kill the blocks of least score at each mask update."""
-
-REGROWING: frozenset[str] = PRUNING | {"rigl"}
-"""Methods that can bring dead blocks back."""
+"""Settings of a `SparsityConfig` that only some methods have."""
 
 
-class Own(NamedTuple):
-    """What a method does where the user sets nothing."""
+@dataclass(frozen=True)
+class Choices:
+    """What `None` stands for: the defaults of a method, and of a config (`config.resolved()`) what the user chose over them.
 
-    end: float = 0.5  # of pruning, as a share of the training
+    Args:
+        storage: of the weights at first: "factors", live blocks only ("packed"), or the nn.Linear itself ("dense").
+        end: of pruning, as a share of the training.
+        shape: of the sparsity over time.
+        rank: number of Kronecker terms; "by-area": `own_rank` of the area of each layer's blocks.
+        tile_groups: "per-row", or the number of tile banks.
+        gate: whether blocks have trained gates.
+        init: how factors or live blocks start.
+        score: what blocks are compared by; a method that has no such setting leaves it to its rule.
+        regrow: share of the live blocks that is exchanged at the first mask update.
+        distribution: of the blocks that live at first over the layers, where the method is sparse from the start.
+        form: of the penalty.
+        strength: of the penalty; "scheduled": a proximal step goes by what the schedule wants, and in the loss it is 1.
+        growth: how many times its strength a penalty in the loss has at the end.
+        ridge: strength of the squared norm relative to that of the norm.
+    """
+
+    storage: Kept = "dense"
+    end: float = 0.5
     shape: Shape = "cubic"
-    form: Form = "proximal"  # of the penalty
+    rank: int | RankChoice | Literal["by-area"] = "by-area"
     tile_groups: TileGroups = "per-row"
-    init: Init = "random"
     gate: bool = False
+    init: Init = "random"
     score: Score = "norm"
     regrow: float = 0.0
+    distribution: Distribution = "erk"
+    form: Form = "proximal"
+    strength: Strength = "scheduled"
+    growth: float = 3.0
+    ridge: float = 1.0
 
 
-OWN: dict[str, Own] = {
-    "two-phase": Own(end=0.4),
-    "kron-l1": Own(end=0.8, form="gradient", tile_groups=1, init="spectral", gate=True, score="gate"),
-    "rigl": Own(end=0.75, regrow=0.3),
-    "iterative": Own(shape="staircase"),
+@dataclass(frozen=True)
+class MethodSpec:
+    """What a method is; `METHODS` has one for each.
+
+    Args:
+        rule: makes the algorithm from a config's choices; None: the method makes nothing sparse.
+        settings: those that the method has, of the ones that only some methods have; setting another one is an error.
+        defaults: what counts where the user sets nothing.
+        revision: raise it when a change alters what trainings come to; experiments run again what is of an earlier one.
+
+    A method whose storage is "factors" replaces nn.Linear by Kronecker layers. One with the setting "distribution" has the target
+    sparsity from the first step, one with "schedule.lift_at" lifts factors to free values, and one with "storage" works on the
+    nn.Linear itself or on live blocks only.
+    """
+
+    rule: Callable[[Choices], Rule] | None
+    settings: frozenset[Setting] = frozenset()
+    defaults: Choices = Choices()
+    revision: int = 1
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether it begins with Kronecker factors."""
+        return self.defaults.storage == "factors"
+
+    @property
+    def is_lifted(self) -> bool:
+        """Whether it lifts factors to free values."""
+        return "schedule.lift_at" in self.settings
+
+    @property
+    def starts_sparse(self) -> bool:
+        """Whether it has the target sparsity from the first step."""
+        return "distribution" in self.settings
+
+    @property
+    def draws_start(self) -> bool:
+        """Whether it begins with factors or blocks that `init` chooses, not with all weights that are there."""
+        return "init" in self.settings
+
+
+def _of(*settings: Setting) -> frozenset[Setting]:
+    return frozenset(settings)
+
+
+def _prune(choices: Choices) -> Rule:
+    return Magnitude(choices.score, choices.regrow)
+
+
+_FACTORS = _of("rank", "tile_groups", "gate", "init")
+_PRUNING = _of("score", "regrow", "scope")
+
+METHODS: dict[str, MethodSpec] = {
+    "two-phase": MethodSpec(
+        _prune, _FACTORS | _PRUNING | _of("schedule.shape", "schedule.lift_at"), Choices(storage="factors", end=0.4), revision=2
+    ),
+    "kron-l1": MethodSpec(
+        lambda choices: KronL1(choices.form, choices.strength, choices.growth),
+        _FACTORS | _of("scope", "penalty", "schedule.shape"),
+        Choices(storage="factors", end=0.8, form="gradient", tile_groups=1, init="spectral", gate=True),
+        revision=2,
+    ),
+    "group-lasso": MethodSpec(
+        lambda choices: GroupLasso(choices.form, choices.strength, choices.growth),
+        _of("scope", "penalty", "schedule.shape"),
+        revision=4,
+    ),
+    "elastic-group-lasso": MethodSpec(
+        lambda choices: GroupLasso(choices.form, choices.strength, choices.growth, ridge=choices.ridge),
+        _of("scope", "penalty", "penalty.ridge", "schedule.shape"),
+        revision=4,
+    ),
+    "rigl": MethodSpec(
+        lambda choices: Rigl(choices.regrow),
+        _of("init", "regrow", "distribution", "storage"),
+        Choices(storage="packed", end=0.75, regrow=0.3),
+        revision=3,
+    ),
+    "iterative": MethodSpec(_prune, _PRUNING | _of("storage"), Choices(shape="staircase"), revision=2),
+    "magnitude": MethodSpec(_prune, _PRUNING | _of("storage", "schedule.shape"), revision=2),
+    "static": MethodSpec(lambda _: Fixed(), _of("init", "distribution", "storage"), Choices(storage="packed"), revision=2),
+    "dense": MethodSpec(None, _of("schedule.shape")),
 }
-"""Of the methods that differ from `Own()`."""
+"""Every method by its name."""
+
+if TYPE_CHECKING:
+    Method = str  # users may register others
+else:
+    Method = Literal[tuple(METHODS)]  # what command lines offer
+
+
+def spec_of(method: str) -> MethodSpec:
+    """What a method is.
+
+    Raises:
+        KronblocksError: there is none of this name.
+    """
+    one_of("method", method, METHODS)
+    return METHODS[method]
+
+
+def register_method(name: str, spec: MethodSpec) -> None:
+    """Make a method of your own known by a name, so that `SparsityConfig(method=name)` and files of configs can say it.
+
+    A single training needs no name: give `sparsify_` the rule.
+
+    Args:
+        name: that no method has yet.
+        spec: what it is.
+
+    Raises:
+        KronblocksError: the name is taken, or it is no MethodSpec.
+
+    >>> from kronblocks.sparsity.rules.magnitude import Magnitude
+    >>> register_method("prune-by-loss", MethodSpec(lambda choices: Magnitude("taylor"), frozenset({"scope"})))
+    >>> METHODS.pop("prune-by-loss").is_factored
+    False
+    """
+    if not isinstance(spec, MethodSpec):
+        raise KronblocksError(f"a method is a MethodSpec(rule, settings, defaults), not {spec!r}")
+    if name in METHODS:
+        raise KronblocksError(f"there is a method {name!r} already: take another name")
+    METHODS[name] = spec
+
+
+COMMON_RANK = 4
+"""Kronecker terms of candidates that are trained together, where the user sets none: they are to differ in their blocks only."""
 
 
 def own_rank(area: int) -> int:
@@ -76,12 +217,3 @@ def own_rank(area: int) -> int:
     (2, 4, 8)
     """
     return min(area, max(2, min(8, area // 4)))
-
-
-REVISIONS: dict[str, int] = {
-    **dict.fromkeys(get_args(Method), 2),
-    "dense": 1,
-    "rigl": 3,
-    **dict.fromkeys(("group-lasso", "elastic-group-lasso"), 4),
-}
-"""Of each method; raise it when a change alters what trainings come to: experiments run again what is of an earlier one."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kronblocks.blocks import BlockGrid, BlockSize
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import DoesNotFit, KronblocksError, KronblocksWarning
-from kronblocks.methods import CONSTANT, FACTORED, own_rank
+from kronblocks.methods import own_rank
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded, is_transposed, unfolded
@@ -157,7 +157,8 @@ def _fit(layer: _Layer, wanted: BlockSize, on_mismatch: str) -> tuple[BlockGrid 
 
 
 def _settings(layer: _Layer, names: _Names, config: SparsityConfig) -> dict:
-    settings = {"block_size": config.block, "rank": config.rank, "tile_groups": config.tiles}
+    choices = config.resolved()
+    settings = {"block_size": config.block, "rank": choices.rank, "tile_groups": choices.tile_groups}
     for pattern, override in config.overrides.items():
         if names.matches(layer, pattern):
             settings |= {key: value for key in settings if (value := getattr(override, key)) is not None}
@@ -183,7 +184,7 @@ def _sized(layer: _Layer, names: _Names, config: SparsityConfig) -> Selected | _
         groups = math.gcd(groups, block_rows)
     if block_rows % groups:
         return _Why(f"tile_groups={groups} does not divide its {block_rows} block rows")
-    if settings["rank"] is None:
+    if settings["rank"] == "by-area":
         return Selected(layer.name, grid, own_rank(grid.block.area), groups, note)
     if isinstance(settings["rank"], RankChoice):
         return Selected(layer.name, grid, _BY_WEIGHT, groups, note)
@@ -221,13 +222,13 @@ def _check_frozen(selected: Sequence[Selected], layers: dict[str, _Layer], confi
     if not frozen:
         return
     starts_anew = not all(isinstance(layers[name].module, BlockLayer) for name in frozen)
-    if starts_anew and config.method in FACTORED | CONSTANT and config.init is None and config.own.init == "random":
-        what = "factors" if config.method in FACTORED else "blocks of its weight"
+    if starts_anew and config.spec.draws_start and config.init is None and config.resolved().init == "random":
+        what = "factors" if config.spec.is_factored else "blocks of its weight"
         raise KronblocksError(
             f"{frozen[0]} is frozen, and method {config.method!r} would leave it with random {what} that are never trained: "
             "write init='nearest' to start from its weight, or init='random' if that is meant"
         )
-    if config.chosen_score == "taylor":
+    if config.resolved().score == "taylor":
         raise KronblocksError(f"score='taylor' needs gradients, and {frozen[0]} is frozen: write score='norm', or frozen='keep'")
 
 
@@ -280,7 +281,7 @@ class _Ledger:
 
 def replaces_layers(config: SparsityConfig) -> bool:
     """Whether a method puts block layers in the places of nn.Linear, rather than masks beside them."""
-    return config.method in FACTORED or config.is_packed
+    return config.resolved().storage != "dense"
 
 
 def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:

@@ -26,7 +26,6 @@ from kronblocks.initial import (
     warn_of_rank,
 )
 from kronblocks.lifting import compact_, hand_over_, lift_layers_
-from kronblocks.methods import FACTORED, LIFTED
 from kronblocks.modules import replace_, to_unfold, unfolding
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
@@ -41,29 +40,9 @@ from kronblocks.sparsity.places import target_now
 from kronblocks.sparsity.planning import Planner
 from kronblocks.sparsity.rules.base import Rule, check_rule
 from kronblocks.sparsity.rules.fixed import Fixed
-from kronblocks.sparsity.rules.group_lasso import GroupLasso
-from kronblocks.sparsity.rules.kron_l1 import KronL1
-from kronblocks.sparsity.rules.magnitude import Magnitude
-from kronblocks.sparsity.rules.rigl import Rigl
 from kronblocks.sparsity.schedule import SparsitySchedule
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget, WeightTarget
-
-
-def _rule(config: SparsityConfig) -> Rule:
-    penalty, form = config.penalty, config.form
-    prune = functools.partial(Magnitude, config.chosen_score, config.regrown)
-    rules: dict[str, Callable[[], Rule]] = {
-        "two-phase": prune,
-        "magnitude": prune,
-        "iterative": prune,
-        "group-lasso": lambda: GroupLasso(form, penalty.strength, penalty.growth),
-        "elastic-group-lasso": lambda: GroupLasso(form, penalty.strength, penalty.growth, ridge=penalty.ridge),
-        "kron-l1": lambda: KronL1(form, penalty.strength, penalty.growth),
-        "rigl": lambda: Rigl(config.regrown),
-        "static": Fixed,
-    }
-    return rules[config.method]()
 
 
 def schedule_of(config: SparsityConfig) -> Callable[[int], SparsitySchedule]:
@@ -72,10 +51,9 @@ def schedule_of(config: SparsityConfig) -> Callable[[int], SparsitySchedule]:
 
 
 def _schedule(config: SparsityConfig, total_steps: int) -> SparsitySchedule:
-    plan, target = config.schedule, config.target_sparsity
-    end = config.own.end if plan.end is None else plan.end
-    lift_at = plan.lift_at if config.method in LIFTED else None
-    return SparsitySchedule(target, total_steps, plan.start, end, lift_at, config.shape, plan.update_every, plan.stages)
+    plan, choices, target = config.schedule, config.resolved(), config.target_sparsity
+    lift_at = plan.lift_at if config.spec.is_lifted else None
+    return SparsitySchedule(target, total_steps, plan.start, choices.end, lift_at, choices.shape, plan.update_every, plan.stages)
 
 
 class ModelSurgeon:
@@ -151,7 +129,8 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: R
     if rule is not None:
         check_rule(rule)
         _check_for_rule(config)
-    if config.method == "dense":
+    rule = rule or config.rule()
+    if rule is None:
         return _sparsified(model, config, SurgeryReport((), ()), Fixed())
     if torch.is_inference_mode_enabled():
         raise KronblocksError(
@@ -162,13 +141,15 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: R
     warn_of_missed(report)
     heads = named_heads(model, report, config)
     with unfolding(model, to_unfold(model, [each.name for each in report.selected])):
-        return _sparsified(model, config, report, rule or _rule(config), heads)
+        return _sparsified(model, config, report, rule, heads)
 
 
 def _check_for_rule(config: SparsityConfig) -> None:
     """Refuse settings that a rule of the user's own would leave without effect."""
-    if config.method == "dense":
-        raise KronblocksError("method 'dense' has no blocks for a rule: name one, such as 'magnitude' for plain nn.Linear")
+    if config.spec.rule is None:
+        raise KronblocksError(
+            f"method {config.method!r} has no blocks for a rule: name one, such as 'magnitude' for plain nn.Linear"
+        )
     if given := [name for name in ("score", "regrow", "penalty") if getattr(config, name) != getattr(SparsityConfig, name)]:
         raise KronblocksError(f"{', '.join(given)}: a rule= of your own decides that, so leave it out of the config")
 
@@ -185,7 +166,7 @@ def _sparsified(
     warn_of_dropped_weights(model, report, config)
     warn_of_blocks_of_zeros(model, report, config)
     masks = first_masks(model, report, config, present, heads)
-    if config.method in FACTORED:
+    if config.spec.is_factored:
         warn_of_rank(report)
     report = _replace_layers(model, report, config, masks)
     targets = [_target(model, each) for each in report.selected]

@@ -21,8 +21,9 @@ from kronblocks.experiments.reproduce.page import summary, write
 from kronblocks.experiments.reproduce.searches import SearchStudy
 from kronblocks.experiments.reproduce.searches import page as searches_page
 from kronblocks.experiments.reproduce.statistics import CellResult, cells, paired
-from kronblocks.experiments.reproduce.studies import METHODS, STUDIES, Cell, Study
+from kronblocks.experiments.reproduce.studies import STUDIES, Cell, Study
 from kronblocks.experiments.reproduce.trials import Space, rates, space_of
+from kronblocks.methods import METHODS, spec_of
 
 TINY = Study(
     name="tiny",
@@ -58,7 +59,7 @@ def test_rows_of_a_campaign(finished):
         assert (row["block_sparsity"] >= 0.5) == (row["method"] != "dense")
     assert next(row for row in compared if row["method"] == "rigl")["blocks"] == "2x4 4x4"
     assert {row["settings"] for row in tuned if row["trial"] == 1} == {"lr 0.008"}
-    kept = sorted(path.name for path in (finished / f"work/tiny/rigl-4-0.5-t0-s100-r{campaign.REVISIONS['rigl']}").iterdir())
+    kept = sorted(path.name for path in (finished / f"work/tiny/rigl-4-0.5-t0-s100-r{spec_of('rigl').revision}").iterdir())
     assert kept == [".lock", "config.json", "result.json"]
 
 
@@ -95,7 +96,7 @@ def test_what_is_done_is_not_run_again(finished, monkeypatch):
 
 def test_what_an_earlier_revision_of_a_method_did_is_run_again(finished, tmp_path, monkeypatch):
     (tmp_path / "reproduce-tiny.json").write_bytes((finished / "results/reproduce-tiny.json").read_bytes())
-    monkeypatch.setitem(campaign.REVISIONS, "rigl", campaign.REVISIONS["rigl"] + 1)
+    monkeypatch.setitem(METHODS, "rigl", dataclasses.replace(spec_of("rigl"), revision=spec_of("rigl").revision + 1))
     assert "since the method changed (see the changelog): `rigl`." in write(tmp_path, tmp_path / "page.md").read_text()
     run_again = recorded(monkeypatch)
     Campaign(TINY, tmp_path, tmp_path / "work", jobs=2).run()
@@ -158,7 +159,7 @@ def test_a_trial_whose_other_seed_is_missing_gets_it_before_it_is_chosen(tmp_pat
     ran = recorded(monkeypatch, lambda job: accuracy.get((job.trial, job.seed), 0.5))
     campaigned = Campaign(study, tmp_path, tmp_path / "work", jobs=1)
     known = campaign.Job("tune", Cell("two-phase", "4", 0.5), beyond, 100)
-    row = {"settings": study.words("two-phase", beyond), "revision": campaign.REVISIONS["two-phase"]}
+    row = {"settings": study.words("two-phase", beyond), "revision": spec_of("two-phase").revision}
     campaigned.results.add([{**known.key(), **row, "validation_accuracy": 0.9}])
     rows = campaigned.run().rows
     assert known._replace(seed=101) in ran and known not in ran
@@ -243,7 +244,7 @@ def test_settings_may_come_from_another_study_and_single_weights_have_no_factors
 
 
 def test_every_method_has_as_many_trials_and_every_training_of_the_studies_can_be(tmp_path):
-    assert {space_of(method).first for method in METHODS} == {6}
+    assert {space_of(method).first for method in studies.METHODS} == {6}
     for study in STUDIES.values():
         for cell in {*study.tuned(), *study.table()}:
             one = study.chosen is not None or study.lr is not None

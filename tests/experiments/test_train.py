@@ -22,14 +22,14 @@ from kronblocks.experiments.models import build_model
 from kronblocks.experiments.report import write_report
 from kronblocks.experiments.results import find_runs
 from kronblocks.experiments.tasks import CompareConfig, TrainConfig
-from kronblocks.methods import FACTORED
+from kronblocks.methods import spec_of
 
 TIMES = {"train_seconds", "peak_memory_bytes", "peak_memory_exact", "history"}
 
 
 def config(out: Path, **settings) -> TrainConfig:
     defaults = {"data": "digits", "block_size": "8", "epochs": 4, "progress": False, "threads": 1}
-    if settings.get("method", "two-phase") in FACTORED:
+    if spec_of(settings.get("method", "two-phase")).is_factored:
         defaults["rank"] = 2
     if settings.get("model", "mlp") == "mlp":
         defaults["widths"] = (64, 32)

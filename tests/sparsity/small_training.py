@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronblocks import Rule, SparsityConfig, parameter_groups, sparsify_
-from kronblocks.methods import FACTORED
+from kronblocks.methods import spec_of
 
 STEPS = 40
 METHODS = ["two-phase", "kron-l1", "group-lasso", "elastic-group-lasso", "rigl", "iterative", "magnitude", "static"]
@@ -18,7 +18,7 @@ METHODS = ["two-phase", "kron-l1", "group-lasso", "elastic-group-lasso", "rigl",
 
 def factors(method: str, rank: int = 2) -> dict[str, int]:
     """The rank, for the methods that have one."""
-    return {"rank": rank} if method in FACTORED else {}
+    return {"rank": rank} if spec_of(method).is_factored else {}
 
 
 def mlp(*sizes: int) -> nn.Sequential:

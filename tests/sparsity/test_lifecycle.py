@@ -16,14 +16,18 @@ from tests.sparsity.small_training import METHODS, STEPS, mlp, same
 from torch import Tensor, nn
 
 from kronblocks import KronblocksError, KronblocksWarning, PenaltyConfig, SparsityConfig, parameter_groups, sparsify_
-from kronblocks.methods import FACTORED, STORED
+from kronblocks.methods import spec_of
 from kronblocks.sparsity.sparsifier import Sparsifier
 
-STORAGES = [(method, storage) for method in METHODS for storage in (("dense", "packed") if method in STORED else (None,))]
+STORAGES = [
+    (method, storage)
+    for method in METHODS
+    for storage in (("dense", "packed") if "storage" in spec_of(method).settings else (None,))
+]
 
 
 def config(method: str, storage: str | None = None, **settings) -> SparsityConfig:
-    settings |= {"rank": 2} if method in FACTORED else {}
+    settings |= {"rank": 2} if spec_of(method).is_factored else {}
     return SparsityConfig(  # pyright: ignore[reportArgumentType]
         method=method, block_size=4, target_sparsity=0.75, storage=storage, measure_plans=False, **settings
     )

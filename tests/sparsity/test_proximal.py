@@ -11,7 +11,7 @@ from torch import nn
 
 from kronblocks import BlockSize, SparsityConfig, sparsify_
 from kronblocks.config import PenaltyConfig, ScheduleConfig
-from kronblocks.sparsity.schedule import SparsitySchedule
+from kronblocks.surgery import schedule_of
 
 
 def seen_in_a_training(config: SparsityConfig, rate: Callable[[float], float] = lambda done: 1.0) -> list[tuple[int, float]]:
@@ -55,10 +55,7 @@ WARM_UP = {
 )
 @pytest.mark.parametrize("rate", WARM_UP.values(), ids=WARM_UP)
 def test_a_training_keeps_to_the_schedule_of_its_sparsity(config, rate):
-    own = config.schedule
-    schedule = SparsitySchedule(
-        *(0.8, STEPS), start=own.start, end=own.end or config.own.end, shape=config.shape, update_every=own.update_every
-    )
+    schedule = schedule_of(config)(STEPS)
     for step, observed in seen_in_a_training(config, rate):
         # of 320 blocks; the next update is never overshot by more than the rounding up of one block a layer
         assert observed <= schedule.sparsity_at(schedule.next_update(step)) + 2 / 320, step

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import kronblocks
 from kronblocks import PenaltyConfig, ScheduleConfig, SparsityConfig, parameter_groups, sparsify_
-from kronblocks.methods import CONSTANT
+from kronblocks.methods import spec_of
 from kronblocks.sparsity.sparsifier import Sparsifier
 from kronblocks.surgery import ModelSurgeon
 
@@ -63,7 +63,7 @@ def random_model(seed: int) -> tuple[nn.Sequential, SparsityConfig]:
     unit = 12
     sizes = [unit * rng.randint(1, 5) for _ in range(rng.randint(3, 5))]
     method = rng.choice(METHODS)
-    scope = rng.choice(["global", "layer"]) if method not in CONSTANT else "global"
+    scope = rng.choice(["global", "layer"]) if not spec_of(method).starts_sparse else "global"
     rank = rng.randint(1, 3)
     sparsity = rng.choice([0.0, 0.3, 0.5, 2 / 3, 0.77])
     return mlp(*sizes), SparsityConfig(

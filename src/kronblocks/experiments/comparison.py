@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from kronblocks.blocks import BlockSize
 from kronblocks.experiments.costs import COSTS, HEADLINE, Cost, short
 from kronblocks.experiments.results import Run
-from kronblocks.methods import FACTORED, Method
+from kronblocks.methods import METHODS, spec_of
 from kronblocks.search.report import SearchReport
 
 
@@ -25,7 +25,7 @@ class Row:
         self.sparsity = statistics.fmean(run.result["block_sparsity"] for run in runs)
         self.live = statistics.median_low(run.result["live_blocks"] for run in runs)
         asked = runs[0].config["rank"]
-        rank = f"rank {'by block size' if asked is None else asked}, " * (self.method in FACTORED)
+        rank = f"rank {'by block size' if asked is None else asked}, " * spec_of(self.method).is_factored
         self.about = f"{rank}target {100 * runs[0].config['sparsity']:g} %" * (self.method != "dense")
         surgery = runs[0].result["surgery"]
         odd = [f"layer {e['name']} is left dense: {e['reason']}" for e in surgery["left_dense"]]
@@ -118,7 +118,7 @@ def conditions(results: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def compared(runs: Sequence[Run]) -> list[Task]:
-    methods = ("dense", *get_args(Method))
+    methods = ("dense", *METHODS)
     tasks: dict[str, dict[tuple[Any, ...], list[Run]]] = {}
     for run in runs:
         area = run.block.area if run.method != "dense" else 0

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.costs import BYTES, number
-from kronblocks.experiments.tasks import OF_SOME_METHODS, RESULT_VERSION, Recipe
+from kronblocks.experiments.tasks import OF_SOME_METHODS, RESULT_VERSION, Recipe, has_setting
 from kronblocks.files import read_json
-from kronblocks.methods import PENALISED
+from kronblocks.methods import spec_of
 from kronblocks.search.report import SearchReport
 
 ADVICE = "train again, or leave this folder out"
@@ -126,9 +126,9 @@ class Run:
         unused = ["method", "seed", "threads", *Recipe._fields] + ["widths"] * (self.config["model"] != "mlp")
         unused += ["block_size", "sparsity", "on_mismatch", "schedule."] * (self.method == "dense")
         unused += ["candidates", "goal"] * (self.config["block_size"] != "auto")
-        foreign = [name for name, methods in OF_SOME_METHODS.items() if self.method not in methods]
+        foreign = [name for name in OF_SOME_METHODS if not has_setting(self.method, name)]
         unused += [*foreign, *(f"recipe.{name}" for name in foreign)]
-        unused += ["penalty."] * (self.method not in PENALISED)
+        unused += ["penalty."] * ("penalty" not in spec_of(self.method).settings)
         flat = _flat({**self.config, "block_size": str(self.block)})
         return {name: value for name, value in flat if name not in unused and f"{name.split('.')[0]}." not in unused}
 

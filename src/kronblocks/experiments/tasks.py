@@ -7,36 +7,44 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
 from kronblocks.blocks import BlockSize
 from kronblocks.checks import number
-from kronblocks.config import Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig, Storage
+from kronblocks.config import Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import TRANSFORMERS, ModelName
 from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE
-from kronblocks.methods import CONSTANT, FACTORED, LIFTED, PENALISED, PRUNING, REGROWING, STORED, Init, Method, TileGroups
+from kronblocks.methods import Init, Method, Storage, TileGroups, spec_of
 from kronblocks.search.halving import Goal
 from kronblocks.sparsity.budget import Distribution, Scope
 from kronblocks.sparsity.targets import Score
 
-OF_SOME_METHODS: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("rank", "tile_groups", "gate", "factor_lr_scale", "tile_lr_scale"), FACTORED),
-    "init": FACTORED | CONSTANT,
-    "factor_weight_decay": FACTORED | STORED,
-    **dict.fromkeys(("lifted_lr_scale", "lifted_weight_decay"), LIFTED | STORED),
-    "score": PRUNING,
-    "regrow": REGROWING,
-    "distribution": CONSTANT,
-    "storage": STORED,
-    "scope": frozenset(get_args(Method)) - CONSTANT - {"dense"},
-}
-"""Settings that only some methods have, and which."""
+OF_SPARSITY = ("rank", "tile_groups", "gate", "init", "score", "regrow", "distribution", "storage", "scope")
+"""Settings of a `SparsityConfig` that only some methods have."""
+
+OF_FACTORS = ("factor_lr_scale", "tile_lr_scale")
+"""Optimiser settings for factors."""
 
 OF_FREE_VALUES = ("factor_weight_decay", "lifted_lr_scale", "lifted_weight_decay")
-"""Those of `OF_SOME_METHODS` that `STORED` methods have with storage "packed" only: else their weights count as dense ones."""
+"""Those for values of live blocks, which methods that may work on the nn.Linear itself have with storage "packed" only; the first
+one is for factors too.
+"""
+
+OF_SOME_METHODS = (*OF_SPARSITY, *OF_FACTORS, *OF_FREE_VALUES)
+
+
+def has_setting(method: str, name: str) -> bool:
+    """Whether a method has one of `OF_SOME_METHODS`."""
+    spec = spec_of(method)
+    if name in OF_SPARSITY:
+        return name in spec.settings
+    if name in OF_FACTORS:
+        return spec.is_factored
+    return spec.is_lifted or "storage" in spec.settings or (name == "factor_weight_decay" and spec.is_factored)
+
 
 RESULT_VERSION = 2
 """Of result.json; from 2 on inference multiply-adds leave zero blocks out."""
@@ -59,13 +67,14 @@ class Recipe(NamedTuple):
 _PLAIN = Recipe(factor_lr_scale=1.0, lifted_lr_scale=1.0)
 
 RECIPES: dict[str, Recipe] = {
-    "two-phase": Recipe(),
     "kron-l1": Recipe(factor_weight_decay=0.05),  # decay on A and B is what gives L1 on S its meaning (equation 15)
-    **dict.fromkeys(
-        ("group-lasso", "elastic-group-lasso", "rigl", "iterative", "magnitude", "static", "dense"),
-        _PLAIN,
-    ),
 }
+"""Of methods that need one of their own; the library knows no learning rates, so they are here and not in `METHODS`."""
+
+
+def recipe_of(method: str) -> Recipe:
+    """The optimiser settings that a method is trained with."""
+    return RECIPES.get(method, Recipe() if spec_of(method).is_factored else _PLAIN)
 
 
 def _block_name(size: str) -> str:
@@ -230,20 +239,20 @@ class TrainConfig(TaskConfig):
             raise KronblocksError(f"--seed must be at least 0, not {self.seed}")
         if self.block_size == "auto" and self.method == "dense":
             raise KronblocksError("method 'dense' has no blocks to search for: leave --block-size out")
-        stored = self.sparsity_config().chosen_storage
+        is_dense = self.sparsity_config().resolved().storage == "dense"
         for name in ("factor_lr_scale", "tile_lr_scale", *OF_FREE_VALUES):
             if getattr(self, name) is None:
                 continue
-            if self.method not in OF_SOME_METHODS[name]:
+            if not has_setting(self.method, name):
                 raise KronblocksError(f"method {self.method!r} has no parameters that {option(name)} is for: leave it out")
-            if stored == "dense" and name in OF_FREE_VALUES:
+            if is_dense and name in OF_FREE_VALUES:
                 raise KronblocksError(f"{option(name)} is for values of live blocks: leave it out, or add --storage packed")
 
     @property
     def recipe(self) -> Recipe:
         """The method's recipe with what the user changed."""
         changed = {name: getattr(self, name) for name in Recipe._fields if getattr(self, name) is not None}
-        return RECIPES[self.method]._replace(**changed)
+        return recipe_of(self.method)._replace(**changed)
 
     def sparsity_config(self) -> SparsityConfig:
         """What `sparsify_` is given."""
@@ -254,7 +263,7 @@ class TrainConfig(TaskConfig):
             target_sparsity=self.sparsity,
             on_mismatch=self.on_mismatch,
             gate=self.gate,
-            init="nearest" if self.init is None and self.start_from and self.method in FACTORED | CONSTANT else self.init,
+            init="nearest" if self.init is None and self.start_from and spec_of(self.method).draws_start else self.init,
             score=self.score,
             regrow=self.regrow,
             scope=self.scope,
@@ -304,7 +313,9 @@ class CompareConfig(TaskConfig):
                 runs.append(TrainConfig(**{**shared, **self._without_foreign(method), **own}))
         for name in (*OF_SOME_METHODS, "penalty", "schedule"):
             if all(getattr(run, name) != getattr(self, name) for run in runs):
-                packed = ", or add --storage packed" * (name in OF_FREE_VALUES and bool({*self.methods} & STORED))
+                packed = ", or add --storage packed" * (
+                    name in OF_FREE_VALUES and any("storage" in spec_of(method).settings for method in self.methods)
+                )
                 methods = " ".join(self.methods)
                 raise KronblocksError(f"none of --methods {methods} has what you set of {name}: leave it out{packed}")
         return runs
@@ -312,8 +323,8 @@ class CompareConfig(TaskConfig):
     def _without_foreign(self, method: Method) -> dict[str, Any]:
         """Shared settings that mean nothing to a method, at their defaults."""
         default = {f.name: f.default for f in dataclasses.fields(TaskConfig)}
-        foreign = [name for name, methods in OF_SOME_METHODS.items() if method not in methods]
-        if method in STORED and SparsityConfig(method=method, storage=self.storage).chosen_storage == "dense":
+        foreign = [name for name in OF_SOME_METHODS if not has_setting(method, name)]
+        if "storage" in spec_of(method).settings and (self.storage or spec_of(method).defaults.storage) == "dense":
             foreign += OF_FREE_VALUES
         settings: dict[str, Any] = {name: default[name] for name in foreign}
         if method == "dense" and self.block_size == "auto":
@@ -321,17 +332,17 @@ class CompareConfig(TaskConfig):
         return settings | {"schedule": self._schedule_of(method), "penalty": self._penalty_of(method)}
 
     def _schedule_of(self, method: Method) -> ScheduleConfig:
-        schedule = self.schedule
-        if method in CONSTANT or (method == "iterative" and schedule.shape != "staircase"):
+        schedule, spec = self.schedule, spec_of(method)
+        if ("schedule.shape" not in spec.settings and schedule.shape != spec.defaults.shape) or spec.starts_sparse:
             schedule = dataclasses.replace(schedule, shape=None)
-        if method != "iterative" and schedule.shape != "staircase":
+        if (schedule.shape or spec.defaults.shape) != "staircase":
             schedule = dataclasses.replace(schedule, stages=ScheduleConfig.stages)
-        return schedule if method in LIFTED else dataclasses.replace(schedule, lift_at=ScheduleConfig.lift_at)
+        return schedule if spec.is_lifted else dataclasses.replace(schedule, lift_at=ScheduleConfig.lift_at)
 
     def _penalty_of(self, method: Method) -> PenaltyConfig:
-        if method not in PENALISED:
+        penalty, spec = self.penalty, spec_of(method)
+        if "penalty" not in spec.settings:
             return PenaltyConfig()
-        penalty = self.penalty
-        if (penalty.form or SparsityConfig(method=method).form) == "proximal":
+        if (penalty.form or spec.defaults.form) == "proximal":
             penalty = dataclasses.replace(penalty, growth=PenaltyConfig.growth)
-        return penalty if method == "elastic-group-lasso" else dataclasses.replace(penalty, ridge=PenaltyConfig.ridge)
+        return penalty if "penalty.ridge" in spec.settings else dataclasses.replace(penalty, ridge=PenaltyConfig.ridge)

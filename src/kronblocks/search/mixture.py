@@ -19,7 +19,7 @@ from kronblocks.checks import number, one_of, whole
 from kronblocks.config import SparsityConfig
 from kronblocks.errors import Diverged, KronblocksError
 from kronblocks.groups import parameter_groups
-from kronblocks.methods import FACTORED
+from kronblocks.methods import COMMON_RANK
 from kronblocks.modules import in_mode, replace_, to_unfold, unfolding
 from kronblocks.nn.mixture import BlockMixtureLinear
 from kronblocks.optimizers import drop_parameters_
@@ -32,7 +32,6 @@ Criterion = Literal["removal", "penalty"]
 Weights = Literal["time", "equal"]
 
 _USUAL_BUDGET = 0.5
-_RANK = 4  # of all candidates, where the config names none: terms are not what they are to differ in
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def find_block_size_in_mixture_(
             changed then, unless it is the training that diverged.
     """
     search, start = search or MixtureConfig(), time.perf_counter()
-    if config.method not in FACTORED:
+    if not config.spec.is_factored:
         raise KronblocksError(
             f"candidates that are trained together are made of factors, and method {config.method!r} has none: take "
             "find_block_size (--criterion halving), or method 'two-phase' or 'kron-l1'"
@@ -115,8 +114,8 @@ def find_block_size_in_mixture_(
             "candidates that are trained together begin anew, and init='nearest', init='spectral' and RankChoice go by the "
             "weights that are there: take find_block_size (--criterion halving), or leave init out and give rank a number"
         )
-    if config.rank is None:
-        config = dataclasses.replace(config, rank=_RANK)
+    if config.resolved().rank == "by-area":
+        config = dataclasses.replace(config, rank=COMMON_RANK)
     task.check(model)
     kept, paths = entrants(model, config, sizes, search.most, functools.partial(task.rows, seed=search.seed))
     parts = len(kept) / (1 - search.train_first) if len(kept) > 1 else 0

@@ -305,12 +305,10 @@ class Sparsifier:
         self._prepare_probes()
 
     def _apply_rule(self, update: bool) -> None:
-        lifted = not all(target.is_factored for target in self.targets)
-        kind = "norm" if lifted and self.rule.score == "gate" else self.rule.score  # free values have no gates any more
-        scores = agreed([target.scores(kind) for target in self.targets], self.step)
+        scores = agreed([target.scores(self._score) for target in self.targets], self.step)
         growth = averaged([target.read_probe() for target in self.targets]) if update and self.rule.needs_growth else None
         self._heads.decide(self.targets[0].mask.device)
-        context = self._context(self.step, kind)
+        context = self._context(self.step)
         multipliers, self._rule_state = self.rule.propose(scores, growth, self._rule_state, context)
         check_multipliers(multipliers, self.rule, context)
         for target, multiplier in zip(self.targets, multipliers, strict=True):
@@ -353,9 +351,15 @@ class Sparsifier:
                 self._handles += target.hook_gradients()
         self._known = now
 
-    def _context(self, step: int, score: Score | None = None) -> RuleContext:
+    @property
+    def _score(self) -> Score:
+        """What blocks are compared by: what the rule asks for, but norms once a lift has made free values, without gates."""
+        lifted = not all(target.is_factored for target in self.targets)
+        return "norm" if lifted and self.rule.score == "gate" else self.rule.score
+
+    def _context(self, step: int) -> RuleContext:
         assert self.schedule is not None
-        about = {"heads": self._heads.names or (), "scope": self.scope, "score": score or self.rule.score}
+        about = {"heads": self._heads.names or (), "scope": self.scope, "score": self._score}
         return context_at(step, self.schedule, self.targets, self._optimizers, **about)
 
     def save_with_model(self) -> CarriedState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -14,7 +14,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.timing import Budget
 from kronblocks.experiments.models import TransformerName
 from kronblocks.experiments.tasks import DataName, TrainConfig, part_of_a_file_name
-from kronblocks.methods import Method
+from kronblocks.methods import METHODS, Method
 from kronblocks.ops import backends
 
 RESULTS, QUICK_RESULTS = Path("benchmarks/results"), Path("runs/bench-quick")
@@ -302,7 +302,7 @@ class TrainSettings(BenchSettings):
     @property
     def all_methods(self) -> tuple[Method, ...]:
         """In the order of the first seed."""
-        unset: tuple[Method, ...] = ("two-phase",) if self.quick else get_args(Method)
+        unset: tuple[Method, ...] = ("two-phase",) if self.quick else tuple(METHODS)
         return tuple(dict.fromkeys(("dense", *(unset if self.methods is None else self.methods))))
 
     def trainings(self, data: DataName) -> list[TrainConfig]:

@@ -21,7 +21,7 @@ from kronblocks.experiments.bench.results import Results, Row
 from kronblocks.experiments.reproduce.studies import Cell, Study
 from kronblocks.experiments.runs import clear_if_changed
 from kronblocks.experiments.tasks import TrainConfig
-from kronblocks.methods import REVISIONS
+from kronblocks.methods import spec_of
 
 KEY = ("part", "method", "block", "sparsity", "trial", "seed")
 MEASURED = (
@@ -61,7 +61,8 @@ class Job(NamedTuple):
         """Of its folder."""
         cell = self.cell
         place = f"{cell.method}-{cell.block or 'dense'}-{cell.sparsity:g}"
-        return f"{place}-t{self.trial}-s{self.seed}-r{REVISIONS[cell.method]}"  # what is left of an earlier revision stays apart
+        revision = spec_of(cell.method).revision  # what is left of an earlier one stays apart
+        return f"{place}-t{self.trial}-s{self.seed}-r{revision}"
 
 
 class Campaign:
@@ -84,7 +85,7 @@ class Campaign:
 
     def _is_outdated(self, row: Row) -> bool:
         """Whether a row is of an earlier revision of its method, or of other settings than its number stands for now."""
-        if row["revision"] != REVISIONS[row["method"]]:
+        if row["revision"] != spec_of(row["method"]).revision:
             return True
         try:
             return row["settings"] != self.study.words(row["method"], row["trial"])
@@ -146,7 +147,7 @@ class Campaign:
             task = progress.add_task(f"{self.study.name}: {title}", total=len(jobs), completed=len(jobs) - len(missing))
             for job, row in _finished(pending, self.jobs):
                 method = job.cell.method
-                own = {"settings": self.study.words(method, job.trial), "revision": REVISIONS[method]}
+                own = {"settings": self.study.words(method, job.trial), "revision": spec_of(method).revision}
                 self.results.add([{**job.key(), **own, **row}])
                 progress.advance(task)
                 if not console.is_terminal:

@@ -19,7 +19,7 @@ from kronblocks.experiments.reproduce.studies import has_cell
 from kronblocks.experiments.reproduce.texts import INTRO, OURS, REPRODUCE, VARIED, WHERE_BASELINES_WIN
 from kronblocks.experiments.reproduce.trials import words
 from kronblocks.files import write_text
-from kronblocks.methods import REVISIONS
+from kronblocks.methods import spec_of
 
 BYTES = ("parameters", "gradients", "optimizer_state", "saved_tensors")
 
@@ -167,7 +167,7 @@ def _variants(name: str, found: Sequence[CellResult], settings: dict[str, Any]) 
 
 def _stale(rows: Sequence[Row]) -> list[str]:
     """What is of an earlier revision of a method."""
-    methods = dict.fromkeys(row["method"] for row in rows if row["revision"] != REVISIONS[row["method"]])
+    methods = dict.fromkeys(row["method"] for row in rows if row["revision"] != spec_of(row["method"]).revision)
     if not methods:
         return []
     names = ", ".join(f"`{method}`" for method in methods)

@@ -16,7 +16,7 @@ from kronblocks.experiments.models import ModelName, TransformerName
 from kronblocks.experiments.reproduce.ablations import BASE, FACTOR_RATES, GROUP_LASSO_FORMS, KRON_L1_FORMS, VARIANTS
 from kronblocks.experiments.reproduce.trials import Axis, Settings, Space, describe, rates, space_of, words
 from kronblocks.experiments.tasks import DataName, TrainConfig
-from kronblocks.methods import FACTORED, Method
+from kronblocks.methods import Method, spec_of
 
 METHODS: tuple[Method, ...] = (
     *("dense", "two-phase", "kron-l1", "group-lasso", "elastic-group-lasso", "rigl", "iterative", "magnitude", "static"),
@@ -25,7 +25,7 @@ METHODS: tuple[Method, ...] = (
 
 def has_cell(method: str, block: str) -> bool:
     """Whether a method can be compared at a block size: single weights have no factors."""
-    return BlockSize.parse(block).area > 1 or method not in FACTORED
+    return BlockSize.parse(block).area > 1 or not spec_of(method).is_factored
 
 
 @dataclass(frozen=True)

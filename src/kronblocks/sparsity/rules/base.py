@@ -16,6 +16,7 @@ from kronblocks.sparsity.schedule import Phase
 from kronblocks.sparsity.targets import BlockTarget, Score
 
 Form = Literal["gradient", "proximal"]
+Strength = float | Literal["scheduled"]
 RuleState = dict[str, Any]
 
 

@@ -8,13 +8,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kronblocks.sparsity.rules.base import Form, RuleContext, RuleState
+from kronblocks.sparsity.rules.base import Form, Rule, RuleContext, RuleState, Strength
 from kronblocks.sparsity.rules.proximal import cut_at_the_end, growing_strength, proximal_step
-from kronblocks.sparsity.targets import BlockTarget, Score
+from kronblocks.sparsity.targets import BlockTarget
 
 
 @final
-class GroupLasso:
+class GroupLasso(Rule):
     """Penalises the norms of blocks, and in the elastic form (`ridge` above 0) their squares too.
 
     `form="proximal"`: after every step each block is multiplied by max(0, 1 - threshold / score) / (1 + ridge * threshold)
@@ -25,8 +25,8 @@ class GroupLasso:
 
     Args:
         form: "proximal" or "gradient".
-        strength: a fixed penalty, which times the learning rate is the threshold of the proximal step; None: 1 in the loss, and
-            for the proximal step the threshold that keeps to the schedule (equation 18), the same whatever the learning rate.
+        strength: a fixed penalty, which times the learning rate is the threshold of the proximal step; "scheduled", for that
+            step only: the threshold that keeps to the schedule (equation 18), the same whatever the learning rate.
         growth: how many times the strength at the end, in the loss.
         ridge: strength of the squared norm relative to that of the norm; 0 is plain group LASSO.
 
@@ -36,13 +36,11 @@ class GroupLasso:
         and Boyd, "Proximal algorithms", 2014, section 6.5.
     """
 
-    score: Score = "norm"
-    needs_growth = False
-
     def __init__(
-        self, form: Form = "proximal", strength: float | None = None, growth: float = 3.0, *, ridge: float = 0.0
+        self, form: Form = "proximal", strength: Strength = "scheduled", growth: float = 3.0, *, ridge: float = 0.0
     ) -> None:
-        self._strength, self._growth, self._ridge = strength, growth, ridge
+        self._strength: Strength = strength
+        self._growth, self._ridge = growth, ridge
         self.every_step, self.has_penalty = form == "proximal", form == "gradient"
 
     def propose(

@@ -8,30 +8,29 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kronblocks.sparsity.rules.base import Form, RuleContext, RuleState
+from kronblocks.sparsity.rules.base import Form, Rule, RuleContext, RuleState, Strength
 from kronblocks.sparsity.rules.proximal import cut_at_the_end, growing_strength, proximal_step
-from kronblocks.sparsity.targets import BlockTarget, Score
+from kronblocks.sparsity.targets import BlockTarget
 
 
 @final
-class KronL1:
+class KronL1(Rule):
     """L1 on the gate (equation 15 in docs/math.md).
 
     `form="gradient"`, the published one: `strength * mean|S|` in the loss, growing linearly to `growth` times that over the
     training. A gradient step makes no exact zeros, so the last update cuts the gates of least magnitude to hit the target: until
     then the reported sparsity is 0, which is the truth. `form="proximal"`: gates shrink after every step, to exact zeros, by
-    what the schedule wants (equation 18), or by `strength` times the learning rate.
+    what the schedule wants (equation 18) with `strength="scheduled"`, else by `strength` times the learning rate.
 
     Source:
         Zhu, Zuo, Khalili, TMLR 2025, sections 3 and 5.
     """
 
-    score: Score = "gate"
-    needs_growth = False
+    score = "gate"
 
-    def __init__(self, form: Form = "gradient", strength: float | None = None, growth: float = 3.0) -> None:
+    def __init__(self, form: Form = "gradient", strength: Strength = 1.0, growth: float = 3.0) -> None:
         self._form, self._growth = form, growth
-        self._strength = strength
+        self._strength: Strength = strength
         self.every_step, self.has_penalty = form == "proximal", form == "gradient"
 
     def propose(

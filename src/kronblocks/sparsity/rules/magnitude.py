@@ -7,13 +7,13 @@ from typing import final
 
 from torch import Tensor
 
-from kronblocks.sparsity.rules.base import RuleContext, RuleState, cut
+from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState, cut
 from kronblocks.sparsity.rules.regrowth import as_multipliers, exchange
-from kronblocks.sparsity.targets import BlockTarget, Score
+from kronblocks.sparsity.targets import Score
 
 
 @final
-class Magnitude:
+class Magnitude(Rule):
     """Kills what the schedule asks for; with a staircase it is iterative pruning (prune a share, train on, repeat).
 
     Args:
@@ -26,11 +26,8 @@ class Magnitude:
         Kautz, "Importance estimation for neural network pruning", 2019.
     """
 
-    every_step = False
-    has_penalty = False
-
     def __init__(self, score: Score = "norm", regrow: float = 0.0) -> None:
-        self.score: Score = score
+        self.score = score
         self.needs_growth = regrow > 0
         self._regrow = regrow
 
@@ -42,6 +39,3 @@ class Magnitude:
             return multipliers, state
         alive = [multiplier != 0 for multiplier in multipliers]
         return as_multipliers(exchange(alive, scores, growth_scores, self._regrow, ctx)), state
-
-    def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:
-        return None

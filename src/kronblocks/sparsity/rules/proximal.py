@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronblocks.sparsity.budget import choose_dead, keep_longest
-from kronblocks.sparsity.rules.base import RuleContext, RuleState, cut, ranked, shrink
+from kronblocks.sparsity.rules.base import RuleContext, RuleState, Strength, cut, ranked, shrink
 
 
 def blocks_due(scores: Sequence[Tensor], ctx: RuleContext) -> list[int]:
@@ -55,7 +55,7 @@ def due_thresholds(scores: Sequence[Tensor], due: Sequence[int], ctx: RuleContex
 
 
 def proximal_step(
-    scores: Sequence[Tensor], ctx: RuleContext, state: RuleState, strength: float | None, *, ridge: float = 0.0
+    scores: Sequence[Tensor], ctx: RuleContext, state: RuleState, strength: Strength, *, ridge: float = 0.0
 ) -> tuple[list[Tensor], RuleState]:
     """Shrink all blocks by a threshold; the last update cuts to the target exactly.
 
@@ -63,13 +63,13 @@ def proximal_step(
         scores: (m1, n1) grids.
         ctx: what the rule may know.
         state: how many blocks of each layer are due at the next mask update, from the last one on.
-        strength: a fixed penalty: the threshold is that times the learning rate, and no more than the target die. None: the
-            thresholds that the schedule wants, and no more than that die.
+        strength: a fixed penalty: the threshold is that times the learning rate, and no more than the target die. "scheduled":
+            the thresholds that the schedule wants, and no more than that die.
         ridge: penalty on half the squared norm, relative to that on the norm.
     """
     if ctx.is_last_update:
         return cut(scores, ctx, ctx.sparsity), {}
-    if strength is None:
+    if strength == "scheduled":
         due = state["due"] if "due" in state and not ctx.is_update else blocks_due(scores, ctx)
         state, thresholds, cap = {"due": due}, due_thresholds(scores, due, ctx), ctx.next_sparsity
         if not any(thresholds):
@@ -87,6 +87,7 @@ def cut_at_the_end(scores: Sequence[Tensor], ctx: RuleContext) -> list[Tensor]:
     return [mask.to(torch.float32) for mask in ctx.masks]
 
 
-def growing_strength(strength: float | None, growth: float, ctx: RuleContext) -> float:
-    """Weight of a penalty in the loss: it grows linearly over the training to `growth` times its first value, 1 unless given."""
-    return (1.0 if strength is None else strength) * (1 + (growth - 1) * ctx.step / ctx.total_steps)
+def growing_strength(strength: Strength, growth: float, ctx: RuleContext) -> float:
+    """Weight of a penalty in the loss: it grows linearly over the training to `growth` times its first value."""
+    assert strength != "scheduled"
+    return strength * (1 + (growth - 1) * ctx.step / ctx.total_steps)

@@ -8,13 +8,12 @@ from typing import final
 from torch import Tensor
 
 from kronblocks.errors import KronblocksError
-from kronblocks.sparsity.rules.base import RuleContext, RuleState
+from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState
 from kronblocks.sparsity.rules.regrowth import as_multipliers, exchange
-from kronblocks.sparsity.targets import BlockTarget, Score
 
 
 @final
-class Rigl:
+class Rigl(Rule):
     """Drops blocks of least norm and grows dead ones of greatest gradient norm; grown blocks start at zero, with new moments.
 
     The targets must have the target sparsity from the start.
@@ -26,10 +25,7 @@ class Rigl:
         Evci, Gale, Menick, Castro, Elsen, "Rigging the lottery: making all tickets winners", 2020, with blocks for weights.
     """
 
-    score: Score = "norm"
-    every_step = False
     needs_growth = True
-    has_penalty = False
 
     def __init__(self, drop_fraction: float = 0.3) -> None:
         self._drop_fraction = drop_fraction
@@ -40,6 +36,3 @@ class Rigl:
         if growth_scores is None:
             raise KronblocksError("RigL wants the gradient norms of dead blocks: it is asked at mask updates only")
         return as_multipliers(exchange(ctx.masks, scores, growth_scores, self._drop_fraction, ctx)), state
-
-    def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:
-        return None
