@@ -12,13 +12,16 @@ import pytest
 import torch
 
 import kronblocks
+from kronblocks.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text()]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "design.md"], ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs(page):
+def test_the_code_of_a_page_runs(page, request):
+    there = set(METHODS)
+    request.addfinalizer(lambda: [METHODS.pop(name) for name in METHODS.keys() - there])  # what a page registers
     torch.manual_seed(0)
     scope: dict = {"__name__": page.stem}
     with warnings.catch_warnings():

@@ -9,7 +9,8 @@ from typing import Any
 from kronblocks.blocks import BlockSize
 from kronblocks.experiments.costs import COSTS, HEADLINE, Cost, short
 from kronblocks.experiments.results import Run
-from kronblocks.methods import METHODS, spec_of
+from kronblocks.experiments.tasks import has_setting
+from kronblocks.methods import METHODS
 from kronblocks.search.report import SearchReport
 
 
@@ -25,7 +26,7 @@ class Row:
         self.sparsity = statistics.fmean(run.result["block_sparsity"] for run in runs)
         self.live = statistics.median_low(run.result["live_blocks"] for run in runs)
         asked = runs[0].config["rank"]
-        rank = f"rank {'by block size' if asked is None else asked}, " * spec_of(self.method).is_factored
+        rank = f"rank {'by block size' if asked is None else asked}, " * has_setting(self.method, "rank")
         self.about = f"{rank}target {100 * runs[0].config['sparsity']:g} %" * (self.method != "dense")
         surgery = runs[0].result["surgery"]
         odd = [f"layer {e['name']} is left dense: {e['reason']}" for e in surgery["left_dense"]]

@@ -17,7 +17,6 @@ from kronblocks.errors import KronblocksError
 from kronblocks.experiments.costs import BYTES, number
 from kronblocks.experiments.tasks import OF_SOME_METHODS, RESULT_VERSION, Recipe, has_setting
 from kronblocks.files import read_json
-from kronblocks.methods import spec_of
 from kronblocks.search.report import SearchReport
 
 ADVICE = "train again, or leave this folder out"
@@ -128,7 +127,7 @@ class Run:
         unused += ["candidates", "goal"] * (self.config["block_size"] != "auto")
         foreign = [name for name in OF_SOME_METHODS if not has_setting(self.method, name)]
         unused += [*foreign, *(f"recipe.{name}" for name in foreign)]
-        unused += ["penalty."] * ("penalty" not in spec_of(self.method).settings)
+        unused += ["penalty."] * (not has_setting(self.method, "penalty"))
         flat = _flat({**self.config, "block_size": str(self.block)})
         return {name: value for name, value in flat if name not in unused and f"{name.split('.')[0]}." not in unused}
 

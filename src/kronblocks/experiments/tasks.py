@@ -17,7 +17,7 @@ from kronblocks.config import Mismatch, PenaltyConfig, ScheduleConfig, SparsityC
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import TRANSFORMERS, ModelName
 from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE
-from kronblocks.methods import Init, Method, Storage, TileGroups, spec_of
+from kronblocks.methods import METHODS, Init, Method, Storage, TileGroups, spec_of
 from kronblocks.search.halving import Goal
 from kronblocks.sparsity.budget import Distribution, Scope
 from kronblocks.sparsity.targets import Score
@@ -37,9 +37,11 @@ OF_SOME_METHODS = (*OF_SPARSITY, *OF_FACTORS, *OF_FREE_VALUES)
 
 
 def has_setting(method: str, name: str) -> bool:
-    """Whether a method has one of `OF_SOME_METHODS`."""
-    spec = spec_of(method)
-    if name in OF_SPARSITY:
+    """Whether a method has one of `OF_SOME_METHODS`, or a penalty; one that is not known here, such as another's, has none."""
+    spec = METHODS.get(method)
+    if spec is None:
+        return False
+    if name in (*OF_SPARSITY, "penalty"):
         return name in spec.settings
     if name in OF_FACTORS:
         return spec.is_factored
