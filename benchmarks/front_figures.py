@@ -157,7 +157,7 @@ def speed(path: Path, title: str, bars: Sequence[Bar]) -> None:
     """A bar for each case: solid to the lowest ratio over machines, faint to the highest."""
     for theme in THEMES:
         with _figure(path, theme, 0.75 + 0.62 * len(bars)) as figure:
-            axes = figure.add_axes((0.01, 0.1, 0.98, 0.81))
+            axes = figure.add_axes((0.01, 0.06, 0.98, 0.87))
             axes.set_title(title, pad=8)
             most = max(bar.high for bar in bars)
             axes.set_xlim(0, 1.17 * most)
