@@ -15,7 +15,7 @@ from kronblocks.experiments.bench.results import Row, read
 from kronblocks.experiments.bench.tables import count, fill, find, table
 from kronblocks.experiments.reproduce.statistics import CellResult, cells
 from kronblocks.files import write_text
-from kronblocks.methods import REVISIONS
+from kronblocks.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -94,7 +94,7 @@ def _at(found: list[CellResult], method: str, block: str = BLOCK, sparsity: floa
 def _mark(found: list[CellResult]) -> list[str]:
     """A sentence where results are of earlier revisions of the methods."""
     rows: list[Row] = [row for cell in found for row in cell.rows]
-    stale = any(row["revision"] != REVISIONS[row["method"]] for row in rows)
+    stale = any(row["revision"] != METHODS[row["method"]].revision for row in rows)
     return ["These accuracies come from an earlier revision of the methods."] if stale else []
 
 
