@@ -16,15 +16,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kronblocks import BlockIndex
 from kronblocks.ops.backends import triton as backend
-from kronblocks.ops.backends.triton import fused, launch, packed, tuning, weights
+from kronblocks.ops.backends.triton import fused, packed, tuning, weights
 from kronblocks.ops.plans import PLANS
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.uint8: "u8"}
 
 
-def compiled(name, programs, *arguments, **settings):
+def compiled(kernel, programs, *arguments, **settings):
     assert all(isinstance(count, int) and count > 0 for count in programs), programs
-    kernel = launch._kernel(name)
     options = {option: settings.pop(option) for option in ("num_warps", "num_stages") if option in settings}
     given = {**dict(zip(kernel.arg_names, arguments)), **settings}
     assert set(given) == set(kernel.arg_names)

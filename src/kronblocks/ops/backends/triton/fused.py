@@ -101,13 +101,15 @@ def _split(rows: int, step: int, programs: int) -> tuple[int, int]:
 
 def _listed(roles: Roles, sizes: Sizes) -> tuple[Tensor | None, Tensor | None]:
     """The input blocks that each chunk of output blocks is alive with, and how many."""
+    from kronblocks.ops.backends.triton import fused_kernels as kernels
+
     if roles.live is None:
         return None, None
     places = roles.chunks(sizes), roles.own_banks
     sources = roles.planes.new_empty(*places, roles.sources_per_bank, dtype=torch.int32)
     counts = roles.planes.new_empty(places, dtype=torch.int32)
     launch(
-        "list_live", places, roles.live, sources, counts, *roles.strides,
+        kernels.list_live, places, roles.live, sources, counts, *roles.strides,
         roles.outputs_per_bank, roles.chunks_per_bank(sizes), roles.sources_per_bank,
         BANK_OF_OUTPUT=roles.bank_of_output, BO=sizes.outputs, BK=64, num_warps=4,
     )  # fmt: skip
@@ -194,12 +196,14 @@ def _mix(
     sizes: Sizes,
     share: int,
 ) -> None:
+    from kronblocks.ops.backends.triton import fused_kernels as kernels
+
     x, rows, chunks, features = x.contiguous(), x.shape[0], roles.chunks(sizes), roles.outputs * roles.tile_out
     parts, programs = roles.parts(sizes), chunks * cells(rows, share)
     assert y is None or dtiles is None or parts == 1, "a program has the whole sum of y"
     apart = 1 if dtiles is None else parts  # have programs of their own
     launch(
-        "mix_then_tile", (programs * apart,),
+        kernels.mix_then_tile, (programs * apart,),
         x, roles.planes, roles.tiles, bias, other, y, dtiles, *_listed(roles, sizes), rows, share,
         x.shape[1], features, features, *_places(roles, sizes), chunks, programs,
         HAS_BIAS=bias is not None, PRODUCT=y is not None, GRADIENT=dtiles is not None, PARTS=parts // apart, TERMS=sizes.terms,
@@ -209,12 +213,14 @@ def _mix(
 
 def _tile_then_mix(roles: Roles, x: Tensor, bias: Tensor | None) -> Tensor:
     """y (rows, outputs) of x (rows, inputs)."""
+    from kronblocks.ops.backends.triton import fused_kernels as kernels
+
     x, rows = x.contiguous(), x.shape[0]
 
     def run(sizes: Sizes) -> Tensor:
         y, chunks = x.new_empty(rows, roles.outputs * roles.tile_out), roles.chunks(sizes)
         launch(
-            "tile_then_mix", (chunks * cells(rows, sizes.rows),),
+            kernels.tile_then_mix, (chunks * cells(rows, sizes.rows),),
             x, roles.planes, roles.tiles, bias, y, *_listed(roles, sizes), rows, x.shape[1], y.shape[1],
             *_places(roles, sizes), chunks, HAS_BIAS=bias is not None, **_known(roles, sizes),
         )  # fmt: skip
@@ -225,6 +231,8 @@ def _tile_then_mix(roles: Roles, x: Tensor, bias: Tensor | None) -> Tensor:
 
 def _coeff_gradient(roles: Roles, x: Tensor, other: Tensor) -> Tensor:
     """(r, m1, n1) in float32: <other, tile x> of every output and input block; anything where a block is dead."""
+    from kronblocks.ops.backends.triton import fused_kernels as kernels
+
     x, other, rows = x.contiguous(), other.contiguous(), x.shape[0]
 
     def run(sizes: Sizes) -> Tensor:
@@ -232,7 +240,7 @@ def _coeff_gradient(roles: Roles, x: Tensor, other: Tensor) -> Tensor:
         splits, share = _split(rows, sizes.rows, chunks * parts)
         out = x.new_empty(splits, *roles.planes.shape, dtype=sum_dtype(x))
         launch(
-            "mix_gradient", (parts, chunks, splits),
+            kernels.mix_gradient, (parts, chunks, splits),
             x, roles.tiles, other, out, *_listed(roles, sizes), rows, share, x.shape[1], other.shape[1],
             roles.planes.numel(), *_places(roles, sizes), TERMS=sizes.terms, **_known(roles, sizes),
         )  # fmt: skip

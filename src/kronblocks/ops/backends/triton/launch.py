@@ -1,10 +1,12 @@
-"""What all launches share: the kernels by name, sizes, and the arithmetic of products."""
+"""What all launches share: the device, sizes, and the arithmetic of products.
+
+Launching functions import their kernels where they launch them: Triton need not be installed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -18,21 +20,17 @@ PROGRAMS = 512
 """Programs that fill a GPU: sums over rows are split until there are as many."""
 
 
-@functools.cache
-def _kernel(name: str) -> Any:
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what it does anyway; unset it warns
-    for module in ("packed_kernels", "fused_kernels", "weights_kernels"):
-        found = getattr(importlib.import_module(f"kronblocks.ops.backends.triton.{module}"), name, None)
-        if found is not None:
-            return found
-    raise AttributeError(name)
-
-
-def launch(name: str, programs: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
     """Run a kernel on the device of its tensors; nothing where there are no programs."""
     if all(programs):
+        _say_what_is_default()
         with on_device_of(arguments):
-            _kernel(name)[programs](*arguments, **settings)
+            kernel[programs](*arguments, **settings)
+
+
+@functools.cache
+def _say_what_is_default() -> None:
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does anyway; unset it warns
 
 
 def on_device_of(arguments: Iterable[Any]) -> contextlib.AbstractContextManager[object]:

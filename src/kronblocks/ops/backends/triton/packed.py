@@ -43,6 +43,8 @@ def packed_grad_input(dy: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
 
 
 def _product(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex, *, transposed: bool) -> Tensor:
+    from kronblocks.ops.backends.triton import packed_kernels as kernels
+
     x, values, bias = x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous()
     _, bm, bn = values.shape
     height, width, columns = (bn, bm, index.grid[1]) if transposed else (bm, bn, index.grid[0])
@@ -56,12 +58,12 @@ def _product(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex, 
         known: dict[str, Any] = {"H": height, "BH": padded(height), "BT": sizes.rows, "BP": min(_BLOCK_ROWS, padded(columns))}
         known |= {"TAKE": take, "HAS_BIAS": bias is not None, "num_warps": sizes.warps}
         launch(
-            "product", (places * cells(rows, sizes.rows),),
+            kernels.product, (places * cells(rows, sizes.rows),),
             x, values, bias, y, parts, starts, source, index.slot, index.order, rows, columns, places, x.shape[1], y.shape[1],
             W=width, BW=sizes.sources, TRANSPOSED=transposed, num_stages=sizes.stages, **known, **arithmetic(x.dtype),
         )  # fmt: skip
         if parts is not None:
-            launch("join", (columns, cells(rows, sizes.rows)), parts, bias, y, starts, rows, y.shape[1], **known)
+            launch(kernels.join, (columns, cells(rows, sizes.rows)), parts, bias, y, starts, rows, y.shape[1], **known)
         return y
 
     default = _product_sizes(rows, columns, padded(height), padded(width, 16), x.element_size())
@@ -113,6 +115,8 @@ def _others(default: Sizes, terms: Sequence[int]) -> Iterator[Sizes]:
 
 def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     """The live blocks of dy^T x, (capacity, bm, bn); 0 in slots that the index does not list."""
+    from kronblocks.ops.backends.triton import packed_kernels as kernels
+
     (m1, n1), rows, capacity = index.grid, x.shape[0], len(index.slot)
     height, width = dy.shape[1] // m1, x.shape[1] // n1
     if not fits(height, width):
@@ -127,7 +131,7 @@ def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
         shape = (capacity, height, width)
         out = dy.new_zeros(shape) if splits == 1 else dy.new_zeros(splits, *shape, dtype=sum_dtype(dy))
         launch(
-            "grad_values", (programs, splits if rows else 0),
+            kernels.grad_values, (programs, splits if rows else 0),
             dy, x, out, index.crow, index.col, index.slot, rows, m1, dy.shape[1], x.shape[1], share, capacity * height * width,
             H=height, W=width, BH=padded(height), BW=padded(width), BT=sizes.rows, TERMS=sizes.terms,
             BP=min(_BLOCK_ROWS, padded(m1)), num_warps=sizes.warps, num_stages=sizes.stages, **arithmetic(x.dtype),

@@ -55,11 +55,13 @@ def _at_a_time(area: int) -> tuple[int, int]:
 
 
 def _build(values: Tensor, coeff: Tensor, tiles: Tensor, capacity: int, index: BlockIndex | None, live: Tensor | None) -> None:
+    from kronblocks.ops.backends.triton import weights_kernels as kernels
+
     coeff, tiles = coeff.contiguous(), tiles.contiguous()
     entries, known = _entries(coeff, tiles, index, live)
     several, step = _at_a_time(known["AREA"])
     launch(
-        "blocks_from_factors", (cells(capacity, several), cells(known["AREA"], step)),
+        kernels.blocks_from_factors, (cells(capacity, several), cells(known["AREA"], step)),
         coeff, tiles, values, *entries, capacity, **known, BK=several, BA=step, SUM=arithmetic(tiles.dtype)["SUM"],
     )  # fmt: skip
 
@@ -67,20 +69,22 @@ def _build(values: Tensor, coeff: Tensor, tiles: Tensor, capacity: int, index: B
 def _gradients(
     dvalues: Tensor, coeff: Tensor, tiles: Tensor, capacity: int, index: BlockIndex | None, live: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    from kronblocks.ops.backends.triton import weights_kernels as kernels
+
     dvalues, coeff, tiles = dvalues.contiguous(), coeff.contiguous(), tiles.contiguous()
     entries, known = _entries(coeff, tiles, index, live)
     (groups, rank), area, exact = tiles.shape[:2], known["AREA"], arithmetic(tiles.dtype)
     several, width = _at_a_time(area)
     dcoeff = torch.zeros_like(coeff)
     launch(
-        "coeff_gradient", (cells(capacity, several), rank),
+        kernels.coeff_gradient, (cells(capacity, several), rank),
         dvalues, tiles, dcoeff, *entries, **known, BK=several, BA=width, SUM=exact["SUM"],
     )  # fmt: skip
     step = max(16, width)
     splits = max(1, min(PROGRAMS // (groups * cells(area, step)), cells(capacity, 64 * groups)))
     dtiles = tiles.new_zeros(splits, *tiles.shape, dtype=sum_dtype(tiles))
     launch(
-        "tiles_gradient", (groups if capacity else 0, splits, cells(area, step)),
+        kernels.tiles_gradient, (groups if capacity else 0, splits, cells(area, step)),
         dvalues, coeff, dtiles, *entries, splits, **known, BR=padded(rank, 16), BK=32, BA=step, **exact,
     )  # fmt: skip
     return dcoeff, dtiles.sum(0).to(tiles.dtype)
@@ -102,10 +106,12 @@ def gather(matrix: Tensor, index: BlockIndex, height: int, width: int) -> Tensor
 
 
 def _copy(values: Tensor, matrix: Tensor, index: BlockIndex, *, gather: bool) -> None:
+    from kronblocks.ops.backends.triton import weights_kernels as kernels
+
     capacity, height, width = values.shape
     several, step = _at_a_time(height * width)
     launch(
-        "scatter", (cells(capacity, several), cells(height * width, step)),
+        kernels.scatter, (cells(capacity, several), cells(height * width, step)),
         values, matrix, index.crow, index.col, index.row, index.slot, *index.grid,
         W=width, AREA=height * width, BK=several, BA=step, GATHER=gather,
     )  # fmt: skip
