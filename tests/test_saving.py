@@ -381,3 +381,16 @@ def test_of_wrapped_models_the_one_inside_is_saved_without_what_it_carries(tmp_p
     folder = save_pretrained(torch.compile(model), tmp_path / "model")
     again = from_pretrained(folder, nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16)))
     assert torch.equal(again[0].weight, model[0].weight)
+
+
+def test_weights_that_are_not_those_of_the_files_name_are_refused(folder):
+    path = weights_of(folder)
+    tensors = safetensors.torch.load_file(path)
+    tensors["4.weight"].view(torch.uint8)[2, 3] ^= 1  # the file is as well-formed as before
+    safetensors.torch.save_file(tensors, path)
+    model = sparse(seed=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(KronblocksError, match=rf"{path.name} is damaged.*hash.*verify=False"):
+        from_pretrained(folder, model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not same_weights(from_pretrained(folder, dense, verify=False), sparse())

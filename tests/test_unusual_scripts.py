@@ -314,12 +314,37 @@ def test_a_second_sparsifier_on_the_same_layers_is_refused():
     model = mlp()
     first = sparsify_(model, config())
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
-    handle = first.attach(optimizer, total_steps=STEPS)
     second = sparsify_(model, config())
-    with pytest.raises(KronblocksError, match="another sparsifier follows 0, 2, 4"):
-        second.attach(optimizer, total_steps=STEPS)
+    handle = first.attach(optimizer, total_steps=STEPS)
+    other = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    for own in (optimizer, other):
+        with pytest.raises(KronblocksError, match=r"another sparsifier, which is attached, follows 0, 2, 4: .*remove\(\)"):
+            second.attach(own, total_steps=STEPS)
+    layers = list(model)
+    for method in ("two-phase", "rigl", "magnitude"):
+        with pytest.raises(KronblocksError, match="another sparsifier, which is attached, follows 0, 2, 4"):
+            sparsify_(model, config(method))
+    assert all(now is before for now, before in zip(model, layers, strict=True))
     handle.remove()
     second.attach(optimizer, total_steps=STEPS)
+
+
+@pytest.mark.parametrize("how", ["finished", "forgotten", "other layers"])
+def test_a_second_sparsifier_may_follow_where_the_first_is_over_or_follows_others(how):
+    model = mlp()
+    layers = ("0",) if how == "other layers" else ("*",)
+
+    def first_training() -> torch.optim.Optimizer | None:
+        first, optimizer = started(model, config(layers=layers))
+        for _ in range(STEPS if how == "finished" else 2):
+            step(model, first, optimizer)
+        return None if how == "forgotten" else optimizer  # forgotten: as by a cell of a notebook that is run again
+
+    optimizer = first_training()
+    later = {"other layers": ("2", "4")}.get(how, ("*",))
+    second = sparsify_(model, SparsityConfig("magnitude", 8, target_sparsity=0.8, layers=later))
+    own = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    second.attach(optimizer if how == "other layers" and optimizer else own, total_steps=STEPS)
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if methods.spec_of(method).defaults.form == "gradient"])

@@ -85,7 +85,9 @@ def rebuilt(
             f"the structure record has version {record.get('version')!r}, and this kronblocks reads version {STRUCTURE_VERSION}"
         )
     modules = {**dict(model.named_modules()), **(instead or {})}
-    new = {name: _rebuild(modules.get(name), name, entry, device) for name, entry in record["layers"].items()}
+    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(gpus)):  # weights will be loaded, so random ones cost the user no random numbers
+        new = {name: _rebuild(modules.get(name), name, entry, device) for name, entry in record["layers"].items()}
     return {name: layer for name, layer in new.items() if layer is not None}
 
 

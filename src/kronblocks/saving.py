@@ -95,7 +95,7 @@ def save_pretrained(
         "transformers": json.loads(own[_CONFIG]) if own else None,
         "generation": json.loads(own[_GENERATION]) if _GENERATION in own else None,
     }
-    weights = name_of(found.tensors)
+    weights = name_of(found.tensors, found.tensors.__getitem__)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
@@ -112,7 +112,9 @@ def save_pretrained(
     return folder
 
 
-def from_pretrained(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
+def from_pretrained(
+    folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None, *, verify: bool = True
+) -> nn.Module:
     """Read a model that `save_pretrained` wrote, in eval mode.
 
     Args:
@@ -120,12 +122,19 @@ def from_pretrained(folder: str | Path, model: nn.Module | Callable[[], nn.Modul
         model: the same model, dense or sparse, or a function that makes it; its block layers are built, and everything is loaded
             into it, with its own dtype and devices. None: a transformers model, built from the folder's config.json, each tensor
             in the dtype that it was saved with.
+        verify: compare the weights with the SHA-256 that is part of their file's name. It costs one more pass over the file,
+            which matters only for files of gigabytes; False leaves it out.
 
     Raises:
         KronblocksError: no such folder, another format, damaged files, or a model that they do not fit, which then is unchanged.
     """
     folder, as_saved = Path(folder), model is None
     with _opened(folder) as (card, file):
+        if verify and (found := name_of(file.keys(), file.get_tensor)) != card["weights"]:
+            raise KronblocksError(
+                f"{folder / card['weights']} is damaged: its weights have the hash of {found}. Copy or download the folder "
+                "again, or save the model again; from_pretrained(..., verify=False) loads what is there"
+            )
         if model is None:
             with torch.device("meta"):
                 outline = _from_transformers(card, folder)

@@ -188,9 +188,11 @@ def _narrow_factors(layer: KroneckerBlockLinear, keep: Tensor, side: int, bias: 
         gate=layer.gate is not None,
         bias=bias is not None,
         plan=layer.plan,
-        device=layer.coeff.device,
+        device="meta",  # where no random numbers are drawn
         dtype=layer.coeff.dtype,
-    ).requires_grad_(False)
+    ).to_empty(device=layer.coeff.device)
+    new.requires_grad_(False)
+    new.block_mask.fill_(True)
     new.coeff.copy_(layer.coeff.index_select(side, blocks))
     new.tiles.copy_(layer.tiles[blocks] if own_tiles else layer.tiles)
     if new.gate is not None and layer.gate is not None:
@@ -198,4 +200,5 @@ def _narrow_factors(layer: KroneckerBlockLinear, keep: Tensor, side: int, bias: 
     if new.bias is not None and bias is not None:
         new.bias.copy_(bias)
     new.set_block_mask_(layer.block_mask.index_select(side, blocks))
+    new.choose_plan_()
     return new.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,10 +152,16 @@ def mask_from_bits(bits: Tensor, shape: tuple[int, int]) -> Tensor:
     return flat.flatten()[: shape[0] * shape[1]].bool().view(shape)
 
 
-def name_of(tensors: dict[str, Tensor]) -> str:
-    """A name for the weights' file that depends on nothing but what it holds."""
+def name_of(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    """A name for the weights' file that depends on nothing but what it holds.
+
+    Args:
+        names: of its tensors.
+        read: gives each.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(names):
+        tensor = read(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return f"model-{digest.hexdigest()[:16]}.safetensors"

@@ -34,7 +34,7 @@ from kronblocks.optimizers import in_order_of_
 from kronblocks.records import apply_structure_, layers_of, structure
 from kronblocks.selected import Selected, SurgeryReport
 from kronblocks.selection import named_heads, select, warn_of_missed
-from kronblocks.sparsity.attachment import warn_of_hooks
+from kronblocks.sparsity.attachment import check_not_followed, warn_of_hooks
 from kronblocks.sparsity.budget import choose_dead
 from kronblocks.sparsity.places import target_now
 from kronblocks.sparsity.planning import Planner
@@ -105,7 +105,8 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: R
 
     Raises:
         KronblocksError: nothing selected, unknown patterns, weights that are not finite, a sparsity that is not possible, or
-            that is below the present one. Nothing has been changed then.
+            that is below the present one; another sparsifier that is attached has yet to prune the same layers. Nothing has
+            been changed then.
 
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
     >>> sparsifier = sparsify_(model, SparsityConfig(block_size=8, rank=2, target_sparsity=0.5))
@@ -158,6 +159,7 @@ def _sparsified(
     model: nn.Module, config: SparsityConfig, report: SurgeryReport, rule: Rule, heads: tuple[str, ...] | None = None
 ) -> Sparsifier:
     """Replace the layers of a selection, of which some have been named as heads."""
+    check_not_followed([model.get_submodule(each.name) for each in report.selected])
     present = present_masks(model, report, config)
     if present:
         scores = [torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -1.0) for mask in present]

@@ -142,6 +142,20 @@ def target_network() -> None:
     assert (target(x := batch(64)[0]) - trial.model(x)).norm() < 0.1 * trial.model(x).norm()
 
 
+@limited(AVERAGES, "target networks that are not copied again", "torch's error about sizes in the step after the lift")
+def target_network_of_factors() -> None:
+    trial = Trial()
+    optimizer = trial.adam()
+    target = copy.deepcopy(trial.model)
+    with pytest.raises(RuntimeError, match=r"size of tensor|shape"), torch.no_grad():
+        while trial.sparsifier.step < STEPS:
+            with torch.enable_grad():
+                trial.step(optimizer)
+            for old, new in zip(target.parameters(), trial.model.parameters(), strict=False):
+                old.lerp_(new, 0.5)
+    assert trial.sparsifier.phase == "refine"
+
+
 def mean_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """As federated learning and soups do it."""
     return {name: torch.stack([state[name].float() for state in states]).mean(0).to(states[0][name].dtype) for name in states[0]}

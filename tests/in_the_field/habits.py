@@ -130,6 +130,18 @@ def attached_twice() -> None:
     trial.adam()
 
 
+@refused(
+    LOOPS,
+    "`sparsify_` again while the first sparsifier still prunes",
+    "call `remove()` on its handle first, or wait for `heal`",
+    "another sparsifier, which is attached, follows 0, 2",
+)
+def sparsified_twice() -> None:
+    trial = Trial()
+    trial.adam()
+    sparsify_(trial.model, config("rigl"))
+
+
 @works(LOOPS, "back to dense for further work", "`densify_`: the same outputs, zeros included")
 def dense_again() -> None:
     trial = Trial()

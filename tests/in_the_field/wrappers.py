@@ -18,6 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from kronblocks import BlockSparseLinear, KronblocksError, densify_, sparsify_
@@ -100,6 +101,16 @@ def parametrized() -> None:
         trial.step(optimizer)
     trial.check(0.75)
     assert isinstance(model[2], BlockLayer)
+
+
+@refused(
+    WRAPPERS,
+    "torch.nn.utils.prune on a block layer",
+    "`layer.set_block_mask_(mask)` kills blocks, `sparsify_` goes on pruning; `densify_` first for masks of single weights",
+    "torch.nn.utils.prune cannot mask",
+)
+def pruned_by_torch() -> None:
+    prune.l1_unstructured(Trial().model[0], "weight", amount=0.5)
 
 
 @works(WRAPPERS, "nn.TransformerEncoder in eval with a padding mask", "between training steps too")

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from kronblocks import BlockSize, BlockSparseLinear, KronblocksError, KroneckerBlockLinear
 from kronblocks.nn.mixture import BlockMixtureLinear
@@ -115,3 +116,12 @@ def test_in_compiled_code_and_under_torch_func():
     function = lambda x: nn.functional.linear(x, layer.weight, layer.bias)  # noqa: E731
     torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), wanted)
     torch.testing.assert_close(torch.vmap(function)(x), wanted)
+
+
+@pytest.mark.parametrize("mask_", [prune.identity, lambda layer, name: prune.l1_unstructured(layer, name, amount=0.5)])
+def test_torchs_pruning_of_a_built_weight_says_what_to_do_instead(make_any, mask_):
+    layer = make_any.pruned()
+    before = layer.state_dict().keys()
+    with pytest.raises(KronblocksError, match=r"weight_orig.*nn.utils.prune cannot mask.*set_block_mask_.*sparsify_.*densify_"):
+        mask_(layer, "weight")
+    assert layer.state_dict().keys() == before and torch.isfinite(layer(torch.ones(2, 15))).all()

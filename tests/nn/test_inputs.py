@@ -3,11 +3,25 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from kronblocks import KronblocksError, PerformanceWarning, SparsityConfig, sparsify_
+from kronblocks import (
+    BlockMixtureLinear,
+    BlockSize,
+    BlockSparseLinear,
+    KronblocksError,
+    PerformanceWarning,
+    SparsityConfig,
+    kron_linear,
+    packed_linear,
+    sparsify_,
+)
+from kronblocks.nn.bsr_linear import BsrLinear
+from kronblocks.nn.unfolded import UnfoldedConv
+from kronblocks.ops.index import BlockIndex
 
 
 def as_linear(layer) -> nn.Linear:
@@ -114,3 +128,25 @@ def test_fake_tensors_and_tracing_with_them(make):
     for strict in (False, True):
         program = torch.export.export(layer, (x,), strict=strict)
         assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("x", [[[0.0] * 15] * 2, np.zeros((2, 15), np.float32), None], ids=["list", "array", "None"])
+def test_what_is_no_tensor_is_refused(make, x):
+    layer = make.pruned()
+    for function in (layer, BlockMixtureLinear(15, 12, {"3x5": BlockSize(3, 5)}, rank=2)):
+        with pytest.raises(KronblocksError, match=r"must be a tensor, not (list|ndarray|NoneType): write torch.as_tensor"):
+            function(x)
+
+
+def test_other_layers_and_operators_refuse_what_is_no_tensor():
+    square = BlockSparseLinear(8, 8, 4)
+    index = BlockIndex.from_mask(square.block_mask)
+    functions = [
+        BsrLinear.from_block_sparse(square),
+        UnfoldedConv(nn.Conv2d(3, 4, 2)),
+        lambda x: packed_linear(x, square.values, index),
+        lambda x: kron_linear(x, torch.ones(2, 2, 1), torch.ones(1, 1, 4, 4), plan="dense"),
+    ]
+    for function in functions:
+        with pytest.raises(KronblocksError, match="must be a tensor, not list"):
+            function([[1.0] * 8])

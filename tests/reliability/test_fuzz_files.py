@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import shutil
@@ -88,10 +89,10 @@ def check_holds(model: nn.Sequential, tensors: dict[str, Tensor]) -> None:
 
 
 def attempt(folder: Path, tensors: Any, tally: Tally) -> None:
-    """Load a folder into a new model: refused, and nothing has changed, or right."""
+    """Load a folder into a new model, whatever the hash says: refused, and nothing has changed, or right."""
     model = small()
     before = everything(model)
-    if refused(from_pretrained, folder, model):
+    if refused(functools.partial(from_pretrained, verify=False), folder, model):
         tally.refused += 1
         assert everything(model) == before
     else:
@@ -117,7 +118,7 @@ def test_saved_models(saved, tmp_path, record):
     tally.check(1 / 20)
     record(
         "damaged model folders",
-        f"{tally.tried:,} folders with bytes cut off, flipped, zeroed, inserted or foreign",
+        f"{tally.tried:,} folders with bytes cut off, flipped, zeroed, inserted or foreign, read with verify=False",
         f"{tally.refused:,} refused, the model as it was, bit for bit; the other {tally.accepted:,} gave the values that are in "
         "the file, each in its place, and layers that compute with them; never more than 256 MiB of memory",
     )

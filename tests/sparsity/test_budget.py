@@ -198,3 +198,10 @@ def test_no_layer_of_a_sparse_start_is_far_below_the_others():
     assert all(float(mask.float().mean()) >= FLOOR * 0.2 for mask in masks)
     live = sum(int(mask.sum()) * area for mask, area in zip(masks, [1, 256, 256], strict=True))
     assert 0.2 * 12288 - 256 < live <= 0.2 * 12288
+
+
+@pytest.mark.parametrize("areas", [(4, 4), (4, 9)])
+def test_a_rounding_error_above_zero_kills_nothing(areas):
+    scores = [torch.rand(3, 4), torch.rand(2, 5)]
+    for sparsity, killed in ((0.0, 0), (1e-16, 0), (1e-12, 0), (1e-3, 1)):  # a share must be reached, so 1e-3 costs a block
+        assert sum(int(dead.sum()) for dead in choose_dead(scores, areas, sparsity)) == killed

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import warnings
 import weakref
 from typing import Any
@@ -230,3 +231,53 @@ def test_frozen_again_and_unfrozen_again():
     assert layer.weight.grad is not None
     target = net.sparsifier.targets[1]
     assert (target.grid.norms(layer.weight.grad)[~target.mask] == 0).all()
+
+
+STRANGER = r"AdamW steps 0, 2, 4, which a sparsifier follows through another optimiser.*in one list.*call remove\(\)"
+
+
+def stranger_warnings(net: Net, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", KronblocksWarning)
+        train(net, None, optimizer, first, last)
+    return [str(each.message) for each in said]
+
+
+@pytest.mark.parametrize(("method", "storage"), STORAGES)
+def test_an_optimiser_of_block_layers_that_nobody_attached_is_noticed_once(method, storage):
+    net = Net(config(method, storage))
+    optimizer = adamw(net)
+    net.sparsifier.attach(optimizer, total_steps=STEPS)
+    train(net, net.sparsifier, optimizer, 0, 3)
+    said = stranger_warnings(net, adamw(net), 3, 6)
+    expected = [] if (method, storage) == ("static", "packed") else [STRANGER]  # whose layers keep a mask that stays
+    assert len(said) == len(expected) and all(map(re.search, expected, said))
+    train(net, net.sparsifier, optimizer, 3, 5)  # a warning would be an error
+
+
+def test_optimisers_of_other_parameters_or_of_a_finished_training_are_not_warned_of():
+    net = Net(config("rigl"))
+    blocks = {id(p) for target in net.sparsifier.targets for p in target.parameters()}
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if id(p) in blocks], lr=1e-2)
+    others = torch.optim.AdamW([p for p in net.parameters() if id(p) not in blocks], lr=1e-2)
+    net.sparsifier.attach(optimizer, total_steps=STEPS)
+    assert not stranger_warnings(net, others, 0, 2)
+    train(net, net.sparsifier, optimizer, 0, STEPS)
+    assert not stranger_warnings(net, adamw(net), 0, 2)  # block layers keep their zeros themselves
+
+
+def test_optimisers_that_step_others_are_not_warned_of():
+    class Around(torch.optim.SGD):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            super().__init__([p for group in inner.param_groups for p in group["params"]], lr=0.0)
+            self.inner = inner
+
+        def step(self, closure=None):
+            self.inner.step()
+            return super().step(closure)
+
+    for outer in (True, False):
+        net = Net(config("magnitude"))
+        around = Around(adamw(net))
+        net.sparsifier.attach(around if outer else around.inner, total_steps=STEPS)
+        assert not stranger_warnings(net, around, 0, 3) and net.sparsifier.step == 3

@@ -94,12 +94,13 @@ class BlockSparseLinear(BlockLayer):
                 mask=mask,
                 bias=layer.bias is not None,
                 plan=plan,
-                device=weight.device,
+                device="meta",  # where no random numbers are drawn
                 dtype=weight.dtype,
-            )
+            ).to_empty(device=weight.device)
             new.values.copy_(grid.to_blocks(weight)[mask])
             if new.bias is not None and layer.bias is not None:
                 new.bias.copy_(layer.bias)
+        new.choose_plan_()
         return new.train(layer.training)
 
     @classmethod
@@ -171,7 +172,7 @@ class BlockSparseLinear(BlockLayer):
         return not is_sharded(self.values) and bool(self._dead_slots(self.positions()).any())
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.layout is not torch.strided or input.is_nested:
+        if getattr(input, "layout", None) is not torch.strided or input.is_nested:
             return map_unusual(self, input)
         if self._needs_index and (index := self._index()) is not None:
             return packed_linear(input, self.values, index, self.bias)

@@ -12,6 +12,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.built import weight_of
 from kronblocks.nn.loading import WholeWeights
+from kronblocks.ops.operands import check_tensor
 
 
 class BsrLinear(WholeWeights):
@@ -62,6 +63,7 @@ class BsrLinear(WholeWeights):
             return torch.sparse_bsr_tensor(self.crow, self.col, self.values, size, check_invariants=False)
 
     def forward(self, input: Tensor) -> Tensor:
+        check_tensor(input)
         y = (self._bsr() @ input.reshape(-1, self.in_features).t()).t().reshape(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 

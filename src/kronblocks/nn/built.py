@@ -169,6 +169,16 @@ class HasBuiltWeight(nn.Module):
             raise _refusal("weight = ...")
         super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module, but that a built weight cannot become a parameter, as torch.nn.utils.prune wants it to."""
+        if name != "weight_orig" or isinstance(param, nn.Parameter | None):
+            return super().register_parameter(name, param)
+        raise KronblocksError(
+            f"{name}: torch.nn.utils.prune cannot mask this weight, which is built when it is read. Kill whole blocks by "
+            "layer.set_block_mask_(mask), prune in a training by kronblocks.sparsify_(model, config), which goes on from block "
+            "layers, or call kronblocks.densify_(model) before torch.nn.utils.prune"
+        )
+
     @property
     def weight(self) -> Tensor:
         """The dense weight, built at every use; writing into it is an error."""

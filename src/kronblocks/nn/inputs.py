@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kronblocks.errors import PerformanceWarning
+from kronblocks.ops.operands import check_tensor
 
 
 def map_unusual(layer: nn.Module, x: Any) -> Tensor:
@@ -17,9 +18,13 @@ def map_unusual(layer: nn.Module, x: Any) -> Tensor:
     Args:
         layer: called with ordinary tensors.
         x: nested, in jagged or strided layout; sparse, in any layout; or a proxy, for which the layer becomes one node.
+
+    Raises:
+        KronblocksError: it is no tensor.
     """
     if isinstance(x, fx.Proxy):
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})  # pyright: ignore
+    check_tensor(x)
     if x.is_nested and x.layout is torch.jagged:
         where = {"jagged_dim": x._ragged_idx, "min_seqlen": x._maybe_min_seqlen, "max_seqlen": x._maybe_max_seqlen}
         return torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets(), x.lengths(), **where)

@@ -112,7 +112,7 @@ class KroneckerBlockLinear(BlockLayer):
                 layer.gate.fill_(1)
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
-        layer.refresh_index_()
+        layer.choose_plan_()  # of the device where it is now
         return layer.train(linear.training)
 
     @torch.no_grad()
@@ -152,7 +152,7 @@ class KroneckerBlockLinear(BlockLayer):
         return self.coeff if self.gate is None else self.coeff * self.gate.unsqueeze(-1)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.layout is not torch.strided or input.is_nested:
+        if getattr(input, "layout", None) is not torch.strided or input.is_nested:
             return map_unusual(self, input)
         if is_transformed():
             return nn.functional.linear(*autocast(input, self.dense_weight(), self.bias))

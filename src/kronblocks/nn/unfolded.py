@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kronblocks.errors import KronblocksError
 from kronblocks.nn.built import rearranged
 from kronblocks.nn.loading import WholeWeights
+from kronblocks.ops.operands import check_tensor
 
 
 class Unfolded(WholeWeights):
@@ -116,6 +117,7 @@ class UnfoldedConv(Unfolded):
         return weight.unflatten(1, (*self.kernel_size, self.in_channels)).permute(0, 3, 1, 2).contiguous()
 
     def forward(self, input: Tensor) -> Tensor:
+        check_tensor(input)
         x = input.unsqueeze(-2) if self.one_dimensional else input
         batched = x.dim() == 4
         x = x if batched else x.unsqueeze(0)

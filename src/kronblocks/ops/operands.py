@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kronblocks.errors import KronblocksError
 
@@ -17,8 +17,26 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return None
 
 
+def check_tensor(x: Any) -> None:
+    """Refuse an input that is no tensor; proxies of torch.fx stand for one.
+
+    Raises:
+        KronblocksError: it is a list, a NumPy array, None or anything else.
+    """
+    if not isinstance(x, Tensor) and not isinstance(x, fx.Proxy):
+        raise KronblocksError(
+            f"the input must be a tensor, not {type(x).__name__}: write torch.as_tensor(x, dtype=..., device=...) with the "
+            "dtype and the device of the layer's parameters"
+        )
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors in the dtype that autocast asks for on the first one's device, unchanged where it is off."""
+    """The tensors in the dtype that autocast asks for on the first one's device, unchanged where it is off.
+
+    Raises:
+        KronblocksError: the first one is no tensor.
+    """
+    check_tensor(tensors[0])
     dtype = autocast_dtype(tensors[0].device.type)
     if dtype is None:
         return tensors

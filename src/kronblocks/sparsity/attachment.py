@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import gc
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from kronblocks.errors import KronblocksError, KronblocksWarning
 from kronblocks.parameters import ParameterHook, hooks_that_end
 from kronblocks.sparsity.targets import BlockTarget
+from kronblocks.sparsity.unfollowed import attached
 
 PART = "part"
 """The key of an optimiser's group that says which call of `parameter_groups` it came from."""
@@ -72,11 +73,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], sparsifier: _Follows, *, l
             "LBFGS calls its closure several times in one step and expects a fixed set of weights, so its line search and a "
             "changing mask do not go together: use AdamW, SGD or another optimiser of one gradient per step"
         )
-    if both := _followed_already(optimizers, sparsifier):
-        raise KronblocksError(
-            f"another sparsifier follows {', '.join(both[:5])} on this optimiser already: call remove() on the "
-            "handle of its attach first, and make a new optimiser after sparsify_"
-        )
+    check_not_followed([target.module for target in sparsifier.targets], optimizers)
     if flattened := [target.name for target in sparsifier.targets if _is_flattened(target)]:
         raise KronblocksError(
             f"the weights of {', '.join(flattened[:5])} have been flattened, as FullyShardedDataParallel does: use fully_shard, "
@@ -184,12 +181,36 @@ def _is_flattened(target: BlockTarget) -> bool:
         return True
 
 
-def _followed_already(optimizers: Sequence[Optimizer], sparsifier: _Follows) -> list[str]:
-    """Names of the layers that another sparsifier of the same model follows through one of these optimisers."""
-    hooks = [hook for optimizer in optimizers for hook in optimizer._optimizer_step_post_hooks.values()]
-    others = [owner for hook in hooks if isinstance(owner := getattr(inspect.unwrap(hook), "__self__", None), type(sparsifier))]
-    theirs = {target.name for other in others if other.model is sparsifier.model for target in other.targets}
-    return [target.name for target in sparsifier.targets if target.name in theirs]
+def check_not_followed(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer] = ()) -> None:
+    """Refuse layers that another sparsifier follows and has not yet pruned, or that it follows through the same optimiser.
+
+    Args:
+        modules: the layers, or what they are in.
+        optimizers: those that they are to be followed through.
+
+    Raises:
+        KronblocksError: one does.
+    """
+    if _followed_already(modules, optimizers):
+        gc.collect()  # a training that nobody holds any more is a cycle of sparsifier and optimiser
+    if names := _followed_already(modules, optimizers):
+        raise KronblocksError(
+            f"another sparsifier, which is attached, follows {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}: use that "
+            "one, or call remove() on the handle that its attach gave (or delete it and its optimiser), then call sparsify_, "
+            "which goes on from the block layers that are there, and make a new optimiser"
+        )
+
+
+def _followed_already(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> list[str]:
+    """Names of the layers, as the other sparsifier calls them."""
+    ids = {id(each) for module in modules for each in module.modules()}
+    return [
+        target.name
+        for other, followed in attached()
+        if other.phase != "heal" or any(optimizer in followed for optimizer in optimizers)
+        for target in other.targets
+        if id(target.module) in ids
+    ]
 
 
 def unwrapped(optimizer: Any) -> Any:

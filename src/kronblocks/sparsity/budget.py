@@ -97,8 +97,9 @@ def _choose_dead(
         count = blocks_to_kill(len(flat), sparsity)
     else:
         area = torch.cat([flat.new_full((size,), float(a)) for size, a in zip(sizes, areas, strict=True)])
-        wanted = sparsity * float(area.sum())
-        reached = area[order].cumsum(0) >= wanted * (1 - 1e-12)
+        total = float(area.sum())
+        wanted = sparsity * total - max(1e-12 * sparsity * total, 1e-9 * min(areas))  # forgiven as in `blocks_to_kill`
+        reached = area[order].cumsum(0) >= wanted
         count = int(torch.nonzero(reached)[0]) + 1 if wanted > 0 else 0
     free = len(flat) - int((late == _NEVER).sum())
     if count > free and reach:

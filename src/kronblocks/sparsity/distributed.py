@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, distributed, nn
@@ -67,11 +68,50 @@ def broadcast_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def follow_replaced_parameters(model: nn.Module) -> None:
-    """Let the DistributedDataParallel around a model, one of one process too, average the gradients that it has now."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    for wrapper in _wrappers(model):
+def around(model: nn.Module, given: nn.Module | None = None) -> list[ref[Any]]:
+    """Every DistributedDataParallel that a model is inside of, in weak references.
+
+    Args:
+        model: nothing in it knows of its wrapper, which is looked for among all objects of the process, if none is given.
+        given: the wrapper, or what is around it in turn.
+
+    Raises:
+        KronblocksError: the model is in none of what is given.
+    """
+    if given is None and not (distributed.is_available() and distributed.is_initialized()):
+        return []
+    among = _all_objects() if given is None else given.modules()
+    wrappers: list[Any] = [each for each in among if issubclass(type(each), DistributedDataParallel)]
+    found = [ref(wrapper) for wrapper in wrappers if any(module is model for module in wrapper.module.modules())]
+    if given is not None and not found:
+        raise KronblocksError(
+            f"ddp= is a {type(given).__name__} without a DistributedDataParallel around the model that sparsify_ got: write "
+            "ddp=DistributedDataParallel(model), the one that the training loop calls, or leave it out"
+        )
+    return found
+
+
+def _all_objects() -> list[Any]:
+    if gc.get_freeze_count() == 0:
+        return gc.get_objects()
+    gc.unfreeze()  # gc.freeze() hides objects
+    found = gc.get_objects()
+    gc.freeze()
+    return found
+
+
+def follow_replaced_parameters(model: nn.Module, wrappers: list[ref[Any]]) -> None:
+    """Let the DistributedDataParallel around a model, one of one process too, average the gradients that it has now.
+
+    Args:
+        model: whose layers were replaced.
+        wrappers: those that `around` found; filled where none is there any more, as where the model was wrapped later.
+    """
+    if all(reference() is None for reference in wrappers):
+        wrappers[:] = around(model)
+    for wrapper in (reference() for reference in wrappers):
+        if wrapper is None:
+            continue
         wrapper._static_graph_delay_allreduce_enqueued = False  # a static graph's first iteration comes once more
         parameters, sparse = wrapper._build_params_for_reducer()  # from here on what unpickling does: a new reducer over those
         names = wrapper._build_debug_param_to_name_mapping(parameters)
@@ -81,14 +121,3 @@ def follow_replaced_parameters(model: nn.Module) -> None:
             wrapper.logger._set_static_graph()
         for hook, state in wrapper._comm_hooks:
             distributed._register_comm_hook(wrapper.reducer, state, hook)
-
-
-def _wrappers(model: nn.Module) -> list[Any]:
-    """Every DistributedDataParallel that a model is inside of, found among all objects: nothing in the model knows of it."""
-    frozen = gc.get_freeze_count() > 0
-    if frozen:  # gc.freeze() hides objects
-        gc.unfreeze()
-    found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
-    if frozen:
-        gc.freeze()
-    return [wrapper for wrapper in found if any(module is model for module in wrapper.module.modules())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import CodeType
 
 from torch.optim import Optimizer
@@ -11,11 +12,16 @@ _STEP = next((code for code in Optimizer.profile_hook_step.__code__.co_consts if
 """What runs hooks around each step() of a class."""
 
 
+def stepping() -> Iterator[Optimizer]:
+    """The optimisers in whose steps this is called, the innermost first; one may be there twice."""
+    frame = sys._getframe(1)  # the stack and no counter, which an exception in a step would leave wrong
+    while frame is not None:
+        if frame.f_code is _STEP:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
+
+
 def is_nested(optimizer: Optimizer) -> bool:
     """Whether a step hook of this optimiser runs inside another of its steps."""
-    frame, steps = sys._getframe(1), 0  # the stack and no counter, which an exception in a step would leave wrong
-    while frame is not None and steps < 2:
-        if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer:
-            steps += 1
-        frame = frame.f_back
-    return steps == 2
+    steps = (each for each in stepping() if each is optimizer)
+    return next(steps, None) is not None and next(steps, None) is not None

@@ -18,6 +18,7 @@ from kronblocks.ops.choice import plan_seconds
 from kronblocks.ops.operands import autocast_dtype
 from kronblocks.ops.timing import candidates
 from kronblocks.ops.timing_cache import Tables, load_tables
+from kronblocks.sparsity.schedule import SparsitySchedule
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget
 
 MARGIN = 1.1
@@ -279,3 +280,13 @@ def _warn_of_a_low_limit(changes: int) -> None:
             KronblocksWarning,
             stacklevel=2,
         )
+
+
+def layer_changes_to_come(schedule: SparsitySchedule, step: int, targets: Sequence[BlockTarget]) -> int:
+    """How often layers will still be replaced, or be made smaller where that is worth a compilation."""
+    if step >= schedule.end_step:
+        return 0
+    if schedule.lift_step is not None:  # which leaves few slots to give up later
+        return int(step < schedule.lift_step)
+    shrinks = schedule.sparsity_at(schedule.end_step) > schedule.sparsity_at(step)
+    return int(shrinks and any(isinstance(target, LayerTarget) and not target.is_factored for target in targets))

@@ -11,6 +11,7 @@ import torch
 
 from kronblocks.errors import KronblocksWarning
 from kronblocks.sparsity.heads import Heads, Source
+from kronblocks.sparsity.schedule import SparsitySchedule
 from kronblocks.sparsity.targets import BlockTarget
 
 STARVED = 1 / 3
@@ -150,6 +151,17 @@ def warn_of_starved_layers(report: SparsityReport) -> None:
         KronblocksWarning,
         stacklevel=2,
     )
+
+
+def warn_if_too_dense(sparsity: float, schedule: SparsitySchedule, why: str) -> None:
+    """Say so if a training that has ended is a percent or more below its target, for this reason."""
+    if sparsity < schedule.target_sparsity - 0.01:
+        warnings.warn(
+            f"after the training {100 * sparsity:.1f}% of the weights are in zero blocks, not "
+            f"{100 * schedule.target_sparsity:g}%: {why}; pruning ends at step {schedule.end_step} of {schedule.total_steps}",
+            KronblocksWarning,
+            stacklevel=4,
+        )
 
 
 def dead_share(targets: Sequence[BlockTarget]) -> float:

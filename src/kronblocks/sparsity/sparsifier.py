@@ -19,21 +19,21 @@ from kronblocks.sparsity.attachment import Attachment, check_held, check_optimiz
 from kronblocks.sparsity.budget import Scope
 from kronblocks.sparsity.carried import CarriedState
 from kronblocks.sparsity.context import context_at, learning_rates
-from kronblocks.sparsity.distributed import agreed, averaged, follow_replaced_parameters, is_shared
+from kronblocks.sparsity.distributed import agreed, around, averaged, follow_replaced_parameters, is_shared
 from kronblocks.sparsity.following import Movement, Turns, keep_zeros_
 from kronblocks.sparsity.growth import EagerSteps
 from kronblocks.sparsity.heads import Heads
 from kronblocks.sparsity.nested import is_nested
 from kronblocks.sparsity.places import check_none_replaced, stands_there, target_now
-from kronblocks.sparsity.planning import Planner
-from kronblocks.sparsity.report import SparsityReport, count_blocks, dead_share, warn_of_starved_layers
+from kronblocks.sparsity.planning import Planner, layer_changes_to_come
+from kronblocks.sparsity.report import SparsityReport, count_blocks, dead_share, warn_if_too_dense, warn_of_starved_layers
 from kronblocks.sparsity.rules.base import Rule, RuleContext, RuleState, check_multipliers
 from kronblocks.sparsity.rules.fixed import Fixed
 from kronblocks.sparsity.schedule import Phase, SparsitySchedule, continued
 from kronblocks.sparsity.state import STATE_VERSION, check_state
 from kronblocks.sparsity.surgeon import LIFT_WAITS, Surgeon
 from kronblocks.sparsity.targets import BlockTarget, LayerTarget, Score, WeightTarget
-from kronblocks.sparsity.unfollowed import LOST, NOT_ATTACHED, is_attached, wait_for_attach
+from kronblocks.sparsity.unfollowed import LOST, NOT_ATTACHED, is_attached, is_detached, wait_for_attach
 
 
 class Sparsifier:
@@ -76,6 +76,7 @@ class Sparsifier:
         self._eager, self._heads = EagerSteps(), Heads([target.name for target in self.targets], heads)
         self._handles: list[Any] = []  # of all hooks of the attachment
         self._known: list[nn.Parameter] = []  # that held the blocks after the last step
+        self._wrappers: list[Any] = []  # DistributedDataParallel around the model, in weak references
         self._was_removed = False
         self.initial_sparsity = dead_share(self.targets)
         self._has_dead = self.initial_sparsity > 0
@@ -83,14 +84,21 @@ class Sparsifier:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickled one, goes on from the same step but is not attached: torch's optimisers drop hooks when copied."""
-        nothing = {"_optimizers": [], "_turns": Turns((), ()), "_handles": [], "_known": [], "schedule": None}
-        return {**self.__dict__, **nothing}
+        nothing = {"_optimizers": [], "_turns": Turns((), ()), "_handles": [], "_known": [], "_wrappers": []}
+        return {**self.__dict__, **nothing, "schedule": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         wait_for_attach(self)
 
-    def attach(self, optimizers: Optimizer | Sequence[Optimizer], *, total_steps: int, add_penalty: bool = False) -> Attachment:
+    def attach(
+        self,
+        optimizers: Optimizer | Sequence[Optimizer],
+        *,
+        total_steps: int,
+        add_penalty: bool = False,
+        ddp: nn.Module | None = None,
+    ) -> Attachment:
         """Follow these optimisers' steps from now on.
 
         Args:
@@ -99,6 +107,7 @@ class Sparsifier:
             total_steps: optimiser steps of the whole training, what a learning-rate schedule would be given too.
             add_penalty: add the penalty's gradient to the parameters' before each step, after clipping, for a training loop
                 whose loss is out of reach; leave `penalty()` out of the loss then.
+            ddp: the DistributedDataParallel around the model; None: it is looked for, once, among all objects of the process.
 
         Returns:
             A handle whose `remove()` undoes it.
@@ -106,12 +115,11 @@ class Sparsifier:
         Raises:
             KronblocksError: LBFGS, a targeted parameter in none of the optimisers, attached already or followed by another
                 sparsifier, another number of steps than a loaded state had, unless its mask is frozen already, or what could not
-                go on after the lift.
+                go on after the lift; `ddp` is not around the model.
         """
         if self._optimizers:
             raise KronblocksError("this sparsifier is attached already: call remove() on the handle of the first attach")
-        optimizers = [optimizers] if not isinstance(optimizers, Sequence) else optimizers
-        optimizers = [unwrapped(optimizer) for optimizer in optimizers]
+        optimizers = [unwrapped(each) for each in (optimizers if isinstance(optimizers, Sequence) else [optimizers])]
         check_none_replaced(self._follow_layers())
         schedule = self._schedule_for(total_steps, self._known_steps, self.step, self.initial_sparsity)
         check_optimizers(optimizers, self, lifts=schedule.lift_step is not None and not self._is_sharded)
@@ -122,8 +130,9 @@ class Sparsifier:
             )
         if self.targets and not schedule.prunes:
             warnings.warn(f"{schedule.why_not}: nothing is pruned in this run", KronblocksWarning, stacklevel=2)
+        self._wrappers = around(self.model, ddp)
         self.schedule, self._known_steps = schedule, schedule.total_steps
-        self._optimizers = optimizers
+        self._optimizers, self._was_removed = optimizers, False
         number_parts_(optimizers)
         self._turns = Turns(optimizers, self.targets)
         if is_shared():
@@ -139,8 +148,7 @@ class Sparsifier:
         self._handles += self._planner.watch(self.targets)
         self._handles += self._heads.watch(self.model, [target.module for target in self.targets])
         self._prepare_probes()
-        self._was_removed = False
-        is_attached(self)
+        is_attached(self, optimizers)
         return Attachment(self._handles, self._detach)
 
     def _schedule_for(self, total_steps: int, known: int | None, step: int, before: float) -> SparsitySchedule:
@@ -153,6 +161,7 @@ class Sparsifier:
         for target in self.targets:
             target.drop_probe()
         self._optimizers, self._handles, self._known, self.schedule, self._was_removed = [], [], [], None, True
+        is_detached(self)
         if self.without_attach():
             wait_for_attach(self)
 
@@ -164,14 +173,8 @@ class Sparsifier:
 
     def warn_if_too_dense(self, why: str) -> None:
         """Say so if a training has ended and the target is not reached, for a reason that the caller knows."""
-        schedule = self.schedule
-        if schedule is not None and schedule.prunes and self.targets and self.sparsity < schedule.target_sparsity - 0.01:
-            warnings.warn(
-                f"after the training {100 * self.sparsity:.1f}% of the weights are in zero blocks, not "
-                f"{100 * schedule.target_sparsity:g}%: {why}; pruning ends at step {schedule.end_step} of {schedule.total_steps}",
-                KronblocksWarning,
-                stacklevel=3,
-            )
+        if self.schedule is not None and self.schedule.prunes and self.targets:
+            warn_if_too_dense(self.sparsity, self.schedule, why)
 
     @property
     def phase(self) -> Phase:
@@ -213,19 +216,9 @@ class Sparsifier:
 
     def _follow_replaced(self) -> None:
         self._follow_layers()
-        follow_replaced_parameters(self.model)
+        follow_replaced_parameters(self.model, self._wrappers)
         if self._optimizers:
             self._movement.watch(self.targets, self.step)
-
-    def _layer_changes_to_come(self) -> int:
-        """How often layers will still be replaced, or be made smaller where that is worth a compilation."""
-        schedule = self.schedule
-        if schedule is None or self._is_sharded or self.step >= schedule.end_step:
-            return 0
-        if schedule.lift_step is not None:  # which leaves few slots to give up later
-            return int(self.step < schedule.lift_step)
-        shrinks = schedule.sparsity_at(schedule.end_step) > schedule.sparsity_at(self.step)
-        return int(shrinks and any(isinstance(t, LayerTarget) and not t.is_factored for t in self.targets))
 
     @property
     def masks_linears(self) -> bool:
@@ -301,7 +294,8 @@ class Sparsifier:
         if self.step == schedule.end_step and not self._is_sharded and (changed or self._planner.allows_change()):
             changed = self._compact() or changed
         if update or self.step == 1:  # by the end of the first step every layer has seen what it has to do
-            self._planner.decide(self.targets, changed=changed, to_come=self._layer_changes_to_come())
+            to_come = 0 if self._is_sharded else layer_changes_to_come(schedule, self.step, self.targets)
+            self._planner.decide(self.targets, changed=changed, to_come=to_come)
         self._prepare_probes()
 
     def _apply_rule(self, update: bool) -> None:
@@ -396,7 +390,7 @@ class Sparsifier:
         schedule = None if self.schedule is None else self._schedule_for(self.schedule.total_steps, known, step, before)
         if self._surgeon.restore(state["structure"], self._optimizers):
             self._follow_layers()
-            follow_replaced_parameters(self.model)
+            follow_replaced_parameters(self.model, self._wrappers)
         for target in self.targets:
             if target.name in state["masks"]:
                 target.set_mask_(state["masks"][target.name])
