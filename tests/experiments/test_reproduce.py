@@ -207,6 +207,15 @@ def test_page(finished, tmp_path, monkeypatch, capsys):
         write(tmp_path, tmp_path / "none.md")
 
 
+def test_what_is_written_by_hand_stays(finished, tmp_path):
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    table = write(finished / "results", other).read_text().split("## tiny\n\n")[1]
+    by_hand = "# Mine\n\nBefore.\n\n{}\nAfter.\n"
+    page.write_text(by_hand.format("<!-- begin table: tiny -->\nold\n<!-- end table: tiny -->\n"))
+    assert write(finished / "results", page).read_text() == by_hand.format(table)
+    assert write(finished / "results", page).read_text() == by_hand.format(table)
+
+
 def test_the_short_table_and_the_picture(finished, tmp_path):
     rows = read(finished / "results/reproduce-tiny.json")["rows"]
     found = {cell.method: cell for cell in cells(rows)}

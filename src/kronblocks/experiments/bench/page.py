@@ -1,4 +1,4 @@
-"""`kronblocks bench tables`: the page of all results, wholly from the JSON files; a part without a file is left out."""
+"""`kronblocks bench tables`: the tables of all results, from the JSON files; a part without a file is left out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from kronblocks.experiments.bench.tables import (
     deployed_about,
     deployed_table,
     factors_table,
+    fill_or_add,
     find,
     inference_table,
+    kept,
     limit_of,
     ratio,
     step_tables,
@@ -34,45 +36,6 @@ from kronblocks.experiments.bench.variants import other_part, others
 from kronblocks.files import write_text
 
 KINDS = ("ops", "step", "infer", "deploy", "train")
-_INTRO = """# Benchmarks
-
-<!-- written by `kronblocks bench tables` from benchmarks/results: do not edit -->
-
-Everything here is measured against dense `nn.Linear` in the same process and run: all cases take turns, in shuffled order, after
-warm-up and after a check of the very same operands against float64. A time is the median of three repeats, each itself a median;
-**a ratio is dense's time divided by the case's, so above 1 is faster than dense**, and in brackets stand its least and greatest
-value in a repeat. The fastest of a comparison is bold, whoever it is. fp32 everywhere, with bias.
-"""
-_REPRODUCE = """## How to reproduce
-
-```sh
-pip install '.[experiments]'  # in a checkout
-kronblocks bench ops    # one layer, forward and forward + backward: the longest, an hour and more
-kronblocks bench step   # whole training steps of an MLP, and their peak memory
-kronblocks bench infer  # one layer in inference
-kronblocks bench deploy # a whole exported model
-kronblocks bench train  # whole trainings on the clock
-kronblocks bench model --model vit-tiny --seconds 2  # a whole vision transformer
-kronblocks bench tables # this page
-```
-
-On a GPU, where each line has files of its own and `kronblocks bench tables` adds them to this page:
-
-```sh
-pip install '.[experiments,gpu]'  # with a torch that has CUDA
-kronblocks bench step --authors --compiled --device cuda                # the benchmark of the paper's authors; also --dtype tf32
-kronblocks bench step --authors --compiled --device cuda --rows 256 --graphs --no-memory  # without launches, both sides
-kronblocks bench ops --large --compiled --device cuda --dtype bf16      # layers of large models; also --dtype fp32, tf32
-kronblocks bench model --model vit-base --block-size 64 --batch-size 128 --compiled --device cuda --dtype bf16
-kronblocks bench model --model vit-base --block-size 32 --sparsity 0.8 --batch-size 128 --device cuda --dtype bf16 --label 32x32
-```
-
-With `KRONBLOCKS_TUNE=1` and another `--label` they measure the GPU's kernels with tuned sizes.
-
-On an idle machine; `--threads` sets the threads (2 by default), `--quick` takes under two minutes. What is measured is kept in
-`benchmarks/results`, so an interrupted command goes on where it was; `--fresh` measures again, and `--label AVX2` keeps what
-another machine measures in files of its own. `pyfastkron` is optional
-(`pip install --no-deps pyfastkron`); it brings an OpenMP runtime of its own, so it is timed after everything else."""
 
 
 def _load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -317,7 +280,7 @@ def _deploy_part(data: dict[str, Any]) -> list[str]:
 
 
 def write(folder: Path, page: Path) -> Path:
-    """Write the page, and its figures beside it; returns the page.
+    """Write the tables of the page between its markers, and its figures beside it; returns the page.
 
     Raises:
         KronblocksError: a file is damaged, or the page cannot be written.
@@ -329,7 +292,7 @@ def write(folder: Path, page: Path) -> Path:
         raise KronblocksError(f"cannot write into {page.parent}: {error.strerror}; choose another --page") from error
     variants = others(folder)
     summary = _summary_table(parts, variants)
-    text = [_INTRO, *(["## Summary", "", *summary, ""] if summary else [])]
+    text = ["## Summary", "", *summary, ""] if summary else []
     if "step" in parts:
         text += _step_part(parts["step"], figures)
     if "train" in parts:
@@ -342,5 +305,6 @@ def write(folder: Path, page: Path) -> Path:
         text += _infer_part(parts["infer"])
     for data in variants:
         text += other_part(data)
-    write_text(page, "\n".join([*text, _REPRODUCE]) + "\n")
+    before = kept(page, "Benchmarks", "kronblocks bench tables")
+    write_text(page, fill_or_add(before, "benchmarks", text[:-1], "Results"))
     return page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from kronblocks.experiments.bench.cases import BOTH, DENSE, FASTKRON, FORWARD, PEERS
@@ -26,6 +27,20 @@ def fill(text: str, name: str, lines: Sequence[str]) -> str:
     if not pattern.search(text):
         raise SystemExit(f"there is no place for the table {name!r}: write {begin} and {end} where it belongs")
     return pattern.sub(lambda _: "\n".join([begin, "", *lines, "", end]), text)
+
+
+def kept(page: Path, title: str, command: str) -> str:
+    """The page as it is, whose prose is written by hand between its tables; or a new one with nothing but a title."""
+    if page.exists():
+        return page.read_text(encoding="utf-8")
+    return f"# {title}\n\n<!-- between markers: written by `{command}`; the rest is yours -->\n"
+
+
+def fill_or_add(text: str, name: str, lines: Sequence[str], title: str) -> str:
+    """The page with a table between its markers; where there are none, in a section of its own at the end."""
+    if f"<!-- begin table: {name} -->" not in text:
+        text += f"\n## {title}\n\n<!-- begin table: {name} -->\n<!-- end table: {name} -->\n"
+    return fill(text, name, lines)
 
 
 def ratio(value: float) -> str:

@@ -10,8 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kronblocks.blocks import BlockSize
-from kronblocks.experiments.reproduce.statistics import CellResult
-from kronblocks.experiments.reproduce.texts import OURS
+from kronblocks.experiments.reproduce.statistics import OURS, CellResult
 from kronblocks.experiments.styles import COLOURS, OTHER_COLOUR
 
 

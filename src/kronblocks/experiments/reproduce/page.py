@@ -1,4 +1,4 @@
-"""`kronblocks reproduce tables`: the page of the experiments: tables from the JSON files, with the words of texts.py."""
+"""`kronblocks reproduce tables`: the tables of the experiments' page, from the JSON files; its prose is written by hand."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 from kronblocks.blocks import BlockSize
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.bench.results import Row, read
-from kronblocks.experiments.bench.tables import table
+from kronblocks.experiments.bench.tables import fill_or_add, kept, table
 from kronblocks.experiments.reproduce import searches
 from kronblocks.experiments.reproduce.figures import draw
 from kronblocks.experiments.reproduce.published import FOOTNOTE, PUBLISHED
-from kronblocks.experiments.reproduce.statistics import CellResult, cells
+from kronblocks.experiments.reproduce.statistics import OURS, CellResult, cells
 from kronblocks.experiments.reproduce.studies import has_cell
-from kronblocks.experiments.reproduce.texts import INTRO, OURS, REPRODUCE, VARIED, WHERE_BASELINES_WIN
 from kronblocks.experiments.reproduce.trials import words
 from kronblocks.files import write_text
 from kronblocks.methods import spec_of
@@ -25,7 +24,9 @@ BYTES = ("parameters", "gradients", "optimizer_state", "saved_tensors")
 
 
 def write(results: Path, page: Path) -> Path:
-    """Make the page; returns its path.
+    """Write the tables of the page between its markers, and its figures beside it; returns its path.
+
+    A study without a place on the page gets one at its end.
 
     Raises:
         KronblocksError: there are no results.
@@ -33,22 +34,25 @@ def write(results: Path, page: Path) -> Path:
     files, searched = sorted(results.glob("reproduce-*.json")), results / f"{searches.NAME}.json"
     if not files and not searched.exists():
         raise KronblocksError(f"{results} holds no reproduce-*.json: run kronblocks reproduce mlp first, or name another folder")
-    parts = [INTRO, *_overview(results)]
+    text = kept(page, "Experiments", "kronblocks reproduce tables")
+    if overview := _overview(results):
+        text = fill_or_add(text, "summary", overview, "Summary")
     for file in files:
         name, data = file.stem.removeprefix("reproduce-"), read(file)
-        parts += _study(name, data)
+        lines = _study(data)
         if picture := _picture(name, data, page):
-            parts += [f"![Test accuracy over sparsity]({picture})", ""]
+            lines += [f"![Test accuracy over sparsity]({picture})", ""]
+        text = fill_or_add(text, name, lines[:-1], name)
     if searched.exists():
-        parts += searches.page(read(searched))
-    write_text(page, "\n".join([*parts, REPRODUCE]) + "\n")
+        text = fill_or_add(text, "search", searches.page(read(searched))[:-1], "Search for the block size")
+    write_text(page, text)
     return page
 
 
 def _overview(results: Path) -> list[str]:
     """The short table first, once all its trainings are there."""
     try:
-        return ["## Summary", "", *summary(results), ""]
+        return summary(results)
     except KronblocksError:  # trainings are missing
         return []
 
@@ -102,7 +106,7 @@ def _at(found: Sequence[CellResult], method: str, block: str, sparsity: float) -
     raise KronblocksError(f"{method} was not run with blocks of {block} at {100 * sparsity:g}%: run kronblocks reproduce mlp")
 
 
-def _study(name: str, data: dict[str, Any]) -> list[str]:
+def _study(data: dict[str, Any]) -> list[str]:
     found = cells(data["rows"])
     if not found:
         return []
@@ -110,8 +114,6 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
     widths = f" {'-'.join(map(str, settings['widths']))}" if settings["widths"] else ""
     images = f" ({settings['train_images']:,} training images)" if settings.get("train_images") else ""
     lines = [
-        f"## {name}",
-        "",
         f"{settings['data']}{images}, {settings['model']}{widths}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
         f"{len(found[0].rows)} seeds; {data['versions']['processor']}, torch {data['versions']['torch']}.",
         "",
@@ -120,7 +122,7 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
     dense = [cell for cell in found if cell.method == "dense"]
     groups = dict.fromkeys((cell.block, cell.sparsity) for cell in found if cell.block)
     if settings["variants"]:
-        return lines + _variants(name, found, settings)
+        return lines + _variants(found, settings)
     for block, sparsity in sorted(groups, key=lambda key: (key[1], BlockSize.parse(key[0]).area)):
         here = [cell for cell in found if (cell.block, cell.sparsity) == (block, sparsity)]
         here.sort(key=lambda cell: settings["methods"].index(cell.method))
@@ -132,19 +134,17 @@ def _study(name: str, data: dict[str, Any]) -> list[str]:
             lines += [f"Not finished: {missing} trainings are missing.", ""]
             continue
         lines += [*_comparison([*dense, *here], settings), "", *_sizes(here)]
-    return lines + ([WHERE_BASELINES_WIN[name], ""] if name in WHERE_BASELINES_WIN else []) + _trials(data)
+    return lines + _trials(data)
 
 
-def _variants(name: str, found: Sequence[CellResult], settings: dict[str, Any]) -> list[str]:
+def _variants(found: Sequence[CellResult], settings: dict[str, Any]) -> list[str]:
     """The paired difference of every variant to the first one, for each block size."""
     measure = "validation_accuracy"  # test images decide nothing
     base = words(settings["base"])
-    about, decided = VARIED.get(name, (f"Variants of {', '.join(settings['methods'])}", ""))
     lines = [
-        f"{about}: paired differences of **validation** accuracy in points to the first row, and training multiply-adds relative "
-        f"to it. In common: {base}.",
+        f"Variants of {', '.join(settings['methods'])}. Differences of **validation** accuracy, in points, are paired, to the "
+        f"first row; training multiply-adds are relative to it, too. In common: {base}.",
         "",
-        *([decided, ""] if decided else []),
     ]
     places = sorted({(cell.block, cell.sparsity) for cell in found}, key=lambda place: (place[1], BlockSize.parse(place[0]).area))
     columns = ["changed"]

@@ -113,18 +113,10 @@ def _plain(task: dict[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in task.items()}
 
 
-_ABOUT = """Every block size trained apart with two-phase, and the block-size search as `block_size="auto"` runs it before a
-training, on validation data: by halving, short trainings side by side. Beside it the two searches that train all sizes in one
-model: by removal, where the size goes that is missed least for the time it takes, and by the paper's penalty, equal for all. A
-size is as good as the best one if its mean test accuracy is at most one standard deviation between seeds (pooled over the
-sizes) below; the cheapest of these, by the measured time of a training, is what a search should find (bold). Searches and
-trainings ran one after the other on an idle machine; seconds are medians."""
-
-
 def page(data: dict[str, Any]) -> list[str]:
-    """The section of the experiments' page."""
+    """The tables of the experiments' page."""
     versions = data["versions"]
-    lines = ["## Search for the block size", "", _ABOUT, "", f"{versions['processor']}, torch {versions['torch']}.", ""]
+    lines = [f"{versions['processor']}, torch {versions['torch']}.", ""]
     for task in dict.fromkeys(row["task"] for row in data["rows"]):
         rows = [row for row in data["rows"] if row["task"] == task]
         lines += [

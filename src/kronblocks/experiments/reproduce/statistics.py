@@ -11,6 +11,8 @@ import scipy.stats
 
 from kronblocks.experiments.bench.results import Row
 
+OURS = "two-phase"
+
 
 class Difference(NamedTuple):
     """A paired difference of means with its 95% interval (Student's t)."""
