@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from kronblocks import KronblocksError, PenaltyConfig, RankChoice, Rule, ScheduleConfig, SparsityConfig, sparsify_
-from kronblocks.experiments.tasks import OF_SOME_METHODS, RECIPES, has_setting, recipe_of
+from kronblocks.experiments.tasks import OF_SOME_METHODS, RECIPES, TrainConfig, has_setting, recipe_of
 from kronblocks.methods import METHODS, Choices, MethodSpec, register_method, spec_of
 from kronblocks.sparsity.rules.base import cut
 
@@ -104,6 +105,16 @@ def test_the_score_of_a_config_is_that_of_its_rule():
         rule = config.rule()
         assert (rule is None) == (method == "dense")
         assert rule is None or rule.score == config.resolved().score
+
+
+def test_command_lines_have_the_settings_of_a_config_under_the_same_names_and_defaults():
+    line, config = ({f.name: f for f in dataclasses.fields(kind)} for kind in (TrainConfig, SparsityConfig))
+    assert config.keys() - line.keys() == {  # what no command line can give, but target_sparsity, which is --sparsity there
+        *("target_sparsity", "layers", "exclude", "heads", "overrides", "convolutions", "frozen", "rows")
+    }
+    other = {name for name in config.keys() & line.keys() if config[name].default != line[name].default}
+    assert other == {"block_size", "on_mismatch"}  # text there; digits of 10 outputs have no blocks of 16 rows
+    assert TrainConfig(out=Path("x")).sparsity_config() == SparsityConfig(on_mismatch="nearest")
 
 
 def test_the_laboratory_knows_recipes_of_methods_that_there_are():

@@ -13,12 +13,10 @@ from typing import Any, Literal
 from kronblocks.blocks import BlockSize
 from kronblocks.checks import number, one_of, whole
 from kronblocks.errors import KronblocksError
-from kronblocks.methods import METHODS, Choices, Init, Method, MethodSpec, Setting, Storage, TileGroups
+from kronblocks.methods import METHODS, Choices, Method, MethodSpec, Setting, TileGroups
 from kronblocks.ranks import RankChoice
-from kronblocks.settings import BlockSizeLike, LayerOverride, PenaltyConfig, ScheduleConfig, check_factors
-from kronblocks.sparsity.budget import Distribution, Scope
+from kronblocks.settings import BlockSizeLike, LayerOverride, MethodSettings, PenaltyConfig, ScheduleConfig, check_factors
 from kronblocks.sparsity.rules.base import Rule
-from kronblocks.sparsity.targets import Score
 
 CONFIG_VERSION = 1
 
@@ -27,8 +25,9 @@ Frozen = Literal["keep", "sparsify"]
 
 
 @dataclass(frozen=True)
-class SparsityConfig:
-    """What `sparsify_` does.
+class SparsityConfig(MethodSettings):
+    """What `sparsify_` does: which layers, which blocks, which method; and, from `MethodSettings`, how the method goes about it
+    (`gate`, `init`, `score`, `regrow`, `scope`, `distribution`, `storage`, `schedule`, `penalty`, `measure_plans`).
 
     Args:
         method: "two-phase" (the default method of this library), "kron-l1" (the paper's), on the nn.Linear itself "group-lasso",
@@ -52,25 +51,7 @@ class SparsityConfig:
             "dense", or take the "nearest" that does.
         tile_groups: "per-row", or the number of tile banks of each layer; None: the method's own, "per-row" for two-phase and
             1 for kron-l1, as in the paper.
-        gate: a trained gate for each block, the paper's S; None: the method's own, True for kron-l1.
-        init: of factors "random" (orthonormal tiles, the variance of the layer's weights), "spectral" (nearest to these weights,
-            with their variance) or "nearest" (nearest to the present weights: for trained models); None: the method's
-            own. Of rigl's and static's live blocks "random" (the default) or "nearest": those of greatest norm in each layer.
-        score: what blocks are compared by: "norm" (their norm, whatever the scale of their layer), "gate" (|S|) or "taylor"
-            (gradient times weight); None: the method's own, "gate" for kron-l1.
-        regrow: share of the live blocks that is exchanged, at the first mask update, for the dead ones of greatest gradient; it
-            falls to 0 by a cosine. None: the method's own, 0.3 for rigl and 0 for the others that can.
-        scope: one budget over all layers ("global"), of which each keeps a quarter of the mean density unless blocks are scored
-            by "taylor", or the same sparsity in each ("layer").
-        distribution: of rigl's and static's live blocks over the layers: "erk" (Erdos-Renyi: small layers denser; the default) or
-            "uniform".
-        storage: live blocks only ("packed", the default of rigl and static: their cost is real), or the nn.Linear ("dense", the
-            default of magnitude and iterative, which start with all blocks live).
-        schedule: when pruning happens.
-        penalty: for the methods that have one.
         rows: rows of x per step (batch, times tokens) that plans are chosen for; None: what reaches each layer in the first step.
-        measure_plans: choose plans by timings of this machine, taken once for each shape and kept in the cache folder; False: by
-            counted costs alone, the same on every machine.
 
     Raises:
         KronblocksError: a value that is not allowed; says which are.
@@ -92,41 +73,20 @@ class SparsityConfig:
     frozen: Frozen = "keep"
     on_mismatch: Mismatch = "dense"
     tile_groups: TileGroups | None = None
-    gate: bool | None = None
-    init: Init | None = None
-    score: Score | None = None
-    regrow: float | None = None
-    scope: Scope = "global"
-    distribution: Distribution | None = None
-    storage: Storage | None = None
-    schedule: ScheduleConfig = ScheduleConfig()
-    penalty: PenaltyConfig = PenaltyConfig()
     rows: int | None = None
-    measure_plans: bool = True
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
-        for name, kind in (("schedule", ScheduleConfig), ("penalty", PenaltyConfig)):
-            if not isinstance(getattr(self, name), kind):
-                raise KronblocksError(f"{name} is a {kind.__name__}(...), not {getattr(self, name)!r}")
+        super().__post_init__()
         if not isinstance(self.overrides, Mapping):
             raise KronblocksError(f'overrides is a dict such as {{"head": LayerOverride(block_size=8)}}, not {self.overrides!r}')
         one_of("frozen", self.frozen, Frozen)
         one_of("on_mismatch", self.on_mismatch, Mismatch)
-        one_of("scope", self.scope, Scope)
-        for name, allowed in (("init", Init), ("score", Score), ("distribution", Distribution), ("storage", Storage)):
-            if getattr(self, name) is not None:
-                one_of(name, getattr(self, name), allowed)
-        if self.gate is not None and not isinstance(self.gate, bool):
-            raise KronblocksError(f"gate is True, False or None, not {self.gate!r}")
-        if self.regrow is not None:
-            number("regrow", self.regrow, 0, 1, "a share of the live blocks, from 0 to below 1")
         check_factors(self.rank, self.tile_groups)
         if self.rows is not None:
             whole("rows", self.rows, "the rows of x per step")
-        for name in ("measure_plans", "convolutions"):
-            if not isinstance(getattr(self, name), bool):
-                raise KronblocksError(f"{name} is True or False, not {getattr(self, name)!r}")
+        if not isinstance(self.convolutions, bool):
+            raise KronblocksError(f"convolutions is True or False, not {self.convolutions!r}")
         what = "the share of blocks that end as zeros, from 0 to below 1 (0.9 means 90%)"
         number("target_sparsity", self.target_sparsity, 0, 1, what)
         if self.block_size != "auto":

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from kronblocks.blocks import BlockSize
 from kronblocks.checks import number, one_of, whole
 from kronblocks.errors import KronblocksError
-from kronblocks.methods import TileGroups
+from kronblocks.methods import Init, Storage, TileGroups
 from kronblocks.ranks import RankChoice
+from kronblocks.sparsity.budget import Distribution, Scope
 from kronblocks.sparsity.rules.base import Form
 from kronblocks.sparsity.schedule import Shape
+from kronblocks.sparsity.targets import Score
 
 BlockSizeLike = BlockSize | int | str | tuple[int, int]
 
@@ -76,6 +78,58 @@ class PenaltyConfig:
         number("penalty.ridge", self.ridge, 0, float("inf"), "a number from 0 on")
         if self.form == "proximal" and self.growth != PenaltyConfig.growth:
             raise KronblocksError(f"penalty.growth={self.growth} is for form='gradient': a proximal penalty does not grow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """How a method goes about it: the part of a `SparsityConfig` that the laboratory's command lines have too.
+
+    Args:
+        gate: a trained gate for each block, the paper's S; None: the method's own, True for kron-l1.
+        init: of factors "random" (orthonormal tiles, the variance of the layer's weights), "spectral" (nearest to these weights,
+            with their variance) or "nearest" (nearest to the present weights: for trained models); None: the method's
+            own. Of rigl's and static's live blocks "random" (the default) or "nearest": those of greatest norm in each layer.
+        score: what blocks are compared by: "norm" (their norm, whatever the scale of their layer), "gate" (|S|) or "taylor"
+            (gradient times weight); None: the method's own, "gate" for kron-l1.
+        regrow: share of the live blocks that is exchanged, at the first mask update, for the dead ones of greatest gradient; it
+            falls to 0 by a cosine. None: the method's own, 0.3 for rigl and 0 for the others that can.
+        scope: one budget over all layers ("global"), of which each keeps a quarter of the mean density unless blocks are scored
+            by "taylor", or the same sparsity in each ("layer").
+        distribution: of rigl's and static's live blocks over the layers: "erk" (Erdos-Renyi: small layers denser; the default) or
+            "uniform".
+        storage: live blocks only ("packed", the default of rigl and static: their cost is real), or the nn.Linear ("dense", the
+            default of magnitude and iterative, which start with all blocks live).
+        schedule: when pruning happens.
+        penalty: for the methods that have one.
+        measure_plans: choose plans by timings of this machine, taken once for each shape and kept in the cache folder; False: by
+            counted costs alone, the same on every machine.
+    """
+
+    gate: bool | None = None
+    init: Init | None = None
+    score: Score | None = None
+    regrow: float | None = None
+    scope: Scope = "global"
+    distribution: Distribution | None = None
+    storage: Storage | None = None
+    schedule: ScheduleConfig = ScheduleConfig()
+    penalty: PenaltyConfig = PenaltyConfig()
+    measure_plans: bool = True
+
+    def __post_init__(self) -> None:
+        for name, kind in (("schedule", ScheduleConfig), ("penalty", PenaltyConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise KronblocksError(f"{name} is a {kind.__name__}(...), not {getattr(self, name)!r}")
+        one_of("scope", self.scope, Scope)
+        for name, allowed in (("init", Init), ("score", Score), ("distribution", Distribution), ("storage", Storage)):
+            if getattr(self, name) is not None:
+                one_of(name, getattr(self, name), allowed)
+        if self.gate is not None and not isinstance(self.gate, bool):
+            raise KronblocksError(f"gate is True, False or None, not {self.gate!r}")
+        if self.regrow is not None:
+            number("regrow", self.regrow, 0, 1, "a share of the live blocks, from 0 to below 1")
+        if not isinstance(self.measure_plans, bool):
+            raise KronblocksError(f"measure_plans is True or False, not {self.measure_plans!r}")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 
@@ -17,13 +17,12 @@ from kronblocks.config import Mismatch, PenaltyConfig, ScheduleConfig, SparsityC
 from kronblocks.errors import KronblocksError
 from kronblocks.experiments.models import TRANSFORMERS, ModelName
 from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE
-from kronblocks.methods import METHODS, Init, Method, Storage, TileGroups, spec_of
+from kronblocks.methods import METHODS, Method, Setting, TileGroups, spec_of
 from kronblocks.search.halving import Goal
-from kronblocks.sparsity.budget import Distribution, Scope
-from kronblocks.sparsity.targets import Score
+from kronblocks.settings import MethodSettings
 
-OF_SPARSITY = ("rank", "tile_groups", "gate", "init", "score", "regrow", "distribution", "storage", "scope")
-"""Settings of a `SparsityConfig` that only some methods have."""
+OF_SPARSITY = tuple(name for name in get_args(Setting) if "." not in name and name != "penalty")
+"""Settings of a `SparsityConfig` that only some methods have; parts of its schedule and its penalty apart."""
 
 OF_FACTORS = ("factor_lr_scale", "tile_lr_scale")
 """Optimiser settings for factors."""
@@ -153,8 +152,11 @@ class ModelAndData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig(ModelAndData):
-    """What `train` and `compare` have in common."""
+class TaskConfig(MethodSettings, ModelAndData):
+    """What `train` and `compare` have in common.
+
+    How a method goes about it is said as in a `SparsityConfig`, of which this has the fields that a command line can give.
+    """
 
     out: Path
     """Folder for the results; must be new or empty, unless --resume."""
@@ -180,28 +182,10 @@ class TaskConfig(ModelAndData):
     """Of free block values; unset: as --factor-weight-decay."""
     tile_groups: str | None = None
     """Tile banks of a layer: per-row, or a number; unset: the method's own (two-phase per-row, kron-l1 1)."""
-    init: Init | None = None
-    """Of factors and sparse starts; unset: nearest with --start-from, else the method's own (kron-l1 spectral, others random)."""
-    gate: bool | None = None
-    """A trained gate for each block; unset: the method's own (kron-l1 only)."""
-    score: Score | None = None
-    """What blocks are compared by: norm, gate or taylor; unset: the method's own (kron-l1 gate, the others norm)."""
-    regrow: float | None = None
-    """Share of the live blocks exchanged for dead ones at the first update; unset: the method's own (rigl 0.3, others 0)."""
-    scope: Scope = "global"
-    """One budget over all layers, or the same sparsity in each."""
-    distribution: Distribution | None = None
-    """Of live blocks over the layers, for methods that are sparse from the start; unset: erk."""
-    storage: Storage | None = None
-    """Of methods of free values: live blocks only (packed; rigl and static unless set), or dense (magnitude and iterative)."""
     on_mismatch: Mismatch = "nearest"
     """Layers that the block size does not divide: nearest size that does, or left dense."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
-    measure_plans: bool = True
-    """Choose how layers compute by timings of this machine; False: by counted costs alone."""
     start_from: Path | None = None
-    """Start from the weights of a finished training: its folder."""
+    """Start from the weights of a finished training: its folder; unset, --init is nearest then."""
     distill: float | None = None
     """Share of the distance to that model's outputs in the loss, 0 to 1; unset: learn from the labels only."""
     resume: bool = False
@@ -210,7 +194,8 @@ class TaskConfig(ModelAndData):
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ModelAndData.__post_init__(self)
+        MethodSettings.__post_init__(self)
         if self.tile_groups is not None:
             tile_groups(self.tile_groups)
         if self.distill is not None and self.start_from is None:
@@ -258,24 +243,13 @@ class TrainConfig(TaskConfig):
 
     def sparsity_config(self) -> SparsityConfig:
         """What `sparsify_` is given."""
-        return SparsityConfig(
-            method=self.method,
-            block_size=self.block_size,
-            rank=self.rank,
-            target_sparsity=self.sparsity,
-            on_mismatch=self.on_mismatch,
-            gate=self.gate,
-            init="nearest" if self.init is None and self.start_from and spec_of(self.method).draws_start else self.init,
-            score=self.score,
-            regrow=self.regrow,
-            scope=self.scope,
-            distribution=self.distribution,
-            storage=self.storage,
-            tile_groups=None if self.tile_groups is None else tile_groups(self.tile_groups),
-            schedule=self.schedule,
-            penalty=self.penalty,
-            measure_plans=self.measure_plans,
-        )
+        names = {f.name for f in dataclasses.fields(SparsityConfig)} & {f.name for f in dataclasses.fields(self)}
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names} | {"target_sparsity": self.sparsity}
+        if self.tile_groups is not None:
+            settings["tile_groups"] = tile_groups(self.tile_groups)
+        if self.init is None and self.start_from and spec_of(self.method).draws_start:
+            settings["init"] = "nearest"
+        return SparsityConfig(**settings)
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, as plain values: everything but where it is written and how it is shown."""
