@@ -9,7 +9,7 @@ from kronblocks.errors import KronblocksError
 from kronblocks.ops import factored
 from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.operands import autocast, check_factors, check_product
-from kronblocks.ops.packed import packed_linear
+from kronblocks.ops.packed import checked_packed_linear
 from kronblocks.ops.plans import dense, plan_named
 
 
@@ -42,7 +42,7 @@ def _packed(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: 
         raise KronblocksError(f"live is for a grid of {index.grid}, but coeff is for {tuple(coeff.shape[:2])}")
     values = factored.live_blocks(coeff, tiles, index)  # in the order of the entries, so these are their slots
     entries = torch.arange(len(index.slot), dtype=torch.int32, device=values.device)
-    return packed_linear(x, values, index._replace(slot=entries), bias)
+    return checked_packed_linear(x, values, index._replace(slot=entries), bias)
 
 
 def kron_linear(

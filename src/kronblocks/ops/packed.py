@@ -135,6 +135,12 @@ def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | N
             f"values must be (capacity, rows, cols) with the index's capacity, {len(index.slot)}, not {tuple(shape)}"
         )
     check_product(x, n1, shape[2], bias, m1 * shape[1], {"values": values}, index.crow)
+    return checked_packed_linear(x, values, index, bias)
+
+
+def checked_packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None) -> Tensor:
+    """`packed_linear` of operands that are known to fit together, in the dtype that autocast wants."""
     if x.dim() == 2:
         return _packed_linear(x, values, bias, *index)
-    return _packed_linear(x.reshape(-1, x.shape[-1]), values, bias, *index).reshape(*x.shape[:-1], m1 * shape[1])
+    rows = _packed_linear(x.reshape(-1, x.shape[-1]), values, bias, *index)
+    return rows.reshape(*x.shape[:-1], rows.shape[-1])
