@@ -23,6 +23,8 @@ from kronblocks import KronblocksError, KronblocksWarning, ScheduleConfig, Spars
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.sparsity import growth
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("settings", [config("rigl"), config("rigl", storage="dense"), config(regrow=0.3)])
 def test_regrowth_in_a_compiled_model(settings):

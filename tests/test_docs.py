@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "design.md"], ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page, request):
     there = set(METHODS)
@@ -34,6 +35,7 @@ def test_the_code_of_a_page_runs(page, request):
         assert all(torch.equal(a, b) for a, b in zip(scope["model"].parameters(), scope["again"].parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scale", "reliability"])
 def test_a_generated_page_is_what_its_program_writes(name, tmp_path):
     before = (ROOT / "docs" / f"{name}.md").read_text()

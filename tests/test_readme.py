@@ -29,6 +29,7 @@ def front(monkeypatch) -> ModuleType:
     return importlib.import_module("front")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [README, INDEX], ids=["readme", "index"])
 def test_the_first_code_runs_and_prints_what_is_shown(page, capsys):
     code, shown = next(PRINTED.finditer(page)).groups()

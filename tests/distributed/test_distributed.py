@@ -14,6 +14,8 @@ import torch
 
 from kronblocks import from_pretrained, save_pretrained
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("worker.py")
 
 

@@ -13,6 +13,8 @@ from kronblocks import KroneckerBlockLinear, SparsityConfig, lift_, sparsify_
 from kronblocks.experiments import accounting
 from kronblocks.experiments.models import build_model
 
+pytestmark = pytest.mark.slow
+
 
 def counted(model: nn.Module, x: torch.Tensor) -> tuple[int, int]:
     """Multiply-adds of forward, and of forward and backward, by torch's own counter (2 operations each)."""

@@ -14,6 +14,8 @@ from kronblocks.experiments.tasks import TrainConfig
 from kronblocks.experiments.train import train
 from kronblocks.experiments.trained import trained_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

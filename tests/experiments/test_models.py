@@ -19,6 +19,7 @@ def test_transformers_have_the_papers_numbers_of_parameters(name, number):
     assert sum(p.numel() for p in model.parameters()) == number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit-tiny", "swin-tiny"])
 def test_transformers_scale_images_and_train_block_sparse(name):
     torch.manual_seed(0)

@@ -48,6 +48,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_rows_of_a_campaign(finished):
     data = read(finished / "results/reproduce-tiny.json")
     tuned = [row for row in data["rows"] if row["part"] == "tune"]
@@ -63,7 +64,14 @@ def test_rows_of_a_campaign(finished):
     assert kept == [".lock", "config.json", "result.json"]
 
 
-def test_variants_of_one_method(tmp_path):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Trainings in threads of this process, where nothing has to be imported first. Those of `finished` have processes."""
+    monkeypatch.setattr(campaign, "ProcessPoolExecutor", lambda jobs, context, initializer: ThreadPoolExecutor(1))
+
+
+@pytest.mark.slow
+def test_variants_of_one_method(tmp_path, in_this_process):
     variants = {"as it is": {}, "rank 1": {"rank": 1}}
     study = dataclasses.replace(TINY, name="some", methods=("two-phase",), variants=variants)
     rows = Campaign(study, tmp_path / "results", tmp_path / "work", jobs=2).run().rows
@@ -89,11 +97,13 @@ def recorded(monkeypatch, accuracy=lambda job: 0.5):
     return ran
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_run_again(finished, monkeypatch):
     monkeypatch.setattr(campaign, "_finished", lambda pending, jobs: pytest.fail("run again") if pending else ())
     Campaign(TINY, finished / "results", finished / "work", jobs=2).run()
 
 
+@pytest.mark.slow
 def test_what_an_earlier_revision_of_a_method_did_is_run_again(finished, tmp_path, monkeypatch):
     (tmp_path / "reproduce-tiny.json").write_bytes((finished / "results/reproduce-tiny.json").read_bytes())
     monkeypatch.setitem(METHODS, "rigl", dataclasses.replace(spec_of("rigl"), revision=spec_of("rigl").revision + 1))
@@ -104,18 +114,18 @@ def test_what_an_earlier_revision_of_a_method_did_is_run_again(finished, tmp_pat
     assert [job.part for job in run_again] == ["tune"] * 2 + ["compare"] * 2
 
 
+@pytest.mark.slow
 def test_another_campaign_does_not_go_on_in_the_same_file(finished):
     with pytest.raises(KronblocksError, match="other settings"):
         Campaign(dataclasses.replace(TINY, rates=None), finished / "results", finished / "work", jobs=2)
 
 
-def test_a_trial_that_diverges_is_never_the_best_and_a_comparison_that_does_is_an_error(tmp_path, monkeypatch):
+def test_a_trial_that_diverges_is_never_the_best_and_a_comparison_that_does_is_an_error(tmp_path, monkeypatch, in_this_process):
     def train(config):
         if (config.method == "dense" and config.lr == 8e-3) or (config.method == "rigl" and config.seed == 1):
             raise Diverged("weights are not finite")
         return dict.fromkeys(campaign.MEASURED, 0.5)
 
-    monkeypatch.setattr(campaign, "ProcessPoolExecutor", lambda jobs, context, initializer: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(campaign, "_train", train)
     study = Campaign(TINY, tmp_path / "results", tmp_path / "work", jobs=1)
     with pytest.raises(KronblocksError, match="rigl-4-0.5-t0-s1-r[0-9]+: weights are not finite"):
@@ -125,7 +135,7 @@ def test_a_trial_that_diverges_is_never_the_best_and_a_comparison_that_does_is_a
     assert best_trial(study.results.rows, Cell("dense", "", 0.0), (100,)) == 0
 
 
-def test_trials_go_on_beyond_the_first_grid_while_the_best_lies_at_an_edge(tmp_path, monkeypatch):
+def test_trials_go_on_beyond_the_first_grid_while_the_best_lies_at_an_edge(tmp_path, monkeypatch, in_this_process):
     wanted = {"lr": 3.2e-2, "rank": 4}
     trained = []
 
@@ -134,7 +144,6 @@ def test_trials_go_on_beyond_the_first_grid_while_the_best_lies_at_an_edge(tmp_p
         accuracy = 1 - abs(math.log2(config.lr / wanted["lr"])) / 10 - abs(math.log2(config.rank / wanted["rank"])) / 20
         return {**dict.fromkeys(campaign.MEASURED, 0.5), "validation_accuracy": accuracy, "blocks": "4x4"}
 
-    monkeypatch.setattr(campaign, "ProcessPoolExecutor", lambda jobs, context, initializer: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(campaign, "_train", train)
     study = dataclasses.replace(TINY, methods=("two-phase",), rates=None, seeds=(0,))
     rows = Campaign(study, tmp_path, tmp_path / "work", jobs=1).run().rows
@@ -183,6 +192,7 @@ def test_rows_of_other_settings_are_run_again_and_those_of_other_cells_stay(tmp_
         Campaign(dataclasses.replace(variants, variants={"as it is": {"rank": 1}}), tmp_path, tmp_path / "work", jobs=1)
 
 
+@pytest.mark.slow
 def test_a_working_folder_of_other_settings_is_begun_anew(tmp_path):
     study = dataclasses.replace(TINY, epochs=1)
     config = study.training(Cell("two-phase", "4", 0.5), {"lr": 4e-3}, 0, tmp_path / "run")
@@ -194,6 +204,7 @@ def test_a_working_folder_of_other_settings_is_begun_anew(tmp_path):
     assert not (tmp_path / "run/left").exists() and '"lr": 0.008' in (tmp_path / "run/config.json").read_text()
 
 
+@pytest.mark.slow
 def test_page(finished, tmp_path, monkeypatch, capsys):
     page = write(finished / "results", tmp_path / "experiments.md").read_text()
     rows = read(finished / "results/reproduce-tiny.json")["rows"]
@@ -207,6 +218,7 @@ def test_page(finished, tmp_path, monkeypatch, capsys):
         write(tmp_path, tmp_path / "none.md")
 
 
+@pytest.mark.slow
 def test_what_is_written_by_hand_stays(finished, tmp_path):
     page, other = tmp_path / "page.md", tmp_path / "other.md"
     table = write(finished / "results", other).read_text().split("## tiny\n\n")[1]
@@ -216,6 +228,7 @@ def test_what_is_written_by_hand_stays(finished, tmp_path):
     assert write(finished / "results", page).read_text() == by_hand.format(table)
 
 
+@pytest.mark.slow
 def test_the_short_table_and_the_picture(finished, tmp_path):
     rows = read(finished / "results/reproduce-tiny.json")["rows"]
     found = {cell.method: cell for cell in cells(rows)}
@@ -237,7 +250,8 @@ def test_a_block_size_can_take_the_settings_of_another():
     assert {study.tuned_for(cell) for cell in study.table()} == set(study.tuned())
 
 
-def test_settings_may_come_from_another_study_and_single_weights_have_no_factors(tmp_path):
+@pytest.mark.slow
+def test_settings_may_come_from_another_study_and_single_weights_have_no_factors(tmp_path, in_this_process):
     chosen = {method: {"lr": 4e-3} for method in ("dense", "two-phase", "magnitude")}
     study = dataclasses.replace(
         TINY, methods=tuple(chosen), cells=(("1", 0.5), ("4", 0.5)), chosen=chosen, seeds=(0,), tuning_seeds=(), epochs=1
@@ -263,7 +277,8 @@ def test_every_method_has_as_many_trials_and_every_training_of_the_studies_can_b
                 study.training(cell, study.settings(cell.method, number), 0, tmp_path)
 
 
-def test_a_study_of_ones_own(tmp_path, capsys, monkeypatch):
+@pytest.mark.slow
+def test_a_study_of_ones_own(tmp_path, capsys, monkeypatch, in_this_process):
     words = "reproduce mlp --name mine --data digits --methods magnitude --block-sizes 8 --sparsities 0.5 --seeds 7 --epochs 1"
     config = ReproduceConfig(
         what="mlp", name="mine", data="digits", methods=("magnitude",), block_sizes=("8", "16x4"), sparsities=(0.5, 0.75)
@@ -326,6 +341,7 @@ def test_paired_differences_and_their_interval():
     assert paired([1.0], [0.0]).low == -math.inf
 
 
+@pytest.mark.slow
 def test_searches_beside_trainings_of_every_size(tmp_path, monkeypatch):
     task = {"data": "digits", "model": "mlp", "widths": (16,), "epochs": 2, "batch_size": 8, "sparsity": 0.5}
     study = SearchStudy({"digits": task}, sizes=("2", "4"), seeds=(0,), threads=1)

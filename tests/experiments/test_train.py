@@ -5,11 +5,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +37,7 @@ def lasting(result: dict) -> dict:
     return {**kept, "history": [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in result["history"]]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["two-phase", "kron-l1", "group-lasso", "elastic-group-lasso", "rigl", "iterative", "magnitude", "static", "dense"]
 )
@@ -73,6 +69,7 @@ def test_every_method_trains_and_tells_the_truth(tmp_path, method):
     assert list((tmp_path / "run").glob("tensorboard/*/events*"))
 
 
+@pytest.mark.slow
 def test_dense_training_macs_are_three_products_less_the_first_input_gradient(tmp_path):
     result = training.train(config(tmp_path / "run", method="dense", epochs=1))
     samples = 1294
@@ -80,6 +77,7 @@ def test_dense_training_macs_are_three_products_less_the_first_input_gradient(tm
     assert result["inference_macs_per_sample"] == 64 * 64 + 64 * 32 + 32 * 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"method": "magnitude"}, {"method": "magnitude", "storage": "packed"}, {"method": "static"}]
 )
@@ -95,10 +93,27 @@ class Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["two-phase", "kron-l1", "magnitude"])
-@pytest.mark.parametrize("after", [1, 2, 3])  # of 4 epochs: two-phase lifts in the second and heals from the third
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, method, after):
-    whole = training.train(config(tmp_path / "whole", method=method))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder and the result of a training that nothing happens to, once for each method."""
+    done: dict[str, tuple[Path, dict]] = {}
+
+    def of(method: str) -> tuple[Path, dict]:
+        if method not in done:
+            out = tmp_path_factory.mktemp(method) / "whole"
+            done[method] = out, training.train(config(out, method=method))
+        return done[method]
+
+    return of
+
+
+# of 4 epochs: two-phase lifts in the second and heals from the third
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "after"), [("two-phase", 1), ("two-phase", 2), ("two-phase", 3), ("kron-l1", 2), ("magnitude", 2)]
+)
+def test_interrupted_and_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch, method, after):
+    out, expected = whole(method)
 
     class Dies(training.Classification):
         def on_train_batch_start(self, batch, batch_idx):
@@ -112,27 +127,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, met
     assert not (tmp_path / "parts" / "result.json").exists()
     torch.manual_seed(12345)
     resumed = training.train(config(tmp_path / "parts", method=method, resume=True))
-    assert lasting(resumed) == lasting(whole)
-    saved = [{path.name: path.read_bytes() for path in (tmp_path / run / "model").iterdir()} for run in ("parts", "whole")]
+    assert lasting(resumed) == lasting(expected)
+    saved = [{path.name: path.read_bytes() for path in (run / "model").iterdir()} for run in (tmp_path / "parts", out)]
     assert saved[0] == saved[1] and len(saved[0]) == 2
-    assert (tmp_path / "parts/masks.safetensors").read_bytes() == (tmp_path / "whole/masks.safetensors").read_bytes()
+    assert (tmp_path / "parts/masks.safetensors").read_bytes() == (out / "masks.safetensors").read_bytes()
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    """SIGKILL at an arbitrary moment after the first checkpoint, in a process of its own."""
-    whole = training.train(config(tmp_path / "whole", epochs=12))
-    settings = "--data digits --epochs 12 --widths 64 32 --block-size 8 --rank 2 --batch-size 64 --progress False --threads 1"
-    command = [sys.executable, "-m", "kronblocks", "train", "--out", str(tmp_path / "parts"), *settings.split()]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "parts").glob("checkpoints/*.ckpt")) and process.poll() is None:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "parts" / "result.json").exists(), "the training ended before it could be killed"
-    resumed = training.train(config(tmp_path / "parts", epochs=12, resume=True))
-    assert lasting(resumed) == lasting(whole)
-
-
+@pytest.mark.slow
 def test_a_finished_training_is_not_run_again(tmp_path):
     first = training.train(config(tmp_path / "run", epochs=1))
     before = (tmp_path / "run" / "result.json").stat().st_mtime_ns
@@ -140,6 +141,7 @@ def test_a_finished_training_is_not_run_again(tmp_path):
     assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_folder_of_an_earlier_version_goes_on(tmp_path):
     """Written before some settings existed, and with a result that said less."""
     first = training.train(config(tmp_path / "run", epochs=1))
@@ -180,6 +182,7 @@ def test_comparisons_give_free_values_settings_to_methods_that_have_some(tmp_pat
     assert [run.lifted_lr_scale for run in packed.runs()] == [2.0]
 
 
+@pytest.mark.slow
 def test_folders_in_use_are_refused(tmp_path):
     out = tmp_path / "run"
     training.train(config(out, epochs=1))
@@ -194,22 +197,24 @@ def test_folders_in_use_are_refused(tmp_path):
         training.train(config(tmp_path / "file" / "run"))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle"])
-def test_damaged_checkpoints_are_refused_and_left_alone(tmp_path, damage):
+@pytest.mark.slow
+def test_damaged_checkpoints_are_refused_and_left_alone(tmp_path):
     out = tmp_path / "run"
     training.train(config(out, epochs=1))
     (out / "result.json").unlink()
     checkpoint = next((out / "checkpoints").iterdir())
-    if damage == "truncated":
-        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    elif damage == "foreign":
-        torch.save({"state_dict": {}}, checkpoint)
-    else:
-        torch.save(Path("/tmp"), checkpoint)  # an object that only unpickling would make
-    before = checkpoint.read_bytes()
-    with pytest.raises(KronblocksError, match=r"cannot be read|is not a checkpoint"):
-        training.train(config(out, epochs=1, resume=True))
-    assert checkpoint.read_bytes() == before and not (out / "result.json").exists()
+    whole = checkpoint.read_bytes()
+    for damage in ("truncated", "foreign", "pickle"):
+        if damage == "truncated":
+            checkpoint.write_bytes(whole[:1000])
+        elif damage == "foreign":
+            torch.save({"state_dict": {}}, checkpoint)
+        else:
+            torch.save(Path("/tmp"), checkpoint)  # an object that only unpickling would make
+        before = checkpoint.read_bytes()
+        with pytest.raises(KronblocksError, match=r"cannot be read|is not a checkpoint"):
+            training.train(config(out, epochs=1, resume=True))
+        assert checkpoint.read_bytes() == before and not (out / "result.json").exists(), damage
 
 
 @pytest.mark.parametrize(
@@ -272,6 +277,7 @@ def test_compare_runs_every_method_and_seed_once(tmp_path):
     assert [(run.method, run.seed) for run in runs] == [("dense", 1), ("kron-l1", 1), ("dense", 2), ("kron-l1", 2)]
 
 
+@pytest.mark.slow
 def test_auto_searches_once_and_trains_what_was_found(tmp_path, monkeypatch):
     settings = {"block_size": "auto", "epochs": 16, "batch_size": 32, "candidates": ("4", "8", "16")}
     result = training.train(config(tmp_path / "run", **settings))
@@ -290,6 +296,7 @@ def test_auto_searches_once_and_trains_what_was_found(tmp_path, monkeypatch):
     assert "## The search for the block size" in (tmp_path / "report/report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["halving", "removal", "penalty --weights equal --strength 20"])
 def test_search_on_the_command_line(tmp_path, capsys, criterion):
     line = f"search --data digits --widths 32 --epochs 4 --batch-size 32 --sizes 2 4 --threads 1 --criterion {criterion}"
@@ -330,6 +337,7 @@ def test_compare_gives_new_settings_to_the_methods_that_have_them(tmp_path):
     assert [(run.block_size, run.out.name) for run in runs] == [("16", "dense-s0"), ("auto", "two-phase-auto-s0")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit-tiny", "swin-tiny"])
 def test_a_short_training_of_the_papers_transformers(tmp_path, name):
     few = {"image_size": 32, "train_images": 48, "test_images": 20, "epochs": 2, "batch_size": 8, "measure_plans": False}

@@ -10,6 +10,8 @@ import pytest
 from tests.in_the_field import averages, compilers, habits, loaders, loops, optimisers, trainers, wrappers
 from tests.in_the_field.cases import CASES, GROUPS, Case
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ROOMS = (loops, habits, trainers, averages, wrappers, optimisers, loaders, compilers)
 

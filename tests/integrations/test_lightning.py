@@ -229,6 +229,7 @@ with open(f"{folder}/{trainer.global_rank}", "w") as file:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "method", "layer"),
     [("ddp", "two-phase", "BlockSparse"), ("shards", "rigl", "FSDPBlockSparse"), ("shards", "two-phase", "FSDPKroneckerBlock")],

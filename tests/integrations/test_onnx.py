@@ -10,7 +10,7 @@ from kronblocks import BlockSparseLinear, KronblocksError, KroneckerBlockLinear,
 from kronblocks.integrations import onnx as module
 from kronblocks.integrations.onnx import PlainFactors, save_onnx
 
-pytestmark = pytest.mark.needs("onnx")
+pytestmark = [pytest.mark.slow, pytest.mark.needs("onnx")]
 
 
 def run(path, *inputs):

@@ -25,6 +25,8 @@ from kronblocks import SparsityConfig, parameter_groups, save_pretrained, sparsi
 from kronblocks.saving import from_pretrained
 from kronblocks.sparsity.report import count_blocks
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 
 

@@ -109,6 +109,7 @@ def test_what_is_saved_or_copied_is_an_ordinary_tensor(layer):
     assert torch.equal(loaded, weight)
 
 
+@pytest.mark.slow
 def test_in_compiled_code_and_under_torch_func():
     layer = LAYERS["free"]()
     x = torch.randn(3, 8)

@@ -74,6 +74,7 @@ def built(monkeypatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True, but")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("grad", [False, True])
@@ -90,6 +91,7 @@ def test_encoders_in_eval_give_what_their_layers_give(model, mask, grad, past_th
     assert not built
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("exclude", [(), ("layers.0.*",)])
 @pytest.mark.parametrize("settings", [{"method": "two-phase"}, {"method": "rigl"}, {"method": "rigl", "storage": "dense"}])
@@ -108,6 +110,7 @@ def test_validation_with_padding_while_hooks_are_on_the_layers(settings, exclude
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 def test_compiled_encoders_call_their_layers_too():
     model, x, called = sparse().eval(), torch.randn(2, 8, 32), []
 

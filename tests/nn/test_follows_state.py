@@ -90,7 +90,19 @@ def test_a_layer_computes_with_what_its_buffers_hold(make, write, expected_weigh
     assert torch.equal(layer.nonzero_blocks(), OTHER)
 
 
-@pytest.mark.parametrize("write", WRITES)
+ALL = [(kind, plan) for kind in ("kron", "kron-groups", "kron-gate") for plan in ("dense", "tile_first", "coeff_first", "packed")]
+ALL += [("free", "dense"), ("free", "packed")]
+# one layer of each storage and way to multiply; what differs between the others is not compiled, or is in the whole list
+FEW = [("kron", "packed"), ("kron-gate", "tile_first"), ("free", "packed")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "write"),
+    [(make, write) for write in WRITES for make in (ALL if write is loaded else FEW)],
+    indirect=["make"],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else value.__name__,
+)
 def test_so_does_compiled_code(make, write, expected_weight):
     """The operators look, since compiled code cannot: forward and backward agree with a layer that was made like this."""
     layer, source = pruned(make), other(make)
@@ -107,6 +119,7 @@ def test_so_does_compiled_code(make, write, expected_weight):
         torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-4)  # sums of at most 75 fp32 products
 
 
+@pytest.mark.slow
 def test_writes_of_the_same_shapes_do_not_compile_again(make, expected_weight):
     """Averages write at every step."""
     layer, sources = pruned(make), [other(make), pruned(make), other(make)]
@@ -118,6 +131,7 @@ def test_writes_of_the_same_shapes_do_not_compile_again(make, expected_weight):
             computed(compiled, layer, expected_weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [(kind, "packed") for kind in ("kron", "kron-groups", "kron-gate")], ids="-".join, indirect=True)
 def test_more_live_blocks_than_compiled_code_has_room_for_are_refused(make):
     """Only the packed plan of factors has a list of live blocks that grows."""
@@ -131,8 +145,13 @@ def test_more_live_blocks_than_compiled_code_has_room_for_are_refused(make):
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("where", ["cpu", "meta"])
-@pytest.mark.parametrize("compile_", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "where", "compile_"),
+    [(make, where, compile_) for compile_ in (False, True) for where in ("cpu", "meta") for make in (FEW if compile_ else ALL)],
+    indirect=["make"],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else str(value),
+)
 def test_functional_call_with_the_state_of_another(make, where, compile_, expected_weight):
     """The module may be a skeleton without values, as in torch's recipe for ensembles."""
     skeleton = copy.deepcopy(pruned(make)).to(where)
@@ -179,6 +198,7 @@ def test_buffers_broadcast_to_replicas(make, expected_weight):
     computed(layer, layer, expected_weight)
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_layer_that_was_written_into(make, expected_weight):
     layer, source = pruned(make), other(make)
     copied_in_place(layer, source)
@@ -189,6 +209,7 @@ def test_a_copy_of_a_layer_that_was_written_into(make, expected_weight):
     computed(again, source, expected_weight)
 
 
+@pytest.mark.slow
 def test_exported_programs_hold_the_mask_of_that_moment(make, expected_weight):
     layer, source = pruned(make), other(make)
     copied_in_place(layer, source)

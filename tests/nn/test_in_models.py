@@ -11,6 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from kronblocks import BlockSparseLinear, KroneckerBlockLinear
 
+pytestmark = pytest.mark.slow
+
 
 def kron(plan: str, **settings):
     return lambda n, m: KroneckerBlockLinear(n, m, "4x2", 2, plan=plan, **settings)

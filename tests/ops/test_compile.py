@@ -6,6 +6,8 @@ import torch
 from kronblocks import BlockIndex, kron_linear, packed_linear
 from kronblocks.ops.plans import PLAN_NAMES
 
+pytestmark = pytest.mark.slow
+
 LIVE = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
 INDEX = BlockIndex.from_mask(LIVE)
 

@@ -169,6 +169,7 @@ def test_torch_follows_its_own_runtime_and_keeps_its_threads():
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 def test_import_neither_loads_nor_warns():
     code = "import kronblocks; from kronblocks.ops.backends import library; print(library._loader._tried)"
     assert run(code, KRONBLOCKS_NATIVE="/nowhere/_native.so") == "False"
@@ -191,6 +192,7 @@ print(*library.openmp_runtimes(maps), sep="\\n")
 """
 
 
+@pytest.mark.slow
 @on_linux
 @needs_library
 def test_its_openmp_is_torchs():
@@ -199,6 +201,7 @@ def test_its_openmp_is_torchs():
     assert TORCH in Path(provider).parents or TORCH.with_suffix(".libs") in Path(provider).parents
 
 
+@pytest.mark.slow
 @on_linux
 @needs_library
 def test_a_runtime_that_another_package_keeps_to_itself_is_no_conflict():

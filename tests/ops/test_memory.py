@@ -95,6 +95,7 @@ def test_nothing_is_kept_without_gradients():
         assert kept_bytes(lambda plan=plan: kron_linear(x, coeff, tiles, plan=plan)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", FACTORED)
 def test_compiled_plans_keep_x_only(plan):
     x, coeff, tiles = factors(1)

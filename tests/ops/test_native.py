@@ -198,6 +198,7 @@ def test_nan_of_dead_blocks_goes_nowhere(instruction_set):
         assert all(torch.isfinite(t).all() for t in gradients)
 
 
+@pytest.mark.slow
 def test_limit_by_environment():
     """KRONBLOCKS_ISA names the kernels to take; nonsense is ignored."""
     code = "from kronblocks.ops.backends import native; print(native.instruction_set())"

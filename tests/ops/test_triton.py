@@ -16,7 +16,7 @@ from kronblocks.ops.backends.triton import packed, tuning
 from kronblocks.ops.backends.triton import sizes as suited
 from kronblocks.ops.plans import PLANS
 
-pytestmark = pytest.mark.needs("triton")
+pytestmark = [pytest.mark.slow, pytest.mark.needs("triton")]
 
 DTYPES = (torch.float64, torch.float32, torch.float16)  # the interpreter multiplies the bits of bfloat16
 BLOCKS = ((16, 16), (16, 32), (32, 16), (20, 24), (48, 16), (128, 64), (4, 4), (3, 5), (8, 160))
@@ -93,8 +93,7 @@ def test_sums_over_many_rows_are_split(monkeypatch):
         assert_close(backend.packed_grad_values(dy, x, index), expected, size, rows)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("rank", [1, 3, 17])
+@pytest.mark.parametrize(("rank", "groups"), [(1, 1), (1, 4), (3, 1), (3, 2), (17, 2)])
 def test_live_blocks_and_their_gradient(rank, groups):
     for (bm, bn), dtype in itertools.product(((16, 16), (20, 24), (4, 4), (3, 5)), DTYPES):
         mask = torch.rand(4, 5) < 0.6
@@ -135,13 +134,13 @@ FACTORS = [  # m1, n1, bm, bn, rank, groups, rows, share of live blocks or None
 
 @pytest.mark.parametrize("plan", ["coeff_first", "tile_first", "dense"])
 @pytest.mark.parametrize("case", FACTORS, ids=str)
-def test_products_with_factors(case, plan, monkeypatch):
+def test_products_with_factors(case, plan, monkeypatch):  # float64 in every second case, float16 in the others
     """Fused: the intermediate is rounded to the dtype once, and sums over rows are split."""
     monkeypatch.setattr(suited, "ENOUGH", 4)  # programs: a few large ones, which an interpreter prefers
     m1, n1, bm, bn, rank, groups, rows, share = case
     torch.manual_seed(0)
     live = None if share is None else torch.rand(m1, n1) < share
-    for dtype in DTYPES:
+    for dtype in (torch.float32, (torch.float64, torch.float16)[FACTORS.index(case) % 2]):
         x, dy, bias = torch.randn(rows, n1 * bn).to(dtype), torch.randn(rows, m1 * bm).to(dtype), torch.randn(m1 * bm).to(dtype)
         coeff, tiles = torch.randn(m1, n1, rank).to(dtype), torch.randn(groups, rank, bm, bn).to(dtype)
         size = max(m1 * bm, n1 * bn, rows) * rank

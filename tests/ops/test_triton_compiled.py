@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.needs("triton")
+pytestmark = [pytest.mark.slow, pytest.mark.needs("triton")]
 
 COMPILE = """
 import os, re, subprocess, sys, torch, triton

@@ -19,6 +19,8 @@ from torch import nn
 
 from kronblocks import KronblocksError, SparsityConfig, from_pretrained, parameter_groups, save_pretrained, sparsify_
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = "--data digits --epochs 10 --widths 64 32 --block-size 8 --rank 2 --batch-size 64 --progress False --threads 1"
 LASTING = ("test_accuracy", "test_loss", "validation_loss", "block_sparsity", "training_macs", "trainable_parameters_end")
 

@@ -21,6 +21,8 @@ from kronblocks import SparsityConfig, from_pretrained, save_pretrained, sparsif
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops import reference
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["packed", "factored"]
 
 

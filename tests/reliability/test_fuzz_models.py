@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 from kronblocks import SparsityConfig, export, parameter_groups, sparsify_
 from kronblocks.sparsity.sparsifier import Sparsifier
+
+pytestmark = pytest.mark.slow
 
 STEPS = 8
 METHODS = ["two-phase", "kron-l1", "group-lasso", "magnitude", "rigl", "static"]

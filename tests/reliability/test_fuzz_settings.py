@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from typing import Any, Literal
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,8 @@ from tests.reliability.fuzzing import (
 from kronblocks import BlockSize, SparsityConfig, densify_, parameter_groups, sparsify_
 from kronblocks.errors import Diverged
 from kronblocks.nn.base import BlockLayer
+
+pytestmark = pytest.mark.slow
 
 STEPS = 8
 METHODS = ("two-phase", "kron-l1", "group-lasso", "elastic-group-lasso", "magnitude", "iterative", "rigl", "static", "dense")

@@ -17,6 +17,8 @@ from torch import nn
 from kronblocks import BlockSize, SparsityConfig, apply_structure_, parameter_groups, sparsify_, structure
 from kronblocks.nn.base import BlockLayer
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 TRAININGS = {
     "two-phase before the lift": ("two-phase", 3),

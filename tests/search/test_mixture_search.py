@@ -17,6 +17,8 @@ from kronblocks.search.mixture import MixtureConfig, _MixtureTraining, _norms, f
 from kronblocks.search.report import Path
 from kronblocks.search.task import SearchTask
 
+pytestmark = pytest.mark.slow
+
 
 def mixed(sizes: tuple[int, ...], net: nn.Module, seconds: dict[str, float] | None = None) -> _MixtureTraining:
     """A training of candidates together, at its beginning."""

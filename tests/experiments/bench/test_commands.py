@@ -20,6 +20,8 @@ from kronblocks.experiments.bench.results import read
 from kronblocks.experiments.bench.settings import StepSettings, TrainSettings
 from kronblocks.experiments.train import train
 
+pytestmark = pytest.mark.slow
+
 TINY = "--quick --threads 1 --seconds 1e-4 --repeats 2"
 GRID = "--shapes 64x128 --blocks 8 8x16 --densities 0.1 1 --rows 1 20"
 

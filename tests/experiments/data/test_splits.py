@@ -22,6 +22,7 @@ def mnist5k() -> Dataset:
     return load_data("mnist5k")
 
 
+@pytest.mark.slow
 def test_mnist5k_is_split_evenly_and_nothing_is_in_two_parts(mnist5k: Dataset) -> None:
     assert (mnist5k.name, mnist5k.classes, mnist5k.image_shape) == ("mnist5k", 10, (1, 28, 28))
     parts = (mnist5k.train, mnist5k.validation, mnist5k.test)
