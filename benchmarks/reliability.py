@@ -12,8 +12,10 @@ INTRO = """# Reliability
 
 <!-- written by benchmarks/reliability.py from benchmarks/results: do not edit -->
 
-What was done to it, and what happened. `make reliability` tries all of it again, by the tests in tests/reliability; every run of
-`make test` tries each fault a few times.
+What was done to the library, and what happened.
+`make reliability` tries all of it again, with the tests in tests/reliability.
+Every run of `make test` tries each fault a few times.
+[Words](words.md) explains block, mask, lift and the other terms.
 """
 
 

@@ -51,3 +51,12 @@ def words(sentence: str) -> int:
     7
     """
     return len(re.findall(r"\S*\w\S*", sentence))
+
+
+def code_lines(page: str) -> list[str]:
+    """The lines of fenced code.
+
+    >>> code_lines("a\\n```sh\\nmake\\n```\\nb")
+    ['make']
+    """
+    return [line for fence in _NOT_PROSE[0].finditer(page) for line in fence[0].strip().splitlines()[1:-1]]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.prose import code_lines, sentences, words
 
 import kronblocks
 from kronblocks.methods import METHODS
@@ -33,6 +34,28 @@ def test_the_code_of_a_page_runs(page, request):
         assert scope["accuracy"](scope["model"]) > 0.93 and scope["sparsifier"].sparsity >= 0.9
     if page.stem == "deploying":
         assert all(torch.equal(a, b) for a, b in zip(scope["model"].parameters(), scope["again"].parameters(), strict=True))
+
+
+EVERY_PAGE = sorted((ROOT / "docs").glob("*.md"))
+
+
+def _text(page: Path) -> str:
+    """A page but for the design's tree and contract, which are code in all but name."""
+    text = page.read_text()
+    return re.sub(r"(?ms)^## 2\. The tree.*?(?=^## 4\.)", "", text) if page.name == "design.md" else text
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *EVERY_PAGE], ids=lambda page: page.stem)
+def test_a_page_is_easy_to_read(page):
+    found = sentences(_text(page))
+    assert [each for each in found if words(each) > 35] == []
+    assert sum(map(words, found)) / len(found) <= 17
+    assert [line for line in code_lines(_text(page)) if len(line) > 84] == []
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.stem)
+def test_a_page_links_the_words_that_it_uses(page):
+    assert page.name == "words.md" or "](words.md)" in page.read_text()
 
 
 @pytest.mark.slow
