@@ -24,7 +24,7 @@ from kronblocks.selection import select
 from kronblocks.specs import Layers, linears
 
 MOST_WEIGHTS = 2**31
-"""Of a layer that is timed."""
+"""The most weights of a layer that is timed."""
 
 Progress = Callable[[str, int, int], None]  # what is timed now, how many are done, of how many
 

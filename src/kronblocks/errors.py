@@ -6,7 +6,7 @@ class KronblocksError(ValueError):
 
 
 class DoesNotFit(KronblocksError):
-    """A block size with which a model cannot become as sparse, or as small, as is wanted: others may, and searches try them."""
+    """This block size cannot reach the requested sparsity or size; a search goes on with the next one."""
 
 
 class Diverged(KronblocksError):

@@ -1,4 +1,4 @@
-"""What stands in a layer's place at first: factors or live blocks, new or from the weights that are there."""
+"""What replaces a layer at first: factors or live blocks, new or from the weights that are there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def first_init(layer: nn.Module, config: SparsityConfig) -> Init:
 
 
 def first_layer(layer: nn.Module, selected: Selected, mask: Tensor, config: SparsityConfig) -> nn.Module:
-    """What stands in a layer's place at first: itself, where the method works on that.
+    """What replaces a layer at first: itself, where the method works on that.
 
     Args:
         layer: nn.Linear, or a block layer.
@@ -235,7 +235,7 @@ def warn_of_dropped_weights(model: nn.Module, report: SurgeryReport, config: Spa
             what = "replaces them by new factors" if config.spec.is_factored else "keeps random blocks of them"
             warnings.warn(
                 f"the weight of {each.name} looks trained, and method {config.method!r} {what}: write "
-                "SparsityConfig(init='nearest') to start from the present weights, or init='random' to start anew",
+                "SparsityConfig(init='nearest') to start from the present weights, or init='random' to start from new ones",
                 KronblocksWarning,
                 stacklevel=4,
             )

@@ -22,7 +22,7 @@ from kronblocks.sparsity.moments import keep_rows_, without_rows
 def lift_(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] = ()) -> list[str]:
     """Replace every Kronecker layer by a `BlockSparseLinear` with the same live blocks as free values, in place.
 
-    The two-phase method does this by itself, at the right step. The values join the group "lifted" that came with the factors'
+    The two-phase method does this at the right step. The values join the group "lifted" that came with the factors'
     groups (or take the factors' place) with fresh state; biases keep theirs. Where an optimiser is given, `values` is the object
     that `coeff` was: lists of parameters go on with it, and so do hooks that were on all factors of the layer.
 

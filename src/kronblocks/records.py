@@ -50,7 +50,7 @@ def apply_structure_(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 
 def unfolded_names(record: Any) -> list[str]:
-    """Names of the layers of a record that stand in convolutions.
+    """Names of the layers of a record that are in convolutions.
 
     Raises:
         KronblocksError: it is no structure record.
@@ -67,7 +67,7 @@ def rebuilt(
     device: torch.device | str | None = None,
     instead: Mapping[str, nn.Linear] | None = None,
 ) -> dict[str, BlockLayer]:
-    """The layers of a record that the model has not got, by name, not yet in their places.
+    """The layers of a record that the model does not have, by name, not yet in their places.
 
     Args:
         model: what they will be put into.

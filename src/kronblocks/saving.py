@@ -46,7 +46,7 @@ def save_pretrained(
 ) -> Path:
     """Write a model into a folder: kronblocks.json, the weights as safetensors, and the JSON files of a transformers model.
 
-    Of block layers only live blocks are stored. Tied tensors are stored once. A model that is in the folder already is replaced,
+    Block layers are stored as live blocks only. Tied tensors are stored once. A model that is in the folder already is replaced,
     all of it at once; other files stay. Of a compiled model, or one in DistributedDataParallel, the model inside is stored.
 
     Stored are parameters and buffers in their types, what `get_extra_state` of modules gives, and a transformers model's config
@@ -258,7 +258,7 @@ def _own_files(model: nn.Module) -> dict[str, str]:
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 
 _MOST_LAYERS = 10_000
-"""Of any kind that a config may ask for: building is refused, before it takes for ever."""
+"""The most layers of any kind that a config may ask for: more would take for ever to build, and are refused."""
 
 
 def _from_transformers(card: dict[str, Any], folder: Path) -> nn.Module:

@@ -81,7 +81,7 @@ def test_methods_without_factors_are_not_judged_by_factors(method):
 
 @pytest.mark.parametrize("changes", [{"init": "nearest"}, {"init": "nearest", "rank": RankChoice(max_error=0.1)}])
 def test_candidates_together_refuse_to_start_from_the_present_weights(changes):
-    with pytest.raises(KronblocksError, match="begin anew, and init='nearest'"):
+    with pytest.raises(KronblocksError, match="begin from new factors, and init='nearest'"):
         find_block_size_in_mixture_(model(), dataclasses.replace(CONFIG, **changes), task(), total_steps=400)
 
 

@@ -44,7 +44,7 @@ class AdviseConfig:
     device: str = "cpu"
     """What to time on: cpu, or cuda."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
-    """Of weights and inputs."""
+    """The type of weights and inputs."""
     threads: int | None = None
     """Threads that torch uses; unset: its own choice."""
     json: Path | None = None

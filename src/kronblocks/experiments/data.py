@@ -138,7 +138,7 @@ def limited(data: Dataset, train: int | None = None, test: int | None = None) ->
 class BatchSampler(Sampler[Tensor]):
     """Batches of image numbers, int64 (batch_size,), in an order that is a function of (seed, epoch) and nothing else.
 
-    So a resumed run sees the order that the interrupted one would have seen. Lightning calls `set_epoch` by itself.
+    So a resumed run sees the order that the interrupted one would have seen. Lightning calls `set_epoch` automatically.
 
     Args:
         n: number of images.

@@ -19,7 +19,7 @@ SETTINGS, LOCK = "config.json", ".lock"
 
 
 def finished(path: Path) -> dict[str, Any] | None:
-    """The result of a finished training; None where there is none, or one of an earlier version, which is made anew."""
+    """The result of a finished training; None where there is none, or one of an earlier version, which is made again."""
     if not (path / "result.json").exists():
         return None
     result = read_json(path / "result.json")

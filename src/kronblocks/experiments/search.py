@@ -41,7 +41,7 @@ class FindConfig(ModelAndData):
     weights: Weights = "time"
     """What a candidate is measured against with --criterion removal or penalty: its time, or equal; equal is the paper's own."""
     strength: float | None = None
-    """Of the penalty at first, with --criterion penalty; unset: 10. It ends at 10 times that."""
+    """Strength of the penalty at first, with --criterion penalty; unset: 10. It ends at 10 times that."""
     budget: float | None = None
     """Steps of the search, as a share of the training's; unset: 1 with --criterion halving, 0.5 with the others, or the least."""
     tolerance: float = SearchConfig.tolerance

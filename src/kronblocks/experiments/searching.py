@@ -1,4 +1,4 @@
-"""The block-size search on the data sets and models of the experiments: before a training, or by itself."""
+"""The block-size search on the data sets and models of the experiments: before a training, or alone."""
 
 from __future__ import annotations
 

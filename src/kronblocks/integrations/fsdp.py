@@ -1,4 +1,4 @@
-"""The lift of a model under `fully_shard`, whose parameters cannot be replaced: built anew, between two training steps."""
+"""The lift of a model under `fully_shard`, whose parameters cannot be replaced: built again, between two training steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lifted_anew(
     shard: Callable[[nn.Module], Any],
     make_optimizer: Callable[[nn.Module], Optimizer],
 ) -> tuple[nn.Module, Sparsifier, Optimizer]:
-    """The lift, when `sparsifier.lift_due` says so: gather the weights, build the model anew, lift it, shard it again.
+    """The lift, when `sparsifier.lift_due` says so: gather the weights, build the model again, lift it, shard it.
 
     Parameters that are still there keep their moments. Groups that `parameter_groups` made for the same part of the model, and
     others of the same name and order, keep their learning rates and other options, so a learning-rate scheduler goes on when it

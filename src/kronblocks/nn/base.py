@@ -52,7 +52,7 @@ class BlockLayer(WholeWeights):
         return Problem(self.grid, self.rank, self.tile_groups, rows, density, weight.dtype, device, training, input_grad, gate)
 
     def choose_plan_(self, rows: int | None = None, *, measure: bool = False) -> PlanChoice:
-        """Choose the plan anew where the user wrote "auto", for the present density and this many rows of x.
+        """Choose the plan again where the user wrote "auto", for the present density and this many rows of x.
 
         Args:
             rows: rows of x from now on; None: as before.

@@ -72,7 +72,7 @@ VALUES = "values"
 """The form of a finished factored layer whose live blocks are stored as free values, for packed products."""
 
 _DEPLOY_GAIN = 1.05  # a block-sparse form must be measured this much faster than a plain weight to be taken instead of it
-_FEW_ROWS, _FEW_ROWS_GAIN = 4, 1.25  # and this much where the time is that of fetching weights, whose caches are anyone's
+_FEW_ROWS, _FEW_ROWS_GAIN = 4, 1.25  # and this much for so few rows, whose timings depend on what the caches hold
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class DeployedForm:
 
     @property
     def seconds(self) -> float:
-        """Of the form itself; NaN where it could not be timed."""
+        """The time of the form itself; NaN where it could not be timed."""
         return self.timed.get(self.form, math.nan)
 
 

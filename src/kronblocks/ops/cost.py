@@ -43,7 +43,7 @@ def cost(problem: Problem, plan: str) -> Cost:
     """Count one plan for one problem, dead blocks skipped (the PyTorch backend skips them in "packed" only).
 
     Raises:
-        KronblocksError: the plan does not exist, or needs factors that a layer of free values has not got.
+        KronblocksError: the plan does not exist, or needs factors, which a layer of free values does not have.
 
     >>> from kronblocks.blocks import BlockGrid, BlockSize
     >>> cost(Problem(BlockGrid(64, 64, BlockSize(16, 16)), rank=None, rows=10, density=0.25), "packed").forward_macs

@@ -154,7 +154,7 @@ def live_blocks(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
 
 
 def _stages(plan: str, x: Any, coeff: Any, tiles: Any) -> Stages:
-    """Of a plan, from the shapes, all blocks live."""
+    """The multiply-adds of a plan, from the shapes, all blocks live."""
     (m1, n1, rank), (groups, _, bm, bn) = coeff, tiles
     return PLANS[plan].stages(ProductSizes(x[0], m1, n1, bm, bn, rank, groups, live=m1 * n1))
 

@@ -201,7 +201,7 @@ def _rounds_to(known: Tensor, position: Tensor) -> bool:
 
 
 def up_to_date(index: BlockIndex, values: Tensor | None = None) -> BlockIndex:
-    """The index, written anew first if a pattern holds it and its mask or positions have changed since.
+    """The index, written again first if a pattern holds it and its mask or positions have changed since.
 
     Operators call this, since they run at every call, also in compiled code.
     """

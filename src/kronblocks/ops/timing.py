@@ -44,7 +44,7 @@ Name = TypeVar("Name")
 
 
 def affordable(problem: Problem, plan: str) -> bool:
-    """Whether a plan's intermediate, for all the problem's rows, is of a size that anybody would want to hold."""
+    """Whether a plan's intermediate, for all the problem's rows, fits the memory limit."""
     return not PLANS[plan].is_factored or intermediate_bytes(problem, plan) <= _MOST_BYTES
 
 

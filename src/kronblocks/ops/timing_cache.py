@@ -1,6 +1,6 @@
 """Timings of this machine, kept: in the process, and in the user's cache folder (`ops/kept.py`).
 
-What does not look like timings is measured anew.
+What does not look like timings is measured again.
 """
 
 from __future__ import annotations

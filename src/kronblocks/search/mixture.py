@@ -92,7 +92,7 @@ def find_block_size_in_mixture_(
     Args:
         model: dense.
         config: which layers, which rank (where none is named, 4 for all) and tile groups, with its overrides; its block size does
-            not count. Candidates begin anew, from random factors.
+            not count. Candidates begin from random factors.
         task: data, loss and optimiser; what it says of lifted values is for the training that follows.
         total_steps: of the training that follows.
         search: the criterion.
@@ -111,7 +111,7 @@ def find_block_size_in_mixture_(
         )
     if config.init not in (None, "random") or isinstance(config.rank, RankChoice):
         raise KronblocksError(
-            "candidates that are trained together begin anew, and init='nearest', init='spectral' and RankChoice go by the "
+            "candidates trained together begin from new factors, and init='nearest', init='spectral' and RankChoice go by the "
             "weights that are there: take find_block_size (--criterion halving), or leave init out and give rank a number"
         )
     if config.resolved().rank == "by-area":

@@ -55,7 +55,7 @@ def context_at(
 
 
 def learning_rates(targets: Sequence[BlockTarget], optimizers: Sequence[Optimizer]) -> tuple[float, ...]:
-    """Of each layer; 1 where the optimiser sets its steps by itself, 0 where none holds it."""
+    """A rate for each layer; 1 where the optimiser sets its own steps, 0 where none holds it."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rate = {id(p): 1.0 if group.get("lr") is None else float(group["lr"]) for group in groups for p in group["params"]}
     return tuple(rate.get(id(target.parameters()[0]), 0.0) for target in targets)

@@ -48,7 +48,7 @@ class GrowthProbe:
 
 
 class _Stance:
-    """Of torch.compile, for the whole process: eager while anybody wants it, then what it was before."""
+    """The stance of torch.compile, for the whole process: eager while anybody wants it, then what it was before."""
 
     def __init__(self) -> None:
         self._users = 0

@@ -1,4 +1,4 @@
-"""Which layers stand in the places of the targets now: surgery replaces them, by the schedule or by the user's own hand."""
+"""Which layers are in the places of the targets now: surgery replaces them, by the schedule or by the user's own hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUCCESSOR = "replaced_by"
 
 
 def target_now(model: nn.Module, target: BlockTarget) -> BlockTarget | None:
-    """A target as it stands in the model now.
+    """A target as it is in the model now.
 
     Returns:
         The same where its layer is there, wrapped or moved perhaps; one of the layer that the library, or a block layer of the
@@ -56,7 +56,7 @@ def check_none_replaced(gone: Mapping[str, str]) -> None:
     """Refuse to go on without layers.
 
     Args:
-        gone: what stands in the places of layers, by name.
+        gone: what is in the places of layers, by name.
 
     Raises:
         KronblocksError: there are any.

@@ -197,8 +197,8 @@ class Sparsifier:
     def lift_(self) -> None:
         """Replace factors by free block values, in the model and in the optimisers that are followed.
 
-        The two-phase method does this by itself at the right step, but for sharded parameters, which nothing can replace: there
-        save a checkpoint when `lift_due` says so, build the model anew, load, call this, and then shard it.
+        The two-phase method does this automatically at the right step. Nothing can replace sharded parameters, though: there
+        save a checkpoint when `lift_due` says so, build the model again, load, call this, and then shard it.
 
         Raises:
             KronblocksError: the parameters are sharded.
@@ -322,7 +322,7 @@ class Sparsifier:
                 target.start_probe()
 
     def _follow_layers(self) -> dict[str, str]:
-        """Look at the layers that are there now; what stands in the places of those that the user has replaced, by name."""
+        """Look at the layers that are there now; what is in the places of those that the user has replaced, by name."""
         gone = {}
         for place, target in enumerate(self.targets):
             now = target_now(self.model, target)

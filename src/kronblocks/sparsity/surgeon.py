@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 LIFT_WAITS = (
     "the lift is due, but the parameters are sharded and cannot be replaced: training goes on with factors until you call "
-    "kronblocks.integrations.fsdp.lifted_anew, or save a checkpoint, build model and sparsifier anew, load, call "
+    "kronblocks.integrations.fsdp.lifted_anew, or save a checkpoint, build model and sparsifier again, load, call "
     "sparsifier.lift_(), and shard the model again"
 )
 

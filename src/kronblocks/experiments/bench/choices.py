@@ -1,4 +1,4 @@
-"""`--choices`: what "auto" stands for, chosen anew by the present rule and timings of now; what was measured stays."""
+"""`--choices`: what "auto" means, chosen again by the present rule and timings of now; what was measured stays."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ _WARM_UPS = 3  # calls on another stream, in which libraries take what they need
 
 
 def graphed(call: Callable[[], Result]) -> Callable[[], Result]:
-    """A call's replay; what it returns is filled anew by each.
+    """A call's replay; what it returns is filled again by each.
 
     Args:
         call: the same work on the same tensors every time, without reading anything back from the device.

@@ -68,7 +68,7 @@ class GridSettings(TimedSettings):
     rows: tuple[int, ...] | None = None
     """Rows of the input: 1 256 ..."""
     choices: bool = False
-    """Measure nothing, but choose anew what "auto" stands for in each finished group."""
+    """Measure nothing, but choose again what "auto" means in each finished group."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

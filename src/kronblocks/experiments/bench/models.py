@@ -20,7 +20,7 @@ LASSO = 1e-3  # times the sum over layers of the mean norm of a block
 PACKED_DENSITY = 0.1
 PACKED_BLOCKS = (4, 8, 16, 64)
 AUTHORS_KINDS = ((1, 8), (1, 16), (4, 8), (4, 16))  # rank, block
-# rank, block, tiles for each block row; the last is what two-phase takes by itself
+# rank, block, tiles for each block row; the last is the default of two-phase
 FACTORS_KINDS = ((1, 8, False), (4, 16, False), (4, 16, True), (8, 16, True))
 GRID_OF_AUTHORS = tuple((rank, block) for rank in (1, 2, 4) for block in (2, 4, 8))  # of --authors
 QUICK = ("dense", "authors two products r=1 8x8", "factors r=1 8x8", "factors r=4 16x16", "packed 90% 16x16")

@@ -59,9 +59,9 @@ class ReproduceConfig:
     data: DataName | None = None
     """Another data set; this and the next ones make a study of your own, with --name."""
     methods: tuple[Method, ...] | None = None
-    """Those to compare; dense, which all are compared with, comes by itself."""
+    """Those to compare; dense, which all are compared with, is added automatically."""
     block_sizes: tuple[str, ...] | None = None
-    """Such as 4 16x4, each at every one of --sparsities; a size that does not divide a layer becomes the nearest that does."""
+    """Block sizes, such as 4 16x4, each at every one of --sparsities; where a size does not divide a layer, the nearest does."""
     sparsities: tuple[float, ...] | None = None
     """Shares of the weights that end in zero blocks; methods are tuned at the first."""
     seeds: tuple[int, ...] | None = None

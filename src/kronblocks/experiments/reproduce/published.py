@@ -1,4 +1,4 @@
-"""What the paper's publication page reports, to stand beside our numbers, and what it counted."""
+"""What the paper's publication page reports, for a column beside our numbers, and what it counted."""
 
 from __future__ import annotations
 

@@ -56,6 +56,6 @@ def _first(device_type: str, dtype: pytorch.dtype, *, warn: bool) -> Backend:
 
 
 def look_again() -> None:
-    """Find out anew who serves: after `KRONBLOCKS_TRITON` has been changed in this process."""
+    """Find out again which backend serves: after `KRONBLOCKS_TRITON` has been changed in this process."""
     _serving.cache_clear()
     _expected.cache_clear()

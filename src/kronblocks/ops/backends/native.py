@@ -79,7 +79,7 @@ def build() -> str:
 
 
 def use_instruction_set(name: str) -> bool:
-    """Take the kernels compiled for "baseline", "avx2" or "avx512"; False if this machine or this build has not got them."""
+    """Use the kernels compiled for "baseline", "avx2" or "avx512"; False if this machine or this build lacks them."""
     return bool(_kernels().kb_use_isa(name.encode()))
 
 

@@ -28,7 +28,7 @@ class Backend(Protocol):
         ...
 
     def build(self) -> str:
-        """Of which version the kernels are, or "": timings of another one do not count."""
+        """The version of the kernels, or "": timings of another one do not count."""
         ...
 
     def efficiency(self, problem: Problem, plan: Plan) -> float:

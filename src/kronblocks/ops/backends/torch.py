@@ -31,7 +31,7 @@ def serves(device: str, dtype: torch.dtype, *, warn: bool) -> bool:
 
 
 def build() -> str:
-    """Of torch's own version, which timings name anyway."""
+    """No version of its own: timings name torch's anyway."""
     return ""
 
 

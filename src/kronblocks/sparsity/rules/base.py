@@ -36,7 +36,7 @@ class RuleContext:
     steps_to_update: int  # until then, at least 1
     masks: tuple[Tensor, ...]  # (m1, n1) bool a layer, True = live
     areas: tuple[int, ...]  # weights per block, a number a layer
-    learning_rates: tuple[float, ...]  # a number a layer; 1 where the optimiser sets its steps by itself
+    learning_rates: tuple[float, ...]  # a number a layer; 1 where the optimiser sets its own steps
     heads: tuple[bool, ...] = ()  # whether a layer makes the model's output, so that each of its block rows keeps a block
     scope: Scope = "global"
     score: Score = "norm"  # what the scores are

@@ -15,7 +15,7 @@ from kronblocks.ops.backends.triton.products import dot
 
 @triton.jit
 def _piece(starts, number, columns, TAKE: tl.constexpr, LEAST: tl.constexpr, BP: tl.constexpr):
-    """What the `number`-th program of those that take up to TAKE entries of a p each is for, if each p has LEAST programs.
+    """Map a program's number to its p and range of entries: up to TAKE entries each, and at least LEAST programs for each p.
 
     The p, or -1 if there are fewer programs; the first of the entries and their end; and how many programs the p has. It goes
     through BP of the p at a time.

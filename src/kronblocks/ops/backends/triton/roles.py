@@ -66,7 +66,7 @@ class Roles:
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Of output and input blocks in a grid."""
+        """The strides of output and input blocks in a grid."""
         n1 = self.planes.shape[2]
         return (n1, 1) if self.bank_of_output else (1, n1)
 
