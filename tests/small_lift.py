@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kronblocks import SparsityConfig, sparsify_
+from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
-from kronblocks.sparsity.sparsifier import Sparsifier
 
 STEPS = 30  # the lift comes after step 9, healing after 15
 METHODS: dict[str, dict[str, Any]] = {

@@ -20,8 +20,8 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from kronblocks import KronblocksError, KronblocksWarning, ScheduleConfig, SparsityConfig, sparsify_
+from kronblocks.algorithms import growth
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
-from kronblocks.sparsity import growth
 
 pytestmark = pytest.mark.slow
 

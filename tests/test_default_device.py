@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.algorithms.small_training import METHODS, same
 from tests.search.small_task import CONFIG
-from tests.sparsity.small_training import METHODS, same
 from torch import nn
 
 from kronblocks import (

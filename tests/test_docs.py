@@ -13,7 +13,7 @@ import torch
 from tests.prose import code_lines, sentences, words
 
 import kronblocks
-from kronblocks.methods import METHODS
+from kronblocks.config.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text()]

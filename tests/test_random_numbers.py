@@ -47,7 +47,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "lift_": (factored, kronblocks.lift_),
     "densify_": (factored, kronblocks.densify_),
     "sparsify_, nearest": (mlp, lambda model: sparsify_(model, SparsityConfig("rigl", 4, target_sparsity=0.5, init="nearest"))),
-    "apply_structure_": (mlp, lambda model: kronblocks.apply_structure_(model, kronblocks.structure(FACTORED))),
+    "apply_structure_": (mlp, lambda model: kronblocks.surgery.apply_structure_(model, kronblocks.surgery.structure(FACTORED))),
     "rebuild_on_load_": (mlp, lambda model: kronblocks.rebuild_on_load_(model).load_state_dict(FACTORED.state_dict())),
 }
 FACTORED = factored()
@@ -70,7 +70,7 @@ def test_loading_draws_none(tmp_path: Path):
     nothing_drawn(mlp, lambda model: kronblocks.from_pretrained(folder, model))
     model = mlp()
     sparsifier = sparsify_(model, SparsityConfig(block_size=4, target_sparsity=0.5))
-    kronblocks.lift_(model)
+    kronblocks.surgery.lift_(model)
     state = sparsifier.state_dict()
     again = sparsify_(mlp(), SparsityConfig(block_size=4, target_sparsity=0.5))
     nothing_drawn(lambda: again, lambda resumed: resumed.load_state_dict(state))

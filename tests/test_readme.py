@@ -5,28 +5,21 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
-import runpy
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import kronblocks
-from kronblocks.experiments.bench.page import write
-from kronblocks.experiments.reproduce.page import write as write_experiments
+from kronblocks_lab.bench.page.page import write
+from kronblocks_lab.pages import front, tables
+from kronblocks_lab.reproduce.page.page import write as write_experiments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 INDEX = (ROOT / "docs" / "index.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PRINTED = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
-
-
-@pytest.fixture
-def front(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("front")
 
 
 @pytest.mark.slow
@@ -96,12 +89,12 @@ def test_the_page_of_the_experiments_is_what_the_results_say(tmp_path):
 
 
 def test_tables_of_the_pages_are_what_the_results_say():
-    found = runpy.run_path(str(ROOT / "benchmarks/tables.py"))["pages"]()
+    found = tables.pages()
     for path, content in found.items():
-        assert content == path.read_text(), f"run python benchmarks/tables.py: {path.name} is out of date"
+        assert content == path.read_text(), f"run python -m kronblocks_lab.pages.tables: {path.name} is out of date"
 
 
-def test_numbers_and_charts_are_what_the_results_say(front, tmp_path):
+def test_numbers_and_charts_are_what_the_results_say(tmp_path):
     for path, content in front.pages().items():
         assert content == path.read_text(), f"run python benchmarks/front.py: {path.name} is out of date"
     front.draw(tmp_path)
@@ -112,12 +105,12 @@ def test_numbers_and_charts_are_what_the_results_say(front, tmp_path):
         assert texts[0] and texts[0] == texts[1], f"run python benchmarks/front.py: {path.name} is out of date"
 
 
-def test_the_three_numbers_are_the_lowest_over_machines(front):
+def test_the_three_numbers_are_the_lowest_over_machines():
     ratios = [front._training_ratio(data) for data in front._files("train")]
     assert len(ratios) >= 2 and f"| {min(ratios):.1f}x as fast |" in README and f"| {min(ratios):.1f}x as fast |" in INDEX
 
 
-def test_examples_of_the_figures(front):
+def test_examples_of_the_figures():
     figures = importlib.import_module("front_figures")
     assert doctest.testmod(figures).attempted and not doctest.testmod(figures).failed
 

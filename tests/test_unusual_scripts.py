@@ -27,9 +27,9 @@ from kronblocks import (
     sparsify_,
     structure,
 )
+from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
-from kronblocks.sparsity.sparsifier import Sparsifier
 
 STEPS = 24
 METHODS = [method for method in methods.METHODS if method != "dense"]

@@ -1,103 +1,83 @@
 """Neural networks with block-sparse weights, trained that way from the first step.
 
 Three lines in a training script: `sparsify_` the model, `attach` the optimiser that is made after it, add `penalty()` to
-the loss.
+the loss. The rooms, from the ground up: `core`, `config` and `ops`, `nn` and `algorithms`, `surgery`, then `search`, `deploy` and
+`advice`, and `integrations`. Each says in its `__init__` what it offers.
 """
 
-from kronblocks.advice import Advice
-from kronblocks.advise import advise
-from kronblocks.blocks import BlockGrid, BlockSize
+import importlib
+import warnings
+from typing import Any
+
+from kronblocks.advice import advise
+from kronblocks.algorithms import Distillation, Rule, Sparsifier
 from kronblocks.config import LayerOverride, PenaltyConfig, ScheduleConfig, SparsityConfig
-from kronblocks.distillation import Distillation
-from kronblocks.errors import KronblocksError, KronblocksWarning, NativeFallbackWarning, OpenMPConflictWarning, PerformanceWarning
-from kronblocks.export import Exported, export
-from kronblocks.groups import parameter_groups
-from kronblocks.lifting import lift_
-from kronblocks.loading import rebuild_on_load_
-from kronblocks.nn.block_sparse_linear import BlockSparseLinear
-from kronblocks.nn.kron_linear import KroneckerBlockLinear
-from kronblocks.nn.mixture import BlockMixtureLinear
-from kronblocks.ops.choice import PlanChoice, choose_plan
-from kronblocks.ops.cost import Cost, cost
-from kronblocks.ops.index import BlockIndex
-from kronblocks.ops.kron import block_norms, kron_linear, kron_weight
-from kronblocks.ops.nearest import canonical_form, nearest_kronecker_sum
-from kronblocks.ops.packed import packed_linear
-from kronblocks.ops.problem import Problem
-from kronblocks.ranks import RankChoice
-from kronblocks.records import apply_structure_, structure
-from kronblocks.rewinding import rewind_
-from kronblocks.saving import from_pretrained, save_pretrained
-from kronblocks.search.halving import SearchConfig, find_block_size
-from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
-from kronblocks.search.report import SearchReport
-from kronblocks.search.task import SearchTask
-from kronblocks.selected import SurgeryReport
-from kronblocks.selection import select
-from kronblocks.sparsity.report import SparsityReport
-from kronblocks.sparsity.rules.base import Rule, RuleContext
-from kronblocks.sparsity.schedule import SparsitySchedule
-from kronblocks.sparsity.sparsifier import Sparsifier
-from kronblocks.sparsity.targets import BlockTarget
-from kronblocks.surgery import densify_, sparsify_
+from kronblocks.core import KronblocksError, KronblocksWarning
+from kronblocks.deploy import export, from_pretrained, rebuild_on_load_, save_pretrained
+from kronblocks.nn import BlockSparseLinear, KroneckerBlockLinear
+from kronblocks.search import SearchTask, find_block_size
+from kronblocks.surgery import densify_, parameter_groups, sparsify_
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Advice",
-    "BlockGrid",
-    "BlockIndex",
-    "BlockMixtureLinear",
-    "BlockSize",
     "BlockSparseLinear",
-    "BlockTarget",
-    "Cost",
     "Distillation",
-    "Exported",
     "KronblocksError",
     "KronblocksWarning",
     "KroneckerBlockLinear",
     "LayerOverride",
-    "MixtureConfig",
-    "NativeFallbackWarning",
-    "OpenMPConflictWarning",
     "PenaltyConfig",
-    "PerformanceWarning",
-    "PlanChoice",
-    "Problem",
-    "RankChoice",
     "Rule",
-    "RuleContext",
     "ScheduleConfig",
-    "SearchConfig",
-    "SearchReport",
     "SearchTask",
     "Sparsifier",
     "SparsityConfig",
-    "SparsityReport",
-    "SparsitySchedule",
-    "SurgeryReport",
     "advise",
-    "apply_structure_",
-    "block_norms",
-    "canonical_form",
-    "choose_plan",
-    "cost",
     "densify_",
     "export",
     "find_block_size",
-    "find_block_size_in_mixture_",
     "from_pretrained",
-    "kron_linear",
-    "kron_weight",
-    "lift_",
-    "nearest_kronecker_sum",
-    "packed_linear",
     "parameter_groups",
     "rebuild_on_load_",
-    "rewind_",
     "save_pretrained",
-    "select",
     "sparsify_",
-    "structure",
 ]
+
+_ROOM_OF = {  # names that were here in 0.1, and the room that has them
+    **dict.fromkeys(
+        (
+            "BlockGrid",
+            "BlockIndex",
+            "BlockSize",
+            "Cost",
+            "PlanChoice",
+            "Problem",
+            "block_norms",
+            "canonical_form",
+            "choose_plan",
+            "cost",
+            "kron_linear",
+            "kron_weight",
+            "nearest_kronecker_sum",
+            "packed_linear",
+        ),
+        "kronblocks.ops",
+    ),
+    "BlockMixtureLinear": "kronblocks.nn",
+    **dict.fromkeys(("MixtureConfig", "SearchConfig", "SearchReport", "find_block_size_in_mixture_"), "kronblocks.search"),
+    **dict.fromkeys(("SurgeryReport", "apply_structure_", "lift_", "rewind_", "select", "structure"), "kronblocks.surgery"),
+    "RankChoice": "kronblocks.config",
+    **dict.fromkeys(("BlockTarget", "RuleContext", "SparsityReport", "SparsitySchedule"), "kronblocks.algorithms"),
+    "Exported": "kronblocks.deploy",
+    "Advice": "kronblocks.advice",
+    **dict.fromkeys(("NativeFallbackWarning", "OpenMPConflictWarning", "PerformanceWarning"), "kronblocks.core"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'kronblocks' has no attribute {name!r}")
+    room = _ROOM_OF[name]
+    warnings.warn(f"kronblocks.{name} moves: write `from {room} import {name}`", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module(room), name)

@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
-from kronblocks.cli import main
-from kronblocks.experiments.bench.graphs import graphed
-from kronblocks.experiments.bench.results import read
+from kronblocks_lab.__main__ import main
+from kronblocks_lab.bench.measure.graphs import graphed
+from kronblocks_lab.bench.measure.results import read
 
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs an NVIDIA GPU: make test-gpu", allow_module_level=True)

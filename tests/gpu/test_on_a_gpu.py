@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronblocks import BlockIndex, SparsityConfig, kron_linear, packed_linear, parameter_groups, sparsify_
-from kronblocks.methods import METHODS
+from kronblocks.config.methods import METHODS
 from kronblocks.ops import backends
 
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":

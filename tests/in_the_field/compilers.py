@@ -11,7 +11,8 @@ from tests.in_the_field.cases import limited, refused, works
 from tests.in_the_field.trial import STEPS, Trial, batch, loss_of, same_output, trained
 from torch import nn
 
-from kronblocks import BlockSparseLinear, KroneckerBlockLinear, densify_, export
+from kronblocks import BlockSparseLinear, KroneckerBlockLinear, densify_
+from kronblocks.deploy import exporting as export
 from kronblocks.nn.base import BlockLayer
 
 COMPILERS = "compilers and exporters"
@@ -61,7 +62,7 @@ def exported() -> None:
         assert same_output(program.module(), model, x)
 
 
-@works(COMPILERS, "kronblocks.export", "each layer in the form that is fastest here, checked against the model")
+@works(COMPILERS, "kronblocks.deploy.exporting", "each layer in the form that is fastest here, checked against the model")
 def own_export() -> None:
     model = trained().model.eval()
     for form in ("dense", "packed", "bsr"):

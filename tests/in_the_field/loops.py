@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from kronblocks.methods import METHODS
+from kronblocks.config.methods import METHODS
 
 LOOPS = "loops"
 

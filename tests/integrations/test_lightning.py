@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kronblocks import BlockSparseLinear, KronblocksError, PenaltyConfig, SparsityConfig, parameter_groups, rebuild_on_load_
-from kronblocks.errors import KronblocksWarning
+from kronblocks.algorithms.training.report import count_blocks
+from kronblocks.core.errors import KronblocksWarning
 from kronblocks.integrations.lightning import SparsityCallback
-from kronblocks.sparsity.report import count_blocks
 
 
 class Module(pl.LightningModule):
@@ -205,7 +205,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from tests.integrations.test_lightning import Module, config, data
 from kronblocks.integrations.lightning import SparsityCallback
-from kronblocks.shards import whole
+from kronblocks.core.shards import whole
 
 
 class Sharded(Module):

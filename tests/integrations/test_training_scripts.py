@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from kronblocks import SparsityConfig, parameter_groups, save_pretrained, sparsify_
-from kronblocks.saving import from_pretrained
-from kronblocks.sparsity.report import count_blocks
+from kronblocks.algorithms.training.report import count_blocks
+from kronblocks.deploy.saving import from_pretrained
 
 pytestmark = pytest.mark.slow
 

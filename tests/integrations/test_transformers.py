@@ -26,9 +26,9 @@ from kronblocks import (
     save_pretrained,
     sparsify_,
 )
-from kronblocks.errors import KronblocksWarning
+from kronblocks.algorithms.training.report import count_blocks
+from kronblocks.core.errors import KronblocksWarning
 from kronblocks.integrations.transformers import DistillingTrainer, SparsityCallback
-from kronblocks.sparsity.report import count_blocks
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kronblocks import KronblocksError, SparsityConfig, densify_, export, from_pretrained, save_pretrained, sparsify_
+from kronblocks import KronblocksError, SparsityConfig, densify_, from_pretrained, save_pretrained, sparsify_
+from kronblocks.deploy import exporting as export
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear

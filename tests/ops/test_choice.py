@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from kronblocks import BlockGrid, BlockSize
-from kronblocks.ops import choice
+from kronblocks.ops.costs import choice
+from kronblocks.ops.costs.timing import REFERENCE
 from kronblocks.ops.problem import Problem
-from kronblocks.ops.timing import REFERENCE
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from kronblocks import BlockGrid, BlockIndex, BlockSize, BlockSparseLinear, Kron
 from kronblocks.ops import backends
 from kronblocks.ops.backends import native, triton
 from kronblocks.ops.backends import torch as torch_backend
-from kronblocks.ops.choice import choose_plan
-from kronblocks.ops.cost import cost, estimated_seconds, intermediate_bytes
+from kronblocks.ops.costs.choice import choose_plan
+from kronblocks.ops.costs.counts import cost, estimated_seconds, intermediate_bytes
 from kronblocks.ops.kron import kron_linear
 from kronblocks.ops.plans import PLAN_NAMES, PLANS, check_plan, possible_plans
 from kronblocks.ops.problem import Problem

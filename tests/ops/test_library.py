@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kronblocks.errors import KronblocksWarning, NativeFallbackWarning, OpenMPConflictWarning
+from kronblocks.core.errors import KronblocksWarning, NativeFallbackWarning, OpenMPConflictWarning
 from kronblocks.ops.backends import library
 
 TORCH = Path(torch.__file__).resolve().parent

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kronblocks import BlockGrid, BlockIndex, BlockSize, BlockSparseLinear, KroneckerBlockLinear
-from kronblocks.ops.cost import cost
+from kronblocks.ops.costs.counts import cost
 from kronblocks.ops.kron import kron_linear
 from kronblocks.ops.problem import Problem
 

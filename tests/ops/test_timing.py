@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from kronblocks import BlockGrid, BlockSize, Problem
-from kronblocks.ops import timing
-from kronblocks.ops.cost import estimated_seconds, intermediate_bytes
+from kronblocks.ops.costs import timing
+from kronblocks.ops.costs.counts import estimated_seconds, intermediate_bytes
+from kronblocks.ops.costs.timing import REFERENCE, affordable, candidates, measure, measured_rows
 from kronblocks.ops.plans import possible_plans
-from kronblocks.ops.timing import REFERENCE, affordable, candidates, measure, measured_rows
 
 META = torch.device("meta")
 PROBLEM = Problem(BlockGrid(24, 32, BlockSize(4, 8)), rank=2, tile_groups=3, rows=10, density=0.5)

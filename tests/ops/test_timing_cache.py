@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from kronblocks import BlockGrid, BlockSize, Problem, choose_plan
-from kronblocks.ops import kept, timing_cache
-from kronblocks.ops.kept import cache_folder
-from kronblocks.ops.timing import REFERENCE
-from kronblocks.ops.timing_cache import forget_timings, load_tables, timings
+from kronblocks.core import cache as kept
+from kronblocks.core.cache import cache_folder
+from kronblocks.ops.costs import timing_cache
+from kronblocks.ops.costs.timing import REFERENCE
+from kronblocks.ops.costs.timing_cache import forget_timings, load_tables, timings
 
 PROBLEM = Problem(BlockGrid(64, 64, BlockSize(4, 4)), rank=2, rows=100, density=0.5)
 SECONDS = {REFERENCE: 4.0, "dense": 5.0, "packed": 1.0}

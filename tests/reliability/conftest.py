@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kronblocks.experiments.versions import versions
+from kronblocks_lab.training.versions import versions
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "reliability.json"
 FULL = os.environ.get("KRONBLOCKS_RELIABILITY") == "full"

@@ -19,8 +19,8 @@ from torch.nn.functional import linear
 from torch.nn.parameter import is_lazy
 
 from kronblocks import KronblocksError
+from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.nn.base import BlockLayer
-from kronblocks.sparsity.sparsifier import Sparsifier
 
 FULL = os.environ.get("KRONBLOCKS_RELIABILITY") == "full"
 QUIET: Any = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}

@@ -26,7 +26,7 @@ LASTING = ("test_accuracy", "test_loss", "validation_loss", "block_sparsity", "t
 
 
 def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "kronblocks", "train", "--out", str(out), *SETTINGS.split(), *more]
+    return [sys.executable, "-m", "kronblocks_lab", "train", "--out", str(out), *SETTINGS.split(), *more]
 
 
 def outcome(out: Path) -> tuple:

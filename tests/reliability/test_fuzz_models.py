@@ -23,8 +23,9 @@ from tests.reliability.fuzzing import (
 )
 from torch import Tensor, nn
 
-from kronblocks import SparsityConfig, export, parameter_groups, sparsify_
-from kronblocks.sparsity.sparsifier import Sparsifier
+from kronblocks import SparsityConfig, parameter_groups, sparsify_
+from kronblocks.algorithms.training.sparsifier import Sparsifier
+from kronblocks.deploy import exporting as export
 
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,7 @@ from tests.reliability.fuzzing import (
 )
 
 from kronblocks import BlockSize, SparsityConfig, densify_, parameter_groups, sparsify_
-from kronblocks.errors import Diverged
+from kronblocks.core.errors import Diverged
 from kronblocks.nn.base import BlockLayer
 
 pytestmark = pytest.mark.slow

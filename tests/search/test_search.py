@@ -13,8 +13,8 @@ from tests.search.small_task import CONFIG, convolutional, model, task
 from torch import nn
 
 from kronblocks import BlockSize, KronblocksError, KroneckerBlockLinear, SparsityConfig, sparsify_
-from kronblocks.errors import Diverged
-from kronblocks.ops.choice import DeployedForm
+from kronblocks.core.errors import Diverged
+from kronblocks.ops.costs.choice import DeployedForm
 from kronblocks.search import halving
 from kronblocks.search.candidates import Candidate
 from kronblocks.search.halving import SearchConfig, _judge, _note, _Result, find_block_size, standings

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kronblocks.errors import KronblocksError
-from kronblocks.shards import rows_here, whole
-from kronblocks.sparsity.attachment import PART, number_parts_
-from kronblocks.sparsity.sparsifier import Sparsifier
+from kronblocks.algorithms.training.attachment import PART, number_parts_
+from kronblocks.algorithms.training.sparsifier import Sparsifier
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.shards import rows_here, whole
 
 
 @torch.no_grad()

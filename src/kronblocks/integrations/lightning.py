@@ -13,16 +13,16 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from kronblocks.config import SparsityConfig
-from kronblocks.errors import KronblocksError, OtherSteps
-from kronblocks.loading import HINT, rebuild_on_load_
+from kronblocks.algorithms.targets import LayerTarget
+from kronblocks.algorithms.training.attachment import Attachment
+from kronblocks.algorithms.training.sparsifier import Sparsifier
+from kronblocks.config.sparsity import SparsityConfig
+from kronblocks.core.errors import KronblocksError, OtherSteps
+from kronblocks.core.shards import is_sharded
+from kronblocks.deploy.loading import HINT, rebuild_on_load_
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
-from kronblocks.records import apply_structure_
-from kronblocks.shards import is_sharded
-from kronblocks.sparsity.attachment import Attachment
-from kronblocks.sparsity.sparsifier import Sparsifier
-from kronblocks.sparsity.targets import LayerTarget
-from kronblocks.surgery import sparsify_
+from kronblocks.surgery.records import apply_structure_
+from kronblocks.surgery.sparsify import sparsify_
 
 _KEY = "kronblocks"
 _AVERAGES = (WeightAveraging, StochasticWeightAveraging)

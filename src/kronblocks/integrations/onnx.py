@@ -15,14 +15,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kronblocks.checks import number, one_of
-from kronblocks.errors import KronblocksError
-from kronblocks.export import export
-from kronblocks.files import replacing
-from kronblocks.modules import replace_
+from kronblocks.core.checks import number, one_of
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.files import replacing
+from kronblocks.deploy.exporting import export
+from kronblocks.deploy.outputs import arguments, call, difference, tensors
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
-from kronblocks.outputs import arguments, call, difference, tensors
+from kronblocks.surgery.replace import replace_
 
 OnnxForm = Literal["dense", "factored"]
 

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from torch import nn
 
-from kronblocks.errors import KronblocksError
+from kronblocks.core.errors import KronblocksError
 from kronblocks.nn.base import BlockLayer
 
 _WRITE_TO_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")

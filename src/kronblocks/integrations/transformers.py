@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kronblocks.config import SparsityConfig
-from kronblocks.distillation import Distillation
-from kronblocks.errors import KronblocksError, OtherSteps
-from kronblocks.sparsity.sparsifier import Sparsifier
-from kronblocks.surgery import sparsify_
+from kronblocks.algorithms.training.distillation import Distillation
+from kronblocks.algorithms.training.sparsifier import Sparsifier
+from kronblocks.config.sparsity import SparsityConfig
+from kronblocks.core.errors import KronblocksError, OtherSteps
+from kronblocks.surgery.sparsify import sparsify_
 
 
 class SparsityCallback(TrainerCallback):

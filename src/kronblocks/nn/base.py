@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from kronblocks.blocks import BlockGrid
-from kronblocks.errors import KronblocksError
+from kronblocks.core.blocks import BlockGrid
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.shards import is_sharded
 from kronblocks.nn.built import is_transformed, weight_of
 from kronblocks.nn.loading import WholeWeights
-from kronblocks.ops.choice import PlanChoice, choose_plan
+from kronblocks.ops.costs.choice import PlanChoice, choose_plan
 from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.pattern import Pattern
 from kronblocks.ops.plans import PLANS, check_plan
 from kronblocks.ops.problem import ASSUMED_ROWS, Problem
-from kronblocks.shards import is_sharded
 
 
 class BlockLayer(WholeWeights):

@@ -8,8 +8,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from kronblocks.blocks import BlockGrid, BlockSize
-from kronblocks.errors import KronblocksError
+from kronblocks.core.blocks import BlockGrid, BlockSize
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.parameters import become_
+from kronblocks.core.shards import assembled, is_sharded, rows_here
 from kronblocks.nn.base import BlockLayer, reset_bias_
 from kronblocks.nn.built import is_transformed
 from kronblocks.nn.inputs import map_unusual
@@ -18,8 +20,6 @@ from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.operands import autocast, check_product
 from kronblocks.ops.packed import packed_linear
 from kronblocks.ops.pattern import current_slots
-from kronblocks.parameters import become_
-from kronblocks.shards import assembled, is_sharded, rows_here
 
 
 class BlockSparseLinear(BlockLayer):

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kronblocks.errors import KronblocksError
+from kronblocks.core.errors import KronblocksError
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.built import weight_of
 from kronblocks.nn.loading import WholeWeights

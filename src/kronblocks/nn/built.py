@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
 from torch.utils._pytree import tree_map
 
-from kronblocks.errors import KronblocksError
+from kronblocks.core.errors import KronblocksError
 
 
 def is_transformed() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kronblocks.errors import PerformanceWarning
+from kronblocks.core.errors import PerformanceWarning
 from kronblocks.ops.operands import check_tensor
 
 

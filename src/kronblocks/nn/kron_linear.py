@@ -8,15 +8,15 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from kronblocks.blocks import BlockGrid, BlockSize
-from kronblocks.errors import KronblocksError
+from kronblocks.core.blocks import BlockGrid, BlockSize
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.shards import assembled, is_sharded, rows_here, whole
 from kronblocks.nn.base import BlockLayer, reset_bias_
 from kronblocks.nn.built import is_transformed
 from kronblocks.nn.inputs import map_unusual
 from kronblocks.ops import kron
 from kronblocks.ops.nearest import nearest_kronecker_sum
 from kronblocks.ops.operands import autocast
-from kronblocks.shards import assembled, is_sharded, rows_here, whole
 
 
 class KroneckerBlockLinear(BlockLayer):

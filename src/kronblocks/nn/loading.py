@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kronblocks.errors import KronblocksError
+from kronblocks.core.errors import KronblocksError
 from kronblocks.nn.built import HasBuiltWeight
 
 _DENSE = "load weights of a dense model before sparsify_, or densify_ the model first"

@@ -8,8 +8,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from kronblocks.blocks import BlockSize
-from kronblocks.errors import KronblocksError
+from kronblocks.core.blocks import BlockSize
+from kronblocks.core.errors import KronblocksError
 from kronblocks.nn.base import reset_bias_
 from kronblocks.nn.built import weight_of
 from kronblocks.nn.kron_linear import KroneckerBlockLinear

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronblocks.errors import KronblocksError
+from kronblocks.core.errors import KronblocksError
 from kronblocks.nn.built import rearranged
 from kronblocks.nn.loading import WholeWeights
 from kronblocks.ops.operands import check_tensor

@@ -1,1 +1,27 @@
-"""Tensors in, tensors out: Kronecker and block-sparse products, and what they cost. No modules, no state."""
+"""Operators: tensors in, tensors out. Kronecker and block-sparse products, and what they cost. No modules, no state."""
+
+from kronblocks.core.blocks import BlockGrid, BlockSize
+from kronblocks.ops.costs.choice import PlanChoice, choose_plan
+from kronblocks.ops.costs.counts import Cost, cost
+from kronblocks.ops.index import BlockIndex
+from kronblocks.ops.kron import block_norms, kron_linear, kron_weight
+from kronblocks.ops.nearest import canonical_form, nearest_kronecker_sum
+from kronblocks.ops.packed import packed_linear
+from kronblocks.ops.problem import Problem
+
+__all__ = [
+    "BlockGrid",
+    "BlockIndex",
+    "BlockSize",
+    "Cost",
+    "PlanChoice",
+    "Problem",
+    "block_norms",
+    "canonical_form",
+    "choose_plan",
+    "cost",
+    "kron_linear",
+    "kron_weight",
+    "nearest_kronecker_sum",
+    "packed_linear",
+]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kronblocks.errors import KronblocksError
+from kronblocks.core.errors import KronblocksError
 
 
 class BlockIndex(NamedTuple):

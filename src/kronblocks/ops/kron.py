@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kronblocks.errors import KronblocksError
+from kronblocks.core.errors import KronblocksError
 from kronblocks.ops import factored
 from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.operands import autocast, check_factors, check_product

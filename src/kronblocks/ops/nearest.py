@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kronblocks.blocks import BlockGrid
-from kronblocks.errors import KronblocksError
+from kronblocks.core.blocks import BlockGrid
+from kronblocks.core.errors import KronblocksError
 from kronblocks.ops.operands import check_factors
 
 

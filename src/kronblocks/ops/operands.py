@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kronblocks.errors import KronblocksError
+from kronblocks.core.errors import KronblocksError
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

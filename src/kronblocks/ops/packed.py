@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kronblocks.errors import KronblocksError
+from kronblocks.core.errors import KronblocksError
 from kronblocks.ops import backends
 from kronblocks.ops.index import NO_INDEX_GRADIENTS, BlockIndex
 from kronblocks.ops.operands import autocast, check_product

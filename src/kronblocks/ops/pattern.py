@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kronblocks.errors import KronblocksError
+from kronblocks.core.errors import KronblocksError
 from kronblocks.ops.index import BlockIndex
 
 _BY_MEMORY: dict[int, weakref.ref[Pattern]] = {}  # by the addresses of what a pattern keeps alive

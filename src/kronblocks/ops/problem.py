@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from kronblocks.blocks import BlockGrid
+from kronblocks.core.blocks import BlockGrid
 
 ASSUMED_ROWS = 1024
 """Rows of x that `plan="auto"` assumes where nobody has said how many there will be."""

@@ -1,1 +1,15 @@
 """Which block size: candidates, a shortlist, and criteria that judge them by what they are for."""
+
+from kronblocks.search.halving import SearchConfig, find_block_size
+from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
+from kronblocks.search.report import SearchReport
+from kronblocks.search.task import SearchTask
+
+__all__ = [
+    "MixtureConfig",
+    "SearchConfig",
+    "SearchReport",
+    "SearchTask",
+    "find_block_size",
+    "find_block_size_in_mixture_",
+]

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kronblocks.blocks import BlockGrid, BlockSize
-from kronblocks.config import BlockSizeLike, SparsityConfig
-from kronblocks.errors import DoesNotFit, KronblocksError
-from kronblocks.modules import fold_, to_unfold, unfolding
-from kronblocks.ops.cost import estimated_seconds
+from kronblocks.algorithms.budget import choose_dead
+from kronblocks.config.sparsity import BlockSizeLike, SparsityConfig
+from kronblocks.core.blocks import BlockGrid, BlockSize
+from kronblocks.core.errors import DoesNotFit, KronblocksError
+from kronblocks.ops.costs.counts import estimated_seconds
 from kronblocks.ops.nearest import captured_energy
 from kronblocks.ops.plans import possible_plans
 from kronblocks.ops.problem import Problem
 from kronblocks.search.report import Path
-from kronblocks.selected import Selected
-from kronblocks.selection import select
-from kronblocks.sparsity.budget import choose_dead
+from kronblocks.surgery.replace import fold_, to_unfold, unfolding
+from kronblocks.surgery.report import Selected
+from kronblocks.surgery.selection import select
 
 SIZES = (2, 4, 8, 16, 32, 64)
 """Sides of the square blocks that are candidates where the user names none: powers of two.

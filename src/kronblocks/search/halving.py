@@ -12,16 +12,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kronblocks.checks import number, one_of, whole
-from kronblocks.config import BlockSizeLike, SparsityConfig
-from kronblocks.errors import Diverged
+from kronblocks.algorithms.targets import WeightTarget
+from kronblocks.config.sparsity import BlockSizeLike, SparsityConfig
+from kronblocks.core.checks import number, one_of, whole
+from kronblocks.core.errors import Diverged
 from kronblocks.nn.base import BlockLayer
-from kronblocks.ops.choice import choose_deployed
+from kronblocks.ops.costs.choice import choose_deployed
 from kronblocks.ops.problem import Problem
 from kronblocks.search.candidates import Candidate, entrants, with_block
 from kronblocks.search.report import Path, Rung, SearchReport, percent
 from kronblocks.search.task import SearchTask, Trial, steps_of_search
-from kronblocks.sparsity.targets import WeightTarget
 
 Goal = Literal["step-time", "inference-time", "accuracy"]
 

@@ -15,18 +15,18 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from kronblocks.checks import number, one_of, whole
-from kronblocks.config import SparsityConfig
-from kronblocks.errors import Diverged, KronblocksError
-from kronblocks.groups import parameter_groups
-from kronblocks.methods import COMMON_RANK
-from kronblocks.modules import in_mode, replace_, to_unfold, unfolding
+from kronblocks.config.methods import COMMON_RANK
+from kronblocks.config.ranks import RankChoice
+from kronblocks.config.sparsity import SparsityConfig
+from kronblocks.core.checks import number, one_of, whole
+from kronblocks.core.errors import Diverged, KronblocksError
 from kronblocks.nn.mixture import BlockMixtureLinear
-from kronblocks.optimizers import drop_parameters_
-from kronblocks.ranks import RankChoice
 from kronblocks.search.candidates import Candidate, entrants
 from kronblocks.search.report import Path, SearchReport
 from kronblocks.search.task import SearchTask, steps_of_search
+from kronblocks.surgery.groups import parameter_groups
+from kronblocks.surgery.optimizers import drop_parameters_
+from kronblocks.surgery.replace import in_mode, replace_, to_unfold, unfolding
 
 Criterion = Literal["removal", "penalty"]
 Weights = Literal["time", "equal"]

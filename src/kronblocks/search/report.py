@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kronblocks.blocks import BlockSize
-from kronblocks.config import LayerOverride, SparsityConfig
-from kronblocks.errors import KronblocksError
+from kronblocks.config.sparsity import LayerOverride, SparsityConfig
+from kronblocks.core.blocks import BlockSize
+from kronblocks.core.errors import KronblocksError
 
 REPORT_VERSION = 1
 

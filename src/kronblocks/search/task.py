@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from kronblocks.config import SparsityConfig
-from kronblocks.errors import KronblocksError, PerformanceWarning
-from kronblocks.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE, parameter_groups
-from kronblocks.hooks import forward_input
-from kronblocks.modules import evaluating
-from kronblocks.surgery import sparsify_
+from kronblocks.config.sparsity import SparsityConfig
+from kronblocks.core.errors import KronblocksError, PerformanceWarning
+from kronblocks.core.hooks import forward_input
+from kronblocks.surgery.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE, parameter_groups
+from kronblocks.surgery.replace import evaluating
+from kronblocks.surgery.sparsify import sparsify_
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kronblocks.errors import NativeFallbackWarning, OpenMPConflictWarning
+from kronblocks.core.errors import NativeFallbackWarning, OpenMPConflictWarning
 
 ABI = 1  # what kb_abi() of the library must say; raised with every change of a signature
 

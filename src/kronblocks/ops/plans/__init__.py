@@ -11,7 +11,7 @@ there too), q block column, i rank, a and b row and column inside a block.
 
 from __future__ import annotations
 
-from kronblocks.errors import KronblocksError
+from kronblocks.core.errors import KronblocksError
 from kronblocks.ops.plans.coeff_first import COEFF_FIRST
 from kronblocks.ops.plans.dense import DENSE
 from kronblocks.ops.plans.packed import PACKED

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kronblocks.ops import kept
+from kronblocks.core import cache as kept
 from kronblocks.ops.backends.triton.launch import on_device_of, padded
 
 Result = TypeVar("Result")

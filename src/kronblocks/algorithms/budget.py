@@ -1,0 +1,277 @@
+"""Which blocks die so that a target sparsity is hit exactly (equation 17 in docs/math.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kronblocks.core.errors import DoesNotFit
+
+Scope = Literal["global", "layer"]
+Distribution = Literal["erk", "uniform"]
+
+FLOOR = 0.25
+"""Share of the mean density that every layer keeps where blocks of different layers are compared by their norms."""
+
+_NEVER = 3  # the number of blocks that never die: see `keep_longest`
+
+
+def blocks_to_kill(blocks: int, sparsity: float) -> int:
+    """ceil(sparsity * blocks), forgiving rounding errors of the product.
+
+    >>> blocks_to_kill(10, 0.9), blocks_to_kill(10, 0.91), blocks_to_kill(30, 0.1)
+    (9, 10, 3)
+    """
+    return math.ceil(sparsity * blocks - 1e-9)
+
+
+def best_of_rows(score: Tensor) -> Tensor:
+    """The block of greatest score in each block row that has a live one, (m1, n1) bool; dead blocks have scores below 0.
+
+    >>> best_of_rows(torch.tensor([[1.0, 3.0], [-1.0, 0.0], [-1.0, -1.0]])).tolist()
+    [[False, True], [False, True], [False, False]]
+    """
+    best = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.argmax(1, keepdim=True), True)
+    return best & (score >= 0)
+
+
+def _with_live_rows(live: Tensor, score: Tensor) -> Tensor:
+    """The same number of live blocks, but one in every block row, as far as they go: the worst of fuller rows make room."""
+    live = live.clone()
+    for row in (~live.any(1) & (score >= 0).any(1)).nonzero().flatten().tolist():
+        spare = live & ~best_of_rows(score.masked_fill(~live, -1.0))
+        if not spare.any():
+            break
+        live.view(-1)[score.masked_fill(~spare, math.inf).argmin()] = False
+        live[row, score[row].argmax()] = True
+    return live
+
+
+def keep_longest(scores: Sequence[Tensor], sparsity: float, *, heads: Sequence[bool] = (), floor: float = 0.0) -> list[Tensor]:
+    """How late each block dies, (m1, n1) uint8 a layer: one of a higher number only when none of a lower one is left.
+
+    0: in order of score. 1: the best blocks of a layer, up to `floor` times the mean density. 2: the best block of each block
+    row of a head. 3: the best block of a layer, which never dies. Dead blocks, whose scores are below 0, have 0.
+
+    Args:
+        scores: one (m1, n1) grid a layer, from 0 on; dead blocks have scores below 0.
+        sparsity: share of all weights that is to be dead.
+        heads: whether a layer makes the model's output, one a layer; empty: none does.
+        floor: share of the mean density that every layer keeps as long as it can.
+
+    >>> keep_longest([torch.tensor([[4.0, 1.0, 3.0, 2.0], [0.5, 0.4, 0.3, 0.2]])], 0.5, heads=[True], floor=0.5)[0].tolist()
+    [[3, 0, 1, 0], [2, 0, 0, 0]]
+    """
+    numbers = []
+    for place, score in enumerate(scores):
+        number = torch.zeros_like(score, dtype=torch.uint8)
+        kept = math.ceil(floor * (1 - sparsity) * score.numel() - 1e-9)
+        if kept > 1:
+            number.view(-1)[score.flatten().topk(kept).indices] = 1
+        if len(heads) and heads[place]:
+            number[best_of_rows(score)] = 2
+        number.view(-1)[score.argmax()] = 3
+        numbers.append(number.masked_fill(score < 0, 0))
+    return numbers
+
+
+def _choose_dead(
+    scores: Sequence[Tensor],
+    areas: Sequence[int],
+    sparsity: float,
+    heads: Sequence[bool] = (),
+    floor: float = 0.0,
+    reach: bool = True,
+) -> list[Tensor]:
+    sizes = [score.numel() for score in scores]
+    on_cpu = [score.detach().to("cpu", torch.float64) for score in scores]
+    flat = torch.cat([score.flatten() for score in on_cpu])
+    late = torch.cat([each.flatten() for each in keep_longest(on_cpu, sparsity, heads=heads, floor=floor)])
+    order = flat.argsort(stable=True)
+    order = order[late[order].argsort(stable=True)]
+    if len(set(areas)) == 1:
+        count = blocks_to_kill(len(flat), sparsity)
+    else:
+        area = torch.cat([flat.new_full((size,), float(a)) for size, a in zip(sizes, areas, strict=True)])
+        total = float(area.sum())
+        wanted = sparsity * total - max(1e-12 * sparsity * total, 1e-9 * min(areas))  # forgiven as in `blocks_to_kill`
+        reached = area[order].cumsum(0) >= wanted
+        count = int(torch.nonzero(reached)[0]) + 1 if wanted > 0 else 0
+    free = len(flat) - int((late == _NEVER).sum())
+    if count > free and reach:
+        raise DoesNotFit(
+            f"a sparsity of {sparsity} of {len(flat)} blocks in {len(sizes)} layers would leave a layer without a live block: "
+            f"at most {free / len(flat):.4f} is possible here (lower target_sparsity, or take smaller blocks)"
+        )
+    dead = torch.zeros_like(flat, dtype=torch.bool)
+    dead[order[: min(count, free)]] = True
+    return [d.view(score.shape).to(score.device) for d, score in zip(dead.split(sizes), scores, strict=True)]
+
+
+def layer_adaptive(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Scores that compare blocks of different layers, whatever each layer's scale (equation 22 in docs/math.md).
+
+    The square of a block's score, divided by the squares of all blocks of its layer that outlive it, times m1 + n1: where
+    the blocks of every layer are alike, densities are in proportion to (m1 + n1) / (m1 * n1), as `erdos_renyi` gives them. The
+    order within a layer stays.
+
+    Args:
+        scores: one (m1, n1) grid a layer, from 0 on, in any unit; dead blocks have scores below 0, and keep them.
+
+    Source:
+        Lee, Park, Mo, Ahn, Shin, "Layer-adaptive sparsity for the magnitude-based pruning" (LAMP), 2021, with blocks for weights
+        and another constant for each layer.
+
+    >>> small, large = torch.tensor([[1.0, 2.0]]), torch.tensor([[100.0, 200.0]])
+    >>> [grid.mul(10).round().tolist() for grid in layer_adaptive([small, large])]
+    [[[6.0, 30.0]], [[6.0, 30.0]]]
+    """
+    adapted = []
+    for score in scores:
+        flat = score.detach().flatten().to("cpu", torch.float64)
+        live = flat >= 0
+        top = float(flat.max())
+        relative = flat / top if top > 0 else torch.ones_like(flat)  # squares of it neither overflow nor, where it counts, vanish
+        squares, order = relative.square().masked_fill(~live, 0).sort(stable=True)
+        outlive = squares.flip(0).cumsum(0).flip(0)
+        found = torch.empty_like(flat).index_copy_(0, order, squares / outlive * sum(score.shape))
+        adapted.append(torch.where(live, found, flat).view(score.shape).to(score.device))
+    return adapted
+
+
+def choose_dead(
+    scores: Sequence[Tensor],
+    areas: Sequence[int],
+    sparsity: float,
+    scope: Scope = "global",
+    *,
+    heads: Sequence[bool] = (),
+    floor: float = 0.0,
+    reach: bool = True,
+) -> list[Tensor]:
+    """The blocks of least score that must be dead for a sparsity; ties broken by layer order and block index.
+
+    With equal block sizes exactly ceil(sparsity * N - 1e-9) of the N blocks; with unequal ones the fewest, in order of score,
+    whose weights reach that share of all weights. Every layer keeps its best block. The best block of each block row of a head,
+    where an output without one is a lost class, and a layer's best blocks up to `floor` of the mean density die only when
+    nothing else is left (`keep_longest`).
+
+    Args:
+        scores: one (m1, n1) grid a layer, in the model's order, from 0 on; dead blocks have scores below 0, and count first.
+        areas: weights per block, a number a layer.
+        sparsity: share to be dead, in [0, 1).
+        scope: over all layers together ("global"), or in each ("layer"), where there is no floor to keep.
+        heads: whether a layer makes the model's output, one a layer; empty: none does.
+        floor: share of the mean density that every layer keeps as long as it can.
+        reach: whether the sparsity must be reached; else all but the best of every layer die where it cannot be.
+
+    Returns:
+        One (m1, n1) bool grid a layer, True = dead.
+
+    Raises:
+        DoesNotFit: a layer would be left without a live block, and `reach` is set.
+
+    >>> [dead.tolist() for dead in choose_dead([torch.tensor([[3.0, 1.0, 2.0, 1.0]])], [4], 0.5)]
+    [[[False, True, False, True]]]
+    """
+    if scope == "global":
+        return _choose_dead(scores, areas, sparsity, heads, floor, reach)
+    return [
+        _choose_dead([score], [area], sparsity, heads[number : number + 1], reach=reach)[0]
+        for number, (score, area) in enumerate(zip(scores, areas, strict=True))
+    ]
+
+
+def erdos_renyi(shapes: Sequence[tuple[int, int]], weights: Sequence[int], density: float) -> list[float]:
+    """Densities of layers in proportion to (m1 + n1) / (m1 * n1), none above 1, that give the wanted density over all weights.
+
+    Args:
+        shapes: grid (m1, n1) of each layer.
+        weights: weights of each layer.
+        density: over all layers, in (0, 1].
+
+    Source:
+        Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity", 2018; the scaled form
+        of Evci et al., "Rigging the lottery", 2020, with blocks for weights.
+
+    >>> [round(density, 3) for density in erdos_renyi([(10, 10), (2, 2)], [100, 4], 0.25)]
+    [0.22, 1.0]
+    """
+    raw = [(m1 + n1) / (m1 * n1) for m1, n1 in shapes]
+    full: set[int] = set()
+    while True:
+        left = density * sum(weights) - sum(weights[i] for i in full)
+        open_layers = [i for i in range(len(raw)) if i not in full]
+        scale = left / sum(raw[i] * weights[i] for i in open_layers) if open_layers else 0.0
+        over = {i for i in open_layers if scale * raw[i] > 1}
+        if not over:
+            return [1.0 if i in full else scale * raw[i] for i in range(len(raw))]
+        full |= over
+
+
+def random_masks(
+    shapes: Sequence[tuple[int, int]],
+    areas: Sequence[int],
+    sparsity: float,
+    distribution: Distribution,
+    heads: Sequence[bool] | None = None,
+) -> list[Tensor]:
+    """Random live blocks that hit a sparsity exactly, with the layers' densities as the distribution says, up to rounding.
+
+    Args:
+        shapes: grid (m1, n1) of each layer.
+        areas: weights per block, a number a layer.
+        sparsity: share to be dead, in [0, 1).
+        distribution: "erk", or "uniform": every layer alike.
+        heads: see `strongest_masks`.
+
+    Returns:
+        One (m1, n1) bool grid a layer, True = live.
+    """
+    return strongest_masks([random_scores(shape) for shape in shapes], areas, sparsity, distribution, heads)
+
+
+def random_scores(shape: tuple[int, int]) -> Tensor:
+    """A random order of a grid's blocks, as numbers from 0 on."""
+    m1, n1 = shape
+    return (m1 * n1 - 1 - torch.randperm(m1 * n1, device="cpu")).view(m1, n1)
+
+
+def strongest_masks(
+    norms: Sequence[Tensor],
+    areas: Sequence[int],
+    sparsity: float,
+    distribution: Distribution,
+    heads: Sequence[bool] | None = None,
+) -> list[Tensor]:
+    """The blocks of greatest norm, as many in each layer as a distribution wants, and no less than `FLOOR` of the mean density.
+
+    No block row of a head is left without one while others have two.
+
+    Args:
+        norms: one (m1, n1) grid a layer, below 0 where a block is dead already and stays so.
+        areas: weights per block, a number a layer.
+        sparsity: share to be dead, in [0, 1).
+        distribution: "erk", or "uniform": every layer alike.
+        heads: whether a layer makes the model's output, one a layer; None: nobody knows yet, so every layer may be one.
+    """
+    blocks = [grid.numel() for grid in norms]
+    weights = [number * area for number, area in zip(blocks, areas, strict=True)]
+    density = [1 - sparsity] * len(norms)
+    if distribution == "erk":
+        shapes = [(grid.shape[0], grid.shape[1]) for grid in norms]
+        density = erdos_renyi(shapes, weights, 1 - sparsity)
+    scores = []  # above 1 for the blocks of least rank: as many in each layer as its density wants
+    for grid, number, wanted in zip(norms, blocks, density, strict=True):
+        order = grid.detach().flatten().argsort(descending=True, stable=True).argsort().to("cpu", torch.float64)
+        scores.append((wanted * number / (order.view(grid.shape) + 0.5)).masked_fill(grid.to("cpu") < 0, -1.0))
+    masks = [~dead for dead in _choose_dead(scores, areas, sparsity, floor=FLOOR)]
+    is_head = [True] * len(masks) if heads is None else heads
+    return [
+        _with_live_rows(mask, norm.detach().to(mask.device, torch.float64)) if may_be else mask
+        for mask, norm, may_be in zip(masks, norms, is_head, strict=True)
+    ]

@@ -1,0 +1,61 @@
+"""What a rule is told beside the scores, from the schedule, the layers and the optimisers as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
+from kronblocks.algorithms.budget import Scope
+from kronblocks.algorithms.rules.base import RuleContext
+from kronblocks.algorithms.schedule import SparsitySchedule
+from kronblocks.algorithms.targets import BlockTarget, Score
+
+
+def context_at(
+    step: int,
+    schedule: SparsitySchedule,
+    targets: Sequence[BlockTarget],
+    optimizers: Sequence[Optimizer],
+    *,
+    heads: Sequence[str],
+    scope: Scope,
+    score: Score,
+) -> RuleContext:
+    """The context after a step.
+
+    Args:
+        step: finished optimiser steps.
+        schedule: of the training.
+        targets: the layers.
+        optimizers: that hold their parameters.
+        heads: names of the layers that make the output.
+        scope: of the budget.
+        score: what the rule is given of each block.
+    """
+    later = schedule.next_update(step)
+    return RuleContext(
+        step=step,
+        total_steps=schedule.total_steps,
+        phase=schedule.phase_at(step),
+        sparsity=schedule.sparsity_at(step),
+        target_sparsity=schedule.target_sparsity,
+        fraction=schedule.fraction_at(step),
+        is_update=schedule.is_update(step),
+        is_last_update=step == schedule.end_step,
+        next_sparsity=schedule.sparsity_at(later),
+        steps_to_update=max(1, later - step),
+        masks=tuple(target.mask for target in targets),
+        areas=tuple(target.area for target in targets),
+        learning_rates=learning_rates(targets, optimizers),
+        heads=tuple(target.name in heads for target in targets),
+        scope=scope,
+        score=score,
+    )
+
+
+def learning_rates(targets: Sequence[BlockTarget], optimizers: Sequence[Optimizer]) -> tuple[float, ...]:
+    """A rate for each layer; 1 where the optimiser sets its own steps, 0 where none holds it."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rate = {id(p): 1.0 if group.get("lr") is None else float(group["lr"]) for group in groups for p in group["params"]}
+    return tuple(rate.get(id(target.parameters()[0]), 0.0) for target in targets)

@@ -1,0 +1,25 @@
+"""No decisions: whatever is dead stays dead. Also the rule of the dense method, which has no targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from kronblocks.algorithms.rules.base import Rule, RuleContext, RuleState
+
+
+@final
+class Fixed(Rule):
+    """Keeps the mask that the targets had at the start.
+
+    Source:
+        Random masks as a floor: Liu et al., "The unreasonable effectiveness of random pruning", 2022.
+    """
+
+    def propose(
+        self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
+    ) -> tuple[list[Tensor], RuleState]:
+        return [mask.to(torch.float32) for mask in ctx.masks], state

@@ -1,0 +1,41 @@
+"""Gradual pruning: at each update the blocks of least score die until the scheduled sparsity is reached, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+from torch import Tensor
+
+from kronblocks.algorithms.rules.base import Rule, RuleContext, RuleState, cut
+from kronblocks.algorithms.rules.regrowth import as_multipliers, exchange
+from kronblocks.algorithms.targets import Score
+
+
+@final
+class Magnitude(Rule):
+    """Kills what the schedule asks for; with a staircase it is iterative pruning (prune a share, train on, repeat).
+
+    Args:
+        score: "norm" (block norm / sqrt(area)), "gate" or "taylor".
+        regrow: share of the live blocks that is exchanged for dead ones of greatest gradient at the first update, falling to 0.
+
+    Source:
+        Zhu and Gupta, "To prune, or not to prune", 2017, with blocks for weights; in stages: Han, Pool, Tran, Dally, "Learning
+        both weights and connections for efficient neural networks", 2015; score "taylor": Molchanov, Mallya, Tyree, Frosio,
+        Kautz, "Importance estimation for neural network pruning", 2019.
+    """
+
+    def __init__(self, score: Score = "norm", regrow: float = 0.0) -> None:
+        self.score = score
+        self.needs_growth = regrow > 0
+        self._regrow = regrow
+
+    def propose(
+        self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
+    ) -> tuple[list[Tensor], RuleState]:
+        multipliers = cut(scores, ctx, ctx.sparsity)
+        if growth_scores is None or not self._regrow:
+            return multipliers, state
+        alive = [multiplier != 0 for multiplier in multipliers]
+        return as_multipliers(exchange(alive, scores, growth_scores, self._regrow, ctx)), state

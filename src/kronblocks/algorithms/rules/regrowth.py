@@ -1,0 +1,57 @@
+"""Exchange of live blocks for dead ones that the loss asks for (equation 19 in docs/math.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kronblocks.algorithms.budget import best_of_rows
+from kronblocks.algorithms.rules.base import RuleContext
+
+
+def exchange(
+    alive: Sequence[Tensor], scores: Sequence[Tensor], growth_scores: Sequence[Tensor], share: float, ctx: RuleContext
+) -> list[Tensor]:
+    """In every layer, drop live blocks of least score and grow as many of greatest growth score, never more or fewer.
+
+    A dropped block competes with the dead ones: where its gradient is greater it stays, with its weights. Of a head, every
+    block row keeps its best block. A layer that no gradient reached stays as it is.
+
+    Args:
+        alive: (m1, n1) bool grids, the blocks that would live.
+        scores: (m1, n1) grids.
+        growth_scores: (m1, n1) grids.
+        share: of the live blocks that is dropped at the first update; it falls to 0 at the last by a cosine.
+        ctx: what the rule may know.
+
+    Returns:
+        (m1, n1) bool grids.
+
+    Source:
+        Evci, Gale, Menick, Castro, Elsen, "Rigging the lottery: making all tickets winners", 2020, with blocks for weights.
+    """
+    now = share * 0.5 * (1 + math.cos(math.pi * ctx.fraction))
+    exchanged = []
+    heads = ctx.heads or [False] * len(alive)
+    for live, score, growth, is_head in zip(alive, scores, growth_scores, heads, strict=True):
+        if not (growth > 0).any():
+            exchanged.append(live.clone())
+            continue
+        kept_anyway = torch.zeros_like(live)
+        if is_head:
+            kept_anyway = best_of_rows(score.masked_fill(~live, -1.0))
+        number = min(int(now * int(live.sum())), int(live.sum()) - max(1, int(kept_anyway.sum())))
+        order = score.masked_fill(~live | kept_anyway, math.inf).flatten().argsort(stable=True)
+        kept = live.clone()
+        kept.view(-1)[order[:number]] = False
+        wanted = growth.masked_fill(kept, -1.0).flatten().argsort(descending=True, stable=True)[:number]
+        exchanged.append(kept.flatten().index_fill(0, wanted, True).view(live.shape))
+    return exchanged
+
+
+def as_multipliers(alive: Sequence[Tensor]) -> list[Tensor]:
+    """1 for what lives, 0 for what does not."""
+    return [live.to(torch.float32) for live in alive]

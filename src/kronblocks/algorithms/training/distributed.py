@@ -1,0 +1,67 @@
+"""Several processes with one model: they decide alike, and what wraps the model follows when layers are replaced."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+from weakref import ref
+
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kronblocks.core.errors import KronblocksError
+
+
+def around(model: nn.Module, given: nn.Module | None = None) -> list[ref[Any]]:
+    """Every DistributedDataParallel that a model is inside of, in weak references.
+
+    Args:
+        model: nothing in it knows of its wrapper, which is looked for among all objects of the process, if none is given.
+        given: the wrapper, or what is around it in turn.
+
+    Raises:
+        KronblocksError: the model is in none of what is given.
+    """
+    if given is None and not (distributed.is_available() and distributed.is_initialized()):
+        return []
+    among = _all_objects() if given is None else given.modules()
+    wrappers: list[Any] = [each for each in among if issubclass(type(each), DistributedDataParallel)]
+    found = [ref(wrapper) for wrapper in wrappers if any(module is model for module in wrapper.module.modules())]
+    if given is not None and not found:
+        raise KronblocksError(
+            f"ddp= is a {type(given).__name__} without a DistributedDataParallel around the model that sparsify_ got: write "
+            "ddp=DistributedDataParallel(model), the one that the training loop calls, or leave it out"
+        )
+    return found
+
+
+def _all_objects() -> list[Any]:
+    if gc.get_freeze_count() == 0:
+        return gc.get_objects()
+    gc.unfreeze()  # gc.freeze() hides objects
+    found = gc.get_objects()
+    gc.freeze()
+    return found
+
+
+def follow_replaced_parameters(model: nn.Module, wrappers: list[ref[Any]]) -> None:
+    """Let the DistributedDataParallel around a model, one of one process too, average the gradients that it has now.
+
+    Args:
+        model: whose layers were replaced.
+        wrappers: those that `around` found; filled where none is there any more, as where the model was wrapped later.
+    """
+    if all(reference() is None for reference in wrappers):
+        wrappers[:] = around(model)
+    for wrapper in (reference() for reference in wrappers):
+        if wrapper is None:
+            continue
+        wrapper._static_graph_delay_allreduce_enqueued = False  # a static graph's first iteration comes once more
+        parameters, sparse = wrapper._build_params_for_reducer()  # from here on what unpickling does: a new reducer over those
+        names = wrapper._build_debug_param_to_name_mapping(parameters)
+        wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
+        if wrapper.static_graph:
+            wrapper.reducer._set_static_graph()
+            wrapper.logger._set_static_graph()
+        for hook, state in wrapper._comm_hooks:
+            distributed._register_comm_hook(wrapper.reducer, state, hook)

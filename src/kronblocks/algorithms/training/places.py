@@ -1,0 +1,101 @@
+"""Which layers are in the places of the targets now: surgery replaces them, by the schedule or by the user's own hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from kronblocks.algorithms.targets import BlockTarget, HasBlocks, LayerTarget, WeightTarget
+from kronblocks.core.errors import KronblocksError
+
+SUCCESSOR = "replaced_by"
+"""Attribute of a module whose place the library has given to another one: that one."""
+
+
+def target_now(model: nn.Module, target: BlockTarget) -> BlockTarget | None:
+    """A target as it is in the model now.
+
+    Returns:
+        The same where its layer is there, wrapped or moved perhaps; one of the layer that the library, or a block layer of the
+        same grid that the user, has put in its place; None where it was replaced by something else, or is gone.
+    """
+    found = _module_at(model, target.name)
+    if found is not None and any(each is target.module for each in found.modules()):
+        return target if _has_its_weight(target) else None
+    if found is not None:
+        inside = [each for each in found.modules() if isinstance(each, HasBlocks) and not _is_around(each)]
+        if len(inside) == 1 and inside[0].grid == target.grid:
+            assert isinstance(inside[0], nn.Module)
+            return LayerTarget(target.name, inside[0])
+        if type(found) is nn.Linear and any(each is found for each in _successors(target.module)):
+            return WeightTarget(target.name, found, target.grid, target.mask)
+    is_elsewhere = any(each is target.module for each in model.modules())
+    return target if is_elsewhere and _has_its_weight(target) else None
+
+
+def stands_there(model: nn.Module, target: BlockTarget) -> str:
+    """What has taken a target's place, in words."""
+    found = _module_at(model, target.name)
+    if found is None:
+        return "nothing stands there now"
+    if found is target.module and "weight" not in found._parameters:
+        return "its weight is computed from others now"
+    shape = getattr(getattr(found, "weight", None), "shape", ())
+    sizes = f" of {'x'.join(map(str, shape))}" if shape else ""
+    if found is target.module:
+        return f"its weight is one{sizes} now"
+    kind, alike = type(found), type(found).__name__ == type(target.module).__name__
+    name = f"{kind.__module__}.{kind.__name__}" if alike and kind is not type(target.module) else kind.__name__
+    return f"a {name}{sizes} stands there now"
+
+
+def check_none_replaced(gone: Mapping[str, str]) -> None:
+    """Refuse to go on without layers.
+
+    Args:
+        gone: what is in the places of layers, by name.
+
+    Raises:
+        KronblocksError: there are any.
+    """
+    if gone:
+        listed = "; ".join(f"{name}: {there}" for name, there in list(gone.items())[:3])
+        raise KronblocksError(
+            f"{len(gone)} of the layers that the sparsifier follows {'was' if len(gone) == 1 else 'were'} replaced or changed "
+            f"after sparsify_ ({listed}). Replace layers before sparsify_, leave those that will change out, such as "
+            f"exclude=({next(iter(gone))!r},), or call sparsify_ again: block layers go on as sparse as they are"
+        )
+
+
+def _has_its_weight(target: BlockTarget) -> bool:
+    """Whether a plain layer still has a weight of its own, and of the size that it had."""
+    if not isinstance(target, WeightTarget):
+        return True
+    if parametrize.is_parametrized(target.module) or hasattr(target.module, "weight_orig") or hasattr(target.module, "weight_v"):
+        return False
+    weight = target.module._parameters.get("weight")
+    sizes = (target.grid.out_features, target.grid.in_features)
+    return weight is None or weight.dim() != 2 or weight.shape == torch.Size(sizes)  # a flattened one is told of by `attach`
+
+
+def _is_around(module: nn.Module) -> bool:
+    """Whether it only shows the attributes of a layer that it is wrapped around, as checkpoint_wrapper does."""
+    return any(isinstance(each, HasBlocks) for each in module.modules() if each is not module)
+
+
+def _successors(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that the library has put in a module's place, one after another."""
+    seen = [module]
+    while (later := vars(seen[-1]).get(SUCCESSOR)) is not None and all(later is not each for each in seen):
+        seen.append(later)
+        yield later
+
+
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # it has been wrapped
+        return None

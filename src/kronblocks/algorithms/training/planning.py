@@ -1,0 +1,292 @@
+"""Which plan each layer computes with during a training: chosen again when masks change, seldom switched, never timed twice."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils.hooks import RemovableHandle
+
+from kronblocks.algorithms.schedule import SparsitySchedule
+from kronblocks.algorithms.targets import BlockTarget, LayerTarget
+from kronblocks.core.errors import KronblocksError, KronblocksWarning
+from kronblocks.core.hooks import OwnHook, forward_input, rows_of
+from kronblocks.ops.costs.choice import plan_seconds
+from kronblocks.ops.costs.timing import candidates
+from kronblocks.ops.costs.timing_cache import Tables, load_tables
+from kronblocks.ops.operands import autocast_dtype
+
+MARGIN = 1.1
+"""How many times slower than the best plan the present one must be before a layer switches."""
+
+COMPILED_MARGIN = 1.25
+"""The same for all layers of a compiled model together, where a change is compiled for training and for evaluation."""
+
+
+class Traffic(NamedTuple):
+    """What reaches a layer in a training step, as far as its speed depends on it."""
+
+    rows: int
+    input_grad: bool
+    dtype: str  # of the products: of autocast, where that is on
+
+
+class _Choice(NamedTuple):
+    plan: str
+    present: float  # seconds a step by the plan that the layer has
+    seconds: float  # and by this one
+
+
+class _Watch:
+    """A forward pre-hook that notes the last training forward.
+
+    Compiled code has no trace of it: there it looks while the code is made, which happens in the first step.
+    """
+
+    def __init__(self) -> None:
+        self.seen: tuple[int, bool, torch.dtype] | None = None
+        self.compiled = False
+
+        def while_compiling(context: Any) -> None:
+            x = context.get_local("x").as_fake()
+            rows = [size if isinstance(size, int) else size.node.hint for size in x.shape[:-1]]  # int(size) would fix it
+            if None not in rows:
+                self.seen = math.prod(rows), x.requires_grad, context.get_local("dtype").as_python_constant()
+            self.compiled = True
+
+        self._while_compiling = while_compiling
+
+    def __reduce__(self) -> tuple[type[OwnHook], tuple[()]]:  # a copy of the module is not looked at
+        return OwnHook, ()
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        x = forward_input(args, kwargs)
+        dtype = _product_dtype(x)
+        if torch.compiler.is_compiling():
+            from torch._dynamo.comptime import comptime  # slow to import, and the compiler has
+
+            comptime(self._while_compiling)
+        else:
+            self.seen = rows_of(x), x.requires_grad, dtype
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    cast = autocast_dtype(x.device.type)
+    return x.dtype if cast is None or x.dtype == torch.float64 else cast
+
+
+def measuring_allowed() -> bool:
+    """Whether trainings may time plans: `KRONBLOCKS_MEASURE=0` (or off) leaves it to the counts, everywhere."""
+    return os.environ.get("KRONBLOCKS_MEASURE", "").lower() not in ("0", "off")
+
+
+class Planner:
+    """Chooses the plans of the layers that leave it to the library (`plan="auto"`).
+
+    Args:
+        measure: by timings of this machine; False: by estimates from the counts.
+        rows: rows of x per step; None: those of each layer's first training step.
+    """
+
+    def __init__(self, *, measure: bool = True, rows: int | None = None) -> None:
+        self._measure, self._rows = measure, rows
+        self._traffic: dict[str, Traffic] = {}
+        self._chosen: set[str] = set()  # layers whose present plan was chosen here, and is only given up for a clearly better one
+        self._tables: Tables = {}  # the timings that decisions rested on
+        self._watches: dict[str, tuple[_Watch, RemovableHandle]] = {}
+        self._compiled = False  # whether a layer has been seen in compiled code
+        self._changes = 0  # of compiled code so far, each of all layers together
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_watches": {}}
+
+    def watch(self, targets: Sequence[BlockTarget]) -> list[RemovableHandle]:
+        """Look, in the next training steps, what reaches the layers; returns the hooks' handles."""
+        for target in (target for target in targets if isinstance(target, LayerTarget)):
+            watch = _Watch()
+            handle = target.module.register_forward_pre_hook(watch, with_kwargs=True)
+            self._watches[target.name] = (watch, handle)
+        return [handle for _, handle in self._watches.values()]
+
+    def forget_choices(self) -> None:
+        """The layers have been replaced: their plans are the constructors' choice now."""
+        self._chosen.clear()
+
+    def allows_change(self, to_come: int = 0) -> bool:
+        """Whether the model's code may change once more without coming to torch's limit of recompilations.
+
+        Args:
+            to_come: changes that come later whatever is decided now.
+        """
+        return not self._compiled or self._changes + to_come < _most_changes()
+
+    def decide(self, targets: Sequence[BlockTarget], *, changed: bool = False, to_come: int = 0) -> None:
+        """Choose every layer's plan for its present density, and let it compute so from now on.
+
+        Compiled code knows the plans: there all layers change together, if it pays, and seldom enough for torch's limit.
+        In distributed training rank 0 decides for all, since timings differ and plans must not.
+
+        Args:
+            targets: the layers.
+            changed: they have just been replaced or made smaller, so that what is compiled has changed already.
+            to_come: such changes that come later.
+        """
+        layers = _choosers(targets)
+        lift_to_come = to_come if any(target.is_factored for target in targets) else 0  # values may stay as large as they are
+        self._note_traffic(changed + lift_to_come)
+        if self._compiled:
+            for target in targets:
+                if isinstance(target, LayerTarget):
+                    target.keep_index_size_()
+        if not layers or not (changed or self.allows_change(to_come)):
+            self._changes += self._compiled and changed
+            return
+        shared = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        plans = self._best_of_all(layers, changed) if not shared or distributed.get_rank() == 0 else []
+        if shared:
+            box = [plans]
+            distributed.broadcast_object_list(box, src=0)
+            plans = box[0]
+        switches = [(layer, plan) for layer, plan in zip(layers, plans, strict=True) if plan != layer.plan]
+        for layer, plan in switches:
+            layer.set_plan_(plan)
+        self._changes += self._compiled and (changed or bool(switches))
+
+    def _note_traffic(self, changes: int) -> None:
+        """Read what the watches saw; `changes` of compiled code are certain."""
+        for name, (watch, handle) in list(self._watches.items()):
+            if watch.seen is not None:
+                rows, input_grad, dtype = watch.seen
+                self._traffic.setdefault(name, Traffic(int(rows), bool(input_grad), str(dtype).removeprefix("torch.")))
+                if watch.compiled and not self._compiled:
+                    self._compiled = True
+                    _warn_of_a_low_limit(self._changes + changes)
+                if not watch.compiled:  # a hook less would be another model, compiled again
+                    handle.remove()
+                del self._watches[name]
+
+    def _best_of_all(self, layers: Sequence[LayerTarget], changed: bool) -> list[str]:
+        """The plan for each layer; in compiled code the present ones, unless all changes together gain enough."""
+        choices = [self._best(layer) for layer in layers]
+        present, best = sum(choice.present for choice in choices), sum(choice.seconds for choice in choices)
+        if self._compiled and not changed and present < COMPILED_MARGIN * best:
+            return [layer.plan for layer in layers]
+        self._chosen.update(layer.name for layer in layers if layer.name in self._traffic or self._rows is not None)
+        return [choice.plan for choice in choices]
+
+    def _best(self, layer: LayerTarget) -> _Choice:
+        traffic = self._traffic.get(layer.name)
+        if traffic is None and self._rows is None:
+            return _Choice(layer.plan, 0.0, 0.0)  # nobody knows yet what it has to do
+        rows, input_grad, dtype = traffic or (None, True, None)
+        problem = layer.problem(self._rows or rows, input_grad, dtype)
+        running = candidates(problem)
+        measure = self._measure and measuring_allowed() and len(running) > 1
+        seconds = plan_seconds(problem, measure=True, record=self._tables) if measure else {}
+        if not seconds:
+            estimated = plan_seconds(problem, measure=False)
+            seconds = {plan: estimated[plan] for plan in running}
+        best = min(seconds, key=seconds.__getitem__)
+        present = seconds.get(layer.plan, float("inf"))
+        if layer.name in self._chosen and present < MARGIN * seconds[best]:
+            return _Choice(layer.plan, present, present)
+        return _Choice(best, present, seconds[best])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later decisions rest on: plain values."""
+        return {
+            "traffic": {name: list(traffic) for name, traffic in self._traffic.items()},
+            "chosen": sorted(self._chosen),
+            "tables": {key: dict(table) for key, table in self._tables.items()},
+            "changes": self._changes,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as if this process had made the saved decisions: the same timings serve the same questions.
+
+        Raises:
+            KronblocksError: it is no state of a planner. Nothing has been changed then.
+        """
+        self._traffic, self._chosen, self._tables, self._changes = parsed(state)
+        load_tables(self._tables)
+
+
+def parsed(state: Mapping[str, Any]) -> tuple[dict[str, Traffic], set[str], Tables, int]:
+    """What `Planner.state_dict` gave: traffic by layer, the layers with chosen plans, timings, and changes of compiled code.
+
+    Raises:
+        KronblocksError: it is something else.
+    """
+    try:
+        traffic = {str(name): _traffic(*values) for name, values in state["traffic"].items()}
+        chosen = {str(name) for name in state["chosen"]}
+        tables = {str(key): dict(table) for key, table in state["tables"].items()}
+        changes = state.get("changes", 0)  # older states have none
+        if type(changes) is not int or changes < 0:
+            raise ValueError(f"{changes!r} changes")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise KronblocksError(f"the state's part on plans is damaged ({error!r}): save sparsifier.state_dict() again") from error
+    return traffic, chosen, tables, changes
+
+
+def _traffic(rows: int, input_grad: bool, dtype: str) -> Traffic:
+    """One layer's, checked.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+    if not (known and type(rows) is int and 0 <= rows < 2**63 and isinstance(input_grad, bool)):
+        raise ValueError(f"{rows!r} rows, {input_grad!r}, {dtype!r}")
+    return Traffic(rows, input_grad, dtype)
+
+
+def _choosers(targets: Sequence[BlockTarget]) -> list[LayerTarget]:
+    return [target for target in targets if isinstance(target, LayerTarget) and target.plan_is_free]
+
+
+_WITHOUT_CHANGES, _OF_A_CHANGE = 4, 2
+"""Compilations of a model: for training and for evaluation, each first for one number of rows and then for any. Of a change, when
+it is known that rows vary: one for each of the two.
+"""
+
+
+def _most_changes() -> int:
+    """How often the code of a compiled model may change within torch's limit of recompilations."""
+    return (_recompile_limit() - _WITHOUT_CHANGES) // _OF_A_CHANGE
+
+
+def _recompile_limit() -> int:
+    import torch._dynamo  # asked only where it has compiled something
+
+    return torch._dynamo.config.recompile_limit
+
+
+def _warn_of_a_low_limit(changes: int) -> None:
+    """Say so if what is certain to come, `changes` of the code, is more than torch will compile."""
+    if changes > _most_changes():
+        wanted = _WITHOUT_CHANGES + _OF_A_CHANGE * changes
+        warnings.warn(
+            f"torch compiles this model up to {wanted} times in the training (whenever its layers are replaced, for training and "
+            f"for evaluation), and torch._dynamo.config.recompile_limit is {_recompile_limit()}: beyond that the model runs "
+            f"uncompiled. Set the limit to {wanted} or more before the training",
+            KronblocksWarning,
+            stacklevel=2,
+        )
+
+
+def layer_changes_to_come(schedule: SparsitySchedule, step: int, targets: Sequence[BlockTarget]) -> int:
+    """How often layers will still be replaced, or be made smaller where that is worth a compilation."""
+    if step >= schedule.end_step:
+        return 0
+    if schedule.lift_step is not None:  # which leaves few slots to give up later
+        return int(step < schedule.lift_step)
+    shrinks = schedule.sparsity_at(schedule.end_step) > schedule.sparsity_at(step)
+    return int(shrinks and any(isinstance(target, LayerTarget) and not target.is_factored for target in targets))

@@ -1,0 +1,172 @@
+"""What is sparse now, counted: exact zeros, in blocks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from kronblocks.algorithms.heads import Heads, Source
+from kronblocks.algorithms.schedule import SparsitySchedule
+from kronblocks.algorithms.targets import BlockTarget
+from kronblocks.core.errors import KronblocksWarning
+
+STARVED = 1 / 3
+"""Below this share of the mean density a layer counts as starved, if its share would be `STARVED_FROM` blocks or more."""
+STARVED_FROM = 10
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """One targeted layer."""
+
+    name: str
+    kind: str
+    out_features: int
+    in_features: int
+    block_size: str
+    live_blocks: int
+    total_blocks: int
+    plan: str
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the layer's blocks that are exactly zero."""
+        return 1 - self.live_blocks / self.total_blocks
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """All targeted layers. Print it for a table."""
+
+    layers: tuple[LayerSparsity, ...]
+    block_sparsity: float  # share of the targeted weights that lie in zero blocks; the share of blocks where all have one size
+    notes: tuple[str, ...] = ()  # what the numbers do not say: layers that are gone, a sparsifier that is not attached
+    heads: tuple[str, ...] = ()  # the layers that make the model's output, of which every block row keeps a block, once known
+    heads_from: Source | None = None  # how they were found; None: not yet
+
+    @property
+    def starved(self) -> tuple[LayerSparsity, ...]:
+        """Layers with far fewer live blocks than the mean density would give them."""
+        density = 1 - self.block_sparsity
+        return tuple(
+            layer
+            for layer in self.layers
+            if layer.live_blocks < STARVED * density * layer.total_blocks and density * layer.total_blocks >= STARVED_FROM
+        )
+
+    @property
+    def live_blocks(self) -> int:
+        """Blocks with a value that is not zero."""
+        return sum(layer.live_blocks for layer in self.layers)
+
+    @property
+    def total_blocks(self) -> int:
+        """All blocks of the targeted layers."""
+        return sum(layer.total_blocks for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "block_sparsity": self.block_sparsity,
+            "live_blocks": self.live_blocks,
+            "total_blocks": self.total_blocks,
+            "notes": list(self.notes),
+            "heads": list(self.heads),
+            "heads_from": self.heads_from,
+            "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "weight", "block", "live / total", "sparsity", "plan")] + [
+            (
+                layer.name,
+                layer.kind,
+                f"{layer.out_features}x{layer.in_features}",
+                layer.block_size,
+                f"{layer.live_blocks} / {layer.total_blocks}",
+                f"{layer.sparsity:.4f}",
+                layer.plan,
+            )
+            for layer in self.layers
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        total = f"{self.live_blocks} of {self.total_blocks} blocks live, {self.block_sparsity:.4f} of the weights in zero blocks"
+        return "\n".join([*lines, total, *self._remarks(), *self.notes])
+
+    def _remarks(self) -> list[str]:
+        remarks = []
+        if self.heads_from is not None:
+            how = "" if self.heads_from == "named" else f" ({self.heads_from})"
+            remarks.append(f"each block row keeps a block in: {', '.join(self.heads) or 'no layer'}{how}")
+        if self.starved:
+            remarks.append(f"far below the mean density: {', '.join(layer.name for layer in self.starved)}")
+        return remarks
+
+
+@torch.no_grad()
+def count_blocks(targets: Sequence[BlockTarget], notes: Sequence[str] = (), heads: Heads | None = None) -> SparsityReport:
+    """Count, from the weights themselves and not from the masks, the blocks whose every value is exactly zero.
+
+    Args:
+        targets: the layers.
+        notes: what the numbers do not say.
+        heads: which layers make the model's output.
+    """
+    layers, zero, weights = [], 0, 0
+    for target in targets:
+        live, grid = int(target.nonzero_blocks().sum()), target.grid
+        layers.append(
+            LayerSparsity(
+                target.name,
+                getattr(target.module, "kind", "Linear"),
+                grid.out_features,
+                grid.in_features,
+                str(grid.block),
+                live,
+                grid.blocks,
+                getattr(target.module, "active_plan", "dense"),
+            )
+        )
+        zero += (grid.blocks - live) * grid.block.area
+        weights += grid.weights
+    share, found = zero / weights if weights else 0.0, heads or Heads(())
+    return SparsityReport(tuple(layers), share, tuple(notes), found.names or (), found.source)
+
+
+def warn_of_starved_layers(report: SparsityReport) -> None:
+    """Name the layers that pruning has left far below the mean density, if there are any."""
+    if not report.starved:
+        return
+    shown = [f"{layer.name} ({layer.live_blocks} of {layer.total_blocks} blocks)" for layer in report.starved[:5]]
+    more = [f"and {len(report.starved) - 5} more"] * (len(report.starved) > 5)
+    warnings.warn(
+        f"pruning has ended, and {', '.join(shown + more)} kept less than a third of the mean density, "
+        f"{1 - report.block_sparsity:.3f}: their blocks scored lowest. To give every layer the same density write "
+        'scope="layer", to leave some dense name them in exclude',
+        KronblocksWarning,
+        stacklevel=2,
+    )
+
+
+def warn_if_too_dense(sparsity: float, schedule: SparsitySchedule, why: str) -> None:
+    """Say so if a training that has ended is a percent or more below its target, for this reason."""
+    if sparsity < schedule.target_sparsity - 0.01:
+        warnings.warn(
+            f"after the training {100 * sparsity:.1f}% of the weights are in zero blocks, not "
+            f"{100 * schedule.target_sparsity:g}%: {why}; pruning ends at step {schedule.end_step} of {schedule.total_steps}",
+            KronblocksWarning,
+            stacklevel=4,
+        )
+
+
+def dead_share(targets: Sequence[BlockTarget]) -> float:
+    """Share of the weights that lie in dead blocks by the masks; none on the meta device, where nothing is known."""
+    known = [target for target in targets if not target.mask.is_meta]
+    dead = sum(int((~target.mask).sum()) * target.area for target in known)
+    weights = sum(target.grid.weights for target in known)
+    return dead / weights if weights else 0.0

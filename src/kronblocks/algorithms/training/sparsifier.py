@@ -1,0 +1,411 @@
+"""Ties a rule and a schedule to an optimiser: after each of its steps, decides on the grids and keeps the zeros exact."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kronblocks.algorithms.budget import Scope
+from kronblocks.algorithms.context import context_at, learning_rates
+from kronblocks.algorithms.growth import EagerSteps
+from kronblocks.algorithms.heads import Heads
+from kronblocks.algorithms.rules.base import Rule, RuleContext, RuleState, check_multipliers
+from kronblocks.algorithms.rules.fixed import Fixed
+from kronblocks.algorithms.schedule import Phase, SparsitySchedule, continued
+from kronblocks.algorithms.targets import BlockTarget, LayerTarget, Score, WeightTarget
+from kronblocks.algorithms.training.added_penalty import AddedPenalty, warn_of_missing_penalty
+from kronblocks.algorithms.training.attachment import Attachment, check_held, check_optimizers, number_parts_, unwrapped
+from kronblocks.algorithms.training.carried import CarriedState
+from kronblocks.algorithms.training.distributed import around, follow_replaced_parameters
+from kronblocks.algorithms.training.following import Movement, Turns, keep_zeros_
+from kronblocks.algorithms.training.nested import is_nested
+from kronblocks.algorithms.training.places import check_none_replaced, stands_there, target_now
+from kronblocks.algorithms.training.planning import Planner, layer_changes_to_come
+from kronblocks.algorithms.training.report import (
+    SparsityReport,
+    count_blocks,
+    dead_share,
+    warn_if_too_dense,
+    warn_of_starved_layers,
+)
+from kronblocks.algorithms.training.state import STATE_VERSION, check_state
+from kronblocks.algorithms.training.surgeon import LIFT_WAITS, Surgeon
+from kronblocks.algorithms.training.unfollowed import LOST, NOT_ATTACHED, is_attached, is_detached, wait_for_attach
+from kronblocks.core.errors import KronblocksError, KronblocksWarning
+from kronblocks.core.processes import agreed, averaged, is_shared
+from kronblocks.core.shards import is_sharded
+
+
+class Sparsifier:
+    """Runs one algorithm over a training, from hooks on the user's own optimiser. Made by `kronblocks.sparsify_`.
+
+    Args:
+        model: the model whose layers are targeted.
+        targets: the layers, in the model's order.
+        rule: the algorithm.
+        make_schedule: gives the schedule for a number of steps.
+        surgeon: replaces layers at the lift and when healing begins.
+        scope: one budget over all layers ("global"), or one for each ("layer").
+        planner: chooses the plans of layers that leave it open, after the first step and whenever masks change.
+        heads: names of the targets that make the model's output; None: they are found in the first steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[BlockTarget],
+        rule: Rule,
+        make_schedule: Callable[[int], SparsitySchedule],
+        surgeon: Surgeon,
+        *,
+        scope: Scope = "global",
+        planner: Planner | None = None,
+        heads: Sequence[str] | None = None,
+    ) -> None:
+        self.model, self.targets, self.rule = model, list(targets), rule
+        self.scope: Scope = scope
+        self.step = 0
+        self.schedule: SparsitySchedule | None = None
+        self.surgery = surgeon.report
+        self._surgeon, self._make_schedule, self._planner = surgeon, make_schedule, planner or Planner()
+        self._optimizers: list[Optimizer] = []
+        self._turns, self._movement = Turns((), ()), Movement()
+        self._rule_state: RuleState = {}
+        self._known_steps: int | None = None  # of the training that the state is of
+        self._awaits_penalty = False
+        self._eager, self._heads = EagerSteps(), Heads([target.name for target in self.targets], heads)
+        self._handles: list[Any] = []  # of all hooks of the attachment
+        self._known: list[nn.Parameter] = []  # that held the blocks after the last step
+        self._wrappers: list[Any] = []  # DistributedDataParallel around the model, in weak references
+        self._was_removed = False
+        self.initial_sparsity = dead_share(self.targets)
+        self._has_dead = self.initial_sparsity > 0
+        wait_for_attach(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickled one, goes on from the same step but is not attached: torch's optimisers drop hooks when copied."""
+        nothing = {"_optimizers": [], "_turns": Turns((), ()), "_handles": [], "_known": [], "_wrappers": []}
+        return {**self.__dict__, **nothing, "schedule": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        wait_for_attach(self)
+
+    def attach(
+        self,
+        optimizers: Optimizer | Sequence[Optimizer],
+        *,
+        total_steps: int,
+        add_penalty: bool = False,
+        ddp: nn.Module | None = None,
+    ) -> Attachment:
+        """Follow these optimisers' steps from now on.
+
+        Args:
+            optimizers: one, or several; together they hold every targeted parameter. Each of those that hold some steps once per
+                training step. Optimisers in the wrappers of Accelerate and Lightning are found.
+            total_steps: optimiser steps of the whole training, what a learning-rate schedule would be given too.
+            add_penalty: add the penalty's gradient to the parameters' before each step, after clipping, for a training loop
+                whose loss is out of reach; leave `penalty()` out of the loss then.
+            ddp: the DistributedDataParallel around the model; None: it is looked for, once, among all objects of the process.
+
+        Returns:
+            A handle whose `remove()` undoes it.
+
+        Raises:
+            KronblocksError: LBFGS, a targeted parameter in none of the optimisers, attached already or followed by another
+                sparsifier, another number of steps than a loaded state had, unless its mask is frozen already, or what could not
+                go on after the lift; `ddp` is not around the model.
+        """
+        if self._optimizers:
+            raise KronblocksError("this sparsifier is attached already: call remove() on the handle of the first attach")
+        optimizers = [unwrapped(each) for each in (optimizers if isinstance(optimizers, Sequence) else [optimizers])]
+        check_none_replaced(self._follow_layers())
+        schedule = self._schedule_for(total_steps, self._known_steps, self.step, self.initial_sparsity)
+        check_optimizers(optimizers, self, lifts=schedule.lift_step is not None and not self._is_sharded)
+        if self._is_sharded and self.rule.has_penalty:
+            raise KronblocksError(
+                'the penalty is taken from whole weights, and these are sharded: use PenaltyConfig(form="proximal"), which '
+                "acts on the blocks after each step"
+            )
+        if self.targets and not schedule.prunes:
+            warnings.warn(f"{schedule.why_not}: nothing is pruned in this run", KronblocksWarning, stacklevel=2)
+        self._wrappers = around(self.model, ddp)
+        self.schedule, self._known_steps = schedule, schedule.total_steps
+        self._optimizers, self._was_removed = optimizers, False
+        number_parts_(optimizers)
+        self._turns = Turns(optimizers, self.targets)
+        if is_shared():
+            for target in self.targets:
+                target.share_mask_()
+        after = torch.compiler.disable(self._after_step)  # of compiled steps
+        self._handles = [optimizer.register_step_post_hook(after) for optimizer in optimizers]
+        if add_penalty and self.rule.has_penalty:
+            before = torch.compiler.disable(AddedPenalty(self.penalty).before_step)
+            self._handles += [optimizer.register_step_pre_hook(before) for optimizer in optimizers]
+        self._awaits_penalty = self.rule.has_penalty and bool(self.targets)
+        self._note_parameters()
+        self._handles += self._planner.watch(self.targets)
+        self._handles += self._heads.watch(self.model, [target.module for target in self.targets])
+        self._prepare_probes()
+        is_attached(self, optimizers)
+        return Attachment(self._handles, self._detach)
+
+    def _schedule_for(self, total_steps: int, known: int | None, step: int, before: float) -> SparsitySchedule:
+        """The schedule, from the sparsity before any training, which a block of rounding does not put above the target."""
+        schedule = continued(self._make_schedule, total_steps, known, step)
+        return replace(schedule, initial_sparsity=max(min(before, schedule.target_sparsity), schedule.initial_sparsity))
+
+    def _detach(self) -> None:
+        self._eager.end()
+        for target in self.targets:
+            target.drop_probe()
+        self._optimizers, self._handles, self._known, self.schedule, self._was_removed = [], [], [], None, True
+        is_detached(self)
+        if self.without_attach():
+            wait_for_attach(self)
+
+    def without_attach(self) -> str:
+        """What is wrong if the layers are trained while it is not attached; empty where nothing is."""
+        loses_zeros = self._has_dead and self.masks_linears
+        is_over = self._was_removed or isinstance(self.rule, Fixed) or not self.targets or self.phase == "heal"
+        return "" if is_over and not loses_zeros else NOT_ATTACHED + LOST * loses_zeros
+
+    def warn_if_too_dense(self, why: str) -> None:
+        """Say so if a training has ended and the target is not reached, for a reason that the caller knows."""
+        if self.schedule is not None and self.schedule.prunes and self.targets:
+            warn_if_too_dense(self.sparsity, self.schedule, why)
+
+    @property
+    def phase(self) -> Phase:
+        """ "discover", "refine" or "heal"; "discover" before the first `attach`, and after a training what it ended with."""
+        schedule = self.schedule
+        if schedule is None and self._known_steps is not None:
+            schedule = self._make_schedule(self._known_steps)
+        return "discover" if schedule is None else schedule.phase_at(self.step)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(parameter) for target in self.targets for parameter in target.parameters())
+
+    @property
+    def lift_due(self) -> bool:
+        """Whether the lift waits for the parameters to be whole again, under `fully_shard`: see `lift_`."""
+        lift_step = self.schedule.lift_step if self.schedule is not None else None
+        return lift_step is not None and self.step >= lift_step and any(target.is_factored for target in self.targets)
+
+    def lift_(self) -> None:
+        """Replace factors by free block values, in the model and in the optimisers that are followed.
+
+        The two-phase method does this automatically at the right step. Nothing can replace sharded parameters, though: there
+        save a checkpoint when `lift_due` says so, build the model again, load, call this, and then shard it.
+
+        Raises:
+            KronblocksError: the parameters are sharded.
+        """
+        if self._is_sharded:
+            raise KronblocksError(LIFT_WAITS)
+        if self._surgeon.lift([target.name for target in self.targets], self._optimizers):
+            self._follow_replaced()
+
+    def _compact(self) -> bool:
+        """Give up the slots of dead blocks; whether there were any."""
+        if compacted := self._surgeon.compact([target.name for target in self.targets], self._optimizers):
+            self._follow_replaced()
+        return compacted
+
+    def _follow_replaced(self) -> None:
+        self._follow_layers()
+        follow_replaced_parameters(self.model, self._wrappers)
+        if self._optimizers:
+            self._movement.watch(self.targets, self.step)
+
+    @property
+    def masks_linears(self) -> bool:
+        """Whether it keeps masks of plain nn.Linear layers, rather than work on layers that hold their own."""
+        return any(isinstance(target, WeightTarget) for target in self.targets)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the targeted weights that lie in blocks of exact zeros, counted from the weights."""
+        return self.report().block_sparsity
+
+    @property
+    def measures_growth(self) -> bool:
+        """Whether the coming step takes the dense gradient of every targeted layer, to score dead blocks."""
+        return self.rule.needs_growth and self.schedule is not None and self.schedule.is_update(self.step + 1)
+
+    def report(self) -> SparsityReport:
+        """Count the exact zeros of every targeted layer now; layers replaced after `sparsify_` are named and left out."""
+        gone = self._follow_layers()
+        notes = [f"not counted, since it was replaced after sparsify_: {name} ({there})" for name, there in gone.items()]
+        if not self._optimizers and self.without_attach():
+            notes.append("the sparsifier is not attached: steps of an optimiser prune nothing")
+        return count_blocks([target for target in self.targets if target.name not in gone], notes, self._heads)
+
+    def penalty(self) -> Tensor:
+        """What the rule adds to the loss: `loss + sparsifier.penalty()`. Zero for rules that live elsewhere.
+
+        Raises:
+            KronblocksError: before `attach`.
+        """
+        if self.schedule is None:
+            raise KronblocksError("penalty() needs the schedule: call sparsifier.attach(optimizer, total_steps=...) first")
+        self._awaits_penalty = False
+        wanted = self.rule.has_penalty and self.targets
+        term = self.rule.penalty(self.targets, self._context(self.step)) if wanted else None
+        return torch.zeros((), device=next(self.model.parameters()).device) if term is None else term
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if (found_inf is not None and bool(found_inf)) or is_nested(optimizer):  # skipped under a GradScaler, or not over yet
+            return
+        check_none_replaced(self._follow_layers())
+        self._note_parameters()
+        if self._has_dead:
+            keep_zeros_(self.targets, optimizer)
+        if self._turns.end(optimizer, self.step):
+            self._advance()
+            self._turns.begin(self.targets)
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        self.step += 1
+        self._eager.end()
+        schedule = self.schedule
+        if self._awaits_penalty:
+            self._awaits_penalty = False
+            warn_of_missing_penalty(self.rule)
+        if not self.targets or schedule is None:
+            return
+        self._movement.check(self.targets, learning_rates(self.targets, self._optimizers))
+        update = schedule.is_update(self.step)
+        if update or (self.rule.every_step and schedule.start_step < self.step < schedule.end_step):
+            self._apply_rule(update)
+        if self._heads.want_eager_step():
+            self._eager.begin()
+        changed = False
+        if self.step == schedule.lift_step:
+            if self._is_sharded:
+                warnings.warn(LIFT_WAITS, KronblocksWarning, stacklevel=2)
+            else:
+                changed = True
+                self.lift_()
+        if self.step == schedule.end_step and not self._is_sharded and (changed or self._planner.allows_change()):
+            changed = self._compact() or changed
+        if update or self.step == 1:  # by the end of the first step every layer has seen what it has to do
+            to_come = 0 if self._is_sharded else layer_changes_to_come(schedule, self.step, self.targets)
+            self._planner.decide(self.targets, changed=changed, to_come=to_come)
+        self._prepare_probes()
+
+    def _apply_rule(self, update: bool) -> None:
+        scores = agreed([target.scores(self._score) for target in self.targets], self.step)
+        growth = averaged([target.read_probe() for target in self.targets]) if update and self.rule.needs_growth else None
+        self._heads.decide(self.targets[0].mask.device)
+        context = self._context(self.step)
+        multipliers, self._rule_state = self.rule.propose(scores, growth, self._rule_state, context)
+        check_multipliers(multipliers, self.rule, context)
+        for target, multiplier in zip(self.targets, multipliers, strict=True):
+            multiplier = multiplier.to(target.mask.device)
+            grown, died = ~target.mask & (multiplier != 0), target.mask & (multiplier == 0)
+            self._has_dead |= target.apply_(multiplier)
+            target.end_moments_(self._optimizers, died)
+            if grown.any():
+                target.restart_moments_(self._optimizers, grown)
+        if context.is_last_update:
+            warn_of_starved_layers(self.report())
+
+    def _prepare_probes(self) -> None:
+        if self.measures_growth:
+            self._eager.begin()
+            for target in self.targets:
+                target.start_probe()
+
+    def _follow_layers(self) -> dict[str, str]:
+        """Look at the layers that are there now; what is in the places of those that the user has replaced, by name."""
+        gone = {}
+        for place, target in enumerate(self.targets):
+            now = target_now(self.model, target)
+            if now is None:
+                gone[target.name] = stands_there(self.model, target)
+            elif now is not target:
+                self.targets[place] = now
+                self._planner.forget_choices()
+        return gone
+
+    def _note_parameters(self) -> None:
+        """Look at the parameters that hold the blocks now: optimisers must have them, and new weights need their hook."""
+        now = [p for target in self.targets for p in target.parameters()]
+        if len(now) == len(self._known) and all(map(operator.is_, now, self._known)):
+            return
+        check_held(self._optimizers, self.targets)
+        known = {id(p) for p in self._known}
+        for target in self.targets:
+            if not all(id(p) in known for p in target.parameters()):
+                self._handles += target.hook_gradients()
+        self._known = now
+
+    @property
+    def _score(self) -> Score:
+        """What blocks are compared by: what the rule asks for, but norms once a lift has made free values, without gates."""
+        lifted = not all(target.is_factored for target in self.targets)
+        return "norm" if lifted and self.rule.score == "gate" else self.rule.score
+
+    def _context(self, step: int) -> RuleContext:
+        assert self.schedule is not None
+        about = {"heads": self._heads.names or (), "scope": self.scope, "score": self._score}
+        return context_at(step, self.schedule, self.targets, self._optimizers, **about)
+
+    def save_with_model(self) -> CarriedState:
+        """Keep the state in `model.state_dict()` from now on, as the tensor "kronblocks_state", and restore it, layers included,
+        in `model.load_state_dict(...)`: for trainers that save and load the model only. `remove()` on the handle ends it.
+        """
+        return CarriedState(self.model, self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs beside the model's and the optimiser's state: plain values and tensors."""
+        return {
+            "version": STATE_VERSION,
+            "rule": type(self.rule).__name__,
+            "step": self.step,
+            "total_steps": self._known_steps,
+            "initial_sparsity": self.initial_sparsity,
+            "rule_state": dict(self._rule_state),
+            "structure": self._surgeon.record(),
+            "plans": {t.name: t.plan for t in self.targets if isinstance(t, LayerTarget)},
+            "planner": self._planner.state_dict(),
+            "heads": self._heads.state_dict(),
+            "masks": {t.name: t.mask.clone() for t in self.targets if not isinstance(t, LayerTarget)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state. Call it before the model's and the optimiser's own `load_state_dict`: it gives the model the
+        structure that it had (after the lift, other layers than `sparsify_` made).
+
+        Raises:
+            KronblocksError: the state is of another version, algorithm, model or number of steps.
+        """
+        check_state(state, rule=type(self.rule).__name__, targets=self.targets)
+        step, known, before = state["step"], state["total_steps"], state.get("initial_sparsity", 0.0)
+        schedule = None if self.schedule is None else self._schedule_for(self.schedule.total_steps, known, step, before)
+        if self._surgeon.restore(state["structure"], self._optimizers):
+            self._follow_layers()
+            follow_replaced_parameters(self.model, self._wrappers)
+        for target in self.targets:
+            if target.name in state["masks"]:
+                target.set_mask_(state["masks"][target.name])
+            if isinstance(target, LayerTarget):
+                target.set_plan_(state["plans"][target.name])
+        self._planner.load_state_dict(state["planner"])
+        self._heads.load_state_dict(state.get("heads"))
+        self.step, self._rule_state, self.initial_sparsity = step, dict(state["rule_state"]), before
+        self.schedule, self._known_steps = schedule, known if schedule is None else schedule.total_steps
+        self._has_dead = True
+        self._prepare_probes()

@@ -1,0 +1,98 @@
+"""What a saved state of a sparsifier must be, before anything of it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronblocks.algorithms.heads import parsed_heads
+from kronblocks.algorithms.targets import BlockTarget, WeightTarget
+from kronblocks.algorithms.training.planning import parsed
+from kronblocks.core.blocks import BlockSize
+from kronblocks.core.errors import KronblocksError
+from kronblocks.ops.plans import check_plan
+
+STATE_VERSION = 2
+
+_DICTS = ("rule_state", "structure", "plans", "planner", "masks")
+_PARTS = frozenset({"version", "rule", "step", "total_steps", *_DICTS})
+
+
+def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget]) -> None:
+    """Refuse what is no state of a sparsifier like this one.
+
+    Args:
+        state: anything.
+        rule: name of the sparsifier's algorithm.
+        targets: its layers.
+
+    Raises:
+        KronblocksError: the state is damaged, or of another version, algorithm or model.
+    """
+    version = state.get("version") if isinstance(state, dict) else None
+    if version not in (None, STATE_VERSION):
+        raise KronblocksError(f"the state has version {version}, and this kronblocks reads version {STATE_VERSION}")
+    if not isinstance(state, dict) or not state.keys() >= _PARTS or not _is_whole(state):
+        raise KronblocksError("this is no state of a Sparsifier: save sparsifier.state_dict() and load that")
+    if state["rule"] != rule:
+        raise KronblocksError(f"the state is of the rule {state['rule']}, but this sparsifier has {rule}: take the same")
+    names, own = {*state["plans"], *state["masks"]}, [target.name for target in targets]
+    if names != set(own):
+        raise KronblocksError(
+            f"the state targets {sorted(map(str, names))}, but this model's targets are {own}: "
+            "use the same model and SparsityConfig"
+        )
+    for target in targets:
+        _check_target(state, target)
+    parsed(state["planner"])
+    parsed_heads(state.get("heads"))
+
+
+def _check_target(state: dict[str, Any], target: BlockTarget) -> None:
+    mask = state["masks"].get(target.name)
+    masks_weight = isinstance(target, WeightTarget)
+    if (mask is not None) != masks_weight:
+        forms = ("a block layer of its own", "a plain nn.Linear with a mask")
+        raise KronblocksError(
+            f"of {target.name!r} the state has {forms[mask is not None]}, and here it is {forms[masks_weight]}: use the same "
+            "method and storage"
+        )
+    if mask is not None and (mask.shape != target.grid.shape or mask.dtype != torch.bool):
+        raise KronblocksError(
+            f"of {target.name!r} the state has a mask of {tuple(mask.shape)}, and here blocks are {target.grid.shape}: use the "
+            "same block size"
+        )
+    if not masks_weight:
+        _check_layer(state, target)
+
+
+def _check_layer(state: dict[str, Any], target: BlockTarget) -> None:
+    """The layer that the state's structure has in a target's place holds the same blocks, and can compute by its plan."""
+    layers, plan = state["structure"].get("layers"), state["plans"][target.name]
+    entry = layers.get(target.name) if isinstance(layers, Mapping) else None
+    if not isinstance(entry, Mapping):
+        raise KronblocksError(f"the state's structure has no layer {target.name!r}: save sparsifier.state_dict() again")
+    block = BlockSize.parse(entry.get("block_size", target.grid.block))
+    if block != target.grid.block:
+        raise KronblocksError(
+            f"of {target.name!r} the state has blocks of {block}, and here they are {target.grid.block}: use the same block size"
+        )
+    if plan == "auto":  # what a user writes, never what a layer computes by
+        raise KronblocksError(f"the state's plan of {target.name!r} is 'auto', not a chosen one: save the state again")
+    check_plan(plan, entry.get("rank"))
+
+
+def _is_whole(state: dict[str, Any]) -> bool:
+    """Whether the parts of a state are of the kinds that they should be."""
+    steps = (state["step"], 0 if state["total_steps"] is None else state["total_steps"])
+    return (
+        all(isinstance(state[name], dict) for name in _DICTS)
+        and all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps)
+        and isinstance(first := state.get("initial_sparsity", 0.0), float)
+        and 0 <= first < 1
+        and all(isinstance(plan, str) for plan in state["plans"].values())
+        and all(isinstance(mask, Tensor) for mask in state["masks"].values())
+    )

@@ -1,0 +1,20 @@
+"""The ground that everything stands on: geometry of blocks, errors, files, checks. Knows no layer and no algorithm."""
+
+from kronblocks.core.blocks import BlockGrid, BlockSize
+from kronblocks.core.errors import (
+    KronblocksError,
+    KronblocksWarning,
+    NativeFallbackWarning,
+    OpenMPConflictWarning,
+    PerformanceWarning,
+)
+
+__all__ = [
+    "BlockGrid",
+    "BlockSize",
+    "KronblocksError",
+    "KronblocksWarning",
+    "NativeFallbackWarning",
+    "OpenMPConflictWarning",
+    "PerformanceWarning",
+]

@@ -1,0 +1,78 @@
+"""What was measured on this machine, kept in the user's cache folder, a small JSON file for each question.
+
+The folder is `KRONBLOCKS_CACHE` (0 or off: none), or kronblocks in the system's cache folder. A file is named by a hash of its
+question, written to the side and moved into place, so that any number of processes may read and write at once. What cannot be
+read, or was asked otherwise, counts as missing; where nothing can be written, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from kronblocks.core.files import write_text
+
+_MOST_BYTES = 2**16  # of a file; ours have some hundred
+
+
+def cache_folder() -> Path | None:
+    """Where measurements are kept; None: nowhere."""
+    setting = os.environ.get("KRONBLOCKS_CACHE", "")
+    if setting.lower() in ("0", "off"):
+        return None
+    if setting:
+        return Path(setting)
+    named = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None)
+    try:
+        home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    except RuntimeError:  # a user without a home
+        home = None
+    base = Path(named) if named else home
+    return base / "kronblocks" if base is not None and base.is_absolute() else None
+
+
+@functools.cache
+def processor() -> str:
+    """The CPU's name, as the system gives it: measurements of another one do not count."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _path(kind: str, key: str) -> Path | None:
+    folder = cache_folder()
+    return folder / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json" if folder else None
+
+
+def read(kind: str, version: int, key: str) -> dict[str, Any] | None:
+    """What was written under a key by this version; its values are as a file has them, unchecked."""
+    path = _path(kind, key)
+    try:
+        if path is None or not path.is_file():
+            return None
+        with path.open("rb") as file:
+            content = json.loads(file.read(_MOST_BYTES))
+    except (OSError, ValueError, RecursionError):  # unreadable, no JSON, or made to do harm
+        return None
+    if not isinstance(content, dict) or (content.get("version"), content.get("key")) != (version, key):
+        return None
+    return content
+
+
+def write(kind: str, version: int, key: str, **values: Any) -> None:
+    """Keep values under a key."""
+    path = _path(kind, key)
+    if path is None:
+        return
+    with contextlib.suppress(OSError):  # a folder that cannot be written to is no reason to stop, or to complain
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"version": version, "key": key, **values}))

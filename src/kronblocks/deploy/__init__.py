@@ -1,0 +1,13 @@
+"""From a trained model to one that is stored, loaded and run."""
+
+from kronblocks.deploy.exporting import Exported, export
+from kronblocks.deploy.loading import rebuild_on_load_
+from kronblocks.deploy.saving import from_pretrained, save_pretrained
+
+__all__ = [
+    "Exported",
+    "export",
+    "from_pretrained",
+    "rebuild_on_load_",
+    "save_pretrained",
+]

@@ -1,0 +1,297 @@
+"""A finished model in the form that runs fastest: each block layer dense, packed, factored or torch BSR, and checked."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kronblocks.algorithms.training.sparsifier import Sparsifier
+from kronblocks.core.checks import number, one_of
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.files import write_json
+from kronblocks.core.hooks import forward_input
+from kronblocks.deploy.outputs import arguments, call, call_or_refuse, difference, tensors
+from kronblocks.deploy.saving import save_pretrained
+from kronblocks.deploy.slimming import Slimmed, remove_dead_features_
+from kronblocks.nn.base import BlockLayer
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.nn.bsr_linear import BsrLinear
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.nn.unfolded import Unfolded
+from kronblocks.ops.costs.choice import VALUES, DeployedForm, choose_deployed, milliseconds
+from kronblocks.ops.plans import PLANS
+from kronblocks.surgery.replace import bare, evaluating, replace_
+from kronblocks.surgery.sparsify import pack_masked_
+from kronblocks.surgery.start import plain_linear
+
+Form = Literal["auto", "dense", "packed", "factored", "bsr"]
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """What became of a block layer."""
+
+    name: str
+    form: str  # dense, packed, factored or bsr
+    out_features: int
+    in_features: int
+    block_size: str
+    density: float
+    rows: int  # of the example's x
+    bytes: int  # of what it stores
+    why: str
+    timed: dict[str, float] = field(default_factory=dict)  # seconds at those rows on this machine, of every form that was timed
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported model. Print it for a table.
+
+    Args:
+        model: a copy in eval mode, without gradients.
+        layers: the block layers, in the model's order.
+        slimmed: where features were removed, so that layers are narrower than the model's.
+        remark: why none could be removed, if so.
+        error: largest difference of its outputs to the model's on the example, relative to the largest output.
+    """
+
+    model: nn.Module
+    layers: tuple[ExportedLayer, ...]
+    slimmed: tuple[Slimmed, ...]
+    remark: str
+    error: float
+
+    def manifest(self) -> dict[str, Any]:
+        """What was exported, as plain values."""
+        layers, slimmed = [asdict(layer) for layer in self.layers], [asdict(each) for each in self.slimmed]
+        return {"version": 1, "error": self.error, "layers": layers, "slimmed": slimmed, "remark": self.remark}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model (see `save_pretrained`) and manifest.json into a folder.
+
+        Raises:
+            KronblocksError: a layer is in torch's BSR form, or the folder cannot be written to.
+        """
+        sparse = [layer.name for layer in self.layers if layer.form == "bsr"]
+        if sparse:
+            raise KronblocksError(
+                f"{sparse[0]} is in torch's BSR form, which has no file format of its own: export with form='packed', save that, "
+                "and call to_torch_bsr() on its layers after loading"
+            )
+        resized = dict.fromkeys(name for each in self.slimmed for name in (each.producer, each.consumer))
+        folder = save_pretrained(self.model, folder, resized=resized)
+        try:
+            write_json(folder / MANIFEST, self.manifest())
+        except OSError as error:
+            raise KronblocksError(f"cannot write into {folder}: {error.strerror}") from error
+        return folder
+
+    def __str__(self) -> str:
+        rows = [("layer", "form", "shape", "blocks", "density", "KiB", "why")]
+        for each in self.layers:
+            shape = f"{each.out_features}x{each.in_features}"
+            size = f"{each.bytes / 1024:,.1f}"
+            rows.append((each.name, each.form, shape, each.block_size, f"{each.density:.3f}", size, each.why))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [
+            f"{each.producer} -> {each.consumer}: {each.removed} dead features removed, {each.left} left" for each in self.slimmed
+        ]
+        lines += [self.remark] * bool(self.remark)
+        return "\n".join([*lines, f"largest difference to the model: {self.error:.1e} of the largest output"])
+
+
+def export(
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    *,
+    form: Form = "auto",
+    slim: bool = True,
+    sparsifier: Sparsifier | None = None,
+    tolerance: float | None = None,
+) -> Exported:
+    """Copy a finished model into the form that is fastest in inference, and check the copy against the model.
+
+    Args:
+        model: trained; it stays as it is.
+        example: what it is called with: a tensor, a tuple of arguments, or a dict of keyword arguments. Its number of rows is
+            what forms are timed with.
+        form: "auto": for each layer the fastest on this machine, timed; or one form for all: "dense" (plain nn.Linear), "packed"
+            (live blocks), "factored" (Kronecker factors; layers of free values are packed then), "bsr" (torch's own block-sparse
+            layout).
+        slim: remove features that are constant or unread between two layers, see `kronblocks.deploy.slimming`; needs a model that
+            `torch.export` can trace.
+        sparsifier: of a method that works on nn.Linear itself, so that its layers can be packed too.
+        tolerance: how far outputs may differ, relative to the largest; None: 1e-4, or four roundings of a lower precision.
+
+    Returns:
+        The copy, what became of each layer, and the difference.
+
+    Raises:
+        KronblocksError: there is no block layer, or outputs differ by more than the tolerance.
+
+    >>> model = nn.Sequential(BlockSparseLinear(32, 16, 4, mask=torch.eye(4, 8).bool()), nn.ReLU())
+    >>> exported = export(model, torch.randn(5, 32), form="dense")
+    >>> exported.model
+    Sequential(
+      (0): Linear(in_features=32, out_features=16, bias=True)
+      (1): ReLU()
+    )
+    >>> exported.layers[0].form, exported.error < 1e-6
+    ('dense', True)
+    """
+    one_of("form", form, Form)
+    if tolerance is not None:
+        number("tolerance", tolerance, 0, float("inf"), "a share of the largest output, from 0 on")
+    with evaluating(model):
+        expected = list(tensors(call_or_refuse(model, example)))
+        new = copy.deepcopy(bare(model)).requires_grad_(False)
+    if not expected:
+        raise KronblocksError("the model gives no floating point tensors for the example, by which the copy could be checked")
+    if sparsifier is not None:
+        pack_masked_(new, bare(model), sparsifier)
+    if isinstance(new, BlockLayer):
+        new = nn.Sequential(new)
+    names = [name for name, module in new.named_modules() if isinstance(module, BlockLayer)]
+    if not names:
+        raise KronblocksError(
+            "the model has no block layer to export: give the model that sparsify_ made, or sparsifier= where its method works "
+            "on nn.Linear itself"
+        )
+    slimmed, remark = remove_dead_features_(new, *arguments(example)) if slim else ([], "")
+    rows = _rows(new, example)
+    layers = tuple(_export_layer(new, name, rows.get(name, 0), form) for name in names)
+    error = difference(list(tensors(call(new, example))), expected)
+    allowed = _tolerance(new, expected) if tolerance is None else tolerance
+    if not error <= allowed:
+        raise KronblocksError(
+            f"the exported model's outputs differ by {error:.1e} of the largest output, more than tolerance={allowed:.2g}: does "
+            "the model in eval mode give the same at every call? If its precision explains it, write a larger tolerance="
+        )
+    return Exported(new, layers, tuple(slimmed), remark, error)
+
+
+def _tolerance(model: nn.Module, outputs: list[Tensor]) -> float:
+    """How far a copy may be away by rounding in the lowest precision of the model's weights and outputs."""
+    dtypes = {tensor.dtype for tensor in (*model.parameters(), *outputs) if tensor.is_floating_point()}
+    return max(1e-4, *(4 * torch.finfo(dtype).eps for dtype in dtypes))
+
+
+def _rows(model: nn.Module, example: Any) -> dict[str, int]:
+    """How many rows reach each block layer."""
+    rows: dict[str, int] = {}
+
+    def watch(name: str):
+        return lambda module, args, kwargs: rows.update({name: forward_input(args, kwargs).shape[:-1].numel()})
+
+    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, BlockLayer)]
+    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in blocks]
+    try:
+        call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
+
+
+class _Chosen(NamedTuple):
+    form: str
+    plan: str
+    why: str
+    timed: Mapping[str, float] = MappingProxyType({})
+
+
+def _choose(layer: BlockLayer, rows: int, form: Form) -> _Chosen:
+    factored = layer.rank is not None
+    if form != "auto":
+        if form == "factored" and not factored:
+            return _Chosen("packed", "packed", "asked for; it has no factors")
+        return _Chosen(form, _best_factored(layer, rows) if form == "factored" else "packed", "asked for")
+    if not rows:
+        return _Chosen("packed", "packed", "the example does not reach it")
+    choice = choose_deployed(layer.problem(rows=rows, training=False))
+    plan, timed, why = choice.form, choice.timed, f"at {rows} rows {_times(choice)}"
+    if plan == "dense":
+        return _Chosen("dense", plan, why, timed)
+    if factored and _is_factored(plan):
+        return _Chosen("factored", plan, f"{why}; {plan}", timed)
+    return _Chosen("packed", "packed", why + "; live blocks multiplied out of the factors" * (plan == VALUES), timed)
+
+
+def _times(choice: DeployedForm) -> str:
+    """The time of a form, and of what it was taken instead of."""
+    others = {form: seconds for form, seconds in choice.timed.items() if form != choice.form}
+    if choice.form not in choice.timed or not others:
+        return "nothing else came near it by its counts"
+    other = "dense" if "dense" in others else min(others, key=others.__getitem__)
+    return f"{milliseconds(choice.seconds)}, {other} {milliseconds(others[other])}"
+
+
+def _best_factored(layer: BlockLayer, rows: int) -> str:
+    plan = layer.choose_plan_(rows or None).plan
+    return plan if _is_factored(plan) else next(filter(_is_factored, PLANS))
+
+
+def _is_factored(form: str) -> bool:
+    return form in PLANS and PLANS[form].is_factored
+
+
+@torch.no_grad()
+def _export_layer(model: nn.Module, name: str, rows: int, form: Form) -> ExportedLayer:
+    old = model.get_submodule(name)
+    assert isinstance(old, BlockLayer)
+    chosen = _choose(old, rows, form)
+    new = _in_form(old, chosen).eval().requires_grad_(False)
+    replace_(model, name, new)
+    around = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(around, Unfolded) and chosen.form == "dense":
+        replace_(model, name.rpartition(".")[0], around.folded())
+    stored = sum(t.numel() * t.element_size() for t in new.state_dict().values())
+    size, grid = (old.out_features, old.in_features), old.grid
+    return ExportedLayer(name, chosen.form, *size, str(grid.block), old.density, rows, stored, chosen.why, dict(chosen.timed))
+
+
+def _in_form(layer: BlockLayer, chosen: _Chosen) -> nn.Module:
+    if chosen.form == "dense":
+        return plain_linear(layer)
+    if chosen.form == "factored":
+        assert isinstance(layer, KroneckerBlockLinear)
+        if layer.gate is not None:
+            layer.coeff.copy_(layer.effective_coeff())
+            layer.gate = None
+        layer.plan = chosen.plan
+        layer.use_plan_(chosen.plan)
+        return layer
+    packed = BlockSparseLinear.from_kron(layer) if isinstance(layer, KroneckerBlockLinear) else layer
+    assert isinstance(packed, BlockSparseLinear)
+    packed.compact_()
+    if chosen.form == "bsr":
+        return BsrLinear.from_block_sparse(packed)
+    packed.plan = "packed"
+    packed.use_plan_("packed")
+    return packed
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """What `Exported.save` wrote beside the model.
+
+    Raises:
+        KronblocksError: it is missing or damaged.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["version"] == 1 and isinstance(manifest["layers"], list):
+            return manifest
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise KronblocksError(f"cannot read {path}: {error}") from error
+    raise KronblocksError(f"{path} is no manifest of version 1")

@@ -1,0 +1,63 @@
+"""Calling a model with an example, and comparing what two models give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronblocks.core.errors import KronblocksError
+
+
+def arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Positional and keyword arguments of an example."""
+    if isinstance(example, Mapping):
+        return (), example
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+@torch.no_grad()
+def call(model: nn.Module, example: Any) -> Any:
+    """The model's output for an example, without gradients."""
+    args, kwargs = arguments(example)
+    return model(*args, **kwargs)
+
+
+def call_or_refuse(model: nn.Module, example: Any) -> Any:
+    try:
+        return call(model, example)
+    except Exception as error:  # whatever the model's own code makes of what it was given
+        raise KronblocksError(
+            f"the model cannot be called with the example ({type(error).__name__}: {error}): give what its forward takes, a "
+            "tensor, a tuple of arguments, or a dict of keyword arguments"
+        ) from error
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """The floating point tensors of whatever a model returns, in order."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output.detach().clone()
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from tensors(value)
+
+
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Largest difference, relative to the largest finite number of theirs; infinite where shapes, NaNs or infinities differ."""
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        return float("inf")
+    largest = most = 0.0
+    for own, other in zip(ours, theirs, strict=True):
+        finite = other.isfinite()
+        if not torch.equal(own[~finite].nan_to_num(nan=0.5), other[~finite].nan_to_num(nan=0.5)):
+            return float("inf")
+        if finite.any():
+            gap = (own[finite] - other[finite]).abs().max()
+            largest, most = max(largest, float(other[finite].abs().max())), max(most, float(gap.nan_to_num(nan=float("inf"))))
+    return most / largest if largest > 0 else most

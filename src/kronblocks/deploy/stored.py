@@ -1,0 +1,300 @@
+"""What a weights' file of a saved model holds: of block layers the live blocks and the mask as bits, of tied tensors one copy."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from kronblocks.algorithms.training import carried
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.shards import is_sharded
+from kronblocks.deploy.extras import decoded, encoded, is_extra
+from kronblocks.nn.base import BlockLayer
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.surgery.replace import replace_
+
+
+class Stored(NamedTuple):
+    """What a model's folder holds of its state."""
+
+    tensors: dict[str, Tensor]  # of the weights' file, by name
+    aliases: dict[str, str]  # for other names of the same tensor, the one that it is stored under
+    extras: dict[str, Any]  # what is no tensor, as JSON
+    dtypes: dict[str, str]  # of buffers that are made with the model and not stored
+
+
+def stored(model: nn.Module) -> Stored:
+    """What is to be saved of a model.
+
+    Raises:
+        KronblocksError: tensors without values or of which this process holds a part, tensors and extra state that the file
+            cannot hold.
+    """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise KronblocksError(f"{name} is on the meta device and has no values to save")
+        if is_sharded(tensor):
+            raise KronblocksError(
+                f"of {name} this process holds a part: save a whole model, made on one process from "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True (docs/training.md)"
+            )
+    layers = {f"{prefix}.": layer for prefix, layer in model.named_modules() if isinstance(layer, BlockLayer)}
+    packed: dict[str, Tensor] = {prefix + name: value for prefix, layer in layers.items() for name, value in _pack(layer).items()}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    extras: dict[str, Any] = {}
+    first: dict[Any, str] = {}
+
+    def keep(name: str, tensor: Tensor) -> str:
+        tensors[name] = _as_stored(name, tensor)
+        return name
+
+    state = model.state_dict()
+    for name, value in state.items():
+        if name.endswith(f".{_POSITION}") or name == carried.KEY:
+            continue
+        if is_extra(name, value):
+            numbers = itertools.count()
+            extras[name] = encoded(name, value, lambda each, name=name, numbers=numbers: keep(f"{name}.{next(numbers)}", each))
+            continue
+        _check_storable(name, value)
+        where = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and first.setdefault(where, name) != name:
+            aliases[name] = first[where]
+        else:
+            part = packed.get(name)
+            keep(name, value if part is None else part)
+    unsaved = {name: _word(each.dtype) for name, each in model.named_buffers() if name not in state and each.is_floating_point()}
+    return Stored(tensors, aliases, extras, unsaved)
+
+
+def _check_storable(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor) or tensor.is_quantized:
+        raise KronblocksError(
+            f"{name} is a {_word(tensor.layout)} {type(tensor).__name__}, which a safetensors file cannot hold: keep what it is "
+            "made of as buffers of their own, such as indices and values, or register it with persistent=False"
+        )
+    if not _has_name(tensor.dtype):
+        raise KronblocksError(f"{name} is of {tensor.dtype}, which a safetensors file cannot hold: keep it as another type")
+
+
+@functools.cache
+def _has_name(dtype: torch.dtype) -> bool:
+    """Whether safetensors has a name for a dtype: of complex128, and of integers of less than 8 bits, it has not."""
+    try:
+        safetensors.torch.save({"": torch.empty(0, dtype=dtype)})
+    except KeyError:
+        return False
+    return True
+
+
+def _as_stored(name: str, tensor: Tensor) -> Tensor:
+    """A tensor as safetensors wants it: on the CPU, in one piece that is all its own."""
+    _check_storable(name, tensor)
+    value = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return value if value.untyped_storage().nbytes() == value.numel() * value.element_size() else value.clone()
+
+
+def _word(setting: Any) -> str:
+    return str(setting).removeprefix("torch.")
+
+
+_POSITION = "block_position"
+
+
+def _pack(layer: BlockLayer) -> dict[str, Tensor]:
+    """What holds something for each block, of live blocks only, in row-major order; the mask as bits."""
+    mask = layer.block_mask
+    if isinstance(layer, BlockSparseLinear):
+        position = layer.positions()
+        order = position.argsort()
+        parts = {"values": layer.values[order[mask.flatten()[position[order]]]]}
+    else:
+        parts = {name: value[mask] for name in ("coeff", "gate") if (value := getattr(layer, name)) is not None}
+    return {**parts, "block_mask": mask_as_bits(mask)}
+
+
+@torch.no_grad()
+def _unpack_(layer: BlockLayer, read: Callable[[str], Tensor], mask: Tensor) -> None:
+    """The reverse, into a layer whose sizes fit."""
+    if isinstance(layer, BlockSparseLinear):
+        layer.block_position.copy_(mask.flatten().nonzero().squeeze(1))
+    for name, parameter in layer.named_parameters(recurse=False):
+        if name in ("coeff", "gate"):
+            parameter.zero_()
+            parameter[mask] = read(name).to(parameter)
+        else:
+            parameter.copy_(read(name))
+    layer.block_mask.copy_(mask)
+    layer.mask_changed_()
+    layer.choose_plan_()
+
+
+def mask_as_bits(mask: Tensor) -> Tensor:
+    """A mask as uint8, eight blocks each, in row-major order, the first one lowest."""
+    flat = mask.flatten().to(torch.uint8)
+    padded = nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def mask_from_bits(bits: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The reverse of `mask_as_bits`."""
+    flat = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+    return flat.flatten()[: shape[0] * shape[1]].bool().view(shape)
+
+
+def name_of(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    """A name for the weights' file that depends on nothing but what it holds.
+
+    Args:
+        names: of its tensors.
+        read: gives each.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        tensor = read(name)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return f"model-{digest.hexdigest()[:16]}.safetensors"
+
+
+class WeightsReader:
+    """A weights' file beside the model that it is to be loaded into: checks everything first, then fills.
+
+    Args:
+        file: opened safetensors.
+        model: what is loaded into.
+        layers: those that will take the places of the model's own, on the meta device.
+        card: what the folder says.
+        folder: for error messages.
+    """
+
+    def __init__(self, file: Any, model: nn.Module, layers: Mapping[str, Any], card: Mapping[str, Any], folder: Path) -> None:
+        self._file, self._names, self._model, self._new = file, set(file.keys()), model, layers
+        self._aliases, self._codes, self._dtypes, self._folder = card["aliases"], card["extras"], card["dtypes"], folder
+        self._extras: dict[str, Any] = {}
+        self._knows_extras = card["format"] > 1
+        self._blocks: dict[str, Any] = {n: layers.get(n) or model.get_submodule(n) for n in card["structure"]["layers"]}
+        self._masks: dict[str, Tensor] = {}
+        self._plain = {name: layer for name, layer in layers.items() if name not in self._blocks}
+        places = {id(model.get_submodule(name)) for name in (*self._blocks, *layers)}  # a layer may stand in several
+        modules = model.named_modules(remove_duplicate=False)
+        self._inside = tuple(f"{name}." for name, module in modules if id(module) in places)
+
+    def _plain_tensors(self) -> list[tuple[str, Tensor]]:
+        """What of the model's state, as it will be, belongs to no block layer of the folder."""
+        state = self._model.state_dict(keep_vars=True)
+        others = [(name, t) for name, t in state.items() if not is_extra(name, t) and not name.startswith(self._inside)]
+        return others + [(f"{prefix}.{name}", p) for prefix, layer in self._plain.items() for name, p in layer.named_parameters()]
+
+    def check(self) -> None:
+        """Raise unless the file holds just what the model needs, in its sizes."""
+        wanted = {name: tuple(tensor.shape) for name, tensor in self._plain_tensors()}
+        for prefix, layer in self._blocks.items():
+            wanted |= self._sizes_of_blocks(prefix, layer)
+        for name, shape in wanted.items():
+            self._compare(name, shape)
+        unknown = self._names - {self._stored_as(name) for name in wanted} - self._check_extras()
+        if unknown:
+            raise self._wrong(f"{min(unknown)} is in the file, and the model has no place for it")
+
+    def _check_extras(self) -> set[str]:
+        """Raise unless there is an extra state just for those modules that have one; the names of its tensors."""
+        wanted = {name for name, value in self._model.state_dict().items() if is_extra(name, value)}
+        if self._knows_extras and wanted != self._codes.keys():
+            name = min(wanted ^ self._codes.keys())
+            where = "not in the file" if name in wanted else "in the file, and the model has no place for it"
+            raise self._wrong(f"{name} is {where}")
+        used: set[str] = set()
+
+        def read(name: str) -> Tensor:
+            used.add(name)
+            return self._read(name)
+
+        try:
+            self._extras = {name: decoded(code, read) for name, code in self._codes.items()}
+        except (KronblocksError, RecursionError) as error:
+            raise KronblocksError(f"{self._folder} is damaged: {error}") from error
+        old = {name for name in wanted & self._names if not self._knows_extras}  # format 1 held those that are tensors
+        self._extras |= {name: self._read(name) for name in old}
+        return used | old
+
+    def _sizes_of_blocks(self, prefix: str, layer: BlockLayer) -> dict[str, tuple[int, ...]]:
+        bits = f"{prefix}.block_mask"
+        self._compare(bits, (-(-layer.grid.blocks // 8),))
+        mask = mask_from_bits(self._read(bits), layer.grid.shape)
+        self._masks[prefix], live = mask, int(mask.sum())
+        if isinstance(layer, BlockSparseLinear) and layer.capacity != live:
+            raise self._wrong(f"{prefix} has {live} live blocks, and the card says {layer.capacity}")
+        sizes: dict[str, tuple[int, ...]] = {bits: (-(-layer.grid.blocks // 8),)}
+        for name, parameter in layer.named_parameters(recurse=False):
+            per_block = {"values": 1, "coeff": 2, "gate": 2}.get(name)  # leading dimensions that number blocks
+            shape = tuple(parameter.shape)
+            sizes[f"{prefix}.{name}"] = shape if per_block is None else (live, *shape[per_block:])
+        return sizes
+
+    def _stored_as(self, name: str) -> str:
+        return name if name in self._names else self._aliases.get(name, name)
+
+    def _compare(self, name: str, shape: tuple[int, ...]) -> None:
+        stored = self._stored_as(name)
+        if stored not in self._names:
+            raise self._wrong(f"{name} is not in the file")
+        found = tuple(self._file.get_slice(stored).get_shape())
+        if found != shape:
+            raise self._wrong(f"{name} is {found} in the file, and {shape} in the model")
+
+    def _wrong(self, what: str) -> KronblocksError:
+        return KronblocksError(f"{self._folder} does not fit the model: {what}. Give the same model, or save it again")
+
+    def _read(self, name: str) -> Tensor:
+        return self._file.get_tensor(self._stored_as(name))
+
+    def fill_(self, *, as_saved: bool = False) -> None:
+        """Put the block layers into their places and load everything.
+
+        Args:
+            as_saved: every tensor gets the dtype that it was saved with, and what was tied is tied; else the model's own.
+        """
+        for prefix, layer in self._new.items():
+            old = self._model.get_submodule(prefix)
+            replace_(self._model, prefix, layer.to_empty(device=next(old.parameters(recurse=False)).device))
+        if as_saved:
+            self._restore_types_()
+        for prefix, layer in self._blocks.items():
+            _unpack_(layer, lambda name, prefix=prefix: self._read(f"{prefix}.{name}"), self._masks[prefix])
+        plain = {name: self._read(name) for name, _ in self._plain_tensors()}
+        state = {name: value for name, value in self._model.state_dict().items() if name != carried.KEY}
+        self._model.load_state_dict({**state, **plain, **self._extras})  # with all hooks of modules that rebuild something
+
+    def _restore_types_(self) -> None:
+        kept = [(name, p) for name, p in self._model.named_parameters() if self._stored_as(name) in self._names]
+        for name, tensor in [*kept, *self._plain_tensors()]:
+            dtype = self._read(name).dtype
+            if tensor.dtype != dtype:
+                tensor.data = tensor.data.to(dtype)
+        for name, buffer in self._model.named_buffers():
+            dtype = getattr(torch, str(self._dtypes.get(name)), buffer.dtype)
+            if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype != buffer.dtype:
+                buffer.data = buffer.data.to(dtype)
+        for other, name in self._aliases.items():
+            self._tie_(other, name)
+
+    def _tie_(self, other: str, name: str) -> None:
+        """Let two names of the model be one parameter, as they were when it was saved."""
+        (place, _, attribute), (home, _, own) = other.rpartition("."), name.rpartition(".")
+        try:
+            owner, parameter = self._model.get_submodule(place), self._model.get_submodule(home)._parameters[own]
+        except (AttributeError, KeyError):  # a block layer's, or a buffer's
+            return
+        if owner._parameters.get(attribute) is not None:
+            owner._parameters[attribute] = parameter

@@ -1,0 +1,121 @@
+"""What each plan costs for a layer: counted exactly, and estimated in seconds.
+
+The counts are exact for what the backends compute (equation 9 in docs/math.md). The estimate turns them into
+time by a rough roofline: multiply-adds over a rate, plus bytes over a bandwidth, plus what calls take. How much of a dense
+product's rate a plan reaches, the backend says. `ops/choice.py` chooses by it, or by timings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kronblocks.ops import backends
+from kronblocks.ops.plans import DENSE, Plan, plan_named
+from kronblocks.ops.precision import float32_products
+from kronblocks.ops.problem import Problem
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds and bytes of one forward (and, in training, one backward) of a layer."""
+
+    forward_macs: int
+    backward_macs: int  # 0 unless training
+    parameters: int  # values that are stored and trained, bias not counted
+    parameter_bytes: int
+    saved_bytes: int  # kept from forward to backward, x included, parameters not
+    moved_bytes: int  # read or written in all, a rough count
+
+    @property
+    def macs(self) -> int:
+        """Forward and backward multiply-adds."""
+        return self.forward_macs + self.backward_macs
+
+
+def _parameters(problem: Problem) -> int:
+    grid, (m1, n1) = problem.grid, problem.grid.shape
+    if problem.rank is None:
+        return problem.live_blocks * grid.block.area
+    return problem.rank * (m1 * n1 + problem.tile_groups * grid.block.area) + problem.gate * m1 * n1
+
+
+def cost(problem: Problem, plan: str) -> Cost:
+    """Count one plan for one problem, dead blocks skipped (the PyTorch backend skips them in "packed" only).
+
+    Raises:
+        KronblocksError: the plan does not exist, or needs factors, which a layer of free values does not have.
+
+    >>> from kronblocks.core.blocks import BlockGrid, BlockSize
+    >>> cost(Problem(BlockGrid(64, 64, BlockSize(16, 16)), rank=None, rows=10, density=0.25), "packed").forward_macs
+    10240
+    """
+    way = plan_named(plan, problem.rank)
+    stages = way.stages(problem.sizes)
+    grid, rows, itemsize = problem.grid, problem.rows, problem.dtype.itemsize
+    ends = rows * (grid.in_features + grid.out_features)
+    # blocks that were built are kept; W only for the dx of free values, since that of factors is built again
+    keeps = way.keeps_blocks or (problem.rank is None and problem.input_grad)
+    saved = rows * grid.in_features + (stages.between if keeps else 0)
+    parameters = _parameters(problem)
+    between = intermediate_bytes(problem, plan) * _passes(way, problem.training)
+    moved = (ends * (3 if problem.training else 1) + parameters) * itemsize + between
+    return Cost(
+        forward_macs=stages.first + stages.second,
+        backward_macs=way.backward_macs(stages, problem.input_grad) if problem.training else 0,
+        parameters=parameters,
+        parameter_bytes=parameters * itemsize,
+        saved_bytes=saved * itemsize if problem.training else 0,
+        moved_bytes=moved,
+    )
+
+
+_EINSUM_PASSES = 3  # over the intermediate at each use: an einsum reads it, and copies it into a matrix product's layout
+
+
+def _passes(plan: Plan, training: bool) -> int:
+    """How often the bytes between the stages are read or written.
+
+    A factored intermediate is used once forward, and in training three more times: made again, and for two gradients. Built
+    blocks are written and read once forward, and in training once more each.
+    """
+    if plan.is_factored:
+        return (4 if training else 1) * _EINSUM_PASSES
+    return 4 if training else 2
+
+
+def intermediate_bytes(problem: Problem, plan: str) -> int:
+    """Bytes of memory between a plan's two stages: the built W or blocks, or the first stage's result for all rows.
+
+    0 where the backend keeps it on chip.
+    """
+    way = plan_named(plan, problem.rank)
+    on_chip = backends.expected(problem.device, problem.dtype).keeps_on_chip(problem, way)
+    return 0 if on_chip else way.stages(problem.sizes).between * problem.dtype.itemsize
+
+
+# Bytes per second inside and outside the cache; only ratios matter: 2 CPU cores, one large GPU
+_BANDWIDTHS = {"cpu": (20e9, 8e9), "cuda": (4e12, 2e12)}
+_CACHE_BYTES = 16e6  # up to which an intermediate is taken to stay in the cache
+# Multiply-adds per second of a dense product: measured on 2 CPU cores; of a GPU about 60% of what an H100 is specified for, and
+# 75% of its float32
+_CPU_RATE = 65e9
+_GPU_HALF_RATE, _GPU_TF32_RATE, _GPU_FLOAT32_RATE = 300e12, 150e12, 25e12
+
+
+def _dense_rate(problem: Problem) -> float:
+    """Multiply-adds per second of a dense product."""
+    if problem.device_type != "cuda":
+        return _CPU_RATE
+    if problem.dtype.itemsize == 2:
+        return _GPU_HALF_RATE
+    return _GPU_FLOAT32_RATE if float32_products() == "ieee" else _GPU_TF32_RATE
+
+
+def estimated_seconds(problem: Problem, plan: str) -> float:
+    """Rough time of one step of the layer: good for comparing plans, not for promises."""
+    backend, way = backends.expected(problem.device, problem.dtype), plan_named(plan, problem.rank)
+    cached, uncached = _BANDWIDTHS.get(problem.device_type, _BANDWIDTHS["cpu"])
+    counts = cost(problem, plan)
+    bandwidth = cached if intermediate_bytes(problem, plan) < _CACHE_BYTES else uncached
+    rate = _dense_rate(problem) * (1.0 if way is DENSE else backend.efficiency(problem, way))
+    return counts.macs / rate + counts.moved_bytes / bandwidth + backend.call_seconds(problem, way)

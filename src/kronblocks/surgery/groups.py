@@ -1,0 +1,83 @@
+"""Optimiser parameter groups for sparse models."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from torch import nn
+
+from kronblocks.algorithms.training.attachment import PART
+from kronblocks.core.checks import number
+from kronblocks.core.errors import KronblocksError
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
+
+FACTOR_LR_SCALE = 1.0
+TILE_LR_SCALE = 1.0
+LIFTED_LR_SCALE = 1.5
+LIFTED = "lifted"
+_calls = itertools.count()  # of parameter_groups: groups of one call belong together, wherever an optimiser puts them
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    factor_lr_scale: float = FACTOR_LR_SCALE,
+    tile_lr_scale: float = TILE_LR_SCALE,
+    lifted_lr_scale: float = LIFTED_LR_SCALE,
+    factor_weight_decay: float = 0.0,
+    lifted_weight_decay: float | None = None,
+    keep_empty: bool = True,
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser: "dense", "no-decay" (biases, norms), "coefficients", "tiles", and "lifted", empty till the lift.
+
+    Give it the rate that suits the dense model; lifted values want a larger one (1.5 times by default; see the ablation in
+    docs/experiments.md). All five groups are always there, so that learning-rate schedules and resumed runs agree. They share a
+    number, "part": call this for each part of a model that has rates of its own, add the lists up, and lifted values join the
+    group "lifted" of their part.
+
+    Args:
+        model: after `sparsify_`.
+        lr: learning rate of everything that is not sparse.
+        weight_decay: of the group "dense"; biases and one-dimensional parameters get none.
+        factor_lr_scale: rate of `coeff`, `tiles` and `gate`, relative to `lr`.
+        tile_lr_scale: rate of `tiles`, relative to that of the other factors.
+        lifted_lr_scale: rate of `values`, relative to `lr`.
+        factor_weight_decay: of `coeff`, `tiles` and `gate`.
+        lifted_weight_decay: of `values`; None: as factors.
+        keep_empty: False leaves groups without parameters out: torch's distributed checkpoints refuse more than one of them.
+
+    >>> model = nn.Sequential(KroneckerBlockLinear(8, 6, 2, rank=1), nn.Linear(6, 3))
+    >>> [(group["name"], len(group["params"])) for group in parameter_groups(model, lr=1e-3, weight_decay=0.1)]
+    [('dense', 1), ('no-decay', 2), ('coefficients', 1), ('tiles', 1), ('lifted', 0)]
+    """
+    if not isinstance(model, nn.Module):
+        raise KronblocksError(f"parameter_groups wants the model, not {type(model).__name__}")
+    scales = {"factor_lr_scale": factor_lr_scale, "tile_lr_scale": tile_lr_scale, "lifted_lr_scale": lifted_lr_scale}
+    for name, value in {"lr": lr, **scales}.items():
+        number(name, value, 0, float("inf"), "a number from 0 on")
+    coefficients, tiles, lifted = [], [], []
+    for module in model.modules():
+        if isinstance(module, KroneckerBlockLinear):
+            tiles.append(module.tiles)
+            coefficients += [p for p in module.block_parameters() if p is not module.tiles]
+        elif isinstance(module, BlockSparseLinear):
+            lifted += module.block_parameters()
+    taken = {id(p) for p in coefficients + tiles + lifted}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [
+        ("dense", [p for p in rest if p.dim() > 1], 1.0, weight_decay),
+        ("no-decay", [p for p in rest if p.dim() <= 1], 1.0, 0.0),
+        ("coefficients", coefficients, factor_lr_scale, factor_weight_decay),
+        ("tiles", tiles, factor_lr_scale * tile_lr_scale, factor_weight_decay),
+        (LIFTED, lifted, lifted_lr_scale, factor_weight_decay if lifted_weight_decay is None else lifted_weight_decay),
+    ]
+    part = next(_calls)
+    return [
+        {"params": [p for p in params if p.requires_grad], "lr": lr * scale, "weight_decay": decay, "name": name, PART: part}
+        for name, params, scale, decay in groups
+        if params or keep_empty
+    ]

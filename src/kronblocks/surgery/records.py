@@ -1,0 +1,126 @@
+"""The structure record: kind and sizes of a model's block layers as plain values, replayed before weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kronblocks.core.errors import KronblocksError
+from kronblocks.nn.base import BlockLayer
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.nn.unfolded import Unfolded
+from kronblocks.surgery.replace import replace_, unfolding
+from kronblocks.surgery.start import is_trained
+
+STRUCTURE_VERSION = 1
+_MOST_FACTORS = 64  # times the weights of a layer: no more is allocated for a record that asks for it
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (KroneckerBlockLinear, BlockSparseLinear)}
+
+
+def layers_of(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
+    """The modules of a kind, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def structure(model: nn.Module) -> dict[str, Any]:
+    """The kind and sizes of every block layer, as plain values: what `apply_structure_` needs before weights can be loaded."""
+    layers, around = layers_of(model, BlockLayer), layers_of(model, Unfolded)
+    record = {
+        "version": STRUCTURE_VERSION,
+        "layers": {name: {"kind": layer.kind, **layer.config()} for name, layer in layers.items()},
+    }
+    return {**record, "unfolded": list(around)} if around else record
+
+
+def apply_structure_(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Give a model the block layers of a record, in place; load the state_dict afterwards.
+
+    Layers that have the recorded structure already are left alone. The masks come with the state_dict.
+
+    Raises:
+        KronblocksError: the record is of another version or does not fit the model. Nothing has been changed then.
+    """
+    with unfolding(model, unfolded_names(record)):
+        for name, layer in rebuilt(model, record).items():
+            replace_(model, name, layer)
+
+
+def unfolded_names(record: Any) -> list[str]:
+    """Names of the layers of a record that are in convolutions.
+
+    Raises:
+        KronblocksError: it is no structure record.
+    """
+    names = record.get("unfolded", []) if isinstance(record, Mapping) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise KronblocksError("this is no structure record: make one with kronblocks.surgery.structure(model)")
+    return names
+
+
+def rebuilt(
+    model: nn.Module,
+    record: Mapping[str, Any],
+    device: torch.device | str | None = None,
+    instead: Mapping[str, nn.Linear] | None = None,
+) -> dict[str, BlockLayer]:
+    """The layers of a record that the model does not have, by name, not yet in their places.
+
+    Args:
+        model: what they will be put into.
+        record: what `structure` gave.
+        device: where; None: where the model's layers are.
+        instead: layers that the model will have in the places of its own, by name.
+
+    Raises:
+        KronblocksError: the record is of another version or does not fit the model.
+    """
+    if not isinstance(record, Mapping) or not isinstance(record.get("layers"), Mapping):
+        raise KronblocksError("this is no structure record: make one with kronblocks.surgery.structure(model)")
+    if record.get("version") != STRUCTURE_VERSION:
+        raise KronblocksError(
+            f"the structure record has version {record.get('version')!r}, and this kronblocks reads version {STRUCTURE_VERSION}"
+        )
+    modules = {**dict(model.named_modules()), **(instead or {})}
+    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(gpus)):  # weights will be loaded, so random ones cost the user no random numbers
+        new = {name: _rebuild(modules.get(name), name, entry, device) for name, entry in record["layers"].items()}
+    return {name: layer for name, layer in new.items() if layer is not None}
+
+
+def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device | str | None) -> BlockLayer | None:
+    """The layer of a record's entry, None where the model has it already."""
+    if not isinstance(old, nn.Linear | BlockLayer):
+        raise KronblocksError(
+            f"the record has a layer {name!r}, but the model has {type(old).__name__} there: use the same model"
+        )
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("kind"), str) or entry["kind"] not in KINDS:
+        raise KronblocksError(f"the record's layer {name!r} is of an unknown kind: there are {', '.join(KINDS)}")
+    settings = dict(entry)
+    kind: type[BlockLayer] = KINDS[settings.pop("kind")]
+    if isinstance(old, kind) and old.config() == settings:
+        return None
+    if (settings.get("in_features"), settings.get("out_features")) != (old.in_features, old.out_features):
+        raise KronblocksError(f"the record's layer {name!r} has other sizes than the model's: use the same model")
+    if flags := [flag for flag in ("gate", "bias") if not isinstance(settings.get(flag, True), bool)]:
+        raise KronblocksError(f"the record's layer {name!r} has {flags[0]}={settings[flags[0]]!r}, which is True or False")
+    weight = next(old.parameters(recurse=False))
+    try:
+        where: Any = {"device": weight.device if device is None else device, "dtype": weight.dtype}
+        outline = kind(**settings, **{**where, "device": "meta"})
+        most = _MOST_FACTORS * (old.in_features + 1) * (old.out_features + 1)
+        if str(where["device"]) != "meta" and sum(t.numel() for t in outline.parameters()) > most:
+            raise ValueError(f"rank {settings.get('rank')} in a layer of {old.out_features}x{old.in_features}")
+        layer = kind(**settings, **where)
+    except KronblocksError:
+        raise
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise KronblocksError(f"the record's layer {name!r} has settings that {kind.__name__} does not know: {error}") from error
+    if old.bias is not None and layer.bias is not None:
+        layer.bias = old.bias
+    for p in layer.block_parameters():
+        p.requires_grad_(is_trained(old))
+    return layer.train(old.training)

@@ -1,0 +1,384 @@
+"""Which layers become sparse, with which blocks, and why the others stay dense."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import math
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from kronblocks.config.methods import own_rank
+from kronblocks.config.ranks import RankChoice
+from kronblocks.config.sparsity import SparsityConfig
+from kronblocks.core.blocks import BlockGrid, BlockSize
+from kronblocks.core.errors import DoesNotFit, KronblocksError, KronblocksWarning
+from kronblocks.nn.base import BlockLayer
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.nn.unfolded import Unfolded, is_transposed, unfolded
+from kronblocks.surgery.ranks import choose_ranks
+from kronblocks.surgery.reasons import (
+    check_model,
+    check_values,
+    is_convolution,
+    is_embedding,
+    is_matrix,
+    is_ready,
+    linear_sizes,
+    outside,
+    shared_weights,
+    why_not,
+)
+from kronblocks.surgery.report import LeftDense, Selected, SurgeryReport
+
+_BY_WEIGHT = 0
+"""The rank of a layer whose weight decides it."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer as the linear one that it is or, of convolutions and Conv1D, will have inside."""
+
+    name: str  # of the linear layer
+    place: str  # of the module that users know
+    module: nn.Module  # that holds the weight now
+    cols_divide: int | None = None  # what columns of blocks must divide; None: its columns
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the linear layer is in the model already."""
+        return isinstance(self.module, nn.Linear | BlockLayer)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Rows and columns of the weight."""
+        if sizes := linear_sizes(self.module):
+            return sizes
+        first, *others = self.module.get_parameter("weight").shape
+        return first, math.prod(others)
+
+    @property
+    def values(self) -> list[nn.Parameter]:
+        """The parameters that hold the weight."""
+        if isinstance(self.module, BlockLayer):
+            return self.module.block_parameters()
+        return [self.module.get_parameter("weight")]
+
+    def weight(self) -> Tensor:
+        """The weight as the linear layer has it, (rows, columns)."""
+        if isinstance(self.module, BlockLayer):
+            return self.module.dense_weight()
+        around = unfolded(self.module, convolutions=True)
+        return self.module.get_parameter("weight") if around is None else around.linear.weight
+
+
+class _Names:
+    """Modules with the names and types of everything around them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+
+    def layers(self) -> list[_Layer]:
+        """Everything that is a linear layer, or may be made one."""
+        kinds, found = (nn.Linear, BlockLayer), []
+        for name, module in self.modules.items():
+            around = self.modules[name.rpartition(".")[0]] if "." in name else None
+            if isinstance(module, kinds) and isinstance(around, Unfolded):
+                found.append(_Layer(name, name.rpartition(".")[0], module, around.block_cols_divide))
+            elif isinstance(module, kinds):
+                found.append(_Layer(name, name, module))
+            elif is_transposed(module) or is_convolution(module):
+                channels = getattr(module, "in_channels", None)
+                found.append(_Layer(f"{name}.linear", name, module, channels))
+        return found
+
+    def path(self, name: str) -> list[str]:
+        """Names of the modules around one, the model not among them, and its own."""
+        parts = name.split(".")
+        return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+    def matches(self, layer: _Layer, pattern: str) -> bool:
+        """Whether a pattern means a layer, by its name or by that of the convolution around it."""
+        return any(self.matches_name(name, pattern) for name in {layer.name, layer.place})
+
+    def matches_name(self, name: str, pattern: str) -> bool:
+        """Whether a pattern means a name, or the type of a module there or around it."""
+        if pattern.startswith("re:"):
+            return re.fullmatch(pattern[3:], name) is not None
+        if pattern.startswith("type:"):
+            around = [self.modules[path] for path in self.path(name) if path in self.modules]
+            return any(pattern[5:] == kind.__qualname__ for module in around for kind in type(module).__mro__[:-1])
+        return fnmatch.fnmatchcase(name, pattern)
+
+    def adapter(self, name: str) -> str:
+        """The type of the adapter (of PEFT) that a layer is a small matrix of, or ""."""
+        for path in self.path(name)[1:]:
+            outer, _, part = path.rpartition(".")
+            own = getattr(self.modules.get(outer), "adapter_layer_names", ())
+            if part in own and part != "modules_to_save":  # these are whole layers
+                return type(self.modules[outer]).__name__
+        return ""
+
+    def check(self, what: str, patterns: Iterable[str], candidates: Sequence[str]) -> None:
+        """Refuse patterns that mean none of the candidates."""
+        for pattern in patterns:
+            if pattern != "*" and not any(self.matches_name(name, pattern) for name in candidates):
+                near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.4) or candidates[:5]
+                raise KronblocksError(f"{what} pattern {pattern!r} matches no nn.Linear layer; there are {', '.join(near)}, ...")
+
+
+def _texts(patterns: Iterable[str | type]) -> list[str]:
+    return [pattern for pattern in patterns if isinstance(pattern, str)]
+
+
+class _Why(NamedTuple):
+    """Why a layer stays dense, and whether the user wanted it so."""
+
+    reason: str
+    by_choice: bool = False
+
+
+def _fit(layer: _Layer, wanted: BlockSize, on_mismatch: str) -> tuple[BlockGrid | None, str]:
+    rows, in_features = layer.sizes
+    cols = layer.cols_divide or in_features
+    if rows % wanted.rows == 0 and cols % wanted.cols == 0:
+        return BlockGrid(rows, in_features, wanted), ""
+    fitted = BlockGrid.fit(rows, cols, wanted).block
+    if fitted.area == 1:
+        return None, f"{wanted} does not divide {rows}x{cols}, and nothing above 1x1 divides both"
+    if on_mismatch == "nearest":
+        return BlockGrid(rows, in_features, fitted), f"{wanted} does not divide, {fitted} does"
+    return None, f"{wanted} does not divide {rows}x{cols} (on_mismatch='nearest' would take {fitted})"
+
+
+def _settings(layer: _Layer, names: _Names, config: SparsityConfig) -> dict:
+    choices = config.resolved()
+    settings = {"block_size": config.block, "rank": choices.rank, "tile_groups": choices.tile_groups}
+    for pattern, override in config.overrides.items():
+        if names.matches(layer, pattern):
+            settings |= {key: value for key in settings if (value := getattr(override, key)) is not None}
+    return settings
+
+
+def _sized(layer: _Layer, names: _Names, config: SparsityConfig) -> Selected | _Why:
+    if isinstance(layer.module, KroneckerBlockLinear):
+        there = layer.module
+        assert there.rank is not None
+        note = "a Kronecker layer already, goes on with its blocks"
+        return Selected(layer.name, there.grid, there.rank, there.tile_groups, note)
+    settings = _settings(layer, names, config)
+    if isinstance(layer.module, BlockLayer):
+        grid, note = layer.module.grid, "block-sparse already, goes on with its blocks"
+    else:
+        grid, note = _fit(layer, settings["block_size"], config.on_mismatch)
+    if grid is None:
+        return _Why(note)
+    block_rows = grid.shape[0]
+    groups = block_rows if settings["tile_groups"] == "per-row" else settings["tile_groups"]
+    if config.on_mismatch == "nearest":
+        groups = math.gcd(groups, block_rows)
+    if block_rows % groups:
+        return _Why(f"tile_groups={groups} does not divide its {block_rows} block rows")
+    if settings["rank"] == "by-area":
+        return Selected(layer.name, grid, own_rank(grid.block.area), groups, note)
+    if isinstance(settings["rank"], RankChoice):
+        return Selected(layer.name, grid, _BY_WEIGHT, groups, note)
+    return Selected(layer.name, grid, min(settings["rank"], grid.block.area), groups, note)
+
+
+def _decide(layer: _Layer, names: _Names, shared: dict[int, list[str]], config: SparsityConfig) -> Selected | _Why:
+    name = layer.name if layer.is_there else layer.place
+    replaces = replaces_layers(config) or not layer.is_there
+    if reason := why_not(name, layer.module, shared, convolutions=config.convolutions, replaces=replaces):
+        return _Why(reason)
+    if not any(names.matches(layer, pattern) for pattern in _texts(config.layers)):
+        return _Why("no pattern of layers matches it", by_choice=True)
+    for pattern in _texts(config.exclude):
+        if names.matches(layer, pattern):
+            return _Why(f"excluded by {pattern!r}", by_choice=True)
+    if adapter := names.adapter(layer.place):
+        return _Why(f"a part of an adapter ({adapter}), which is small and stays dense", by_choice=True)
+    sized = _sized(layer, names, config)
+    if isinstance(sized, Selected) and config.frozen == "keep" and _is_frozen(layer):
+        return _Why(_FROZEN, by_choice=True)
+    return sized
+
+
+_FROZEN = "frozen (requires_grad=False), so it is left as it is; frozen='sparsify' treats it as the others"
+
+
+def _is_frozen(layer: _Layer) -> bool:
+    return not any(parameter.requires_grad for parameter in layer.values)
+
+
+def _check_frozen(selected: Sequence[Selected], layers: dict[str, _Layer], config: SparsityConfig) -> None:
+    """Refuse methods that can do nothing with the frozen layers that are to become sparse."""
+    frozen = [each.name for each in selected if _is_frozen(layers[each.name])]
+    if not frozen:
+        return
+    starts_anew = not all(isinstance(layers[name].module, BlockLayer) for name in frozen)
+    if starts_anew and config.spec.draws_start and config.init is None and config.resolved().init == "random":
+        what = "factors" if config.spec.is_factored else "blocks of its weight"
+        raise KronblocksError(
+            f"{frozen[0]} is frozen, and method {config.method!r} would leave it with random {what} that are never trained: "
+            "write init='nearest' to start from its weight, or init='random' if that is meant"
+        )
+    if config.resolved().score == "taylor":
+        raise KronblocksError(f"score='taylor' needs gradients, and {frozen[0]} is frozen: write score='norm', or frozen='keep'")
+
+
+def _with_ranks(selected: list[Selected], layers: dict[str, _Layer], config: SparsityConfig) -> list[Selected]:
+    """Put the ranks in that the weights decide."""
+    undecided = [each for each in selected if each.rank == _BY_WEIGHT]
+    if not undecided:
+        return selected
+    assert isinstance(config.rank, RankChoice)
+    if any(value.is_meta for each in undecided for value in layers[each.name].values):
+        raise KronblocksError(
+            "RankChoice goes by the weights, and the model is on the meta device: load it first, or give a rank"
+        )
+    weights = [(layers[each.name].weight(), each.grid, each.tile_groups) for each in undecided]
+    ranks = dict(zip((each.name for each in undecided), choose_ranks(config.rank, weights), strict=True))
+    return [
+        dataclasses.replace(each, rank=ranks[each.name], note="; ".join(filter(None, (each.note, f"rank {ranks[each.name]}"))))
+        if each.name in ranks
+        else each
+        for each in selected
+    ]
+
+
+class _Ledger:
+    """Who holds the weights of a model, each counted once, and what of them is not targeted without the user having said so."""
+
+    def __init__(self, model: nn.Module) -> None:
+        sizes = {id(p): p.numel() for p in model.parameters() if is_ready(p)}
+        self._sizes, self._missed, self._chosen, self.weights = sizes, set(), set(), sum(sizes.values())
+        self._left: list[tuple[str, _Why, int]] = []
+
+    def target(self, parameters: Iterable[nn.Parameter], weights: int) -> None:
+        """Count a layer that becomes sparse, as so many weights."""
+        keys = {id(p) for p in parameters}
+        self._chosen |= keys
+        self.weights += weights - sum(self._sizes[key] for key in keys)
+
+    def leave(self, name: str, parameters: Iterable[nn.Parameter], why: _Why) -> None:
+        """Count a module that stays dense."""
+        keys = {id(p) for p in parameters if is_matrix(p)}
+        (self._chosen if why.by_choice else self._missed).update(keys)
+        self._left.append((name, why, sum(self._sizes[key] for key in keys)))
+
+    def report(self, selected: Sequence[Selected]) -> SurgeryReport:
+        """Everything that was counted."""
+        left = [LeftDense(name, why.reason, held / max(self.weights, 1), why.by_choice) for name, why, held in self._left]
+        missed = sum(self._sizes[key] for key in self._missed - self._chosen)
+        return SurgeryReport(tuple(selected), tuple(left), self.weights, missed)
+
+
+def replaces_layers(config: SparsityConfig) -> bool:
+    """Whether a method puts block layers in the places of nn.Linear, rather than masks beside them."""
+    return config.resolved().storage != "dense"
+
+
+def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
+    """Decide what `sparsify_` would do, without doing it.
+
+    Layers inside convolutions and transformers' Conv1D have the names that they will have then.
+
+    Raises:
+        KronblocksError: a pattern that matches nothing, nothing selected at all, weights that are not finite, or a model that
+            cannot be changed in place (a single layer, TorchScript, wrapped for several processes, made in inference mode).
+    """
+    replaces = replaces_layers(config)
+    check_model(model, replaces=replaces)
+    names, shared, ledger = _Names(model), shared_weights(model), _Ledger(model)
+    layers = {layer.name: layer for layer in names.layers()}
+    elsewhere = list(outside(model, {layer.place for layer in layers.values()}))
+    known = list(dict.fromkeys(name for layer in layers.values() for name in (layer.place, layer.name)))
+    for what in ("layers", "exclude", "heads", "overrides"):
+        patterns = _texts(getattr(config, what))
+        _check_expressions(what, patterns)
+        if layers:
+            others = [name for name, *_ in elsewhere] if what == "exclude" else []
+            names.check(what, patterns, [*known, *others])
+    selected, frozen = [], []
+    for layer in layers.values():
+        decision = _decide(layer, names, shared, config)
+        if isinstance(decision, Selected):
+            selected.append(decision)
+            ledger.target(layer.values, decision.grid.weights)
+        else:
+            ledger.leave(layer.name if layer.is_there else layer.place, layer.module.parameters(), decision)
+            frozen += [layer.place] if decision.reason == _FROZEN else []
+    for name, module, parameters, reason in elsewhere:
+        ledger.leave(name, parameters, _why_elsewhere(name, module, reason, names, config))
+    if not selected:
+        _refuse_nothing(ledger.report(()), layers, frozen, config)
+    _check_frozen(selected, layers, config)
+    for each in selected:
+        check_values(layers[each.name].place, layers[each.name].module, replaces=replaces)
+    return ledger.report(_with_ranks(selected, layers, config))
+
+
+def _check_expressions(what: str, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise KronblocksError(f"{what} pattern {pattern!r} is no regular expression: {error}") from error
+
+
+def named_heads(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> tuple[str, ...] | None:
+    """The selected layers that match a pattern of `heads`; None where the config names none, and they are to be found.
+
+    Args:
+        model: the one that `select` saw.
+        report: what it gave.
+        config: what the user wants.
+    """
+    if not config.heads:
+        return None
+    names, patterns = _Names(model), _texts(config.heads)
+    layers = {layer.name: layer for layer in names.layers()}
+    return tuple(each.name for each in report.selected if any(names.matches(layers[each.name], text) for text in patterns))
+
+
+def _why_elsewhere(name: str, module: nn.Module, reason: str, names: _Names, config: SparsityConfig) -> _Why:
+    if not any(names.matches_name(name, pattern) for pattern in _texts(config.layers)):
+        return _Why(reason, by_choice=True)
+    for pattern in _texts(config.exclude):
+        if names.matches_name(name, pattern):
+            return _Why(f"excluded by {pattern!r}", by_choice=True)
+    return _Why(reason, by_choice=is_embedding(module))
+
+
+def _refuse_nothing(report: SurgeryReport, layers: dict[str, _Layer], frozen: list[str], config: SparsityConfig) -> None:
+    """Say why nothing was selected."""
+    if frozen:
+        raise KronblocksError(
+            f"every layer that could become sparse is frozen ({', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}: "
+            "requires_grad=False), so nothing would: unfreeze layers before sparsify_, or write frozen='sparsify'"
+        )
+    if any(config.convolutions or not is_convolution(layer.module) for layer in layers.values()):
+        raise DoesNotFit(f"no layer was selected, so nothing would be sparse:\n{report}")
+    listed = f":\n{report}" if report.left_dense else ""
+    raise KronblocksError(f"the model has no nn.Linear layer, so there is nothing to make block-sparse{listed}")
+
+
+def warn_of_missed(report: SurgeryReport) -> None:
+    """Say so if less than half of the weights that could have been wanted become sparse: see `SurgeryReport.missed`."""
+    if report.targeted >= report.missed:
+        return
+    warnings.warn(
+        f"only {100 * report.targeted / report.weights:.1f}% of the model's weights are in layers that become sparse "
+        f"({report.most_missed()} stay dense): print(sparsifier.surgery) gives the reasons, and what is to be dense can be named "
+        "in exclude=(...)",
+        KronblocksWarning,
+        stacklevel=3,
+    )

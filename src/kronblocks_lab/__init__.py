@@ -1,0 +1,1 @@
+"""The laboratory: the paper's tasks as recipes, benchmarks and the pages that they fill. Needs `kronblocks[experiments]`."""

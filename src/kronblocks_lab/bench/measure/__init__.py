@@ -1,0 +1,1 @@
+"""Clock, memory, correctness before timing, and results files."""

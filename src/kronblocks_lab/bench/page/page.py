@@ -1,0 +1,310 @@
+"""`kronblocks bench tables`: the tables of all results, from the JSON files; a part without a file is left out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kronblocks.core.blocks import BlockSize
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.files import write_text
+from kronblocks_lab.bench.cases.ways import BOTH, FORWARD
+from kronblocks_lab.bench.measure.results import read
+from kronblocks_lab.bench.ops import FACTOR_DENSITIES, PEER_DENSITY, PEER_MACS, TRAINING_ROWS
+from kronblocks_lab.bench.page.figures import packed_figure, step_figure
+from kronblocks_lab.bench.page.tables import (
+    Row,
+    against_dense,
+    auto_table,
+    count,
+    deployed_about,
+    deployed_table,
+    factors_table,
+    fill_or_add,
+    find,
+    inference_table,
+    kept,
+    limit_of,
+    ratio,
+    step_tables,
+    table,
+    values_table,
+    where,
+)
+from kronblocks_lab.bench.page.variants import other_part, others
+
+KINDS = ("ops", "step", "infer", "deploy", "train")
+
+
+def _load(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {kind: folder / f"bench-{kind}.json" for kind in KINDS}
+    return {kind: read(path) for kind, path in found.items() if path.exists()}
+
+
+def _ops_summary(rows: Sequence[Row]) -> list[list[str]]:
+    lines = []
+    for direction in (FORWARD, BOTH):
+        for number in (256, 2048):
+            for block in ("4x4", "16x16", "64x64"):
+                place = {"shape": "1024x1024", "density": 0.1, "block": block, "rows": number, "direction": direction}
+                for row in find(rows, case="values packed", **place):
+                    name = f"packed, 90% zeros, {block}, 1024x1024, {number:,} rows, {direction}"
+                    lines.append(against_dense(row, name, limit_of(row)))
+    return lines
+
+
+def _infer_summary(rows: Sequence[Row]) -> list[list[str]]:
+    place = {"shape": "4096x4096", "density": 0.1, "block": "16x16", "rows": 1, "case": "values packed"}
+    name = "packed, 90% zeros, 16x16, 4096x4096, one row, inference"
+    return [against_dense(row, name) for row in find(rows, **place)]  # no limit: dense's weight does not fit into the caches
+
+
+def _step_summary(rows: Sequence[Row], machine: str = "") -> list[list[str]]:
+    lines = []
+    for number in sorted({row["rows"] for row in rows}, reverse=True):
+        here = find(rows, rows=number)
+        for name in ("factors r=1 8x8", "factors r=4 16x16", "factors r=8 16x16 per-row", "packed 90% 16x16"):
+            fixed = [r for r in here if r["case"] == name or (r["plan"] and r["case"] == f"{name} {r['plan']}")]
+            if fixed:
+                best = max(fixed, key=lambda row: row["speed"])
+                default = " (the default)" * ("r=8" in name)
+                lines.append(against_dense(best, f"training step, {best['case']}{default}, {count(number, 'row')}{machine}"))
+    return lines
+
+
+def _machine(settings: dict[str, Any]) -> str:
+    """Which other machine a file was measured on, behind what was measured."""
+    return f", on {settings['label']}" if "label" in settings else ""
+
+
+def _model_summary(data: dict[str, Any]) -> list[list[str]]:
+    """A whole model, all that is not sparse included."""
+    settings = data["settings"]
+    about = f"{settings['model']}, batch {settings['batch_size']}{_machine(settings)}"
+    return [against_dense(row, f"{about}, {row['direction']}: {row['case']}") for row in data["rows"] if row["case"] != "dense"]
+
+
+def _deploy_summary(rows: Sequence[Row]) -> list[list[str]]:
+    dense = {row["rows"]: row["ms"] for row in rows if row["case"] == "dense"}
+    sparse = [row for row in rows if row["case"].startswith("exported") and row["rows"] == 256]
+    return [against_dense({**row, "dense_ms": dense[256]}, f"whole model, {row['case']}, 256 rows") for row in sparse]
+
+
+def _train_medians(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Medians over the seeds, by method."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    measured = [name for name in rows[0] if name not in ("method", "seed")]
+    return {m: {name: statistics.median(row[name] for row in find(rows, method=m)) for name in measured} for m in methods}
+
+
+def _train_summary(rows: Sequence[Row]) -> list[list[str]]:
+    dense, own = ({row["seed"]: row["train_seconds"] for row in find(rows, method=m)} for m in ("dense", "two-phase"))
+    seeds = sorted(dense.keys() & own.keys())
+    if not seeds:
+        return []
+    each = [dense[seed] / own[seed] for seed in seeds]
+    middle = [1e3 * statistics.median(times[seed] for seed in seeds) for times in (own, dense)]
+    row = {
+        "ms": middle[0],
+        "dense_ms": middle[1],
+        "speed": middle[1] / middle[0],
+        "speed_low": min(each),
+        "speed_high": max(each),
+    }
+    return [against_dense(row, "whole training, two-phase")]
+
+
+def _summary_table(parts: dict[str, dict[str, Any]], variants: Sequence[dict[str, Any]]) -> list[str]:
+    makers = {"step": _step_summary, "ops": _ops_summary, "infer": _infer_summary}
+    makers |= {"deploy": _deploy_summary, "train": _train_summary}
+    lines = [line for kind, make in makers.items() if kind in parts for line in make(parts[kind]["rows"])]
+    for data in (data for data in variants if data["settings"]["device"] == "cpu"):
+        if data["name"] == f"step-{data['settings'].get('label')}":  # the same on another machine
+            lines += _step_summary(data["rows"], _machine(data["settings"]))
+        elif data["kind"] == "model":
+            lines += _model_summary(data)
+    note = "The limit is what multiply-adds, or bytes at the speed of a plain copy, allow: given where one product is timed."
+    return [*table(["what", "ms", "dense, ms", "ratio (of the repeats)", "limit"], lines), "", note] if lines else []
+
+
+def _step_part(data: dict[str, Any], figures: Path) -> list[str]:
+    rows, width = data["rows"], data["settings"]["width"]
+    step_figure(rows, figures / "bench-step.png")
+    text = [
+        "## A training step",
+        "",
+        f"MLP {width}-{width}-{width}-10: forward, cross-entropy, backward, Adam, `zero_grad`. The two large layers are of the "
+        "kind named; the last is dense. Peak memory is that of a process of its own, above the loaded data, where the "
+        "allocator gives freed tensors back at once (glibc's habit of keeping them moves a peak of 200 MiB by 30 either way, for "
+        f"every model); losses are the first and the last of {data['settings']['loss_steps']} steps on one batch. *authors*: the "
+        "layer as the paper's authors write it, in plain PyTorch.",
+        "",
+        where(data),
+        "",
+        "![Time of one training step](figures/bench-step.png)",
+        "",
+    ]
+    return [*text, *step_tables(rows)]
+
+
+def _train_part(data: dict[str, Any]) -> list[str]:
+    settings, medians = data["settings"], _train_medians(data["rows"])
+    widths = "-".join(map(str, settings["widths"]))
+    lines = []
+    for method, middle in medians.items():
+        own = find(data["rows"], method=method)
+        times = [row["train_seconds"] for row in own]
+        cells = [f"{middle['train_seconds']:.1f} ({min(times):.1f} to {max(times):.1f})", f"{100 * middle['test_accuracy']:.2f}"]
+        cells += [f"{100 * middle['block_sparsity']:.2f}", f"{middle['peak_memory_bytes'] / 2**20:.0f}"]
+        if (dense := medians.get("dense")) is not None:
+            names = ("train_seconds", "peak_memory_bytes", "training_macs", "trainable_parameters_max")
+            cells += [ratio(middle[name] / dense[name]) for name in names]
+        lines.append([method, *cells])
+    relative = ["time", "memory", "multiply-adds", "parameters"] if "dense" in medians else []
+    columns = ["method", "seconds", "test accuracy %", "zero blocks %", "peak MiB", *(f"{name}, to dense" for name in relative)]
+    seeds = len({row["seed"] for row in data["rows"]})
+    return [
+        "## Whole trainings",
+        "",
+        f"{settings['data']}, MLP with hidden layers {widths}, {BlockSize.parse(settings['block_size'])} blocks, "
+        f"{100 * settings['sparsity']:g}% zeros, {settings['epochs']} epochs, batch {settings['batch_size']}; medians of "
+        f"{count(seeds, 'seed')}, the methods in turns, each training in a process of its own. Relative columns below 1 are less "
+        "than dense. Every method as it is by default, untuned: accuracies with settings of their own are on "
+        "[the experiments' page](experiments.md).",
+        "",
+        where(data),
+        "",
+        *table(columns, lines),
+        "",
+    ]
+
+
+def _train_steps(folder: Path) -> list[str]:
+    """Trainings on other machines that were added up from timed steps."""
+    text = []
+    for data in map(read, sorted(folder.glob("bench-train-*.json"))):
+        if data["kind"] != "train-steps":
+            continue
+        shares = ["" if row["share_of_steps"] is None else f"{100 * row['share_of_steps']:.0f}" for row in data["rows"]]
+        times = ["" if row["time_to_dense"] is None else ratio(row["time_to_dense"]) for row in data["rows"]]
+        names = [f"{row['method']}, {row['part']}" for row in data["rows"]]
+        text += [
+            "On another machine the same training was added up from timed steps, and the measuring of plans.",
+            "",
+            where(data),
+            "",
+            *table(["part", "steps %", "time, to dense"], zip(names, shares, times, strict=True)),
+            "",
+        ]
+    return text
+
+
+def _shapes(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["shape"] for row in rows))
+
+
+def _roofline(data: dict[str, Any]) -> list[str]:
+    machine, lines = data["machine"], []
+    for row in data["rows"]:
+        if row["case"] == "values packed" and row["shape"] == "1024x1024" and row["density"] == 0.1 and row["rows"] >= 256:
+            bound = min(row["macs_bound"], row["bytes_bound"])
+            bounds = [
+                ratio(row["speed"]),
+                ratio(row["macs_bound"]),
+                ratio(row["bytes_bound"]),
+                f"{100 * row['speed'] / bound:.0f}%",
+            ]
+            lines.append([f"{row['block']}, {row['rows']:,} rows, {row['direction']}", f"{row['gflops']:.0f}", *bounds])
+    copies = ", ".join(f"{rate:g} ({size} MiB)" for size, rate in zip(machine["copy_mib"], machine["copy_gb_per_s"], strict=True))
+    bytes_note = "Bytes that must move are those of x, y and the weight once, and of their gradients with backward."
+    columns = ["packed, 1024x1024, 90% zeros", "GFLOP/s of live work", "ratio", "bound by multiply-adds", "by bytes", "reached"]
+    measured = (
+        f"The same machine, in the same run: a dense product ({machine['product']}) at {machine['product_gflops']:g} GFLOP/s; "
+        f"copies, read plus written, at {copies} GB/s."
+    )
+    return ["### Against the roofline", "", f"{measured} {bytes_note}", "", *(table(columns, lines) if lines else []), ""]
+
+
+def _ops_part(data: dict[str, Any], figures: Path) -> list[str]:
+    rows = data["rows"]
+    densities = ", ".join(f"{density:g}" for density in FACTOR_DENSITIES)
+    scope = (
+        f"Forward without gradients, and forward + backward (dx and all parameters' gradients) from {TRAINING_ROWS} rows on. Of "
+        f"the grid's densities factors are timed at {densities}; other libraries, which have no backward, up to density "
+        f"{PEER_DENSITY:g} and {PEER_MACS:.0e} multiply-adds; the authors' forms, which cannot skip dead blocks, at density 1."
+    )
+    text = ["## One layer, forward and backward", "", scope, "", where(data), ""]
+    for number in (256, 2048):
+        name = f"bench-packed-{number}.png"
+        if packed_figure(rows, "1024x1024", number, figures / name):
+            text += [f"![Speed to dense against density, {number} rows](figures/{name})", ""]
+    text += ['### What "auto" chooses', "", "Forward + backward, 256 rows and more.", "", *auto_table(rows, BOTH, 256), ""]
+    text += _roofline(data)
+    for peer, reason in data.get("skipped", {}).items():
+        text += [f"Not everywhere: {peer} ({reason}).", ""]
+    for shape in _shapes(rows):
+        here = find(rows, shape=shape)
+        text += [f"### {shape}: free values, packed", "", *values_table(here), ""]
+        if any(row["rank"] is not None for row in here):
+            text += [f"### {shape}: factors, best plan", "", *factors_table(here), ""]
+    return text
+
+
+def _infer_part(data: dict[str, Any]) -> list[str]:
+    rows = data["rows"]
+    text = ["## Inference", "", "One layer, `torch.inference_mode`.", "", where(data), ""]
+    text += [
+        '### What "auto" chooses in inference',
+        "",
+        "All rows; a finished layer may also become an `nn.Linear` (dense), and factors may become packed values.",
+        "",
+    ]
+    text += [*auto_table(rows, FORWARD, 1), ""]
+    for shape in _shapes(rows):
+        text += [f"### {shape}, in inference", "", *inference_table(find(rows, shape=shape)), ""]
+    return text
+
+
+def _deploy_part(data: dict[str, Any]) -> list[str]:
+    return [
+        "## A whole exported model",
+        "",
+        *deployed_about(data["settings"]),
+        where(data),
+        "",
+        *deployed_table(data["rows"]),
+        "",
+    ]
+
+
+def write(folder: Path, page: Path) -> Path:
+    """Write the tables of the page between its markers, and its figures beside it; returns the page.
+
+    Raises:
+        KronblocksError: a file is damaged, or the page cannot be written.
+    """
+    parts, figures = _load(folder), page.parent / "figures"
+    try:
+        figures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KronblocksError(f"cannot write into {page.parent}: {error.strerror}; choose another --page") from error
+    variants = others(folder)
+    summary = _summary_table(parts, variants)
+    text = ["## Summary", "", *summary, ""] if summary else []
+    if "step" in parts:
+        text += _step_part(parts["step"], figures)
+    if "train" in parts:
+        text += _train_part(parts["train"]) + _train_steps(folder)
+    if "deploy" in parts:
+        text += _deploy_part(parts["deploy"])
+    if "ops" in parts:
+        text += _ops_part(parts["ops"], figures)
+    if "infer" in parts:
+        text += _infer_part(parts["infer"])
+    for data in variants:
+        text += other_part(data)
+    before = kept(page, "Benchmarks", "kronblocks bench tables")
+    write_text(page, fill_or_add(before, "benchmarks", text[:-1], "Results"))
+    return page

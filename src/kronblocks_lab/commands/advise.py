@@ -1,0 +1,138 @@
+"""The subcommand `advise`: progress while it measures, tables, and JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kronblocks.advice.measuring import advise
+from kronblocks.advice.report import Advice, LayerAdvice, Way, label, percent, ratio, remarks, summary, title
+from kronblocks.config.sparsity import Frozen, Mismatch
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.files import write_json
+from kronblocks.ops.costs.choice import milliseconds
+from kronblocks_lab.training.settings import tile_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdviseConfig:
+    """Measure a model's own shapes on this machine: what to keep dense, what to factor, what to pack, and what it gains."""
+
+    layers: tyro.conf.Positional[tuple[str, ...]]
+    """Shapes (out x in) such as 1024x1024 or 4096x1024*12, package.module:function for a model, or a .safetensors file."""
+    rows: int
+    """Rows of x per step: batch, times tokens."""
+    sparsity: tuple[float, ...] = (0.8, 0.9, 0.95)
+    """Shares of zero blocks to try."""
+    block_size: str = "16"
+    """Rows and columns of a block: 16, or 16x4."""
+    rank: int | None = None
+    """Kronecker terms of a factored layer; unset: a quarter of a block's weights, 2 to 8, as in a training."""
+    tile_groups: str = "per-row"
+    """Tile banks of a factored layer: per-row, or a number."""
+    on_mismatch: Mismatch = "dense"
+    """Layers that the block size does not divide: nearest size that does, or left dense."""
+    frozen: Frozen = "keep"
+    """Layers of a model with requires_grad=False: keep them dense, as a training does, or sparsify them too."""
+    device: str = "cpu"
+    """What to time on: cpu, or cuda."""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """The type of weights and inputs."""
+    threads: int | None = None
+    """Threads that torch uses; unset: its own choice."""
+    json: Path | None = None
+    """Write what was found into this file, too."""
+    progress: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Show what is being timed."""
+
+
+def main(config: Annotated[AdviseConfig, tyro.conf.arg(name="")]) -> None:
+    """Measure a model's own shapes on this machine: what to keep dense, what to factor, what to pack, and what it gains."""
+    run(config)
+
+
+def run(config: AdviseConfig) -> None:
+    """Measure, print, and write.
+
+    Raises:
+        KronblocksError: settings that cannot be used, or a file that cannot be written.
+    """
+    if config.threads is not None:
+        if config.threads < 1:
+            raise KronblocksError(f"--threads must be at least 1, not {config.threads}")
+        torch.set_num_threads(config.threads)
+    if config.json is not None and not config.json.expanduser().parent.is_dir():
+        raise KronblocksError(f"there is no folder {config.json.parent} for --json {config.json}: make it, or choose another")
+    show(_advise(config))
+
+
+def _advise(config: AdviseConfig) -> Advice:
+    columns = (TextColumn("timing {task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (config.progress and console.is_terminal)) as bar:
+        task = bar.add_task("", total=None)
+        advice = advise(
+            config.layers,
+            rows=config.rows,
+            sparsity=config.sparsity,
+            block_size=config.block_size,
+            rank=config.rank,
+            tile_groups=tile_groups(config.tile_groups),
+            on_mismatch=config.on_mismatch,
+            frozen=config.frozen,
+            device=config.device,
+            dtype=getattr(torch, config.dtype),
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    if config.json is not None:
+        try:
+            write_json(config.json.expanduser(), advice.to_dict())
+        except OSError as error:
+            raise KronblocksError(f"cannot write {config.json}: {error.strerror}; choose another --json") from error
+    return advice
+
+
+def show(advice: Advice) -> None:
+    """Print a table a shape, and the whole model's gain."""
+    console = Console()
+    for layer in advice.layers:
+        console.print(_table(layer))
+        for line in remarks(layer):
+            console.print(line, markup=False, highlight=False)
+        console.print()
+    total = Table(
+        title="whole model, each layer in its best way", title_justify="left", show_header=False, box=None, pad_edge=False
+    )
+    for gain in advice.gains:
+        total.add_row(f"{percent(gain.sparsity)} zeros", summary(gain))
+    console.print(total)
+    for line in advice.not_timed:
+        console.print(f"not timed: {line}", markup=False, highlight=False)
+    rank = "of a training" if advice.rank is None else advice.rank
+    console.print(
+        f"{advice.rows} rows, rank {rank}, {advice.dtype}, {advice.device}, {advice.threads} threads; "
+        "the least of turns that all ways took together; x: times as quick as dense, ± what thirds of the turns "
+        "would have said; MiB: of weights; only nn.Linear layers are counted",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _table(layer: LayerAdvice) -> Table:
+    table = Table(title=title(layer), title_justify="left", box=None, pad_edge=False)
+    for name in ("", "training", "", "inference", "", "MiB"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    ways: list[Way | None] = [layer.dense, layer.factored, *layer.packed]
+    for way in filter(None, ways):
+        cells = [label(way)]
+        for speed in (way.training, way.inference):
+            cells += [f"{speed.plan} {milliseconds(speed.seconds):>8s}", ratio(speed)]
+        table.add_row(*cells, f"{way.weight_bytes / 2**20:.2f}")
+    return table

@@ -1,0 +1,61 @@
+"""`kronblocks export`: a finished training as a model to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+
+from kronblocks.core.errors import KronblocksError
+from kronblocks.deploy.exporting import Exported, Form, export
+from kronblocks.integrations.onnx import save_onnx
+from kronblocks_lab.training.trained import trained_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a finished training's model in the form that runs fastest here, checked against the trained one."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of `kronblocks train`."""
+    out: Path
+    """Folder for the exported model and its manifest.json."""
+    form: Form = "auto"
+    """For every layer the fastest (auto), or one for all."""
+    onnx: Path | None = None
+    """An ONNX file to write as well, of dense layers, checked in onnxruntime."""
+    rows: int = 256
+    """Images of a batch, for which forms are timed."""
+    threads: int | None = None
+    """Threads that torch uses; unset: its own choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise KronblocksError(f"--{name} must be at least 1, not {value}")
+
+
+def main(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> None:
+    """Write a finished training's model in the form that runs fastest here."""
+    run(config)
+
+
+def run(config: ExportConfig) -> Exported:
+    """Export, show what became of each layer, and write it."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model, shape = trained_model(config.run)
+    example = torch.randn(config.rows, *shape, generator=torch.Generator().manual_seed(0))
+    exported = export(model, example, form=config.form)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(str(exported), markup=False)
+    console.print(f"exported: {exported.save(config.out).resolve()}")
+    if config.onnx is not None:
+        made = save_onnx(model, example, config.onnx)
+        console.print(f"onnx: {made.path.resolve()}, largest difference {made.error:.1e} of the largest output")
+    return exported

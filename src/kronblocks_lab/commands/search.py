@@ -1,0 +1,107 @@
+"""`kronblocks search`: the block-size search on the data sets and models of the experiments."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from kronblocks.config.methods import Method
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.files import write_json
+from kronblocks.search.halving import Goal, SearchConfig
+from kronblocks.search.mixture import MixtureConfig, Weights
+from kronblocks.search.report import SearchReport
+from kronblocks_lab.data.sets import limited, load_data
+from kronblocks_lab.report.search_figure import draw
+from kronblocks_lab.training.searching import search_for
+from kronblocks_lab.training.settings import ModelAndData, TrainConfig
+from kronblocks_lab.training.versions import versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindConfig(ModelAndData):
+    """Find the block size for a model and its data: the cheapest one that loses nothing."""
+
+    out: Path | None = None
+    """Folder for the report: search.json and search.png."""
+    method: Method = "two-phase"
+    sizes: tuple[str, ...] | None = None
+    """Candidates, such as 4 8 16x4; unset: squares of powers of two from 2 to 64."""
+    goal: Goal = "step-time"
+    """What counts among candidates that lose nothing."""
+    criterion: Literal["halving", "removal", "penalty"] = "halving"
+    """How candidates are judged: short trainings side by side, or all in one model by removal or by the paper's penalty."""
+    per_layer: bool = False
+    """A size for each layer; with --criterion removal or penalty."""
+    weights: Weights = "time"
+    """What a candidate is measured against with --criterion removal or penalty: its time, or equal; equal is the paper's own."""
+    strength: float | None = None
+    """Strength of the penalty at first, with --criterion penalty; unset: 10. It ends at 10 times that."""
+    budget: float | None = None
+    """Steps of the search, as a share of the training's; unset: 1 with --criterion halving, 0.5 with the others, or the least."""
+    tolerance: float = SearchConfig.tolerance
+    """Share of the best held-out loss that counts as nothing; with --criterion halving."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sizes is not None and len(self.sizes) < 2:
+            given = f"names {self.sizes[0]} alone" if self.sizes else "names no block size"
+            raise KronblocksError(f"--sizes {given}: a search wants at least two, such as 4 8 16x4, or leave it out")
+        if self.per_layer and self.criterion == "halving":
+            raise KronblocksError("--per-layer wants --criterion removal or penalty: halving tries one size for the whole model")
+        if self.weights != "time" and self.criterion == "halving":
+            raise KronblocksError("--weights is for --criterion removal or penalty: halving has --goal")
+        if self.strength is not None and self.criterion != "penalty":
+            raise KronblocksError(f"--strength is of the penalty of --criterion penalty: {self.criterion} has none")
+        if self.tolerance != SearchConfig.tolerance and self.criterion != "halving":
+            raise KronblocksError(f"--tolerance is for --criterion halving, not {self.criterion}")
+        if self.goal != "step-time" and self.criterion != "halving":
+            raise KronblocksError(f"--goal is for --criterion halving: {self.criterion} weighs candidates by their step time")
+        self.training()
+
+    def training(self) -> TrainConfig:
+        """The training that would follow."""
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelAndData)}
+        return TrainConfig(out=Path(), method=self.method, block_size="auto", candidates=self.sizes, seed=self.seed, **shared)
+
+
+def main(config: Annotated[FindConfig, tyro.conf.arg(name="")]) -> None:
+    """Find the block size for a model and its data: the cheapest one that loses nothing."""
+    run(config)
+
+
+def run(config: FindConfig) -> SearchReport:
+    """Search, show the report, and write it if asked."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    training = config.training()
+    data = limited(load_data(config.data, data_dir=config.data_dir), config.train_images, config.test_images)
+    if config.criterion == "halving":
+        search = SearchConfig(config.sizes, config.goal, config.budget, tolerance=config.tolerance, seed=config.seed)
+    else:
+        search = MixtureConfig(
+            criterion=config.criterion,
+            weights=config.weights,
+            per_layer=config.per_layer,
+            budget=config.budget,
+            strength=MixtureConfig.strength if config.strength is None else config.strength,
+            seed=config.seed,
+        )
+    report = search_for(training, data, search)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(str(report), markup=False)
+    chosen = str(report.winner) if report.winner else ", ".join(f"{name} {size}" for name, size in report.chosen.items())
+    console.print(f"found: {chosen}, in {report.seconds:.1f} s and {report.steps:,} steps")
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(config.out / "search.json", {**report.to_dict(), "config": training.settings(), "versions": versions()})
+        draw(report, config.out / "search.png")
+        console.print(f"report: {config.out.resolve()}")
+    return report

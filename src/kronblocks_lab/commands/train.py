@@ -1,0 +1,47 @@
+"""`kronblocks train`: one training, and what came out of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from kronblocks_lab.training.settings import TrainConfig
+from kronblocks_lab.training.train import train
+
+
+def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
+    """Train one model and show what came out."""
+    Console().print(_summary(config, train(config)))
+
+
+def _summary(config: TrainConfig, result: dict[str, Any]) -> Table:
+    table = Table(title=f"{config.method} on {config.data}: {config.out}", show_header=False, title_justify="left")
+    rows = {
+        "test accuracy": f"{100 * result['test_accuracy']:.2f} %",
+        "weights in zero blocks": f"{100 * result['block_sparsity']:.2f} %",
+        "live blocks": f"{result['live_blocks']:,} of {result['total_blocks']:,}",
+        "trained parameters": f"{result['trainable_parameters_max']:,} at most, {result['trainable_parameters_end']:,} at last",
+        "training": f"{result['train_seconds']:.1f} s, {result['training_macs'] / 1e9:,.1f} G multiply-adds",
+        "peak memory": f"{result['peak_memory_bytes'] / 2**20:.0f} MiB above the loaded data",
+        "block sizes": _sizes(result) if config.method != "dense" else "",
+        "left dense": "; ".join(f"{each['name']}: {each['reason']}" for each in result["surgery"]["left_dense"]),
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, value)
+    return table
+
+
+def _sizes(result: dict[str, Any]) -> str:
+    """The block sizes that the layers really have."""
+    layers: dict[str, list[str]] = {}
+    for layer in result["layers"]:
+        layers.setdefault(layer["block_size"], []).append(layer["name"])
+    return (
+        "; ".join(f"{size} in {', '.join(names)}" for size, names in layers.items())
+        if len(layers) > 1
+        else next(iter(layers), "")
+    )

@@ -1,0 +1,56 @@
+"""Reads finished trainings and writes one page about them, report.html, and the same without figures, report.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.files import write_text
+from kronblocks_lab.report import costs, figures, search_figure, styles
+from kronblocks_lab.report.comparison import compared, conditions
+from kronblocks_lab.report.results import Run
+
+
+def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse training, compared") -> Path:
+    """Write report.html, one file that needs no other, and report.md into a folder; returns the path of the former.
+
+    Raises:
+        KronblocksError: there are no runs, or the folder cannot be written to.
+    """
+    if not runs:
+        raise KronblocksError("there is nothing to report: name at least one finished training")
+    tasks, pages = compared(runs), {}
+    settings = [row.runs[0].settings for task in tasks for row in task.rows]
+    content = {
+        "title": title,
+        "tasks": tasks,
+        "figures": figures,
+        "costs": costs,
+        "looks": figures.looks,
+        "markers": styles.MARKERS,
+        "search_pictures": search_figure.pictures,
+        "conditions": conditions([run.result for run in runs]),
+    }
+    content["settings"] = {name: [each.get(name, "") for each in settings] for each in settings for name in each}
+    options: dict[str, dict[str, Any]] = {"report.md": {"finalize": _plain}, "report.html": {"autoescape": True}}
+    for name, own in options.items():
+        own |= {"loader": jinja2.FileSystemLoader(Path(__file__).parent), "undefined": jinja2.StrictUndefined}
+        templates = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **own)
+        pages[name] = templates.get_template(f"{name}.jinja").render(content)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in pages.items():
+            write_text(out / name, text)
+    except OSError as error:
+        raise KronblocksError(f"cannot write the report into {out}: {error.strerror}; choose another --out") from error
+    return out / "report.html"
+
+
+def _plain(value: object) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", re.sub(r"\s", " ", str(value)))

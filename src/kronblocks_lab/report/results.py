@@ -1,0 +1,168 @@
+"""Finished trainings, as their folders hold them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from kronblocks.core.blocks import BlockSize
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.files import read_json
+from kronblocks.search.report import SearchReport
+from kronblocks_lab.report.costs import BYTES, number
+from kronblocks_lab.training.settings import OF_SOME_METHODS, RESULT_VERSION, Recipe, has_setting
+
+ADVICE = "train again, or leave this folder out"
+
+
+_NUMBERS = """test_accuracy block_sparsity live_blocks total_blocks train_seconds peak_memory_bytes trainable_parameters_start
+trainable_parameters_max trainable_parameters_end training_macs inference_macs_per_sample threads"""
+
+
+_PARTS = {
+    "config": "data model widths method block_size rank sparsity epochs seed batch_size",
+    "bytes": " ".join(BYTES),
+    "surgery": "selected left_dense",
+    "versions": "",
+    "history": "epoch phase train_loss validation_loss validation_accuracy block_sparsity trainable_parameters",
+    "layers": "name out_features in_features block_size live_blocks total_blocks sparsity",
+}
+
+
+def _fault(result: Any) -> str | None:
+    """What is wrong with the content of a result.json, or None."""
+    if not isinstance(result, dict) or result.get("version") != RESULT_VERSION:
+        return f"is not a result of version {RESULT_VERSION}"
+    for name in _NUMBERS.split():
+        if not math.isfinite(number(result.get(name))):
+            return f"has no number for {name}"
+    for part, names in _PARTS.items():
+        entries = result.get(part) if part in ("history", "layers") else [result.get(part)]
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and set(names.split()) <= e.keys() for e in entries):
+            return f"lacks {part}, or some of what that should hold ({names})"
+    if "search" in result:
+        try:
+            SearchReport.from_dict(result["search"])
+        except KronblocksError as error:
+            return f"has a search that cannot be read: {error}"
+    return None if len(result["history"]) == result["config"]["epochs"] else "has a history of other epochs than its settings"
+
+
+_PARTS_OF_DATA = ("image_size", "train_images", "test_images", "fold")  # unset mostly, and not in older results
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished training: its folder, what its result.json holds, and its masks, bool (m1, n1) with True = live."""
+
+    folder: Path
+    result: dict[str, Any]
+    masks: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Read and check a folder; a file that is missing, damaged or of another version is a `KronblocksError`."""
+        result, masks = folder / "result.json", folder / "masks.safetensors"
+        content = read_json(result)
+        if fault := _fault(content):
+            raise KronblocksError(f"{result} {fault}: {ADVICE}")
+        try:
+            return cls(folder, content, {name: mask.astype(bool) for name, mask in load_file(masks).items()})
+        except (OSError, SafetensorError) as error:
+            raise KronblocksError(f"cannot read {masks} ({error}): {ADVICE}") from error
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings of the training."""
+        return self.result["config"]
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return str(self.config["method"])
+
+    @property
+    def seed(self) -> int:
+        """Of the initial weights and the order of the images."""
+        return self.config["seed"]
+
+    @property
+    def block(self) -> BlockSize:
+        """The block size that was asked for, or found."""
+        asked = self.config["block_size"]
+        return BlockSize.parse(self.result["search"]["winner"] if asked == "auto" else asked)
+
+    @property
+    def search(self) -> SearchReport | None:
+        """The block-size search that it began with."""
+        return SearchReport.from_dict(self.result["search"]) if "search" in self.result else None
+
+    @property
+    def label(self) -> str:
+        """Method and block size."""
+        found = "auto " * (self.config["block_size"] == "auto")
+        return self.method if self.method == "dense" else f"{self.method} {found}{self.block}"
+
+    @property
+    def task(self) -> str:
+        """What has to be the same for trainings to be compared."""
+        c = self.config
+        widths = " " + "-".join(map(str, c["widths"])) if c["model"] == "mlp" else ""
+        parts = [f"{c['data']}, {c['model']}{widths}", f"{c['epochs']} epochs", f"batches of {c['batch_size']}"]
+        parts += [f"{name.replace('_', ' ')} {c[name]}" for name in _PARTS_OF_DATA if c.get(name) is not None]
+        return ", ".join(parts)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Flat settings that mean something for the method; without the seed and what `recipe` repeats."""
+        unused = ["method", "seed", "threads", *Recipe._fields] + ["widths"] * (self.config["model"] != "mlp")
+        unused += ["block_size", "sparsity", "on_mismatch", "schedule."] * (self.method == "dense")
+        unused += ["candidates", "goal"] * (self.config["block_size"] != "auto")
+        foreign = [name for name in OF_SOME_METHODS if not has_setting(self.method, name)]
+        unused += [*foreign, *(f"recipe.{name}" for name in foreign)]
+        unused += ["penalty."] * (not has_setting(self.method, "penalty"))
+        flat = _flat({**self.config, "block_size": str(self.block)})
+        return {name: value for name, value in flat if name not in unused and f"{name.split('.')[0]}." not in unused}
+
+    def history(self, what: str) -> list[float]:
+        """A number after every epoch, NaN where there is none."""
+        return [number(epoch[what]) for epoch in self.result["history"]]
+
+    @property
+    def bad_losses(self) -> str:
+        """Where losses are not finite."""
+        losses = zip(self.history("train_loss"), self.history("validation_loss"), strict=True)
+        where = {f"epoch {epoch}": sum(pair) for epoch, pair in enumerate(losses, 1)}
+        where["the test"] = number(self.result.get("test_loss"))
+        return ", ".join(name for name, loss in where.items() if not math.isfinite(loss))
+
+
+def _flat(data: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            text = f"{value:.6g}" if isinstance(value, float) else str(value).strip("[]")
+            yield before + name, "the method's own" if value is None else text
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """The finished trainings in these folders or below them, each once, sorted by path.
+
+    Raises:
+        KronblocksError: a folder holds none, or one cannot be read.
+    """
+    found: dict[Path, Path] = {}
+    for folder in map(Path, folders):
+        results = [folder / "result.json"] if (folder / "result.json").exists() else list(folder.rglob("result.json"))
+        if not results:
+            raise KronblocksError(f"{folder} holds no result.json: name a folder that kronblocks train or compare wrote")
+        found |= {path.parent.resolve(): path.parent for path in results}
+    return [Run.read(found[place]) for place in sorted(found)]

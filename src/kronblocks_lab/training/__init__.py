@@ -1,0 +1,1 @@
+"""One training of the laboratory, from settings to result.json."""

@@ -1,0 +1,324 @@
+"""What a training is: the settings of `kronblocks train`, and each method's recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import tyro
+
+from kronblocks.config.methods import METHODS, Method, Setting, TileGroups, spec_of
+from kronblocks.config.parts import MethodSettings
+from kronblocks.config.sparsity import Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig
+from kronblocks.core.blocks import BlockSize
+from kronblocks.core.checks import number
+from kronblocks.core.errors import KronblocksError
+from kronblocks.search.halving import Goal
+from kronblocks.surgery.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE
+from kronblocks_lab.training.models import TRANSFORMERS, ModelName
+
+OF_SPARSITY = tuple(name for name in get_args(Setting) if "." not in name and name != "penalty")
+"""Settings of a `SparsityConfig` that only some methods have; parts of its schedule and its penalty apart."""
+
+OF_FACTORS = ("factor_lr_scale", "tile_lr_scale")
+"""Optimiser settings for factors."""
+
+OF_FREE_VALUES = ("factor_weight_decay", "lifted_lr_scale", "lifted_weight_decay")
+"""Those for values of live blocks, which methods that may work on the nn.Linear itself have with storage "packed" only; the first
+one is for factors too.
+"""
+
+OF_SOME_METHODS = (*OF_SPARSITY, *OF_FACTORS, *OF_FREE_VALUES)
+
+
+def has_setting(method: str, name: str) -> bool:
+    """Whether a method has one of `OF_SOME_METHODS`, or a penalty; one that is not known here, such as another's, has none."""
+    spec = METHODS.get(method)
+    if spec is None:
+        return False
+    if name in (*OF_SPARSITY, "penalty"):
+        return name in spec.settings
+    if name in OF_FACTORS:
+        return spec.is_factored
+    return spec.is_lifted or "storage" in spec.settings or (name == "factor_weight_decay" and spec.is_factored)
+
+
+RESULT_VERSION = 2
+"""Of result.json; from 2 on inference multiply-adds leave zero blocks out."""
+
+DataName = Literal["mnist5k", "fashion-mnist", "digits", "mnist", "cifar10", "cifar100"]
+
+
+class Recipe(NamedTuple):
+    """Optimiser settings of a method: AdamW, 10% linear warm-up, then cosine to 0."""
+
+    lr: float = 4e-3  # of what is not sparse
+    weight_decay: float = 0.0
+    factor_weight_decay: float = 0.0
+    factor_lr_scale: float = FACTOR_LR_SCALE  # rate of factors, relative to lr
+    tile_lr_scale: float = TILE_LR_SCALE  # rate of tiles, relative to that of the other factors
+    lifted_lr_scale: float = LIFTED_LR_SCALE  # rate of free block values, relative to lr
+    lifted_weight_decay: float | None = None  # of free block values; None: as factors
+
+
+_PLAIN = Recipe(factor_lr_scale=1.0, lifted_lr_scale=1.0)
+
+RECIPES: dict[str, Recipe] = {
+    "kron-l1": Recipe(factor_weight_decay=0.05),  # decay on A and B is what gives L1 on S its meaning (equation 15)
+}
+"""Of methods that need one of their own; the library knows no learning rates, so they are here and not in `METHODS`."""
+
+
+def recipe_of(method: str) -> Recipe:
+    """The optimiser settings that a method is trained with."""
+    return RECIPES.get(method, Recipe() if spec_of(method).is_factored else _PLAIN)
+
+
+def _block_name(size: str) -> str:
+    return size if size == "auto" else str(BlockSize.parse(size))
+
+
+def option(name: str) -> str:
+    """How a setting is called on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def part_of_a_file_name(flag: str, value: str) -> None:
+    """Refuse what a file's name cannot hold, or should not.
+
+    Raises:
+        KronblocksError: it names the flag.
+    """
+    if not re.fullmatch(r"[a-zA-Z0-9_][a-zA-Z0-9_-]*", value):
+        raise KronblocksError(f"{flag} becomes part of a file's name: letters, digits, - and _, not {value!r}")
+
+
+def tile_groups(text: str) -> TileGroups:
+    """Read "per-row" or a number.
+
+    Raises:
+        KronblocksError: it is neither.
+    """
+    if text != "per-row" and not text.isdecimal():
+        raise KronblocksError(f"--tile-groups is per-row or a number, not {text!r}")
+    return "per-row" if text == "per-row" else int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelAndData:
+    """What is trained, on what and how long: the settings that trainings and searches have in common."""
+
+    data: DataName = "mnist5k"
+    """Data set; mnist5k and digits need no download."""
+    model: ModelName = "mlp"
+    widths: tuple[int, ...] = (512, 256)
+    """Hidden sizes of the MLP."""
+    image_size: int | None = None
+    """Pixels of a side to which vit-tiny, vit-base and swin-tiny scale the images; unset: 224."""
+    train_images: int | None = None
+    """Train on so many of the training images only."""
+    test_images: int | None = None
+    """Validate and test on so many of those images only."""
+    rank: int | None = None
+    """Kronecker terms of a layer; unset: a quarter of a block's weights, 2 to 8."""
+    sparsity: float = 0.9
+    """Share of the weights that ends in blocks of exact zeros."""
+    epochs: int = 8
+    batch_size: int = 256
+    lr: float | None = None
+    """Learning rate of the dense parts; unset: the method's own."""
+    data_dir: Path | None = None
+    """Where the data set's original files are."""
+    threads: int | None = None
+    """Threads that torch uses; unset: its own choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "threads", "train_images", "test_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise KronblocksError(f"{option(name)} must be at least 1, not {value}")
+        number("--sparsity", self.sparsity, 0, 1, "the share of zero blocks at the end, from 0 to below 1 (0.9 means 90%)")
+        for name in Recipe._fields:
+            if getattr(self, name, None) is not None:  # searches have the learning rate only
+                number(option(name), getattr(self, name), 0, math.inf, "a number from 0 on")
+        if self.model != "mlp" and self.widths != ModelAndData.widths:
+            raise KronblocksError(f"--widths are the hidden layers of --model mlp, and {self.model} has none to choose")
+        if self.model not in TRANSFORMERS and self.image_size is not None:
+            raise KronblocksError(f"--image-size is for {', '.join(TRANSFORMERS)}: {self.model} takes the images as they are")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(MethodSettings, ModelAndData):
+    """What `train` and `compare` have in common.
+
+    How a method goes about it is said as in a `SparsityConfig`, of which this has the fields that a command line can give.
+    """
+
+    out: Path
+    """Folder for the results; must be new or empty, unless --resume."""
+    fold: int | None = None
+    """Cross-validation: which fifth of the training images validates, 0 to 4; unset: a tenth, the same in every run."""
+    block_size: str = "16"
+    """Rows and columns of a block: 16, or 16x4; auto: search for it first."""
+    candidates: tuple[str, ...] | None = None
+    """Of --block-size auto, such as 4 8 16x4; unset: squares of powers of two from 2 to 64."""
+    goal: Goal = "step-time"
+    """Of --block-size auto: what counts among candidates that lose nothing."""
+    weight_decay: float | None = None
+    """Of dense weights; unset: the method's own."""
+    factor_weight_decay: float | None = None
+    """Of factors, and of free block values; unset: the method's own."""
+    factor_lr_scale: float | None = None
+    """Learning rate of factors, relative to --lr; unset: the method's own."""
+    tile_lr_scale: float | None = None
+    """Learning rate of tiles, relative to that of the other factors; unset: 1."""
+    lifted_lr_scale: float | None = None
+    """Learning rate of free block values, relative to --lr; unset: the method's own."""
+    lifted_weight_decay: float | None = None
+    """Of free block values; unset: as --factor-weight-decay."""
+    tile_groups: str | None = None
+    """Tile banks of a layer: per-row, or a number; unset: the method's own (two-phase per-row, kron-l1 1)."""
+    on_mismatch: Mismatch = "nearest"
+    """Layers that the block size does not divide: nearest size that does, or left dense."""
+    start_from: Path | None = None
+    """Start from the weights of a finished training: its folder; unset, --init is nearest then."""
+    distill: float | None = None
+    """Share of the distance to that model's outputs in the loss, 0 to 1; unset: learn from the labels only."""
+    resume: bool = False
+    """Go on from the last checkpoint in the folder."""
+    progress: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        ModelAndData.__post_init__(self)
+        MethodSettings.__post_init__(self)
+        if self.tile_groups is not None:
+            tile_groups(self.tile_groups)
+        if self.distill is not None and self.start_from is None:
+            raise KronblocksError("--distill learns from a trained model: name its folder with --start-from")
+        if self.distill is not None and not 0 <= self.distill <= 1:
+            raise KronblocksError(f"--distill is the share of the trained model in the loss, 0 to 1, not {self.distill}")
+        if self.block_size != "auto" and (self.candidates is not None or self.goal != "step-time"):
+            raise KronblocksError(f"--candidates and --goal are for --block-size auto, not {self.block_size}")
+        if self.candidates is not None and not self.candidates:
+            raise KronblocksError("--candidates names no block size: write at least two, such as 4 8 16x4, or leave it out")
+        for size in self.candidates or ():
+            BlockSize.parse(size)
+        if self.start_from is not None and self.block_size == "auto":
+            raise KronblocksError("--block-size auto searches with new models: with --start-from name a size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TaskConfig):
+    """Train one model on one data set with one method, and write result.json and a checkpoint every epoch."""
+
+    method: Method = "two-phase"
+    seed: int = 0
+    """Of the initial weights and the order of the images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed < 0:
+            raise KronblocksError(f"--seed must be at least 0, not {self.seed}")
+        if self.block_size == "auto" and self.method == "dense":
+            raise KronblocksError("method 'dense' has no blocks to search for: leave --block-size out")
+        is_dense = self.sparsity_config().resolved().storage == "dense"
+        for name in ("factor_lr_scale", "tile_lr_scale", *OF_FREE_VALUES):
+            if getattr(self, name) is None:
+                continue
+            if not has_setting(self.method, name):
+                raise KronblocksError(f"method {self.method!r} has no parameters that {option(name)} is for: leave it out")
+            if is_dense and name in OF_FREE_VALUES:
+                raise KronblocksError(f"{option(name)} is for values of live blocks: leave it out, or add --storage packed")
+
+    @property
+    def recipe(self) -> Recipe:
+        """The method's recipe with what the user changed."""
+        changed = {name: getattr(self, name) for name in Recipe._fields if getattr(self, name) is not None}
+        return recipe_of(self.method)._replace(**changed)
+
+    def sparsity_config(self) -> SparsityConfig:
+        """What `sparsify_` is given."""
+        names = {f.name for f in dataclasses.fields(SparsityConfig)} & {f.name for f in dataclasses.fields(self)}
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names} | {"target_sparsity": self.sparsity}
+        if self.tile_groups is not None:
+            settings["tile_groups"] = tile_groups(self.tile_groups)
+        if self.init is None and self.start_from and spec_of(self.method).draws_start:
+            settings["init"] = "nearest"
+        return SparsityConfig(**settings)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, as plain values: everything but where it is written and how it is shown."""
+        data = dataclasses.asdict(self)
+        for name in ("out", "resume", "progress", "data_dir"):
+            del data[name]
+        data["start_from"] = None if self.start_from is None else str(self.start_from)
+        data["candidates"] = None if self.candidates is None else list(self.candidates)
+        return {**data, "widths": list(self.widths), "recipe": self.recipe._asdict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(TaskConfig):
+    """Run several methods and seeds of one task, each in a process of its own, and make one report."""
+
+    methods: tuple[Method, ...] = ("dense", "two-phase")
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.methods or not self.seeds:
+            raise KronblocksError("name at least one of --methods and one of --seeds")
+        self.runs()
+
+    def runs(self) -> list[TrainConfig]:
+        """The trainings, one for each seed and method; settings that only some methods have go to those.
+
+        Raises:
+            KronblocksError: a setting that none of the methods has.
+        """
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TaskConfig)}
+        runs = []
+        for seed in dict.fromkeys(self.seeds):
+            for method in dict.fromkeys(self.methods):
+                block = "" if method == "dense" else f"-{_block_name(self.block_size)}"
+                own = {"out": self.out / f"{method}{block}-s{seed}", "method": method, "seed": seed, "resume": True}
+                runs.append(TrainConfig(**{**shared, **self._without_foreign(method), **own}))
+        for name in (*OF_SOME_METHODS, "penalty", "schedule"):
+            if all(getattr(run, name) != getattr(self, name) for run in runs):
+                packed = ", or add --storage packed" * (
+                    name in OF_FREE_VALUES and any("storage" in spec_of(method).settings for method in self.methods)
+                )
+                methods = " ".join(self.methods)
+                raise KronblocksError(f"none of --methods {methods} has what you set of {name}: leave it out{packed}")
+        return runs
+
+    def _without_foreign(self, method: Method) -> dict[str, Any]:
+        """Shared settings that mean nothing to a method, at their defaults."""
+        default = {f.name: f.default for f in dataclasses.fields(TaskConfig)}
+        foreign = [name for name in OF_SOME_METHODS if not has_setting(method, name)]
+        if "storage" in spec_of(method).settings and (self.storage or spec_of(method).defaults.storage) == "dense":
+            foreign += OF_FREE_VALUES
+        settings: dict[str, Any] = {name: default[name] for name in foreign}
+        if method == "dense" and self.block_size == "auto":
+            settings |= {name: default[name] for name in ("block_size", "candidates", "goal")}
+        return settings | {"schedule": self._schedule_of(method), "penalty": self._penalty_of(method)}
+
+    def _schedule_of(self, method: Method) -> ScheduleConfig:
+        schedule, spec = self.schedule, spec_of(method)
+        if ("schedule.shape" not in spec.settings and schedule.shape != spec.defaults.shape) or spec.starts_sparse:
+            schedule = dataclasses.replace(schedule, shape=None)
+        if (schedule.shape or spec.defaults.shape) != "staircase":
+            schedule = dataclasses.replace(schedule, stages=ScheduleConfig.stages)
+        return schedule if spec.is_lifted else dataclasses.replace(schedule, lift_at=ScheduleConfig.lift_at)
+
+    def _penalty_of(self, method: Method) -> PenaltyConfig:
+        penalty, spec = self.penalty, spec_of(method)
+        if "penalty" not in spec.settings:
+            return PenaltyConfig()
+        if (penalty.form or spec.defaults.form) == "proximal":
+            penalty = dataclasses.replace(penalty, growth=PenaltyConfig.growth)
+        return penalty if "penalty.ridge" in spec.settings else dataclasses.replace(penalty, ridge=PenaltyConfig.ridge)

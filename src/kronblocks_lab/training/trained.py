@@ -1,0 +1,39 @@
+"""The model of a finished training, built again from its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.files import read_json
+from kronblocks.deploy.saving import CARD, from_pretrained, read_card
+from kronblocks_lab.training.models import build_model
+
+SHAPE, CLASSES = "image shape", "classes"
+"""Words of a trained model's card by which it is built again."""
+
+
+_MOST = 2**16  # of any size in them
+
+
+def trained_model(folder: Path) -> tuple[nn.Module, tuple[int, ...]]:
+    """The model of a finished training, and the shape of its images, (C, H, W).
+
+    Raises:
+        KronblocksError: the folder is none of a finished training.
+    """
+    if not (folder / "model" / CARD).exists():
+        raise KronblocksError(f"{folder} holds no trained model: name a folder that kronblocks train has finished")
+    words, settings = read_card(folder / "model")["metadata"], read_json(folder / "config.json")
+    try:
+        shape = tuple(int(side) for side in words[SHAPE].split("x"))
+        channels, height, width = shape
+        classes, widths = int(words[CLASSES]), settings["widths"]
+        if not all(isinstance(size, int) and 0 < size <= _MOST for size in (*shape, classes, *widths)):
+            raise ValueError(f"sizes beyond {_MOST:,}")
+        model = build_model(settings["model"], (channels, height, width), classes, widths, settings["image_size"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise KronblocksError(f"{folder} does not say how to build its model ({error!r}): train again") from error
+    return from_pretrained(folder / "model", model), shape

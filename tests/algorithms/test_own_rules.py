@@ -1,0 +1,88 @@
+"""Algorithms of a user's own, given to `sparsify_`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.algorithms.small_training import STEPS, Training, factors, mlp, same
+
+import kronblocks
+from kronblocks import KronblocksError, SparsityConfig, sparsify_
+from kronblocks.algorithms.rules.base import cut
+
+
+class Slowest(kronblocks.Rule):
+    """Kills the blocks whose norm has grown least since the last update."""
+
+    def propose(self, scores, growth_scores, state, ctx):
+        before = state.get("before", [torch.ones_like(score) for score in scores])
+        grown = [new / old.clamp_min(1e-12) for new, old in zip(scores, before, strict=True)]
+        return cut(grown, ctx, ctx.sparsity), {"before": [score.clone() for score in scores]}
+
+
+@pytest.mark.parametrize("method", ["two-phase", "kron-l1", "magnitude"])
+def test_a_rule_of_ones_own_decides_and_resumes_to_the_same_bits(method):
+    config = SparsityConfig(method=method, block_size=4, target_sparsity=0.75, **factors(method))
+    whole = Training(config, rule=Slowest()).start().run(STEPS)
+    assert whole.sparsifier.sparsity == 0.75
+    resumed = Training(config, rule=Slowest(), seed=99).start(Training(config, rule=Slowest()).start().run(15).state()).run(STEPS)
+    assert same(whole.state(), resumed.state())
+    by_norm = Training(config).start().run(STEPS)
+    masks = [[target.mask for target in training.sparsifier.targets] for training in (whole, by_norm)]
+    assert any(not torch.equal(own, other) for own, other in zip(*masks, strict=True))
+    with pytest.raises(KronblocksError, match=r"rule Slowest.*same"):
+        Training(config).start(whole.state())
+
+
+def test_a_penalty_of_ones_own_is_trained_on():
+    class Shrinking(Slowest):
+        has_penalty = True
+
+        def penalty(self, targets, ctx):
+            return torch.tensor(7.0)
+
+    training = Training(SparsityConfig(method="magnitude", block_size=4), rule=Shrinking()).start()
+    assert float(training.sparsifier.penalty()) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (Slowest, r"rule=Slowest is a class: write rule=Slowest\(\.\.\.\)"),
+        (object(), r"rule=object has no propose, penalty, .*subclass of kronblocks.Rule"),
+        (type("Odd", (Slowest,), {"score": "size"})(), r"Odd\.score"),
+    ],
+)
+def test_what_is_no_rule_is_refused_before_anything_is_changed(rule, says):
+    model = mlp(32, 24, 16)
+    with pytest.raises(KronblocksError, match=says):
+        sparsify_(model, SparsityConfig(method="magnitude", block_size=4), rule=rule)
+    assert type(model[0]) is torch.nn.Linear
+    with pytest.raises(KronblocksError, match="no blocks for a rule"):
+        sparsify_(model, SparsityConfig(method="dense"), rule=Slowest())
+
+
+@pytest.mark.parametrize("settings", [{"score": "taylor"}, {"regrow": 0.1}])
+def test_settings_that_a_rule_of_ones_own_decides_are_refused(settings):
+    (name,) = settings
+    with pytest.raises(KronblocksError, match=f"^{name}: a rule= of your own decides that"):
+        sparsify_(mlp(32, 24, 16), SparsityConfig(method="magnitude", block_size=4, **settings), rule=Slowest())
+    with pytest.raises(KronblocksError, match="^penalty: a rule= of your own"):
+        config = SparsityConfig(method="kron-l1", block_size=4, penalty=kronblocks.PenaltyConfig(strength=2.0))
+        sparsify_(mlp(32, 24, 16), config, rule=Slowest())
+
+
+def test_multipliers_and_scores_that_cannot_be_are_refused():
+    class Short(Slowest):
+        def propose(self, scores, growth_scores, state, ctx):
+            return [torch.ones(1, 1) for _ in scores], state
+
+    with pytest.raises(KronblocksError, match=r"Short\.propose gave .*\(1, 1\).*one a block"):
+        Training(SparsityConfig(method="magnitude", block_size=4), rule=Short()).start().run(STEPS)
+
+    class Negative(Slowest):
+        def propose(self, scores, growth_scores, state, ctx):
+            return cut([-score for score in scores], ctx, ctx.sparsity), state
+
+    with pytest.raises(KronblocksError, match="scores from 0 on"):
+        Training(SparsityConfig(method="magnitude", block_size=4), rule=Negative()).start().run(STEPS)

@@ -1,0 +1,262 @@
+"""Layers that the user replaces after sparsify_: followed where the library did it, named where not; never reported on."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tests.algorithms.small_training import METHODS
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from kronblocks import (
+    KronblocksError,
+    SparsityConfig,
+    densify_,
+    from_pretrained,
+    lift_,
+    parameter_groups,
+    save_pretrained,
+    sparsify_,
+)
+from kronblocks.algorithms.training.sparsifier import Sparsifier
+from kronblocks.nn.base import BlockLayer
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+
+STEPS = 40
+
+
+def started(method: str, **settings) -> tuple[nn.Sequential, Sparsifier]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 16))
+    settings = {"block_size": 8, "target_sparsity": 0.75, "measure_plans": False, **settings}
+    return model, sparsify_(model, SparsityConfig(method=method, **settings))  # pyright: ignore[reportArgumentType]
+
+
+def attached(model: nn.Module, sparsifier: Sparsifier) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    sparsifier.attach(optimizer, total_steps=STEPS)
+    return optimizer
+
+
+def step(model: nn.Module, sparsifier: Sparsifier, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(torch.randn(8, 32)).square().mean() + sparsifier.penalty()).backward()
+        optimizer.step()
+
+
+def new_head(model: nn.Sequential) -> str:
+    model[4] = nn.Linear(32, 16)
+    return "a Linear of 16x32 stands there now"
+
+
+def larger_head(model: nn.Sequential) -> str:
+    model[4] = nn.Linear(32, 24)
+    return "a Linear of 24x32 stands there now"
+
+
+def removed(model: nn.Sequential) -> str:
+    del model[4]
+    return "nothing stands there now"
+
+
+def identity(model: nn.Sequential) -> str:
+    model[4] = nn.Identity()
+    return "a Identity stands there now"
+
+
+CHANGES = [new_head, larger_head, removed, identity]
+KINDS = ["two-phase", "rigl", "magnitude"]  # factors, live blocks, plain layers
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("method", KINDS)
+def test_attach_names_layers_that_were_replaced_before(method, change):
+    model, sparsifier = started(method)
+    says = change(model)
+    with pytest.raises(KronblocksError, match=rf"1 of the layers .* was replaced .*\(4: {says}.*exclude=\('4',\)"):
+        sparsifier.attach(torch.optim.AdamW(model.parameters()), total_steps=STEPS)
+
+
+@pytest.mark.parametrize(("change", "at"), [(new_head, 5), (new_head, 25), (larger_head, 25), (removed, 5)])
+@pytest.mark.parametrize("method", KINDS)
+def test_the_next_step_names_layers_that_were_replaced_in_a_training(method, change, at):
+    model, sparsifier = started(method)
+    optimizer = attached(model, sparsifier)
+    step(model, sparsifier, optimizer, at)
+    says = change(model)
+    optimizer.add_param_group({"params": [p for layer in model[4:] for p in layer.parameters()]})
+    with pytest.raises(KronblocksError, match=rf"\(4: {says}.*call sparsify_ again"):
+        step(model, sparsifier, optimizer)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("method", KINDS)
+def test_a_report_leaves_them_out_names_them_and_changes_nothing(method, change):
+    model, sparsifier = started(method)
+    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    says = change(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = sparsifier.report()
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+    assert f"4 ({says})" in report.notes[0] and says in str(report) and report.to_dict()["notes"] == list(report.notes)
+    zero = [(model[i].weight == 0).float().mean() for i in (0, 2)]
+    assert sparsifier.sparsity == pytest.approx(float(sum(zero)) / 2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_copy_of_a_plain_layer_is_another_layer():
+    model, sparsifier = started("magnitude")
+    model[4] = copy.deepcopy(model[4])
+    with pytest.raises(KronblocksError, match="4: a Linear of 16x32 stands there now"):
+        sparsifier.attach(torch.optim.AdamW(model.parameters()), total_steps=STEPS)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("method", ["two-phase", "rigl"])
+def test_a_plain_layer_in_the_place_of_a_block_layer_keeps_its_weight_when_asked_about(method, trained):
+    model, sparsifier = started(method)
+    if trained:
+        step(model, sparsifier, attached(model, sparsifier), STEPS)
+    new_head(model)
+    weight = model[4].weight.detach().clone()
+    assert sparsifier.sparsity >= 0 and torch.equal(model[4].weight, weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_the_library_replaces_is_followed(method):
+    model, sparsifier = started(method)
+    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    before = sparsifier.report()
+    densify_(model)
+    after = sparsifier.report()
+    assert [(layer.name, layer.kind) for layer in after.layers] == [(name, "Linear") for name in ("0", "2", "4")]
+    assert (after.live_blocks, after.notes) == (before.live_blocks, ())
+
+
+def test_a_question_does_not_zero_layers_that_were_made_dense_and_trained_on():
+    model, sparsifier = started("two-phase")
+    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    densify_(model)
+    with torch.no_grad():
+        model[2].weight.add_(1.0)
+    weight = model[2].weight.detach().clone()
+    layers = sparsifier.report().layers
+    assert layers[1].live_blocks == layers[1].total_blocks and layers[0].sparsity > 0
+    assert sparsifier.sparsity < 0.75 and torch.equal(model[2].weight, weight)
+
+
+def test_a_model_with_a_new_head_is_saved_with_its_other_layers_packed(tmp_path):
+    def make() -> nn.Sequential:
+        model = started("magnitude")[0]
+        larger_head(model)
+        return model
+
+    model, sparsifier = started("magnitude")
+    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    larger_head(model)
+    again = from_pretrained(save_pretrained(model, tmp_path / "saved", sparsifier=sparsifier), make)
+    assert isinstance(again, nn.Sequential)
+    assert [type(again[i]) for i in (0, 2, 4)] == [BlockSparseLinear, BlockSparseLinear, nn.Linear]
+    x = torch.randn(4, 32)
+    assert torch.allclose(again(x), model(x), atol=1e-6)
+
+
+def test_layers_that_are_wrapped_or_moved_stay_followed():
+    class Around(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.inner = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    for method in ("magnitude", "kron-l1"):
+        model, sparsifier = started(method)
+        optimizer = attached(model, sparsifier)
+        model[0] = Around(model[0])
+        step(model, sparsifier, optimizer, STEPS)
+        assert sparsifier.sparsity == 0.75 and len(sparsifier.report().layers) == 3
+    moved = nn.Sequential()
+    moved.add_module("first", nn.Linear(32, 32))
+    moved.add_module("second", nn.Linear(32, 32))
+    sparsifier = sparsify_(moved, SparsityConfig(method="magnitude", block_size=8, target_sparsity=0.5))
+    moved.add_module("other", moved.first)
+    del moved.first
+    assert [layer.name for layer in sparsifier.report().layers] == ["first", "second"]
+
+
+def test_values_that_no_optimiser_has_are_told_of():
+    model, sparsifier = started("kron-l1")
+    optimizer = attached(model, sparsifier)
+    step(model, sparsifier, optimizer, 3)
+    lift_(model)  # without the optimiser
+    with pytest.raises(KronblocksError, match=r"0, 2, 4 have parameters now that no optimiser holds.*lift_\(model, optimizer\)"):
+        step(model, sparsifier, optimizer)
+
+
+def test_a_weight_that_is_another_parameter_now_is_told_of_and_masked_where_an_optimiser_has_it():
+    model, sparsifier = started("magnitude")
+    optimizer = attached(model, sparsifier)
+    step(model, sparsifier, optimizer, 25)
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+    with pytest.raises(KronblocksError, match="2 has parameters now that no optimiser holds"):
+        step(model, sparsifier, optimizer)
+    optimizer.add_param_group({"params": [model[2].weight]})
+    step(model, sparsifier, optimizer)
+    target = sparsifier.targets[1]
+    optimizer.zero_grad()
+    model(torch.randn(8, 32)).sum().backward()
+    assert (target.grid.norms(model[2].weight.grad)[~target.mask] == 0).all() and not target.mask.all()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda layer: parametrizations.spectral_norm(layer), "its weight is computed from others now"),
+        (lambda layer: parametrizations.weight_norm(layer), "its weight is computed from others now"),
+        (lambda layer: prune.random_unstructured(layer, "weight", amount=0.5), "its weight is computed from others now"),
+        (lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(40, 32))), "its weight is one of 40x32 now"),
+    ],
+)
+def test_weights_that_are_changed_in_place(change, says):
+    """As spectral_norm, weight_norm and prune do, and resize_token_embeddings of some models."""
+    model, sparsifier = started("magnitude")
+    change(model[0])
+    with pytest.raises(KronblocksError, match=f"0: {says}"):
+        sparsifier.attach(torch.optim.AdamW(model.parameters()), total_steps=STEPS)
+    assert f"0 ({says}" in str(sparsifier.report())
+
+
+def test_quantised_layers_are_left_out_of_the_report():
+    model, sparsifier = started("magnitude")
+    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    with warnings.catch_warnings():  # torch says that it has something newer
+        warnings.simplefilter("ignore")
+        torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+    report = sparsifier.report()
+    assert report.layers == () and len(report.notes) == 3 and report.block_sparsity == 0
+    assert "0 (a torch.ao.nn.quantized.dynamic.modules.linear.Linear stands there now)" in str(report)
+
+
+def test_block_layers_that_the_user_puts_in_place_are_followed():
+    model, sparsifier = started("kron-l1")
+    layer = model[2]
+    model[2] = BlockSparseLinear.from_kron(layer)
+    optimizer = attached(model, sparsifier)
+    step(model, sparsifier, optimizer, STEPS)
+    assert sparsifier.sparsity == 0.75 and sparsifier.report().layers[1].kind == "BlockSparseLinear"
+
+
+def test_after_the_layer_was_replaced_sparsify_again_goes_on():
+    """What the error says to write."""
+    model, sparsifier = started("two-phase", exclude=("4",))
+    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    model[4] = nn.Linear(32, 24)
+    model[2] = nn.Linear(32, 32)
+    again = sparsify_(model, SparsityConfig(block_size=8, target_sparsity=0.75, exclude=("4",), measure_plans=False))
+    step(model, again, attached(model, again), STEPS)
+    assert again.sparsity == 0.75 and isinstance(model[0], BlockLayer)
