@@ -13,6 +13,7 @@ import pytest
 import kronblocks
 from kronblocks_lab.bench.page.page import write
 from kronblocks_lab.pages import front, tables
+from kronblocks_lab.pages import front_figures as figures
 from kronblocks_lab.reproduce.page.page import write as write_experiments
 
 ROOT = Path(__file__).parent.parent
@@ -96,13 +97,13 @@ def test_tables_of_the_pages_are_what_the_results_say():
 
 def test_numbers_and_charts_are_what_the_results_say(tmp_path):
     for path, content in front.pages().items():
-        assert content == path.read_text(), f"run python benchmarks/front.py: {path.name} is out of date"
+        assert content == path.read_text(), f"run python -m kronblocks_lab.pages.front: {path.name} is out of date"
     front.draw(tmp_path)
     drawn = sorted(tmp_path.glob("*.svg"))
     assert len(drawn) == 6
     for path in drawn:  # the words and numbers: coordinates may differ in the last digit
         texts = [re.findall(r"<text[^>]*>([^<]*)", each.read_text()) for each in (path, front.FIGURES / path.name)]
-        assert texts[0] and texts[0] == texts[1], f"run python benchmarks/front.py: {path.name} is out of date"
+        assert texts[0] and texts[0] == texts[1], f"run python -m kronblocks_lab.pages.front: {path.name} is out of date"
 
 
 def test_the_three_numbers_are_the_lowest_over_machines():
@@ -111,7 +112,6 @@ def test_the_three_numbers_are_the_lowest_over_machines():
 
 
 def test_examples_of_the_figures():
-    figures = importlib.import_module("front_figures")
     assert doctest.testmod(figures).attempted and not doctest.testmod(figures).failed
 
 

@@ -74,7 +74,7 @@ def test_what_candidates_together_become_is_what_the_config_says(changes, rank):
 @pytest.mark.parametrize("method", ["magnitude", "rigl", "group-lasso", "dense"])
 def test_methods_without_factors_are_not_judged_by_factors(method):
     net = model()
-    with pytest.raises(KronblocksError, match=f"method '{method}' has none: take find_block_size .--criterion halving"):
+    with pytest.raises(KronblocksError, match=f"method '{method}' has none: use find_block_size .--criterion halving"):
         find_block_size_in_mixture_(net, SparsityConfig(method=method), task(), total_steps=400)
     assert isinstance(net[0], nn.Linear)
 

@@ -199,7 +199,7 @@ def register_method(name: str, spec: MethodSpec) -> None:
     if not isinstance(spec, MethodSpec):
         raise KronblocksError(f"a method is a MethodSpec(rule, settings, defaults), not {spec!r}")
     if name in METHODS:
-        raise KronblocksError(f"there is a method {name!r} already: take another name")
+        raise KronblocksError(f"there is a method {name!r} already: use another name")
     METHODS[name] = spec
 
 

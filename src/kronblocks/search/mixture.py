@@ -106,13 +106,13 @@ def find_block_size_in_mixture_(
     search, start = search or MixtureConfig(), time.perf_counter()
     if not config.spec.is_factored:
         raise KronblocksError(
-            f"candidates that are trained together are made of factors, and method {config.method!r} has none: take "
+            f"candidates that are trained together are made of factors, and method {config.method!r} has none: use "
             "find_block_size (--criterion halving), or method 'two-phase' or 'kron-l1'"
         )
     if config.init not in (None, "random") or isinstance(config.rank, RankChoice):
         raise KronblocksError(
             "candidates trained together begin from new factors, and init='nearest', init='spectral' and RankChoice go by the "
-            "weights that are there: take find_block_size (--criterion halving), or leave init out and give rank a number"
+            "weights that are there: use find_block_size (--criterion halving), or leave init out and give rank a number"
         )
     if config.resolved().rank == "by-area":
         config = dataclasses.replace(config, rank=COMMON_RANK)

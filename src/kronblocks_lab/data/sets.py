@@ -159,7 +159,7 @@ class BatchSampler(Sampler[Tensor]):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise KronblocksError(f"{argument} must be a whole number, at least {least}, not {value!r}")
         if drop_last and batch_size > n:
-            raise KronblocksError(f"drop_last=True leaves no batch of {batch_size} out of {n} images: take at most {n}")
+            raise KronblocksError(f"drop_last=True leaves no batch of {batch_size} out of {n} images: use at most {n}")
         self.n, self.batch_size, self.seed, self.shuffle, self.drop_last = n, batch_size, seed, shuffle, drop_last
         self.epoch = 0
 
@@ -228,7 +228,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
         if not 0 < count < len(members[label]):
             raise KronblocksError(
                 f"setting {fraction} of the images aside takes {count} of the {len(members[label])} of class {label}, and both "
-                "sides need some: take a fraction nearer to one half"
+                "sides need some: use a fraction nearer to one half"
             )
     aside = sorted(index for label, count in quota.items() for index in members[label][:count])
     stays = sorted(index for label, count in quota.items() for index in members[label][count:])

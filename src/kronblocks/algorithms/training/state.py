@@ -38,7 +38,7 @@ def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget]) -> Non
     if not isinstance(state, dict) or not state.keys() >= _PARTS or not _is_whole(state):
         raise KronblocksError("this is no state of a Sparsifier: save sparsifier.state_dict() and load that")
     if state["rule"] != rule:
-        raise KronblocksError(f"the state is of the rule {state['rule']}, but this sparsifier has {rule}: take the same")
+        raise KronblocksError(f"the state is of the rule {state['rule']}, but this sparsifier has {rule}: use the same")
     names, own = {*state["plans"], *state["masks"]}, [target.name for target in targets]
     if names != set(own):
         raise KronblocksError(

@@ -45,7 +45,7 @@ def torch_bsr(weight: Tensor, grid: BlockGrid) -> Tensor:
         Unavailable: torch multiplies with square blocks only.
     """
     if weight.device.type == "cpu" and grid.block.rows != grid.block.cols:
-        raise Unavailable("torch's BSR products on a CPU, which are MKL's, take square blocks only")
+        raise Unavailable("torch's BSR products on a CPU, which are MKL's, accept square blocks only")
     with warnings.catch_warnings():  # the layout is in beta, and says so
         warnings.filterwarnings("ignore", message="Sparse (BSR|CSR) tensor support")
         return weight.to_sparse_bsr(tuple(grid.block))

@@ -136,9 +136,9 @@ def _step_part(data: dict[str, Any], figures: Path) -> list[str]:
         "## A training step",
         "",
         f"MLP {width}-{width}-{width}-10: forward, cross-entropy, backward, Adam, `zero_grad`. The two large layers are of the "
-        "kind named; the last is dense. Peak memory is that of a process of its own, above the loaded data, where the "
-        "allocator gives freed tensors back at once (glibc's habit of keeping them moves a peak of 200 MiB by 30 either way, for "
-        f"every model); losses are the first and the last of {data['settings']['loss_steps']} steps on one batch. *authors*: the "
+        "kind named; the last is dense. Peak memory is that of a process of its own, above the loaded data. The allocator gives "
+        "freed tensors back at once there: glibc's habit of keeping them moves a peak of 200 MiB by 30 either way, for every "
+        f"model. Losses are the first and the last of {data['settings']['loss_steps']} steps on one batch. *authors* is the "
         "layer as the paper's authors write it, in plain PyTorch.",
         "",
         where(data),
@@ -169,9 +169,9 @@ def _train_part(data: dict[str, Any]) -> list[str]:
         "## Whole trainings",
         "",
         f"{settings['data']}, MLP with hidden layers {widths}, {BlockSize.parse(settings['block_size'])} blocks, "
-        f"{100 * settings['sparsity']:g}% zeros, {settings['epochs']} epochs, batch {settings['batch_size']}; medians of "
+        f"{100 * settings['sparsity']:g}% zeros, {settings['epochs']} epochs, batch {settings['batch_size']}. Medians of "
         f"{count(seeds, 'seed')}, the methods in turns, each training in a process of its own. Relative columns below 1 are less "
-        "than dense. Every method as it is by default, untuned: accuracies with settings of their own are on "
+        "than dense. Every method has its defaults, untuned: accuracies with settings of their own are on "
         "[the experiments' page](experiments.md).",
         "",
         where(data),
@@ -231,9 +231,10 @@ def _ops_part(data: dict[str, Any], figures: Path) -> list[str]:
     rows = data["rows"]
     densities = ", ".join(f"{density:g}" for density in FACTOR_DENSITIES)
     scope = (
-        f"Forward without gradients, and forward + backward (dx and all parameters' gradients) from {TRAINING_ROWS} rows on. Of "
-        f"the grid's densities factors are timed at {densities}; other libraries, which have no backward, up to density "
-        f"{PEER_DENSITY:g} and {PEER_MACS:.0e} multiply-adds; the authors' forms, which cannot skip dead blocks, at density 1."
+        f"Forward without gradients, and forward + backward (dx and all parameters' gradients) from {TRAINING_ROWS} rows on. "
+        f"Factors are timed at densities {densities}. Other libraries, which have no backward, are timed up to density "
+        f"{PEER_DENSITY:g} and {PEER_MACS:.0e} multiply-adds. The authors' forms cannot skip dead blocks, so they are timed "
+        "at density 1."
     )
     text = ["## One layer, forward and backward", "", scope, "", where(data), ""]
     for number in (256, 2048):

@@ -262,8 +262,9 @@ def deployed_about(settings: dict[str, Any]) -> list[str]:
     """What was exported, and beside what it stands."""
     text = (
         f"MLP of {count(settings['layers'], 'layer')} of {settings['width']}x{settings['width']}, ReLU between, and a dense one "
-        "of 10 outputs; `export` chose the forms; live blocks at random places, `torch.inference_mode`. The int8 model is "
-        "PyTorch's dynamic quantisation of the dense one: no zeros needed, but other outputs."
+        "of 10 outputs. `export` chose the forms. Live blocks are at random places. "
+        "Everything runs under `torch.inference_mode`. The int8 model is PyTorch's dynamic quantisation of the dense one: no "
+        "zeros needed, but other outputs."
     )
     return [text, ""]
 

@@ -89,10 +89,10 @@ def summary(results: Path, study: str = "mlp", blocks: Sequence[str] = ("4", "16
     widths = "-".join(map(str, settings["widths"]))
     about = (
         f"{settings['data']}, MLP with hidden layers {widths}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
-        f"{100 * sparsity:g}% of the weights in zero blocks, mean ± standard deviation of {len(found[0].rows)} seeds; differences"
-        " in points with their 95% interval over pairs of the same seed. Parameters that are trained at the most and "
-        f"multiply-adds of training are relative to dense. Every method was tuned alike on validation (so {OURS} has rank 8 "
-        f"here, by default 4 at 4x4); torch {data['versions']['torch']}."
+        f"{100 * sparsity:g}% of the weights in zero blocks, mean ± standard deviation of {len(found[0].rows)} seeds. Differences"
+        " are in points, with their 95% interval over pairs of the same seed. Parameters that are trained at the most and "
+        f"multiply-adds of training are relative to dense. Every method was tuned alike on validation, so {OURS} has rank 8 "
+        f"here, where the default is 4 at 4x4. torch {data['versions']['torch']}."
     )
     lines, stale = [*table(columns, rows), "", about], _stale(data["rows"])
     return [*lines, "", *stale[:-1]] if stale else lines

@@ -35,9 +35,9 @@ PUBLISHED: dict[tuple[str, str], Published] = {
 
 FOOTNOTE = (
     "Published: Zhu, Zuo, Khalili, TMLR 2025, table 3, CIFAR-100, 4x4 blocks (ViT-tiny with `kron-l1` at other sizes: 64.56 with "
-    "2x2, 62.88 with 8x8). Their accuracy is that of the best epoch on the test set, mostly the mean of 2 runs; their sparsity "
-    "counts every s below 1e-4 without its sign, so about half of any symmetric weights; their counts of parameters and "
-    "multiply-adds left the Kronecker layers out. Ours: last epoch, exact zeros in blocks, every layer and the products of "
-    "attention counted. Their lassos put the penalty into the loss; ours shrink blocks as the schedule says (see "
-    "group-lasso-forms)."
+    "2x2, 62.88 with 8x8). Their accuracy is that of the best epoch on the test set, mostly the mean of 2 runs. Their sparsity "
+    "counts every s below 1e-4 without its sign, so about half of any symmetric weights. Their counts of parameters and "
+    "multiply-adds left the Kronecker layers out. Ours are of the last epoch, with exact zeros in blocks, and count every layer "
+    "and the products of attention. Their lassos put the penalty into the loss; ours shrink blocks as the schedule says "
+    "([group-lasso-forms](#group-lasso-forms))."
 )
