@@ -39,17 +39,10 @@ def from_trained() -> list[str]:
     size, patch, block, epochs = (settings[name] for name in ("image_size", "patch_size", "block_size", "epochs"))
     about = (
         f"{settings['data']}, a ViT of {settings['layers']} layers, width {settings['hidden_size']}, {size}x{size} images in "
-<<<<<<< HEAD:src/kronblocks_lab/pages/tables.py
-        f"patches of {patch}x{patch}: {epochs} epochs dense, then {epochs} more; blocks of {block}x{block}, the classifier and "
-        "the patches dense, the teacher with half of the loss unless it says so, `magnitude` with a budget for each layer. Test "
-        f"accuracy in percent and points, mean ± standard deviation of {len(on)} seeds; torch {data['versions']['torch']}. The "
-        "code of `examples/from_trained.py` trains, `kronblocks_lab.pages.from_trained` measures."
-=======
         f"patches of {patch}x{patch}: {epochs} epochs dense, then {epochs} more. Blocks of {block}x{block}; the classifier and "
         "the patches stay dense. The teacher has half of the loss unless the row says otherwise, and `magnitude` has a budget "
         f"for each layer. Test accuracy in percent and points, mean ± standard deviation of {len(on)} seeds; torch "
         f"{data['versions']['torch']}. `examples/from_trained.py` trains, `kronblocks_lab.pages.from_trained` measures."
->>>>>>> 618338f (Captions of generated tables in short sentences; messages say use instead of take):benchmarks/tables.py
     )
     columns = ["how", "zeros %", "right after", "in the end", "against the dense model", "against it trained on"]
     return [*table(columns, lines), "", about]
