@@ -10,11 +10,8 @@ from torch import nn
 
 from kronblocks import (
     Distillation,
-    RankChoice,
-    SearchConfig,
     SearchTask,
     SparsityConfig,
-    apply_structure_,
     densify_,
     export,
     find_block_size,
@@ -22,8 +19,10 @@ from kronblocks import (
     parameter_groups,
     save_pretrained,
     sparsify_,
-    structure,
 )
+from kronblocks.config import RankChoice
+from kronblocks.search import SearchConfig
+from kronblocks.surgery import apply_structure_, structure
 
 STEPS = 20
 SETTINGS = [

@@ -16,20 +16,18 @@ from kronblocks import (
     KronblocksError,
     KronblocksWarning,
     SparsityConfig,
-    apply_structure_,
     densify_,
     export,
     from_pretrained,
-    lift_,
-    methods,
     parameter_groups,
     save_pretrained,
     sparsify_,
-    structure,
 )
 from kronblocks.algorithms.training.sparsifier import Sparsifier
+from kronblocks.config import methods
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.surgery import apply_structure_, lift_, structure
 
 STEPS = 24
 METHODS = [method for method in methods.METHODS if method != "dense"]

@@ -11,8 +11,9 @@ import torch
 from tests.small_lift import METHODS, STEPS, layers, loss_of, made, run, zeros
 from torch import Tensor, nn
 
-from kronblocks import KronblocksError, PerformanceWarning, parameter_groups
+from kronblocks import KronblocksError, parameter_groups
 from kronblocks.algorithms.moments import without_rows
+from kronblocks.core import PerformanceWarning
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.surgery.lift import compact_
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import KronblocksError, Problem, ScheduleConfig, SparsityConfig, parameter_groups, sparsify_
+from kronblocks import KronblocksError, ScheduleConfig, SparsityConfig, parameter_groups, sparsify_
+from kronblocks.ops import Problem
 from kronblocks.ops.costs import timing, timing_cache
 from kronblocks.ops.costs.timing import REFERENCE
 from kronblocks.ops.costs.timing_cache import forget_timings

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import BlockSize, SparsityConfig, sparsify_
+from kronblocks import SparsityConfig, sparsify_
 from kronblocks.config.sparsity import PenaltyConfig, ScheduleConfig
+from kronblocks.ops import BlockSize
 from kronblocks.surgery.sparsify import schedule_of
 
 

@@ -11,19 +11,11 @@ from tests.algorithms.small_training import METHODS
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from kronblocks import (
-    KronblocksError,
-    SparsityConfig,
-    densify_,
-    from_pretrained,
-    lift_,
-    parameter_groups,
-    save_pretrained,
-    sparsify_,
-)
+from kronblocks import KronblocksError, SparsityConfig, densify_, from_pretrained, parameter_groups, save_pretrained, sparsify_
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.surgery import lift_
 
 STEPS = 40
 

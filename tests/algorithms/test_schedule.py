@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kronblocks import KronblocksError, SparsitySchedule
+from kronblocks import KronblocksError
+from kronblocks.algorithms import SparsitySchedule
 
 
 @given(st.integers(20, 5000), st.sampled_from(["cubic", "linear", "staircase"]), st.floats(0.01, 0.99))

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import BlockGrid, BlockSize, BlockSparseLinear, KronblocksError, KroneckerBlockLinear
+from kronblocks import BlockSparseLinear, KronblocksError, KroneckerBlockLinear
 from kronblocks.algorithms.moments import restart_
 from kronblocks.algorithms.targets import BlockTarget, LayerTarget, WeightTarget
 from kronblocks.core.errors import Diverged
+from kronblocks.ops import BlockGrid, BlockSize
 
 
 def kron() -> BlockTarget:

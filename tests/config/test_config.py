@@ -7,7 +7,8 @@ import json
 import pytest
 from torch import nn
 
-from kronblocks import KronblocksError, LayerOverride, PenaltyConfig, RankChoice, ScheduleConfig, SparsityConfig
+from kronblocks import KronblocksError, LayerOverride, PenaltyConfig, ScheduleConfig, SparsityConfig
+from kronblocks.config import RankChoice
 
 FULL = SparsityConfig(
     method="kron-l1",

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import KronblocksError, PenaltyConfig, RankChoice, Rule, ScheduleConfig, SparsityConfig, sparsify_
+from kronblocks import KronblocksError, PenaltyConfig, Rule, ScheduleConfig, SparsityConfig, sparsify_
 from kronblocks.algorithms.rules.base import cut
+from kronblocks.config import RankChoice
 from kronblocks.config.methods import METHODS, Choices, MethodSpec, register_method, spec_of
 from kronblocks_lab.training.settings import OF_SOME_METHODS, RECIPES, TrainConfig, has_setting, recipe_of
 

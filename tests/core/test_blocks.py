@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kronblocks import BlockGrid, BlockSize, KronblocksError
+from kronblocks import KronblocksError
 from kronblocks.core.blocks import divisors
+from kronblocks.ops import BlockGrid, BlockSize
 
 SIDES = st.integers(1, 7)
 GRIDS = st.builds(

@@ -9,15 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import (
-    BlockSparseLinear,
-    KronblocksError,
-    KroneckerBlockLinear,
-    SparsityConfig,
-    lift_,
-    rebuild_on_load_,
-    sparsify_,
-)
+from kronblocks import BlockSparseLinear, KronblocksError, KroneckerBlockLinear, SparsityConfig, rebuild_on_load_, sparsify_
+from kronblocks.surgery import lift_
 
 
 class Net(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 
 from kronblocks import BlockSparseLinear, KroneckerBlockLinear, from_pretrained, sparsify_
 from kronblocks.config.sparsity import SparsityConfig
-from kronblocks.deploy import exporting as export
+from kronblocks.deploy import export
 from kronblocks.deploy.slimming import Slimmed, remove_dead_features_
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kronblocks import BlockIndex, SparsityConfig, kron_linear, packed_linear, parameter_groups, sparsify_
+from kronblocks import SparsityConfig, parameter_groups, sparsify_
 from kronblocks.config.methods import METHODS
-from kronblocks.ops import backends
+from kronblocks.ops import BlockIndex, backends, kron_linear, packed_linear
 
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs an NVIDIA GPU: make test-gpu", allow_module_level=True)

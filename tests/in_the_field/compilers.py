@@ -12,7 +12,7 @@ from tests.in_the_field.trial import STEPS, Trial, batch, loss_of, same_output, 
 from torch import nn
 
 from kronblocks import BlockSparseLinear, KroneckerBlockLinear, densify_
-from kronblocks.deploy import exporting as export
+from kronblocks.deploy import export
 from kronblocks.nn.base import BlockLayer
 
 COMPILERS = "compilers and exporters"
@@ -62,7 +62,7 @@ def exported() -> None:
         assert same_output(program.module(), model, x)
 
 
-@works(COMPILERS, "kronblocks.deploy.exporting", "each layer in the form that is fastest here, checked against the model")
+@works(COMPILERS, "kronblocks.export", "each layer in the form that is fastest here, checked against the model")
 def own_export() -> None:
     model = trained().model.eval()
     for form in ("dense", "packed", "bsr"):

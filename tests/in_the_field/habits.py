@@ -12,7 +12,8 @@ from tests.in_the_field.cases import limited, refused, works
 from tests.in_the_field.trial import SPARSITY, STEPS, Trial, check_layers_agree, config, loss_of, mlp, same_output
 from torch import Tensor, nn
 
-from kronblocks import densify_, lift_, parameter_groups, sparsify_
+from kronblocks import densify_, parameter_groups, sparsify_
+from kronblocks.surgery import lift_
 
 LOOPS = "loops"
 

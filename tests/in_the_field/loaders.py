@@ -14,15 +14,14 @@ from torch import nn
 
 from kronblocks import (
     BlockSparseLinear,
-    apply_structure_,
     densify_,
     from_pretrained,
     parameter_groups,
     rebuild_on_load_,
     save_pretrained,
     sparsify_,
-    structure,
 )
+from kronblocks.surgery import apply_structure_, structure
 
 LOADERS = "loaders"
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.optim import Optimizer
 
-from kronblocks import BlockSparseLinear, PerformanceWarning, parameter_groups
+from kronblocks import BlockSparseLinear, parameter_groups
+from kronblocks.core import PerformanceWarning
 
 OPTIMISERS = "optimisers"
 ROWWISE = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")

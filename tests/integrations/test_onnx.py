@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kronblocks import BlockSparseLinear, KronblocksError, KroneckerBlockLinear
-from kronblocks.deploy import exporting as export
+from kronblocks.deploy import export
 from kronblocks.integrations import onnx as module
 from kronblocks.integrations.onnx import PlainFactors, save_onnx
 

@@ -27,8 +27,9 @@ from peft import (
 )
 from torch import nn
 
-from kronblocks import BlockSparseLinear, KronblocksError, SparsityConfig, from_pretrained, lift_, save_pretrained, sparsify_
+from kronblocks import BlockSparseLinear, KronblocksError, SparsityConfig, from_pretrained, save_pretrained, sparsify_
 from kronblocks.integrations.peft import BlockLora, with_block_layers
+from kronblocks.surgery import lift_
 
 
 class Net(nn.Module):

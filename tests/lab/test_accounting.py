@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kronblocks import KroneckerBlockLinear, SparsityConfig, lift_, sparsify_
+from kronblocks import KroneckerBlockLinear, SparsityConfig, sparsify_
+from kronblocks.surgery import lift_
 from kronblocks_lab.training import accounting
 from kronblocks_lab.training.models import build_model
 

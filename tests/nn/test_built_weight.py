@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from kronblocks import BlockSize, BlockSparseLinear, KronblocksError, KroneckerBlockLinear
+from kronblocks import BlockSparseLinear, KronblocksError, KroneckerBlockLinear
 from kronblocks.nn.mixture import BlockMixtureLinear
 from kronblocks.nn.unfolded import UnfoldedConv
+from kronblocks.ops import BlockSize
 
 LAYERS = {
     "kron": lambda: KroneckerBlockLinear(8, 12, "3x2", rank=2),

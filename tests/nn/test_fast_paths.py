@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kronblocks import KronblocksError, SparsityConfig, densify_, from_pretrained, save_pretrained, sparsify_
-from kronblocks.deploy import exporting as export
+from kronblocks.deploy import export
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear

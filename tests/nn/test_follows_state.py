@@ -9,9 +9,10 @@ from torch import nn
 from torch.func import functional_call, stack_module_state
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from kronblocks import BlockSize, BlockSparseLinear, KronblocksError, SparsityConfig, from_pretrained, save_pretrained, sparsify_
+from kronblocks import BlockSparseLinear, KronblocksError, SparsityConfig, from_pretrained, save_pretrained, sparsify_
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.mixture import BlockMixtureLinear
+from kronblocks.ops import BlockSize
 
 OTHER = torch.tensor([[0, 1, 1], [0, 1, 0], [1, 0, 1], [1, 1, 0]], dtype=torch.bool)
 

@@ -8,19 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import (
-    BlockMixtureLinear,
-    BlockSize,
-    BlockSparseLinear,
-    KronblocksError,
-    PerformanceWarning,
-    SparsityConfig,
-    kron_linear,
-    packed_linear,
-    sparsify_,
-)
+from kronblocks import BlockSparseLinear, KronblocksError, SparsityConfig, sparsify_
+from kronblocks.core import PerformanceWarning
+from kronblocks.nn import BlockMixtureLinear
 from kronblocks.nn.bsr_linear import BsrLinear
 from kronblocks.nn.unfolded import UnfoldedConv
+from kronblocks.ops import BlockSize, kron_linear, packed_linear
 from kronblocks.ops.index import BlockIndex
 
 

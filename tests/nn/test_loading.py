@@ -8,18 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import (
-    BlockMixtureLinear,
-    BlockSize,
-    BlockSparseLinear,
-    KronblocksError,
-    SparsityConfig,
-    apply_structure_,
-    lift_,
-    sparsify_,
-    structure,
-)
+from kronblocks import BlockSparseLinear, KronblocksError, SparsityConfig, sparsify_
+from kronblocks.nn import BlockMixtureLinear
 from kronblocks.nn.bsr_linear import BsrLinear
+from kronblocks.ops import BlockSize
+from kronblocks.surgery import apply_structure_, lift_, structure
 
 CONFIG = SparsityConfig(block_size=8, target_sparsity=0.5)
 

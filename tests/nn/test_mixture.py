@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import BlockSize, KronblocksError
+from kronblocks import KronblocksError
 from kronblocks.nn.mixture import BlockMixtureLinear
+from kronblocks.ops import BlockSize
 
 SIZES = {"2x2": BlockSize(2, 2), "4x2": BlockSize(4, 2), "4x8": BlockSize(4, 8)}
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kronblocks import KroneckerBlockLinear, NativeFallbackWarning
+from kronblocks import KroneckerBlockLinear
+from kronblocks.core import NativeFallbackWarning
 from kronblocks.ops import backends
 from kronblocks.ops.backends import library
 from kronblocks.ops.backends import torch as plain

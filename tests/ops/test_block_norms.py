@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kronblocks import KronblocksError, block_norms
-from kronblocks.ops import reference
+from kronblocks import KronblocksError
+from kronblocks.ops import block_norms, reference
 
 UNIT = torch.finfo(torch.float32).eps / 2
 

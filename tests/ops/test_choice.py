@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from kronblocks import BlockGrid, BlockSize
+from kronblocks.ops import BlockGrid, BlockSize
 from kronblocks.ops.costs import choice
 from kronblocks.ops.costs.timing import REFERENCE
 from kronblocks.ops.problem import Problem

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kronblocks import BlockIndex, kron_linear, packed_linear
+from kronblocks.ops import BlockIndex, kron_linear, packed_linear
 from kronblocks.ops.plans import PLAN_NAMES
 
 pytestmark = pytest.mark.slow

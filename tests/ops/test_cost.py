@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kronblocks import BlockGrid, BlockIndex, BlockSize, BlockSparseLinear, KronblocksError, KroneckerBlockLinear
-from kronblocks.ops import backends
+from kronblocks import BlockSparseLinear, KronblocksError, KroneckerBlockLinear
+from kronblocks.ops import BlockGrid, BlockIndex, BlockSize, backends
 from kronblocks.ops.backends import native, triton
 from kronblocks.ops.backends import torch as torch_backend
 from kronblocks.ops.costs.choice import choose_plan

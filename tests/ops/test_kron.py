@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kronblocks import BlockIndex, KronblocksError, kron_linear, kron_weight, packed_linear
-from kronblocks.ops import reference
+from kronblocks import KronblocksError
+from kronblocks.ops import BlockIndex, kron_linear, kron_weight, packed_linear, reference
 from kronblocks.ops.operands import autocast
 from kronblocks.ops.plans import PLAN_NAMES
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kronblocks import BlockGrid, BlockIndex, BlockSize, BlockSparseLinear, KroneckerBlockLinear
+from kronblocks import BlockSparseLinear, KroneckerBlockLinear
+from kronblocks.ops import BlockGrid, BlockIndex, BlockSize
 from kronblocks.ops.costs.counts import cost
 from kronblocks.ops.kron import kron_linear
 from kronblocks.ops.problem import Problem

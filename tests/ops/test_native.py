@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 
-from kronblocks import BlockIndex
-from kronblocks.ops import reference
+from kronblocks.ops import BlockIndex, reference
 from kronblocks.ops.backends import native
 from kronblocks.ops.plans import PLANS
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kronblocks import BlockGrid, BlockSize, KronblocksError, canonical_form, kron_weight, nearest_kronecker_sum
-from kronblocks.ops import reference
+from kronblocks import KronblocksError
+from kronblocks.ops import BlockGrid, BlockSize, canonical_form, kron_weight, nearest_kronecker_sum, reference
 
 GRID = BlockGrid(12, 15, BlockSize(3, 5))  # 4x3 blocks of 15 weights
 EXACT = 1e-13  # SVD and products of at most 15 numbers of size about 1, in float64

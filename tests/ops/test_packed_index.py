@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kronblocks import BlockIndex, KronblocksError
+from kronblocks import KronblocksError
+from kronblocks.ops import BlockIndex
 
 
 @st.composite

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import BlockGrid, BlockSize, Problem
+from kronblocks.ops import BlockGrid, BlockSize, Problem
 from kronblocks.ops.costs import timing
 from kronblocks.ops.costs.counts import estimated_seconds, intermediate_bytes
 from kronblocks.ops.costs.timing import REFERENCE, affordable, candidates, measure, measured_rows

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kronblocks import BlockGrid, BlockSize, Problem, choose_plan
 from kronblocks.core import cache as kept
 from kronblocks.core.cache import cache_folder
+from kronblocks.ops import BlockGrid, BlockSize, Problem, choose_plan
 from kronblocks.ops.costs import timing_cache
 from kronblocks.ops.costs.timing import REFERENCE
 from kronblocks.ops.costs.timing_cache import forget_timings, load_tables, timings

@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 
-from kronblocks import BlockIndex
-from kronblocks.ops import backends
+from kronblocks.ops import BlockIndex, backends
 from kronblocks.ops.backends import torch as plain
 from kronblocks.ops.backends import triton as backend
 from kronblocks.ops.backends.triton import packed, tuning

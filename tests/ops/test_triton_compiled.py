@@ -14,7 +14,7 @@ COMPILE = """
 import os, re, subprocess, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kronblocks import BlockIndex
+from kronblocks.ops import BlockIndex
 from kronblocks.ops.backends import triton as backend
 from kronblocks.ops.backends.triton import fused, packed, tuning, weights
 from kronblocks.ops.plans import PLANS

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from kronblocks import SparsityConfig, parameter_groups, sparsify_
 from kronblocks.algorithms.training.sparsifier import Sparsifier
-from kronblocks.deploy import exporting as export
+from kronblocks.deploy import export
 
 pytestmark = pytest.mark.slow
 

@@ -23,9 +23,10 @@ from tests.reliability.fuzzing import (
     small,
 )
 
-from kronblocks import BlockSize, SparsityConfig, densify_, parameter_groups, sparsify_
+from kronblocks import SparsityConfig, densify_, parameter_groups, sparsify_
 from kronblocks.core.errors import Diverged
 from kronblocks.nn.base import BlockLayer
+from kronblocks.ops import BlockSize
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from tests.reliability.fuzzing import QUIET, VALUES, Tally, at_most, bits, cases, check_layers_agree, everything, refused, small
 from torch import nn
 
-from kronblocks import BlockSize, SparsityConfig, apply_structure_, parameter_groups, sparsify_, structure
+from kronblocks import SparsityConfig, parameter_groups, sparsify_
 from kronblocks.nn.base import BlockLayer
+from kronblocks.ops import BlockSize
+from kronblocks.surgery import apply_structure_, structure
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,10 @@ from tests.search.small_task import convolutional, task
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kronblocks import BlockGrid, BlockSize, KronblocksError, RankChoice, SparsityConfig, nearest_kronecker_sum, sparsify_
+from kronblocks import KronblocksError, SparsityConfig, sparsify_
+from kronblocks.config import RankChoice
 from kronblocks.nn.unfolded import UnfoldedConv
+from kronblocks.ops import BlockGrid, BlockSize, nearest_kronecker_sum
 from kronblocks.ops.nearest import captured_energy
 from kronblocks.search.candidates import Candidate, excess_energy, find_candidates, shortlist, with_block
 

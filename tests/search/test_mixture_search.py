@@ -10,8 +10,10 @@ import torch
 from tests.search.small_task import CONFIG, convolutional, model, task
 from torch import nn
 
-from kronblocks import BlockSize, KronblocksError, KroneckerBlockLinear, LayerOverride, RankChoice, SparsityConfig, sparsify_
+from kronblocks import KronblocksError, KroneckerBlockLinear, LayerOverride, SparsityConfig, sparsify_
+from kronblocks.config import RankChoice
 from kronblocks.nn.unfolded import UnfoldedConv
+from kronblocks.ops import BlockSize
 from kronblocks.search.candidates import find_candidates
 from kronblocks.search.mixture import MixtureConfig, _MixtureTraining, _norms, find_block_size_in_mixture_
 from kronblocks.search.report import Path

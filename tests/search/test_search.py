@@ -12,8 +12,9 @@ import torch
 from tests.search.small_task import CONFIG, convolutional, model, task
 from torch import nn
 
-from kronblocks import BlockSize, KronblocksError, KroneckerBlockLinear, SparsityConfig, sparsify_
+from kronblocks import KronblocksError, KroneckerBlockLinear, SparsityConfig, sparsify_
 from kronblocks.core.errors import Diverged
+from kronblocks.ops import BlockSize
 from kronblocks.ops.costs.choice import DeployedForm
 from kronblocks.search import halving
 from kronblocks.search.candidates import Candidate

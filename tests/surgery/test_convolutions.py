@@ -11,17 +11,16 @@ from kronblocks import (
     KronblocksWarning,
     LayerOverride,
     SparsityConfig,
-    apply_structure_,
     densify_,
     export,
     from_pretrained,
     parameter_groups,
     save_pretrained,
     sparsify_,
-    structure,
 )
 from kronblocks.algorithms.training.report import count_blocks
 from kronblocks.nn.unfolded import UnfoldedConv
+from kronblocks.surgery import apply_structure_, structure
 
 STEPS = 20
 

@@ -11,21 +11,19 @@ import torch
 from torch import nn
 
 from kronblocks import (
-    BlockGrid,
-    BlockSize,
     BlockSparseLinear,
     Distillation,
     KronblocksError,
     KroneckerBlockLinear,
     LayerOverride,
-    RankChoice,
     ScheduleConfig,
     SparsityConfig,
-    nearest_kronecker_sum,
     parameter_groups,
     sparsify_,
 )
+from kronblocks.config import RankChoice
 from kronblocks.core.errors import KronblocksWarning
+from kronblocks.ops import BlockGrid, BlockSize, nearest_kronecker_sum
 from kronblocks.ops.nearest import spectrum
 from kronblocks.surgery.ranks import choose_ranks
 

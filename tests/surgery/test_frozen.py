@@ -12,19 +12,18 @@ from torch import nn
 from kronblocks import (
     KronblocksError,
     KroneckerBlockLinear,
-    RankChoice,
     SearchTask,
     SparsityConfig,
     advise,
     densify_,
     find_block_size,
-    methods,
     parameter_groups,
-    select,
     sparsify_,
 )
+from kronblocks.config import RankChoice, methods
 from kronblocks.ops.costs.timing_cache import forget_timings
 from kronblocks.search.halving import SearchConfig
+from kronblocks.surgery import select
 
 METHODS = [method for method in methods.METHODS if method != "dense"]
 STEPS = 24

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from kronblocks import SparsityConfig, lift_, parameter_groups, sparsify_
+from kronblocks import SparsityConfig, parameter_groups, sparsify_
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.surgery import lift_
 from kronblocks.surgery.groups import PART
 
 STEPS = 20  # the lift comes after step 6

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.optim import _apply_optimizer_in_backward
 
-from kronblocks import KronblocksError, KronblocksWarning, SparsityConfig, lift_, parameter_groups, sparsify_
+from kronblocks import KronblocksError, KronblocksWarning, SparsityConfig, parameter_groups, sparsify_
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.surgery import lift_
 from kronblocks.surgery.lift import lift_layers_
 
 

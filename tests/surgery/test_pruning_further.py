@@ -18,7 +18,6 @@ from kronblocks import (
     from_pretrained,
     parameter_groups,
     save_pretrained,
-    select,
     sparsify_,
 )
 from kronblocks.algorithms.schedule import SparsitySchedule
@@ -27,6 +26,7 @@ from kronblocks.config.methods import spec_of
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.surgery import select
 
 STEPS = 40
 

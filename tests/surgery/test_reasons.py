@@ -17,8 +17,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from kronblocks import KronblocksError, SparsityConfig, select, sparsify_
+from kronblocks import KronblocksError, SparsityConfig, sparsify_
 from kronblocks.core.errors import KronblocksWarning
+from kronblocks.surgery import select
 
 CONFIG = SparsityConfig(block_size=8, target_sparsity=0.75)
 MASKED = SparsityConfig(method="magnitude", block_size=8, target_sparsity=0.75)

@@ -9,9 +9,10 @@ import torch
 from tests.algorithms.small_training import same
 from torch import Tensor, nn
 
-from kronblocks import KronblocksError, SparsityConfig, lift_, parameter_groups, rewind_, sparsify_
+from kronblocks import KronblocksError, SparsityConfig, parameter_groups, sparsify_
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.nn.base import BlockLayer
+from kronblocks.surgery import lift_, rewind_
 
 STEPS = 40
 

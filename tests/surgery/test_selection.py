@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kronblocks import KronblocksError, LayerOverride, SparsityConfig, select
+from kronblocks import KronblocksError, LayerOverride, SparsityConfig
+from kronblocks.surgery import select
 
 
 class Block(nn.Module):

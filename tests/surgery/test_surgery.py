@@ -14,16 +14,14 @@ from kronblocks import (
     BlockSparseLinear,
     KronblocksError,
     KroneckerBlockLinear,
-    PerformanceWarning,
     SparsityConfig,
-    apply_structure_,
     densify_,
-    lift_,
     parameter_groups,
     sparsify_,
-    structure,
 )
 from kronblocks.config.methods import METHODS, spec_of
+from kronblocks.core import PerformanceWarning
+from kronblocks.surgery import apply_structure_, lift_, structure
 
 
 def mlp() -> nn.Sequential:

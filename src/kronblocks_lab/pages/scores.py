@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kronblocks import Rule, RuleContext, ScheduleConfig, Sparsifier, SparsityConfig, parameter_groups, sparsify_
+from kronblocks import Rule, ScheduleConfig, Sparsifier, SparsityConfig, parameter_groups, sparsify_
+from kronblocks.algorithms import RuleContext
 from kronblocks.algorithms.budget import FLOOR, choose_dead, layer_adaptive
 from kronblocks.core.files import read_json, write_json
 from kronblocks_lab.data.sets import load_data

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kronblocks import BlockGrid, BlockSize, KronblocksError
+from kronblocks import KronblocksError
+from kronblocks.ops import BlockGrid, BlockSize
 from kronblocks_lab.bench.cases import grid as grids
 from kronblocks_lab.bench.cases import ways as ways
 from kronblocks_lab.bench.cases.grid import Operands

@@ -296,7 +296,7 @@ def test_the_page_holds_every_part(results, tmp_path):
     page = tmp_path / "docs" / "benchmarks.md"
     main(["bench", "tables", "--results", str(results), "--page", str(page)])
     text = page.read_text()
-    for title in ("# Benchmarks", "## A training step", "## Whole trainings", "## Inference", "## How to reproduce", "roofline"):
+    for title in ("# Benchmarks", "## A training step", "## Whole trainings", "## Inference", "roofline"):
         assert title in text
     assert "### 64x128: free values, packed" in text and "### 64x128: factors, best plan" in text and "A quick run" in text
     assert [name for name in re.findall(r"\]\((figures/[^)]+)\)", text) if not (page.parent / name).exists()] == []

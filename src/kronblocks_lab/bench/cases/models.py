@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kronblocks import BlockGrid, BlockSize
 from kronblocks.nn.base import BlockLayer
+from kronblocks.ops import BlockGrid, BlockSize
 from kronblocks_lab.bench.cases import peers
 from kronblocks_lab.bench.cases.ways import AUTHORS, auto_plan_, factors_layer, random_mask, values_layer
 from kronblocks_lab.bench.settings import StepSettings

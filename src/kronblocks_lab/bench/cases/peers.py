@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronblocks import BlockGrid, KroneckerBlockLinear
+from kronblocks import KroneckerBlockLinear
+from kronblocks.ops import BlockGrid
 
 Product = Callable[[Tensor], Tensor]
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kronblocks import BlockGrid, BlockSparseLinear, KroneckerBlockLinear, choose_plan, cost
+from kronblocks import BlockSparseLinear, KroneckerBlockLinear
 from kronblocks.nn.base import BlockLayer
+from kronblocks.ops import BlockGrid, choose_plan, cost
 from kronblocks_lab.bench.cases import peers
 
 DENSE, FASTKRON = "dense", "pyfastkron"
