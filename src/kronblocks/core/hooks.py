@@ -1,11 +1,12 @@
-"""What a module hook is called with, and hooks that copies do not have."""
+"""What reaches a module, seen by hooks, and hooks that copies do not have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def forward_input(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
@@ -16,6 +17,34 @@ def forward_input(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Ten
 def rows_of(x: Tensor) -> int:
     """How many rows of features a layer's input has, of whatever shape; a nested one, which has none, too."""
     return x.numel() // max(1, x.size(-1))
+
+
+@contextlib.contextmanager
+def rows_reaching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[int]]]:
+    """Note how many rows of features each call of a layer gets, as long as it is open.
+
+    Args:
+        layers: by name.
+
+    Yields:
+        The rows of every call, by the layer's name; it fills as the layers are called.
+
+    >>> import torch
+    >>> layer = nn.Linear(4, 2)
+    >>> with rows_reaching({"head": layer}) as rows:
+    ...     _ = layer(torch.zeros(3, 5, 4)), layer(torch.zeros(7, 4))
+    >>> rows
+    {'head': [15, 7]}
+    """
+    rows: dict[str, list[int]] = {name: [] for name in layers}
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: rows[name].append(rows_of(forward_input(args, kwargs)))
+
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
+        yield rows
 
 
 class OwnHook:

@@ -17,7 +17,7 @@ from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.core.checks import number, one_of
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_json
-from kronblocks.core.hooks import forward_input
+from kronblocks.core.hooks import rows_reaching
 from kronblocks.deploy.outputs import arguments, call, call_or_refuse, difference, tensors
 from kronblocks.deploy.saving import save_pretrained
 from kronblocks.deploy.slimming import Slimmed, remove_dead_features_
@@ -168,8 +168,9 @@ def export(
             "on nn.Linear itself"
         )
     slimmed, remark = remove_dead_features_(new, *arguments(example)) if slim else ([], "")
-    rows = _rows(new, example)
-    layers = tuple(_export_layer(new, name, rows.get(name, 0), form) for name in names)
+    with rows_reaching({name: new.get_submodule(name) for name in names}) as rows:
+        call(new, example)
+    layers = tuple(_export_layer(new, name, calls[-1] if calls else 0, form) for name, calls in rows.items())
     error = difference(list(tensors(call(new, example))), expected)
     allowed = _tolerance(new, expected) if tolerance is None else tolerance
     if not error <= allowed:
@@ -184,23 +185,6 @@ def _tolerance(model: nn.Module, outputs: list[Tensor]) -> float:
     """How far a copy may be away by rounding in the lowest precision of the model's weights and outputs."""
     dtypes = {tensor.dtype for tensor in (*model.parameters(), *outputs) if tensor.is_floating_point()}
     return max(1e-4, *(4 * torch.finfo(dtype).eps for dtype in dtypes))
-
-
-def _rows(model: nn.Module, example: Any) -> dict[str, int]:
-    """How many rows reach each block layer."""
-    rows: dict[str, int] = {}
-
-    def watch(name: str):
-        return lambda module, args, kwargs: rows.update({name: forward_input(args, kwargs).shape[:-1].numel()})
-
-    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, BlockLayer)]
-    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in blocks]
-    try:
-        call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return rows
 
 
 class _Chosen(NamedTuple):

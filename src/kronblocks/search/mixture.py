@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
 
 from kronblocks.config.methods import COMMON_RANK
 from kronblocks.config.ranks import RankChoice
@@ -24,7 +22,6 @@ from kronblocks.nn.mixture import BlockMixtureLinear
 from kronblocks.search.candidates import Candidate, entrants
 from kronblocks.search.report import Path, SearchReport
 from kronblocks.search.task import SearchTask, steps_of_search
-from kronblocks.surgery.groups import parameter_groups
 from kronblocks.surgery.optimizers import drop_parameters_
 from kronblocks.surgery.replace import in_mode, replace_, to_unfold, unfolding
 
@@ -165,17 +162,7 @@ class _MixtureTraining:
                 replace_(model, name, mixture)
                 self._mixtures[name] = mixture
         self._seconds = {str(c.block): c.layer_seconds for c in kept}
-        groups = parameter_groups(
-            model,
-            lr=task.lr,
-            weight_decay=task.weight_decay,
-            factor_weight_decay=task.factor_weight_decay,
-            factor_lr_scale=task.factor_lr_scale,
-            tile_lr_scale=task.tile_lr_scale,
-        )
-        self._optimizer: Optimizer = AdamW(groups)
-        rates = [group["lr"] for group in groups]
-        self._schedule = OneCycleLR(self._optimizer, rates, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False)
+        self._optimizer, self._schedule = task.optimizer(model, steps)
         self.survivors: dict[str, str] = {}
 
     def train(self, paths: dict[str, Path], progress: Callable[[str, float], None] | None) -> None:

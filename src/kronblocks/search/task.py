@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from kronblocks.config.sparsity import SparsityConfig
 from kronblocks.core.errors import KronblocksError, PerformanceWarning
-from kronblocks.core.hooks import forward_input
+from kronblocks.core.hooks import rows_reaching
 from kronblocks.surgery.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE, parameter_groups
 from kronblocks.surgery.replace import evaluating
 from kronblocks.surgery.sparsify import sparsify_
@@ -97,24 +97,26 @@ class SearchTask:
 
         A layer that the first batch does not reach counts as the others do at most.
         """
-        seen: dict[str, int] = {}
-
-        def watch(name: str) -> Callable[..., None]:
-            def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-                seen[name] = seen.get(name, 0) + forward_input(args, kwargs).shape[:-1].numel()
-
-            return note
-
         layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in layers.items()]
-        try:
-            with _same_random_state(model), torch.enable_grad(), evaluating(model):  # without, attention may go past its layers
-                self.losses(model, next(self.stream(seed)))
-        finally:
-            for handle in handles:
-                handle.remove()
-        most = max(seen.values(), default=1)
-        return {name: seen.get(name, most) for name in layers}
+        with rows_reaching(layers) as rows, _same_random_state(model), torch.enable_grad(), evaluating(model):
+            self.losses(model, next(self.stream(seed)))  # without gradients, attention may go past its layers
+        most = max((sum(calls) for calls in rows.values() if calls), default=1)
+        return {name: sum(calls) if calls else most for name, calls in rows.items()}
+
+    def optimizer(self, model: nn.Module, steps: int) -> tuple[AdamW, OneCycleLR]:
+        """AdamW over the model's parameters at the task's rates, and one cycle of these rates over a training of some steps."""
+        groups = parameter_groups(
+            model,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            factor_weight_decay=self.factor_weight_decay,
+            factor_lr_scale=self.factor_lr_scale,
+            tile_lr_scale=self.tile_lr_scale,
+            lifted_lr_scale=self.lifted_lr_scale,
+            lifted_weight_decay=self.lifted_weight_decay,
+        )
+        optimizer, rates = AdamW(groups), [group["lr"] for group in groups]
+        return optimizer, OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False)
 
     @torch.no_grad()
     def judge(self, model: nn.Module) -> Tensor:
@@ -175,20 +177,8 @@ class Trial:
             warnings.simplefilter("ignore", PerformanceWarning)  # whether a size pays is what the search finds out
             torch.manual_seed(seed)
             self.sparsifier = sparsify_(self.model, dataclasses.replace(config, measure_plans=False))
-        groups = parameter_groups(
-            self.model,
-            lr=task.lr,
-            weight_decay=task.weight_decay,
-            factor_weight_decay=task.factor_weight_decay,
-            factor_lr_scale=task.factor_lr_scale,
-            tile_lr_scale=task.tile_lr_scale,
-            lifted_lr_scale=task.lifted_lr_scale,
-            lifted_weight_decay=task.lifted_weight_decay,
-        )
-        self._optimizer = AdamW(groups)
+        self._optimizer, self._schedule = task.optimizer(self.model, steps)
         self.sparsifier.attach(self._optimizer, total_steps=steps)
-        rates = [group["lr"] for group in groups]
-        self._schedule = OneCycleLR(self._optimizer, rates, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False)
         self._seconds: dict[str, list[float]] = {}
 
     def step(self, batch: Any) -> None:
