@@ -48,8 +48,6 @@ class ScheduleConfig:
         number("schedule.lift_at", self.lift_at, 0, 1 + 1e-12, "a share of the pruning span, from 0 to 1")
         whole("schedule.update_every", self.update_every, "the optimiser steps between mask updates")
         whole("schedule.stages", self.stages, "the number of stages of the staircase")
-        if self.shape not in ("staircase", None) and self.stages != ScheduleConfig.stages:
-            raise KronblocksError(f"schedule.stages={self.stages} is for shape='staircase', and the shape is {self.shape!r}")
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,6 @@ class PenaltyConfig:
             number("penalty.strength", self.strength, 0, float("inf"), "a number from 0 on, or None")
         number("penalty.growth", self.growth, 0, float("inf"), "a number from 0 on")
         number("penalty.ridge", self.ridge, 0, float("inf"), "a number from 0 on")
-        if self.form == "proximal" and self.growth != PenaltyConfig.growth:
-            raise KronblocksError(f"penalty.growth={self.growth} is for form='gradient': a proximal penalty does not grow")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,10 +132,14 @@ class SparsityConfig(MethodSettings):
         method, choices = self.method, self.resolved()
         if "penalty" in self.spec.settings and choices.form == "proximal" and choices.growth != PenaltyConfig.growth:
             raise KronblocksError(
-                f"method {method!r} is proximal, and its penalty does not grow: leave penalty.growth=3.0, or take form='gradient'"
+                f"penalty.growth={choices.growth} is for form='gradient', and the penalty of {method!r} is proximal here and "
+                "does not grow: leave penalty.growth=3.0, or write PenaltyConfig(form='gradient')"
             )
         if choices.shape != "staircase" and self.schedule.stages != ScheduleConfig.stages:
-            raise KronblocksError(f"schedule.stages={self.schedule.stages} is for a staircase, and {method!r} is {choices.shape}")
+            raise KronblocksError(
+                f"schedule.stages={self.schedule.stages} is for a staircase, and the schedule of {method!r} is {choices.shape} "
+                f"here: leave schedule.stages={ScheduleConfig.stages}"
+            )
         if self.spec.starts_sparse and choices.init == "spectral":
             raise KronblocksError(f"init='spectral' is for factors, and {method!r} has none: write init='random' or 'nearest'")
         if isinstance(self.rank, RankChoice) and choices.init == "random":
