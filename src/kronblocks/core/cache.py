@@ -27,8 +27,11 @@ def cache_folder() -> Path | None:
     setting = os.environ.get("KRONBLOCKS_CACHE", "")
     if setting.lower() in ("0", "off"):
         return None
-    if setting:
-        return Path(setting)
+    return Path(setting) if setting else users_folder()
+
+
+def users_folder() -> Path | None:
+    """The library's folder among the user's caches, by the rules of the system; None: this user has none."""
     named = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None)
     try:
         home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")

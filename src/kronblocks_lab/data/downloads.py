@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kronblocks.core.cache import users_folder
 from kronblocks.core.errors import KronblocksError, KronblocksWarning
 from kronblocks_lab.data.formats import Source, find_files, pickled_version
 
@@ -20,18 +21,25 @@ _LARGEST_DOWNLOAD = 1 << 28  # bytes; the largest published file has 170 MB
 _CHUNK = 1 << 18  # bytes
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept: `$KRONBLOCKS_DATA`, else the user's cache folder."""
+def data_folder() -> Path:
+    """Where downloads are kept: `$KRONBLOCKS_DATA`, else data in the library's cache folder.
+
+    Raises:
+        KronblocksError: there is neither.
+    """
     if chosen := os.environ.get("KRONBLOCKS_DATA"):
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kronblocks" / "data"
+    folder = users_folder()
+    if folder is None:
+        raise KronblocksError("this user has no cache folder for data sets: name a folder in the variable KRONBLOCKS_DATA")
+    return folder / "data"
 
 
 def locate(source: Source, data_dir: Path | None, download: bool) -> dict[str, Path]:
     """Paths of the files of a set, downloaded if they are nowhere."""
     if data_dir is not None and (found := find_files(source, data_dir)):
         return found
-    cache = cache_folder()
+    cache = data_folder()
     places = [Path(source.installed), cache] if source.installed else [cache]
     looked = ((place, find_files(source, place, allow_partial=True)) for place in places)
     used, found = next((pair for pair in looked if pair[1]), (None, None))

