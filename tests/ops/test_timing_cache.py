@@ -145,7 +145,6 @@ DAMAGE = {
     "NaN": '{"version": 4, "key": KEY, "seconds": {"F.linear": 1.0, "dense": NaN}}',
     "huge": '{"version": 4, "key": KEY, "seconds": {"F.linear": 1.0, "dense": ' + "9" * 5000 + "}}",
     "text": {"seconds": {REFERENCE: 1.0, "dense": "1.0"}},
-    "long": {"padding": "x" * 100_000},
 }
 
 

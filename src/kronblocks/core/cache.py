@@ -19,8 +19,6 @@ from typing import Any
 
 from kronblocks.core.files import write_text
 
-_MOST_BYTES = 2**16  # of a file; ours have some hundred
-
 
 def cache_folder() -> Path | None:
     """Where measurements are kept; None: nowhere."""
@@ -62,9 +60,8 @@ def read(kind: str, version: int, key: str) -> dict[str, Any] | None:
     try:
         if path is None or not path.is_file():
             return None
-        with path.open("rb") as file:
-            content = json.loads(file.read(_MOST_BYTES))
-    except (OSError, ValueError, RecursionError):  # unreadable, no JSON, or made to do harm
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):  # unreadable, or no JSON of ours
         return None
     if not isinstance(content, dict) or (content.get("version"), content.get("key")) != (version, key):
         return None

@@ -23,6 +23,7 @@ from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.config.sparsity import SparsityConfig
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import locked, read_json, replacing, write_json, write_text
+from kronblocks.core.limits import MOST_LAYERS
 from kronblocks.deploy.stored import WeightsReader, name_of, stored
 from kronblocks.nn.base import BlockLayer
 from kronblocks.surgery.records import rebuilt, structure, unfolded_names
@@ -206,11 +207,12 @@ def _resized(model: nn.Module, sizes: Mapping[str, Any], folder: Path) -> dict[s
         if not isinstance(old, nn.Linear | BlockLayer):
             raise KronblocksError(f"{folder} resizes a layer {name!r}, but the model has {type(old).__name__} there")
         match entry:
-            case [int(rows), int(cols), int(bias)] if 0 < rows < 2**31 and 0 < cols < 2**31:
+            case [int(rows), int(cols), int(bias)] if rows > 0 and cols > 0:
                 dtype = next(old.parameters(recurse=False)).dtype
-                layers[name] = nn.Linear(cols, rows, bias=bool(bias), device="meta", dtype=dtype)
-            case _:
-                raise KronblocksError(f"{folder} is damaged: {entry!r} are no sizes of layer {name!r}")
+                with contextlib.suppress(RuntimeError, OverflowError, TypeError):  # larger than torch counts
+                    layers[name] = nn.Linear(cols, rows, bias=bool(bias), device="meta", dtype=dtype)
+        if name not in layers:
+            raise KronblocksError(f"{folder} is damaged: {entry!r} are no sizes of layer {name!r}")
     return layers
 
 
@@ -257,9 +259,6 @@ def _own_files(model: nn.Module) -> dict[str, str]:
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 
-_MOST_LAYERS = 10_000
-"""The most layers of any kind that a config may ask for: more would take for ever to build, and are refused."""
-
 
 def _from_transformers(card: dict[str, Any], folder: Path) -> nn.Module:
     """A transformers model of the class and the sizes that the card names, not yet loaded."""
@@ -276,8 +275,8 @@ def _from_transformers(card: dict[str, Any], folder: Path) -> nn.Module:
     if not isinstance(own, dict) or not isinstance(own.get("architectures"), list):
         raise KronblocksError(f"{folder} names no class of transformers among its architectures: give the model")
     for name, value in own.items():
-        if ("layer" in name or "depth" in name) and any(number > _MOST_LAYERS for number in _whole_numbers(value)):
-            raise KronblocksError(f"{folder} asks for {name}={value!r}, more than {_MOST_LAYERS:,}")
+        if ("layer" in name or "depth" in name) and any(number > MOST_LAYERS for number in _whole_numbers(value)):
+            raise KronblocksError(f"{folder} asks for {name}={value!r}, more than {MOST_LAYERS:,}")
     for name in own["architectures"]:
         kind = getattr(transformers, str(name), None)
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kronblocks.core.errors import KronblocksError
+from kronblocks.core.limits import MOST_FACTORS
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
@@ -17,7 +18,6 @@ from kronblocks.surgery.replace import replace_, unfolding
 from kronblocks.surgery.start import is_trained
 
 STRUCTURE_VERSION = 1
-_MOST_FACTORS = 64  # times the weights of a layer: no more is allocated for a record that asks for it
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (KroneckerBlockLinear, BlockSparseLinear)}
 
 
@@ -111,7 +111,7 @@ def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device 
     try:
         where: Any = {"device": weight.device if device is None else device, "dtype": weight.dtype}
         outline = kind(**settings, **{**where, "device": "meta"})
-        most = _MOST_FACTORS * (old.in_features + 1) * (old.out_features + 1)
+        most = MOST_FACTORS * (old.in_features + 1) * (old.out_features + 1)
         if str(where["device"]) != "meta" and sum(t.numel() for t in outline.parameters()) > most:
             raise ValueError(f"rank {settings.get('rank')} in a layer of {old.out_features}x{old.in_features}")
         layer = kind(**settings, **where)

@@ -8,14 +8,12 @@ from torch import nn
 
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import read_json
+from kronblocks.core.limits import MOST_SIDE
 from kronblocks.deploy.saving import CARD, from_pretrained, read_card
 from kronblocks_lab.training.models import build_model
 
 SHAPE, CLASSES = "image shape", "classes"
 """Words of a trained model's card by which it is built again."""
-
-
-_MOST = 2**16  # of any size in them
 
 
 def trained_model(folder: Path) -> tuple[nn.Module, tuple[int, ...]]:
@@ -31,8 +29,8 @@ def trained_model(folder: Path) -> tuple[nn.Module, tuple[int, ...]]:
         shape = tuple(int(side) for side in words[SHAPE].split("x"))
         channels, height, width = shape
         classes, widths = int(words[CLASSES]), settings["widths"]
-        if not all(isinstance(size, int) and 0 < size <= _MOST for size in (*shape, classes, *widths)):
-            raise ValueError(f"sizes beyond {_MOST:,}")
+        if not all(isinstance(size, int) and 0 < size <= MOST_SIDE for size in (*shape, classes, *widths)):
+            raise ValueError(f"sizes beyond {MOST_SIDE:,}")
         model = build_model(settings["model"], (channels, height, width), classes, widths, settings["image_size"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise KronblocksError(f"{folder} does not say how to build its model ({error!r}): train again") from error
