@@ -48,7 +48,7 @@ def linears(layers: nn.Module | str | Sequence[str]) -> Layers:
         if not counts[name]:
             _put(together, name, nn.Linear(inputs, outputs, bias=False, device="meta"))
         counts[name] += count
-    return [(together, counts)] * bool(shapes) + [(model, {}) for model in models]
+    return [*([(together, counts)] if shapes else []), *((model, {}) for model in models)]
 
 
 def _put(model: nn.Module, name: str, layer: nn.Linear) -> None:

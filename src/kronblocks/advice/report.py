@@ -74,9 +74,7 @@ class LayerAdvice:
             return f"keep dense: {self.left_dense}"
         verbs: dict[str, list[str]] = {}
         for way in self.packed:
-            verb = {"dense": "keep dense", "factored": "factor", "packed": "pack"}[
-                self.best(way.sparsity, training=training).kind
-            ]
+            verb = _VERBS[self.best(way.sparsity, training=training).kind]
             verbs.setdefault(verb, []).append(percent(way.sparsity))
         if len(verbs) == 1:
             return next(iter(verbs))

@@ -208,7 +208,8 @@ def _choose(layer: BlockLayer, rows: int, form: Form) -> _Chosen:
         return _Chosen("dense", plan, why, timed)
     if factored and _is_factored(plan):
         return _Chosen("factored", plan, f"{why}; {plan}", timed)
-    return _Chosen("packed", "packed", why + "; live blocks multiplied out of the factors" * (plan == VALUES), timed)
+    how = "; live blocks multiplied out of the factors" if plan == VALUES else ""
+    return _Chosen("packed", "packed", why + how, timed)
 
 
 def _times(choice: DeployedForm) -> str:

@@ -20,10 +20,10 @@ from kronblocks.surgery.sparsify import densify_
 _aten = torch.ops.aten
 _LINEAR = _aten.linear.default
 _ELEMENTWISE = {  # the same function of every feature, with further arguments that are no tensors
-    *(_aten.relu.default, _aten.gelu.default, _aten.silu.default, _aten.tanh.default, _aten.sigmoid.default),
-    *(_aten.leaky_relu.default, _aten.elu.default, _aten.hardswish.default, _aten.hardtanh.default, _aten.relu6.default),
-    *(_aten.hardsigmoid.default, _aten.softplus.default, _aten.mish.default, _aten.clone.default, _aten.dropout.default),
-}
+    _aten.relu.default, _aten.gelu.default, _aten.silu.default, _aten.tanh.default, _aten.sigmoid.default,
+    _aten.leaky_relu.default, _aten.elu.default, _aten.hardswish.default, _aten.hardtanh.default, _aten.relu6.default,
+    _aten.hardsigmoid.default, _aten.softplus.default, _aten.mish.default, _aten.clone.default, _aten.dropout.default,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

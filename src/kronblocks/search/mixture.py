@@ -126,7 +126,9 @@ def find_block_size_in_mixture_(
         layers = [layer for layer, survivor in run.survivors.items() if survivor == name]
         paths[name].why = "won" if winner else f"won in {', '.join(layers)}"
     seconds = time.perf_counter() - start
-    goal = ("held-out loss" if search.criterion == "removal" else "norm") + " per unit of time" * (search.weights == "time")
+    goal = "held-out loss" if search.criterion == "removal" else "norm"
+    if search.weights == "time":
+        goal += " per unit of time"
     return SearchReport(search.criterion, goal, list(paths.values()), chosen, winner, seconds, run.steps)
 
 

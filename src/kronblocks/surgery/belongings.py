@@ -18,13 +18,13 @@ from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import UnfoldedConv, is_transposed
 
 _HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
-    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
-)
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
 _STATE_HOOKS = (
-    *("_state_dict_hooks", "_state_dict_pre_hooks"),
-    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
+    "_state_dict_hooks", "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 _LOST = "not_carried_over"
 _OPTIONAL = frozenset({"bias", "gate"})  # parameters of layers that may be None, and plain attributes then
 _NOT_CARRIED = _OPTIONAL | frozenset({"forward", "_hf_hook", "_old_forward", SUCCESSOR, _LOST})  # those of "hf" are accelerate's

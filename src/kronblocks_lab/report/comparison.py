@@ -26,8 +26,8 @@ class Row:
         self.sparsity = statistics.fmean(run.result["block_sparsity"] for run in runs)
         self.live = statistics.median_low(run.result["live_blocks"] for run in runs)
         asked = runs[0].config["rank"]
-        rank = f"rank {'by block size' if asked is None else asked}, " * has_setting(self.method, "rank")
-        self.about = f"{rank}target {100 * runs[0].config['sparsity']:g} %" * (self.method != "dense")
+        rank = f"rank {'by block size' if asked is None else asked}, " if has_setting(self.method, "rank") else ""
+        self.about = "" if self.method == "dense" else f"{rank}target {100 * runs[0].config['sparsity']:g} %"
         surgery = runs[0].result["surgery"]
         odd = [f"layer {e['name']} is left dense: {e['reason']}" for e in surgery["left_dense"]]
         odd += [f"layer {e['name']}: {e['note']}" for e in surgery["selected"] if e["note"]]
@@ -53,11 +53,12 @@ class Row:
             if self.accuracy < dense.accuracy:
                 points, remark = f"{self.points(dense)} points", "; with one seed the spread is not known"
                 if self.spread is not None and dense.spread is not None:
-                    remark = "; within the spread" * (dense.accuracy - self.accuracy <= self.spread + dense.spread)
+                    within = dense.accuracy - self.accuracy <= self.spread + dense.spread
+                    remark = "; within the spread" if within else ""
                 found.append(f"Lower test accuracy than dense: {self.percent} against {dense.percent} % ({points}{remark}).")
             for cost in COSTS:
                 found += cost.complaint(self.values(cost), dense.values(cost))
-        for run in self.runs * (self.method != "dense"):
+        for run in self.runs if self.method != "dense" else []:
             target, areas = run.config["sparsity"], [BlockSize.parse(e["block_size"]).area for e in run.result["layers"]]
             weights = sum(e["out_features"] * e["in_features"] for e in run.result["layers"])
             if not -1e-6 < run.result["block_sparsity"] - target < sum(areas) / max(weights, 1) + 1e-6:
@@ -90,10 +91,11 @@ class Task:
     def summary(self) -> str:
         """The task in one sentence."""
         row = self.sparse[0] if self.sparse else self.rows[0]
-        text = f"{row.percent} % test accuracy" + " (1 seed)" * (row.spread is None)
+        text = f"{row.percent} % test accuracy" + (" (1 seed)" if row.spread is None else "")
         if not self.sparse:
             return f"dense: {text}; there is no sparse training to compare with it."
-        choice = f"The most accurate of {len(self.sparse)} sparse settings on the test images is " * (len(self.sparse) > 1)
+        several = len(self.sparse) > 1
+        choice = f"The most accurate of {len(self.sparse)} sparse settings on the test images is " if several else ""
         text = f"{choice}{row.name}, {100 * row.sparsity:.1f} % of the weights in zero blocks: {text}"
         if not self.dense:
             return f"{text}; there is no dense training to compare it with."
@@ -104,7 +106,9 @@ class Task:
     @property
     def notices(self) -> list[tuple[str, list[str]]]:
         """Warnings: whom or what they are about, and what they say."""
-        found = [("No dense training", ["Nothing can be compared with dense: add one with --method dense."])] * (not self.dense)
+        found = []
+        if not self.dense:
+            found.append(("No dense training", ["Nothing can be compared with dense: add one with --method dense."]))
         measured = conditions([run.result for row in self.rows for run in row.runs])
         if uneven := ", ".join(name for name, values in measured.items() if len(values) > 1):
             found.append(("Unequal conditions", [f"Seconds and memory may not be comparable: {uneven} differ, see the setup."]))

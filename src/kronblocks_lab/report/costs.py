@@ -35,7 +35,8 @@ class Cost(NamedTuple):
         if not self.more or middle <= base:
             return []
         if min(len(values), len(dense)) > 1:
-            remark = f"; within the spread, {self.extent(values)} and {self.extent(dense)}" * (min(values) <= max(dense))
+            if min(values) <= max(dense):
+                remark = f"; within the spread, {self.extent(values)} and {self.extent(dense)}"
         elif self.measured:
             remark = "; with one run the spread is not known"
         times = f"{short(middle / base)} times" if base else "from nothing"

@@ -22,31 +22,34 @@ from kronblocks_lab.training.settings import OF_SOME_METHODS, RESULT_VERSION, Re
 ADVICE = "train again, or leave this folder out"
 
 
-_NUMBERS = """test_accuracy block_sparsity live_blocks total_blocks train_seconds peak_memory_bytes trainable_parameters_start
-trainable_parameters_max trainable_parameters_end training_macs inference_macs_per_sample threads"""
-
-
+_NUMBERS = (
+    "test_accuracy", "block_sparsity", "live_blocks", "total_blocks", "train_seconds", "peak_memory_bytes",
+    "trainable_parameters_start", "trainable_parameters_max", "trainable_parameters_end",
+    "training_macs", "inference_macs_per_sample", "threads",
+)  # fmt: skip
 _PARTS = {
-    "config": "data model widths method block_size rank sparsity epochs seed batch_size",
-    "bytes": " ".join(BYTES),
-    "surgery": "selected left_dense",
-    "versions": "",
-    "history": "epoch phase train_loss validation_loss validation_accuracy block_sparsity trainable_parameters",
-    "layers": "name out_features in_features block_size live_blocks total_blocks sparsity",
-}
+    "config": ("data", "model", "widths", "method", "block_size", "rank", "sparsity", "epochs", "seed", "batch_size"),
+    "bytes": BYTES,
+    "surgery": ("selected", "left_dense"),
+    "versions": (),
+    "history": (
+        "epoch", "phase", "train_loss", "validation_loss", "validation_accuracy", "block_sparsity", "trainable_parameters",
+    ),
+    "layers": ("name", "out_features", "in_features", "block_size", "live_blocks", "total_blocks", "sparsity"),
+}  # fmt: skip
 
 
 def _fault(result: Any) -> str | None:
     """What is wrong with the content of a result.json, or None."""
     if not isinstance(result, dict) or result.get("version") != RESULT_VERSION:
         return f"is not a result of version {RESULT_VERSION}"
-    for name in _NUMBERS.split():
+    for name in _NUMBERS:
         if not math.isfinite(number(result.get(name))):
             return f"has no number for {name}"
     for part, names in _PARTS.items():
         entries = result.get(part) if part in ("history", "layers") else [result.get(part)]
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and set(names.split()) <= e.keys() for e in entries):
-            return f"lacks {part}, or some of what that should hold ({names})"
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and set(names) <= e.keys() for e in entries):
+            return f"lacks {part}, or some of what that should hold ({', '.join(names)})"
     if "search" in result:
         try:
             SearchReport.from_dict(result["search"])
@@ -107,7 +110,7 @@ class Run:
     @property
     def label(self) -> str:
         """Method and block size."""
-        found = "auto " * (self.config["block_size"] == "auto")
+        found = "auto " if self.config["block_size"] == "auto" else ""
         return self.method if self.method == "dense" else f"{self.method} {found}{self.block}"
 
     @property
@@ -122,12 +125,16 @@ class Run:
     @property
     def settings(self) -> dict[str, str]:
         """Flat settings that mean something for the method; without the seed and what `recipe` repeats."""
-        unused = ["method", "seed", "threads", *Recipe._fields] + ["widths"] * (self.config["model"] != "mlp")
-        unused += ["block_size", "sparsity", "on_mismatch", "schedule."] * (self.method == "dense")
-        unused += ["candidates", "goal"] * (self.config["block_size"] != "auto")
         foreign = [name for name in OF_SOME_METHODS if not has_setting(self.method, name)]
-        unused += [*foreign, *(f"recipe.{name}" for name in foreign)]
-        unused += ["penalty."] * (not has_setting(self.method, "penalty"))
+        unused = ["method", "seed", "threads", *Recipe._fields, *foreign, *(f"recipe.{name}" for name in foreign)]
+        if self.config["model"] != "mlp":
+            unused += ["widths"]
+        if self.method == "dense":
+            unused += ["block_size", "sparsity", "on_mismatch", "schedule."]
+        if self.config["block_size"] != "auto":
+            unused += ["candidates", "goal"]
+        if not has_setting(self.method, "penalty"):
+            unused += ["penalty."]
         flat = _flat({**self.config, "block_size": str(self.block)})
         return {name: value for name, value in flat if name not in unused and f"{name.split('.')[0]}." not in unused}
 

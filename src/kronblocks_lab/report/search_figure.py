@@ -44,9 +44,11 @@ def pictures(report: SearchReport) -> list[Picture]:
 
 def _parts(report: SearchReport) -> list[_Part]:
     """What there is to draw."""
-    losses = any(candidate.rungs for candidate in report.paths)
-    norms = any(candidate.history for candidate in report.paths)
-    return [_losses] * losses + [_norms] * norms
+    there = {
+        _losses: any(candidate.rungs for candidate in report.paths),
+        _norms: any(candidate.history for candidate in report.paths),
+    }
+    return [part for part, is_there in there.items() if is_there]
 
 
 def _losses(report: SearchReport, axes: Axes) -> None:

@@ -13,10 +13,10 @@ DEFAULT = "as it is"
 _SCHEDULE = ScheduleConfig(start=0.05, end=0.5, lift_at=2 / 3, shape="cubic", update_every=50)
 
 BASE: Settings = {
-    **{"lr": 4e-3, "weight_decay": 0.0, "factor_weight_decay": 0.0, "factor_lr_scale": 1.5, "lifted_lr_scale": 1.5, "rank": 4},
-    **{"tile_groups": "per-row", "init": "random", "gate": False, "score": "norm", "regrow": 0.0, "scope": "global"},
+    "lr": 4e-3, "weight_decay": 0.0, "factor_weight_decay": 0.0, "factor_lr_scale": 1.5, "lifted_lr_scale": 1.5, "rank": 4,
+    "tile_groups": "per-row", "init": "random", "gate": False, "score": "norm", "regrow": 0.0, "scope": "global",
     "schedule": _SCHEDULE,
-}
+}  # fmt: skip
 """What is varied: named in full, so that a change of the defaults does not change what was measured."""
 
 

@@ -111,7 +111,7 @@ class Study:
 
     def table(self) -> list[Cell]:
         """All cells, dense first; blocks of one weight have no factors, so methods that begin with them are left out there."""
-        dense = [Cell("dense", "", 0.0)] * ("dense" in self.methods)
+        dense = [Cell("dense", "", 0.0)] if "dense" in self.methods else []
         others: list[Method] = [method for method in self.methods if method != "dense"]
         return dense + [
             Cell(method, block, sparsity) for block, sparsity in self.cells for method in others if has_cell(method, block)
@@ -167,20 +167,20 @@ class Study:
 
 
 _SHORT_TRANSFORMER: dict[str, Any] = {  # some minutes a training
-    **{"data": "fashion-mnist", "image_size": 32, "train_images": 1000, "test_images": 2000, "epochs": 5, "batch_size": 16},
-    **{"cells": (("16", 0.8),), "seeds": (0, 1, 2), "lr": 5e-4, "base": {"schedule": ScheduleConfig(update_every=10)}},
-}
+    "data": "fashion-mnist", "image_size": 32, "train_images": 1000, "test_images": 2000, "epochs": 5, "batch_size": 16,
+    "cells": (("16", 0.8),), "seeds": (0, 1, 2), "lr": 5e-4, "base": {"schedule": ScheduleConfig(update_every=10)},
+}  # fmt: skip
 _TUNED_TRANSFORMER: dict[str, Any] = {  # 500 steps instead of 300, a rate of its own for each method
     **_SHORT_TRANSFORMER,
-    **{"train_images": 2000, "test_images": 1000, "epochs": 4, "tuned_at": 0.8, "tuning_seeds": (100,)},
-    **{"lr": None, "rates": rates((1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), slice(2, 4))},
-}
+    "train_images": 2000, "test_images": 1000, "epochs": 4, "tuned_at": 0.8, "tuning_seeds": (100,),
+    "lr": None, "rates": rates((1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), slice(2, 4)),
+}  # fmt: skip
 _FACTOR_RATES: dict[str, Any] = {**_TUNED_TRANSFORMER, "methods": ("two-phase",), "rates": None, "variants": FACTOR_RATES}
 _WHOLE_TRANSFORMER: dict[str, Any] = {
-    **{"data": "cifar100", "epochs": 100, "batch_size": 256, "cells": (("4", 0.5), ("32", 0.8), ("32", 0.9))},
-    **{"seeds": (0, 1, 2), "threads": None, "tuned_at": 0.8, "tuned_as": {"4": "32"}, "tuning_seeds": (100,)},
-    **{"rates": rates((1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), slice(2, 4))},  # each trial is a whole training
-}
+    "data": "cifar100", "epochs": 100, "batch_size": 256, "cells": (("4", 0.5), ("32", 0.8), ("32", 0.9)),
+    "seeds": (0, 1, 2), "threads": None, "tuned_at": 0.8, "tuned_as": {"4": "32"}, "tuning_seeds": (100,),
+    "rates": rates((1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), slice(2, 4)),  # each trial is a whole training
+}  # fmt: skip
 
 _FORMS: tuple[tuple[Method, Settings, Mapping[str, Settings]], ...] = (
     ("group-lasso", {"lr": 8e-3, "schedule": ScheduleConfig(end=0.5)}, GROUP_LASSO_FORMS),

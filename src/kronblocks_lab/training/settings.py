@@ -289,9 +289,8 @@ class CompareConfig(TaskConfig):
                 runs.append(TrainConfig(**{**shared, **self._without_foreign(method), **own}))
         for name in (*OF_SOME_METHODS, "penalty", "schedule"):
             if all(getattr(run, name) != getattr(self, name) for run in runs):
-                packed = ", or add --storage packed" * (
-                    name in OF_FREE_VALUES and any("storage" in spec_of(method).settings for method in self.methods)
-                )
+                free = name in OF_FREE_VALUES and any("storage" in spec_of(method).settings for method in self.methods)
+                packed = ", or add --storage packed" if free else ""
                 methods = " ".join(self.methods)
                 raise KronblocksError(f"none of --methods {methods} has what you set of {name}: leave it out{packed}")
         return runs

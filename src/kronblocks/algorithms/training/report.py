@@ -143,7 +143,7 @@ def warn_of_starved_layers(report: SparsityReport) -> None:
     if not report.starved:
         return
     shown = [f"{layer.name} ({layer.live_blocks} of {layer.total_blocks} blocks)" for layer in report.starved[:5]]
-    more = [f"and {len(report.starved) - 5} more"] * (len(report.starved) > 5)
+    more = [f"and {len(report.starved) - 5} more"] if len(report.starved) > 5 else []
     warnings.warn(
         f"pruning has ended, and {', '.join(shown + more)} kept less than a third of the mean density, "
         f"{1 - report.block_sparsity:.3f}: their blocks scored lowest. To give every layer the same density write "

@@ -116,7 +116,8 @@ def _look_at(optimizer: Optimizer, sparsifier: _Unattached, others: _Optimizers)
     held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     names = [target.name for target in sparsifier.targets if any(id(p) in held for p in target.parameters())]
     if names and sparsifier.without_attach():
-        words = STRANGER.format(kind=type(optimizer).__name__, names=", ".join(names[:5]) + " ..." * (len(names) > 5))
+        shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+        words = STRANGER.format(kind=type(optimizer).__name__, names=shown)
         warnings.warn(words, KronblocksWarning, stacklevel=4)
 
 

@@ -23,10 +23,10 @@ from kronblocks_lab.bench.measure.results import Results, Row, significant
 from kronblocks_lab.bench.measure.timing import Timing, measure
 
 COLUMNS = (
-    *("shape", "block", "density", "rows", "case", "direction", "rank", "tile_groups", "plan"),
-    *("ms", "ms_low", "ms_high", "dense_ms", "speed", "speed_low", "speed_high"),
-    *("relative_macs", "gflops", "macs_bound", "bytes_bound"),
-)
+    "shape", "block", "density", "rows", "case", "direction", "rank", "tile_groups", "plan",
+    "ms", "ms_low", "ms_high", "dense_ms", "speed", "speed_low", "speed_high",
+    "relative_macs", "gflops", "macs_bound", "bytes_bound",
+)  # fmt: skip
 KEY = ("shape", "block", "density", "rows", "case", "direction")
 PEAK = "peak_bytes"  # a column more on a GPU
 

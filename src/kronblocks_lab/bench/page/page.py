@@ -69,7 +69,7 @@ def _step_summary(rows: Sequence[Row], machine: str = "") -> list[list[str]]:
             fixed = [r for r in here if r["case"] == name or (r["plan"] and r["case"] == f"{name} {r['plan']}")]
             if fixed:
                 best = max(fixed, key=lambda row: row["speed"])
-                default = " (the default)" * ("r=8" in name)
+                default = " (the default)" if "r=8" in name else ""
                 lines.append(against_dense(best, f"training step, {best['case']}{default}, {count(number, 'row')}{machine}"))
     return lines
 

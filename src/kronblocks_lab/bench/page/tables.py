@@ -172,8 +172,9 @@ def step_tables(rows: Sequence[Row], level: str = "###") -> list[str]:
             name = f"{row['case']} ({row['plan']})" if "auto" in row["case"] else row["case"]
             share = ratio(row["parameters"] / dense["parameters"])
             time = f"**{time}**" if row["speed"] == fastest else time
-            lines.append([name, time, spread(row), *[roof(row)] * counted, share, memory, losses])
-        columns = ["model", "ms", "ratio to dense", *["roof"] * counted, "parameters to dense", "peak memory, to dense", "loss"]
+            lines.append([name, time, spread(row), *([roof(row)] if counted else []), share, memory, losses])
+        columns = ["model", "ms", "ratio to dense", *(["roof"] if counted else [])]
+        columns += ["parameters to dense", "peak memory, to dense", "loss"]
         text += [f"{level} A training step, {count(number, 'row')}", "", *table(columns, lines), ""]
     return text
 

@@ -178,10 +178,10 @@ def _comparison(here: Sequence[CellResult], settings: dict[str, Any]) -> list[st
     ours = next((cell for cell in here if cell.method == OURS), None)
     sparse = [cell for cell in here if cell.block]
     best = max(sparse, key=lambda cell: cell.accuracy)
-    published = [(settings["model"], cell.method) in PUBLISHED for cell in here]
+    published = any((settings["model"], cell.method) in PUBLISHED for cell in here)
     columns = ["method", "test accuracy %", f"{OURS} minus it", "zeros %", "parameters, most", "at the end"]
     columns += ["training multiply-adds", "inference multiply-adds", "bytes"]
-    columns += ["published % (zeros)"] * any(published)
+    columns += ["published % (zeros)"] if published else []
     lines = []
     for cell in here:
         name = f"**{cell.method}**" if cell is best else cell.method
@@ -197,9 +197,10 @@ def _comparison(here: Sequence[CellResult], settings: dict[str, Any]) -> list[st
             _ratio(cell.to_dense("inference_macs_per_sample")),
             f"{cell.to_dense(*BYTES):.2f}",
         ]
-        value = PUBLISHED.get((settings["model"], cell.method))
-        lines.append(line + [str(value or "")] * any(published))
-    footnotes = ["", FOOTNOTE] * any(published)
+        if published:
+            line.append(str(PUBLISHED.get((settings["model"], cell.method)) or ""))
+        lines.append(line)
+    footnotes = ["", FOOTNOTE] if published else []
     if any(row["inference_macs_per_sample"] is None for cell in here for row in cell.rows):
         footnotes += ["", "Inference multiply-adds that were counted in an earlier way are left out."]
     return table(columns, lines) + footnotes
