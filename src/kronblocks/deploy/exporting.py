@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from kronblocks.core.checks import number, one_of
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_json
 from kronblocks.core.hooks import rows_reaching
+from kronblocks.core.tables import ALL_ROWS, MOST_ROWS, between, figureless, span, text_table, together
 from kronblocks.deploy.outputs import arguments, call, call_or_refuse, difference, tensors
 from kronblocks.deploy.saving import save_pretrained
 from kronblocks.deploy.slimming import Slimmed, remove_dead_features_
@@ -51,10 +53,18 @@ class ExportedLayer:
     why: str
     timed: dict[str, float] = field(default_factory=dict)  # seconds at those rows on this machine, of every form that was timed
 
+    @property
+    def shape(self) -> str:
+        """The weight's shape."""
+        return f"{self.out_features}x{self.in_features}"
+
 
 @dataclass(frozen=True)
 class Exported:
     """An exported model. Print it for a table.
+
+    Of more than 12 layers those that are alike share a row, with their mean and least density:
+    `print(exported.table(every_layer=True))` has a row for each.
 
     Args:
         model: a copy in eval mode, without gradients.
@@ -96,18 +106,46 @@ class Exported:
         return folder
 
     def __str__(self) -> str:
-        rows = [("layer", "form", "shape", "blocks", "density", "KiB", "why")]
-        for each in self.layers:
-            shape = f"{each.out_features}x{each.in_features}"
-            size = f"{each.bytes / 1024:,.1f}"
-            rows.append((each.name, each.form, shape, each.block_size, f"{each.density:.3f}", size, each.why))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [
-            f"{each.producer} -> {each.consumer}: {each.removed} dead features removed, {each.left} left" for each in self.slimmed
-        ]
-        lines += [self.remark] * bool(self.remark)
-        return "\n".join([*lines, f"largest difference to the model: {self.error:.1e} of the largest output"])
+        return self.table()
+
+    def table(self, *, every_layer: bool = False) -> str:
+        """What `print` shows, or with `every_layer` the same with a row for each layer."""
+        layers, slimmed = [[layer] for layer in self.layers], [[each] for each in self.slimmed]
+        if shared := len(layers) > MOST_ROWS and not every_layer:
+            layers = together(self.layers, lambda layer: layer.name, _kind)
+            slimmed = together(self.slimmed, lambda each: f"{each.producer} -> {each.consumer}", lambda each: 0, siblings=False)
+        lines = [text_table([("layer", "form", "shape", "blocks", "density", "KiB", "why"), *map(_row, layers)])]
+        lines += map(_removed, slimmed)
+        lines += [self.remark] if self.remark else []
+        lines += [f"largest difference to the model: {self.error:.1e} of the largest output"]
+        return "\n".join([*lines, ALL_ROWS] if shared and len(layers) < len(self.layers) else lines)
+
+
+def _kind(layer: ExportedLayer) -> Hashable:
+    """What layers that share a row have in common."""
+    return layer.form, layer.shape, layer.block_size, figureless(layer.why)
+
+
+def _row(layers: Sequence[ExportedLayer]) -> Sequence[str]:
+    """A row of the table, of one layer or of several that are alike: their mean and least density, and their bytes together."""
+    first, densities = layers[0], [layer.density for layer in layers]
+    density, least = f"{fmean(densities):.3f}", f"{min(densities):.3f}"
+    return (
+        span([layer.name for layer in layers]),
+        first.form,
+        first.shape,
+        first.block_size,
+        density if least == density else f"{density}, least {least}",
+        f"{sum(layer.bytes for layer in layers) / 1024:,.1f}",
+        between([layer.why for layer in layers]),
+    )
+
+
+def _removed(pairs: Sequence[Slimmed]) -> str:
+    """What became narrower, in a line."""
+    names = span([f"{each.producer} -> {each.consumer}" for each in pairs]).replace(" layers)", " pairs)")
+    removed, left = between([str(each.removed) for each in pairs]), between([str(each.left) for each in pairs])
+    return f"{names}: {removed} dead features removed, {left} left"
 
 
 def export(

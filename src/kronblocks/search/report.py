@@ -11,6 +11,7 @@ from typing import Any
 from kronblocks.config.sparsity import LayerOverride, SparsityConfig
 from kronblocks.core.blocks import BlockSize
 from kronblocks.core.errors import KronblocksError
+from kronblocks.core.tables import text_table
 
 REPORT_VERSION = 1
 
@@ -139,8 +140,7 @@ class SearchReport:
     def __str__(self) -> str:
         rows = [["block", "mean held-out loss", "gap to the best", "ms a step", "steps", ""]]
         rows += [[str(path.block), *path.cells(), path.why] for path in self.paths]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return text_table(rows)
 
 
 def percent(gap: float, error: float) -> str:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from kronblocks.core.blocks import BlockGrid
+from kronblocks.core.tables import MOST_ROWS, span, starred, together
 
 _EACH = 3
 """Layers that differ in a number of their name only, from which on they share a line."""
-
-_FEW = 6
-"""Numbers with gaps that are written out."""
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,9 @@ class LeftDense:
 
 @dataclass(frozen=True)
 class SurgeryReport:
-    """What `sparsify_` replaced or targeted, and what it left dense. Print it for a table: layers that are alike share a line.
+    """What `sparsify_` replaced or targeted, and what it left dense. Print it for a table.
+
+    Layers that are alike share a line: `print(sparsifier.surgery.table(every_layer=True))` has one for each.
 
     Args:
         selected: layers that become sparse.
@@ -77,60 +74,52 @@ class SurgeryReport:
     def most_missed(self) -> str:
         """What stays dense without anybody having chosen so and holds most weights, in words."""
         missed = [each for each in self.left_dense if not each.by_choice]
-        shares = [(sum(each.share for each in alike), _names(alike)) for alike in _by_name(missed)]
+        shares = [(sum(each.share for each in alike), _names(alike)) for alike in _by_number(missed, _reason)]
         most = [f"{name}: {100 * share:.0f}%" for share, name in sorted(shares, key=lambda pair: -pair[0]) if share >= 0.01]
         return ", ".join(most[:3]) + (", ..." if len(most) > 3 else "")
 
-    def __str__(self) -> str:
-        lines = [
-            f"sparse: {_names(alike)}: {alike[0]._words(alike)}"
-            for alike in _alike(self.selected, lambda each: (_pattern(each.name), each.grid, each.note))
-        ]
-        lines += [
-            f"dense:  {_names(alike)}: {alike[0].reason}{_of_all(sum(each.share for each in alike))}"
-            for alike in _by_name(self.left_dense)
-        ]
+    def table(self, *, every_layer: bool = False) -> str:
+        """What `print` shows, or with `every_layer` the same with a line for each layer."""
+        selected, left = [[each] for each in self.selected], [[each] for each in self.left_dense]
+        if not every_layer:
+            selected, left = _by_number(self.selected, _kind), _by_number(self.left_dense, _reason)
+            if len(selected) + len(left) > MOST_ROWS:
+                selected = together(self.selected, _name, _kind)
+                left = together(self.left_dense, _name, _reason)
+        lines = [f"sparse: {_names(alike)}: {alike[0]._words(alike)}" for alike in selected]
+        lines += [f"dense:  {_names(alike)}: {alike[0].reason}{_of_all(sum(each.share for each in alike))}" for alike in left]
         if self.weights:
             lines.append(f"{100 * self.targeted / self.weights:.1f}% of the model's {self.weights:,} weights are targeted")
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
 
 
 def _of_all(share: float) -> str:
     return f" ({100 * share:.1f}% of the weights)" if share >= 0.0005 else ""
 
 
-_NUMBER = re.compile(r"(?:(?<=^)|(?<=\.))\d+(?=\.|$)")  # a part of a module's name
+_Listed = TypeVar("_Listed", Selected, LeftDense)
 
 
-def _pattern(text: str) -> str:
-    """A text with a star for each number that is a part of a name."""
-    return _NUMBER.sub("*", text)
+def _name(each: Selected | LeftDense) -> str:
+    return each.name
 
 
-def _alike(found: Iterable[_T], key: Callable[[_T], Hashable]) -> list[list[_T]]:
-    """Entries of one key together where there are many, in the order of each one's first."""
-    groups: dict[Hashable, list[_T]] = {}
-    for each in found:
-        groups.setdefault(key(each), []).append(each)
-    return [part for group in groups.values() for part in ([group] if len(group) >= _EACH else [[each] for each in group])]
+def _kind(each: Selected) -> Hashable:
+    return each.grid, each.note
 
 
-def _by_name(left: Iterable[LeftDense]) -> list[list[LeftDense]]:
-    return _alike(left, lambda each: (_pattern(each.name), _pattern(each.reason)))
+def _reason(each: LeftDense) -> Hashable:
+    return starred(each.reason)
 
 
 def _names(alike: list[Selected] | list[LeftDense]) -> str:
-    """The name of one entry, or what many names have in common, such as "layers.0-11.fc1 (12 layers)"."""
-    names = [each.name for each in alike]
-    if len(names) < _EACH:
-        return names[0]
-    columns = (sorted({int(number) for number in column}) for column in zip(*map(_NUMBER.findall, names), strict=True))
-    numbers = iter([_range(column) for column in columns])
-    return f"{_NUMBER.sub(lambda _: next(numbers), names[0])} ({len(names)} layers)"
+    return span([each.name for each in alike])
 
 
-def _range(numbers: list[int]) -> str:
-    """Ascending numbers as a part of a name."""
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
-    return ",".join(map(str, numbers)) if len(numbers) <= _FEW else "*"
+def _by_number(layers: Iterable[_Listed], key: Callable[[_Listed], Hashable]) -> list[list[_Listed]]:
+    """Layers together whose names differ in numbers only, where there are many."""
+    groups = together(layers, _name, key, siblings=False)
+    return [part for group in groups for part in ([group] if len(group) >= _EACH else [[each] for each in group])]

@@ -8,12 +8,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from kronblocks.core.tables import MOST_ROWS, listed, span, starred, together
 from kronblocks_lab.training.settings import TrainConfig
 from kronblocks_lab.training.train import train
 
 
 def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Train one model and show what came out."""
+    """Train one model and show what came out.
+
+    Of many layers those that are alike are shown together: result.json in the folder lists each of them.
+    """
     Console().print(_summary(config, train(config)))
 
 
@@ -27,12 +31,20 @@ def _summary(config: TrainConfig, result: dict[str, Any]) -> Table:
         "training": f"{result['train_seconds']:.1f} s, {result['training_macs'] / 1e9:,.1f} G multiply-adds",
         "peak memory": f"{result['peak_memory_bytes'] / 2**20:.0f} MiB above the loaded data",
         "block sizes": _sizes(result) if config.method != "dense" else "",
-        "left dense": "; ".join(f"{each['name']}: {each['reason']}" for each in result["surgery"]["left_dense"]),
+        "left dense": _left_dense(result["surgery"]["left_dense"]),
     }
     for name, value in rows.items():
         if value:
             table.add_row(name, value)
     return table
+
+
+def _left_dense(layers: list[dict[str, str]]) -> str:
+    """The layers that stay dense, with the reason of each."""
+    groups = [[each] for each in layers]
+    if len(layers) > MOST_ROWS:
+        groups = together(layers, lambda each: each["name"], lambda each: starred(each["reason"]))
+    return "; ".join(f"{span([each['name'] for each in alike])}: {alike[0]['reason']}" for alike in groups)
 
 
 def _sizes(result: dict[str, Any]) -> str:
@@ -41,7 +53,5 @@ def _sizes(result: dict[str, Any]) -> str:
     for layer in result["layers"]:
         layers.setdefault(layer["block_size"], []).append(layer["name"])
     return (
-        "; ".join(f"{size} in {', '.join(names)}" for size, names in layers.items())
-        if len(layers) > 1
-        else next(iter(layers), "")
+        "; ".join(f"{size} in {listed(names)}" for size, names in layers.items()) if len(layers) > 1 else next(iter(layers), "")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from kronblocks.algorithms.heads import Heads, Source
 from kronblocks.algorithms.schedule import SparsitySchedule
 from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.core.errors import KronblocksWarning
+from kronblocks.core.tables import ALL_ROWS, MOST_ROWS, listed, span, text_table, together
 
 STARVED = 1 / 3
 """Below this share of the mean density a layer counts as starved, if its share would be `STARVED_FROM` blocks or more."""
@@ -37,10 +39,19 @@ class LayerSparsity:
         """Share of the layer's blocks that are exactly zero."""
         return 1 - self.live_blocks / self.total_blocks
 
+    @property
+    def weight(self) -> str:
+        """The weight's shape."""
+        return f"{self.out_features}x{self.in_features}"
+
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """All targeted layers. Print it for a table."""
+    """All targeted layers. Print it for a table.
+
+    Of more than 12 layers those that are alike share a row, with their sparsity and that of the sparsest of them:
+    `print(report.table(every_layer=True))` has a row for each.
+    """
 
     layers: tuple[LayerSparsity, ...]
     block_sparsity: float  # share of the targeted weights that lie in zero blocks; the share of blocks where all have one size
@@ -81,31 +92,42 @@ class SparsityReport:
         }
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "weight", "block", "live / total", "sparsity", "plan")] + [
-            (
-                layer.name,
-                layer.kind,
-                f"{layer.out_features}x{layer.in_features}",
-                layer.block_size,
-                f"{layer.live_blocks} / {layer.total_blocks}",
-                f"{layer.sparsity:.4f}",
-                layer.plan,
-            )
-            for layer in self.layers
-        ]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return self.table()
+
+    def table(self, *, every_layer: bool = False) -> str:
+        """What `print` shows, or with `every_layer` the same with a row for each layer."""
+        groups = [[layer] for layer in self.layers]
+        if shared := len(groups) > MOST_ROWS and not every_layer:
+            groups = together(self.layers, lambda layer: layer.name, lambda layer: (layer.kind, layer.weight, layer.block_size))
+        rows = [("layer", "kind", "weight", "block", "live / total", "sparsity", "plan"), *map(_row, groups)]
         total = f"{self.live_blocks} of {self.total_blocks} blocks live, {self.block_sparsity:.4f} of the weights in zero blocks"
-        return "\n".join([*lines, total, *self._remarks(), *self.notes])
+        hint = [ALL_ROWS] if shared and len(groups) < len(self.layers) else []
+        return "\n".join([text_table(rows), total, *self._remarks(), *self.notes, *hint])
 
     def _remarks(self) -> list[str]:
         remarks = []
         if self.heads_from is not None:
             how = "" if self.heads_from == "named" else f" ({self.heads_from})"
-            remarks.append(f"each block row keeps a block in: {', '.join(self.heads) or 'no layer'}{how}")
+            remarks.append(f"each block row keeps a block in: {listed(self.heads) or 'no layer'}{how}")
         if self.starved:
-            remarks.append(f"far below the mean density: {', '.join(layer.name for layer in self.starved)}")
+            remarks.append(f"far below the mean density: {listed([layer.name for layer in self.starved])}")
         return remarks
+
+
+def _row(layers: Sequence[LayerSparsity]) -> Sequence[str]:
+    """A row of the table, of one layer or of several that are alike: their blocks together, and the sparsest one."""
+    first, live, total = layers[0], sum(layer.live_blocks for layer in layers), sum(layer.total_blocks for layer in layers)
+    sparsity, most = f"{1 - live / total:.4f}", f"{max(layer.sparsity for layer in layers):.4f}"
+    plans = Counter(layer.plan for layer in layers)
+    return (
+        span([layer.name for layer in layers]),
+        first.kind,
+        first.weight,
+        first.block_size,
+        f"{live} / {total}",
+        sparsity if most == sparsity else f"{sparsity}, most {most}",
+        first.plan if len(plans) == 1 else ", ".join(f"{plan} ({count})" for plan, count in plans.items()),
+    )
 
 
 @torch.no_grad()

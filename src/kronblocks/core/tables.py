@@ -1,0 +1,161 @@
+"""Tables as text, and layers that are alike as one row of them: `layers.0-11.attention.{q,k,v,o}_proj (48 layers)`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+MOST_ROWS = 12
+"""Layers of which each has a row of its own; of more, those that are alike share one."""
+
+ALL_ROWS = "layers that are alike share a row; .table(every_layer=True) gives each its own"
+"""What a table says where they do."""
+
+_FEW = 6
+"""Numbers with gaps that are written out."""
+
+_T = TypeVar("_T")
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells in columns, the head first.
+
+    >>> print(text_table([("layer", "live"), ("fc1", "12"), ("classifier", "")]))
+    layer       live
+    fc1         12
+    classifier
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+class _Group(NamedTuple):
+    key: Hashable
+    numbers: tuple[tuple[str, ...], ...]  # of each layer's name
+    parts: list[str]  # of the first name, with stars for numbers
+
+
+def together(
+    layers: Iterable[_T], name: Callable[[_T], str], key: Callable[[_T], Hashable], *, siblings: bool = True
+) -> list[list[_T]]:
+    """Layers that are alike, in the order of each group's first.
+
+    Args:
+        layers: any values that have names.
+        name: of a layer, with dots.
+        key: what layers that are alike have in common.
+        siblings: join layers, too, whose names differ in one part besides numbers, such as q_proj and k_proj; each of them has to
+            be there with the same numbers.
+
+    >>> names = ["0.q_proj", "0.k_proj", "0.up", "1.q_proj", "1.k_proj", "head"]
+    >>> together(names, str, lambda name: "up" in name)
+    [['0.q_proj', '0.k_proj', '1.q_proj', '1.k_proj'], ['0.up'], ['head']]
+    """
+    found: dict[Hashable, list[_T]] = {}
+    places: dict[int, int] = {}
+    for index, each in enumerate(layers := list(layers)):
+        found.setdefault((key(each), starred(name(each))), []).append(each)
+        places[id(each)] = index
+    groups = list(found.values())
+    if siblings:
+        groups = _with_siblings(groups, name, key)
+    return [sorted(group, key=lambda each: places[id(each)]) for group in groups]
+
+
+def _with_siblings(groups: list[list[_T]], name: Callable[[_T], str], key: Callable[[_T], Hashable]) -> list[list[_T]]:
+    joined: list[tuple[_Group, list[_T], set[int]]] = []
+    for layers in groups:
+        numbers = tuple(tuple(_NUMBER.findall(name(each))) for each in layers)
+        new = _Group(key(layers[0]), numbers, starred(name(layers[0])).split("."))
+        for group, members, place in joined:
+            if group[:2] == new[:2] and len(group.parts) == len(new.parts):
+                differ = {i for i, (one, other) in enumerate(zip(group.parts, new.parts, strict=True)) if one != other}
+                if len(differ | place) == 1:
+                    members += layers
+                    place |= differ
+                    break
+        else:
+            joined.append((new, list(layers), set()))
+    return [members for _, members, _ in joined]
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a module's name
+
+
+def starred(text: str) -> str:
+    """A text with a star for each number that is a part of a name.
+
+    >>> starred("layers.11.conv2.0")
+    'layers.*.conv2.*'
+    """
+    return _NUMBER.sub("*", text)
+
+
+def span(names: Sequence[str]) -> str:
+    """The name of one layer, or what the names of a group have in common and how many there are.
+
+    >>> span(["head"])
+    'head'
+    >>> span([f"layers.{i}.{each}_proj" for i in range(3) for each in "qk"])
+    'layers.0-2.{q,k}_proj (6 layers)'
+    """
+    if len(names) == 1:
+        return names[0]
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return f"{'.'.join(_part(list(dict.fromkeys(column))) for column in columns)} ({len(names)} layers)"
+
+
+def _part(parts: list[str]) -> str:
+    """What a place in the names of a group holds."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(part.isdecimal() for part in parts):
+        return _range(sorted(map(int, parts)))
+    words = [part.split("_") for part in parts]
+    length, (head, tail) = min(map(len, words)), (_shared(words), _shared([each[::-1] for each in words]))
+    if head + tail >= length:
+        head = tail = 0
+    inner = ",".join("_".join(each[head : len(each) - tail]) for each in words)
+    return "_".join([*words[0][:head], f"{{{inner}}}", *words[0][len(words[0]) - tail :]])
+
+
+def _shared(words: list[list[str]]) -> int:
+    """How many words all begin with."""
+    return next((i for i, column in enumerate(zip(*words, strict=False)) if len(set(column)) > 1), min(map(len, words)))
+
+
+def _range(numbers: list[int]) -> str:
+    """Ascending numbers as a part of a name."""
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ",".join(map(str, numbers)) if len(numbers) <= _FEW else "*"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names with commas between them; of many, those that are alike together.
+
+    >>> listed([f"encoder.{i}.fc1" for i in range(20)] + ["head"])
+    'encoder.0-19.fc1 (20 layers), head'
+    """
+    groups = [[name] for name in names] if len(names) <= MOST_ROWS else together(names, str, lambda name: 0)
+    return ", ".join(map(span, groups))
+
+
+_FIGURE = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+def figureless(text: str) -> str:
+    """A text with a star for each figure, to compare texts by."""
+    return _FIGURE.sub("*", text)
+
+
+def between(texts: Sequence[str]) -> str:
+    """Texts that differ in figures as one, with the least and the most of each figure.
+
+    >>> between(["0.31 ms of 2 rows", "0.28 ms of 2 rows", "0.3 ms of 2 rows"])
+    '0.28 to 0.31 ms of 2 rows'
+    """
+    columns: Iterator[list[str]] = (sorted(set(each), key=float) for each in zip(*map(_FIGURE.findall, texts), strict=True))
+    figures = iter([each[0] if len(each) == 1 else f"{each[0]} to {each[-1]}" for each in columns])
+    return _FIGURE.sub(lambda _: next(figures), texts[0])
