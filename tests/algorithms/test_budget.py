@@ -17,9 +17,14 @@ from kronblocks.algorithms.budget import (
     choose_dead,
     erdos_renyi,
     layer_adaptive,
-    random_masks,
+    random_scores,
     strongest_masks,
 )
+
+
+def random_masks(shapes, areas, sparsity, distribution):
+    return strongest_masks([random_scores(shape) for shape in shapes], areas, sparsity, distribution)
+
 
 shapes = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4)
 

@@ -213,28 +213,6 @@ def erdos_renyi(shapes: Sequence[tuple[int, int]], weights: Sequence[int], densi
         full |= over
 
 
-def random_masks(
-    shapes: Sequence[tuple[int, int]],
-    areas: Sequence[int],
-    sparsity: float,
-    distribution: Distribution,
-    heads: Sequence[bool] | None = None,
-) -> list[Tensor]:
-    """Random live blocks that hit a sparsity exactly, with the layers' densities as the distribution says, up to rounding.
-
-    Args:
-        shapes: grid (m1, n1) of each layer.
-        areas: weights per block, a number a layer.
-        sparsity: share to be dead, in [0, 1).
-        distribution: "erk", or "uniform": every layer alike.
-        heads: see `strongest_masks`.
-
-    Returns:
-        One (m1, n1) bool grid a layer, True = live.
-    """
-    return strongest_masks([random_scores(shape) for shape in shapes], areas, sparsity, distribution, heads)
-
-
 def random_scores(shape: tuple[int, int]) -> Tensor:
     """A random order of a grid's blocks, as numbers from 0 on."""
     m1, n1 = shape

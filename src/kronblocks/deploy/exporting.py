@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -302,19 +301,3 @@ def _in_form(layer: BlockLayer, chosen: _Chosen) -> nn.Module:
     packed.plan = "packed"
     packed.use_plan_("packed")
     return packed
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """What `Exported.save` wrote beside the model.
-
-    Raises:
-        KronblocksError: it is missing or damaged.
-    """
-    path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-        if manifest["version"] == 1 and isinstance(manifest["layers"], list):
-            return manifest
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise KronblocksError(f"cannot read {path}: {error}") from error
-    raise KronblocksError(f"{path} is no manifest of version 1")

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kronblocks.config.methods import spec_of
 from kronblocks.core.errors import Diverged, KronblocksError
 from kronblocks_lab.bench.measure.results import Results, Row
+from kronblocks_lab.report.costs import BYTES
 from kronblocks_lab.reproduce.studies import Cell, Study
 from kronblocks_lab.training.runs import clear_if_changed
 from kronblocks_lab.training.settings import TrainConfig
@@ -38,7 +39,6 @@ MEASURED = (
     "inference_macs_per_sample",
     "train_seconds",
 )
-BYTES = ("parameters", "gradients", "optimizer_state", "saved_tensors")
 COLUMNS = (*KEY, "settings", "revision", *MEASURED, *BYTES, "blocks")
 
 

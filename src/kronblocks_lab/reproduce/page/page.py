@@ -13,14 +13,13 @@ from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_text
 from kronblocks_lab.bench.measure.results import Row, read
 from kronblocks_lab.bench.page.tables import fill_or_add, kept, table
+from kronblocks_lab.report.costs import BYTES
 from kronblocks_lab.reproduce import searches
 from kronblocks_lab.reproduce.page.figures import draw
 from kronblocks_lab.reproduce.page.published import FOOTNOTE, PUBLISHED
 from kronblocks_lab.reproduce.statistics import OURS, CellResult, cells
 from kronblocks_lab.reproduce.studies import has_cell
 from kronblocks_lab.reproduce.trials import words
-
-BYTES = ("parameters", "gradients", "optimizer_state", "saved_tensors")
 
 
 def write(results: Path, page: Path) -> Path:
