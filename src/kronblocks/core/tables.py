@@ -142,6 +142,16 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(map(span, groups))
 
 
+def some(names: Iterable[str], most: int = 5, *, join: str = ", ") -> str:
+    """The first of several names, for a sentence.
+
+    >>> some(["a", "b", "c"]), some(["a", "b", "c"], most=2)
+    ('a, b, c', 'a, b, ...')
+    """
+    first = [*names]
+    return join.join(first[:most]) + (f"{join}..." if len(first) > most else "")
+
+
 _FIGURE = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from kronblocks.algorithms.training.places import SUCCESSOR
 from kronblocks.core.errors import KronblocksWarning
 from kronblocks.core.parameters import hooks_of
+from kronblocks.core.tables import some
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import UnfoldedConv, is_transposed
@@ -55,10 +56,9 @@ def warn_of_lost_belongings(layers: Mapping[str, nn.Module], instead: str) -> No
     """Say once what users had put on layers that the ones in their places, by name, have not got; and what to do instead."""
     found = {name: vars(layer).pop(_LOST) for name, layer in layers.items() if _LOST in vars(layer)}
     if found:
-        listed = "; ".join(f"{name}: {', '.join(lost)}" for name, lost in list(found.items())[:5])
+        listed = some((f"{name}: {', '.join(lost)}" for name, lost in found.items()), join="; ")
         warnings.warn(
-            f"layers were replaced, and the new ones lack what was put on the old ones ({listed}{' ...' * (len(found) > 5)}): "
-            f"{instead}",
+            f"layers were replaced, and the new ones lack what was put on the old ones ({listed}): {instead}",
             KronblocksWarning,
             stacklevel=4,
         )

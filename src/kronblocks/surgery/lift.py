@@ -12,6 +12,7 @@ from kronblocks.algorithms.moments import keep_rows_, without_rows
 from kronblocks.algorithms.training.attachment import check_apart, warn_of_hooks
 from kronblocks.core.errors import KronblocksError, PerformanceWarning
 from kronblocks.core.parameters import ParameterHook, drop_hooks_, hooks_that_end
+from kronblocks.core.tables import some
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
@@ -95,7 +96,7 @@ def compact_(model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimi
         changed = True
     if left:
         warnings.warn(
-            f"values of {', '.join([*left][:5])} keep the slots of dead blocks, and their memory: {next(iter(left.values()))}, "
+            f"values of {some(left)} keep the slots of dead blocks, and their memory: {next(iter(left.values()))}, "
             "which cannot be cut to the live blocks. All else goes on as it would",
             PerformanceWarning,
             stacklevel=2,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kronblocks.core.blocks import BlockGrid
-from kronblocks.core.tables import MOST_ROWS, span, starred, together
+from kronblocks.core.tables import MOST_ROWS, some, span, starred, together
 
 _EACH = 3
 """Layers that differ in a number of their name only, from which on they share a line."""
@@ -76,7 +76,7 @@ class SurgeryReport:
         missed = [each for each in self.left_dense if not each.by_choice]
         shares = [(sum(each.share for each in alike), _names(alike)) for alike in _by_number(missed, _reason)]
         most = [f"{name}: {100 * share:.0f}%" for share, name in sorted(shares, key=lambda pair: -pair[0]) if share >= 0.01]
-        return ", ".join(most[:3]) + (", ..." if len(most) > 3 else "")
+        return some(most, 3)
 
     def table(self, *, every_layer: bool = False) -> str:
         """What `print` shows, or with `every_layer` the same with a line for each layer."""

@@ -13,6 +13,7 @@ from kronblocks.algorithms.training.places import check_none_replaced, stands_th
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.core.blocks import BlockGrid
 from kronblocks.core.errors import KronblocksError
+from kronblocks.core.tables import some
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Transposed, Unfolded, UnfoldedConv
@@ -118,7 +119,7 @@ class _Early:
         for names, what in ((missing, "lacks"), (extra, "has in addition"), (sizes, "has with other sizes")):
             if names:
                 raise KronblocksError(
-                    f"the state_dict {what} {', '.join(names[:5])}{' ...' * (len(names) > 5)}: give model.state_dict() of the "
+                    f"the state_dict {what} {some(names)}: give model.state_dict() of the "
                     "model that sparsify_ got, from an earlier step"
                 )
         new.update(self._left)

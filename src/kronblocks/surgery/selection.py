@@ -19,6 +19,7 @@ from kronblocks.config.ranks import RankChoice
 from kronblocks.config.sparsity import SparsityConfig
 from kronblocks.core.blocks import BlockGrid, BlockSize
 from kronblocks.core.errors import DoesNotFit, KronblocksError, KronblocksWarning
+from kronblocks.core.tables import some
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded, is_transposed, unfolded
@@ -362,7 +363,7 @@ def _refuse_nothing(report: SurgeryReport, layers: dict[str, _Layer], frozen: li
     """Say why nothing was selected."""
     if frozen:
         raise KronblocksError(
-            f"every layer that could become sparse is frozen ({', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}: "
+            f"every layer that could become sparse is frozen ({some(frozen, 3)}: "
             "requires_grad=False), so nothing would: unfreeze layers before sparsify_, or write frozen='sparsify'"
         )
     if any(config.convolutions or not is_convolution(layer.module) for layer in layers.values()):

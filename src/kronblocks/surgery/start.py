@@ -16,6 +16,7 @@ from kronblocks.config.methods import Init
 from kronblocks.config.sparsity import SparsityConfig
 from kronblocks.core.errors import KronblocksError, KronblocksWarning, PerformanceWarning
 from kronblocks.core.shards import whole
+from kronblocks.core.tables import some
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
@@ -140,7 +141,7 @@ def _check_target(names: list[str], masks: list[Tensor], areas: list[int], confi
     dead = sum(int((~mask).sum()) * area for mask, area in zip(masks, areas, strict=True))
     total = sum(mask.numel() * area for mask, area in zip(masks, areas, strict=True))
     if total and dead - max(areas) >= config.target_sparsity * total * (1 - 1e-12):
-        where = names[0] if len(names) == 1 else f"the selected layers ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        where = names[0] if len(names) == 1 else f"the selected layers ({some(names, 3)})"
         raise KronblocksError(
             f"{100 * dead / total:.1f}% of the weights of {where} are in dead blocks already, more than target_sparsity="
             f"{config.target_sparsity}, and no method brings back what is missing: raise it, or call densify_(model) first"

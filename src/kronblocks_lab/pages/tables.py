@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kronblocks.core.files import write_text
-from kronblocks_lab.bench.page.tables import fill, table
+from kronblocks_lab.bench.page.tables import count, fill, table
 from kronblocks_lab.pages import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,8 +77,8 @@ def scores() -> list[str]:
     seeds = [len({row["seed"] for row in rows}) for rows in (mlp, decoder)]
     about = (
         f"MLP: validation accuracy in percent at {sparsity['mlp']:g}% zeros, mean ± standard deviation of {seeds[0]} seeds. "
-        f"Decoder: validation loss in nats a character at {sparsity['decoder']:g}% zeros, mean of {seeds[1]} seed"
-        f"{'s' * (seeds[1] > 1)}, and the density of the layer that kept least; torch {data['versions']['torch']}. "
+        f"Decoder: validation loss in nats a character at {sparsity['decoder']:g}% zeros, mean of "
+        f"{count(seeds[1], 'seed')}, and the density of the layer that kept least; torch {data['versions']['torch']}. "
         "`kronblocks_lab.pages.scores` trains."
     )
     return [*table(["compared by", *names], lines), "", about]

@@ -83,7 +83,7 @@ class _ShareAxis:
         finite = [value for value in values if math.isfinite(value)] or [0.0]
         most, least = 100 * (1 - min(finite)), 100 * (1 - max(finite))  # errors
         self.by_error = may_bend and least > 0 and most - least > 15 and most / least > 4
-        axes.set_title(f"{name}, %{' (log scale of the error)' * self.by_error}")
+        axes.set_title(f"{name}, %{' (log scale of the error)' if self.by_error else ''}")
         if not may_bend:
             axes.set_ylim(-3, 103)
         if self.by_error:

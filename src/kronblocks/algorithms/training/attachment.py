@@ -14,6 +14,7 @@ from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.algorithms.training.unfollowed import attached
 from kronblocks.core.errors import KronblocksError, KronblocksWarning
 from kronblocks.core.parameters import ParameterHook, hooks_that_end
+from kronblocks.core.tables import some
 
 PART = "part"
 """The key of an optimiser's group that says which call of `parameter_groups` it came from."""
@@ -76,12 +77,12 @@ def check_optimizers(optimizers: Sequence[Optimizer], sparsifier: _Follows, *, l
     check_not_followed([target.module for target in sparsifier.targets], optimizers)
     if flattened := [target.name for target in sparsifier.targets if _is_flattened(target)]:
         raise KronblocksError(
-            f"the weights of {', '.join(flattened[:5])} have been flattened, as FullyShardedDataParallel does: use fully_shard, "
+            f"the weights of {some(flattened)} have been flattened, as FullyShardedDataParallel does: use fully_shard, "
             "which leaves them their shape"
         )
     if missing := _not_held(optimizers, sparsifier.targets):
         raise KronblocksError(
-            f"no optimiser holds the parameters of {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}: make the "
+            f"no optimiser holds the parameters of {some(missing)}: make the "
             "optimiser after sparsify_, from kronblocks.parameter_groups(model, lr=...) or model.parameters()"
         )
     if lifts:
@@ -106,7 +107,7 @@ def _check_lift(optimizers: Sequence[Optimizer], model: nn.Module, targets: Sequ
             )
     if moved := [target.name for target in targets if not _is_in_place(model, target)]:
         raise KronblocksError(
-            f"{', '.join(moved[:5])} are no longer found under these names, by which the lift replaces layers: put wrappers "
+            f"{some(moved)} are no longer found under these names, by which the lift replaces layers: put wrappers "
             f"around parts of the model before sparsify_, {instead}"
         )
     check_apart({target.name: target.parameters() for target in targets})
@@ -147,7 +148,7 @@ def warn_of_hooks(ending: Mapping[str, Sequence[ParameterHook]], when: str) -> N
     named = [f"{hook.name} on {name}" for name, hooks in ending.items() for hook in hooks]
     if named:
         warnings.warn(
-            f"hooks on parameters {when}: {', '.join(named[:5])}{' ...' if len(named) > 5 else ''}. A layer's values keep the "
+            f"hooks on parameters {when}: {some(named)}. A layer's values keep the "
             "hooks that were the same on all of its factors: register one function on each of them, or register hooks again "
             'when sparsifier.phase is "refine"',
             KronblocksWarning,
@@ -163,7 +164,7 @@ def check_held(optimizers: Sequence[Optimizer], targets: Sequence[BlockTarget]) 
     """
     if missing := _not_held(optimizers, targets):
         raise KronblocksError(
-            f"{', '.join(missing[:5])} {'has' if len(missing) == 1 else 'have'} parameters now that no optimiser holds, which "
+            f"{some(missing)} {'has' if len(missing) == 1 else 'have'} parameters now that no optimiser holds, which "
             "would stay as they are: give the optimiser to what replaces layers, as in lift_(model, optimizer), or make "
             "optimiser and sparsifier again after replacing layers or weights"
         )
@@ -195,7 +196,7 @@ def check_not_followed(modules: Sequence[nn.Module], optimizers: Sequence[Optimi
         gc.collect()  # a training that nobody holds any more is a cycle of sparsifier and optimiser
     if names := _followed_already(modules, optimizers):
         raise KronblocksError(
-            f"another sparsifier, which is attached, follows {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}: use that "
+            f"another sparsifier, which is attached, follows {some(names)}: use that "
             "one, or call remove() on the handle that its attach gave (or delete it and its optimiser), then call sparsify_, "
             "which goes on from the block layers that are there, and make a new optimiser"
         )

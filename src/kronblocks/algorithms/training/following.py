@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.core.errors import KronblocksWarning
+from kronblocks.core.tables import some
 
 _PATIENCE = 25
 """Steps that one optimiser makes alone before it is said that another makes none; GANs give one side 5 or 10."""
@@ -104,7 +105,7 @@ class Movement:
         if self._steps == _STEPS_TO_MOVE:
             self._before = {}
             warnings.warn(
-                f"values of {', '.join(still[:5])}{' ...' if len(still) > 5 else ''} have not changed in {_STEPS_TO_MOVE} steps "
+                f"values of {some(still)} have not changed in {_STEPS_TO_MOVE} steps "
                 f"with gradients, since layers were replaced at step {self._since}: the optimiser steps others than its "
                 "param_groups hold. Use the plain optimiser without what is around it, or method='magnitude'",
                 KronblocksWarning,

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from kronblocks.algorithms.targets import BlockTarget, HasBlocks, LayerTarget, WeightTarget
 from kronblocks.core.errors import KronblocksError
+from kronblocks.core.tables import some
 
 SUCCESSOR = "replaced_by"
 """Attribute of a module whose place the library has given to another one: that one."""
@@ -62,7 +63,7 @@ def check_none_replaced(gone: Mapping[str, str]) -> None:
         KronblocksError: there are any.
     """
     if gone:
-        listed = "; ".join(f"{name}: {there}" for name, there in list(gone.items())[:3])
+        listed = some((f"{name}: {there}" for name, there in gone.items()), 3, join="; ")
         raise KronblocksError(
             f"{len(gone)} of the layers that the sparsifier follows {'was' if len(gone) == 1 else 'were'} replaced or changed "
             f"after sparsify_ ({listed}). Replace layers before sparsify_, leave those that will change out, such as "

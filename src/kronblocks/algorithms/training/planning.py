@@ -16,6 +16,7 @@ from kronblocks.algorithms.schedule import SparsitySchedule
 from kronblocks.algorithms.targets import BlockTarget, LayerTarget
 from kronblocks.core.errors import KronblocksError, KronblocksWarning
 from kronblocks.core.hooks import OwnHook, forward_input, rows_of
+from kronblocks.core.processes import is_shared
 from kronblocks.ops.costs.choice import plan_seconds
 from kronblocks.ops.costs.timing import candidates
 from kronblocks.ops.costs.timing_cache import Tables, load_tables
@@ -148,7 +149,7 @@ class Planner:
         if not layers or not (changed or self.allows_change(to_come)):
             self._changes += self._compiled and changed
             return
-        shared = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        shared = is_shared()
         plans = self._best_of_all(layers, changed) if not shared or distributed.get_rank() == 0 else []
         if shared:
             box = [plans]

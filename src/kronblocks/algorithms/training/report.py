@@ -14,7 +14,7 @@ from kronblocks.algorithms.heads import Heads, Source
 from kronblocks.algorithms.schedule import SparsitySchedule
 from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.core.errors import KronblocksWarning
-from kronblocks.core.tables import ALL_ROWS, MOST_ROWS, listed, span, text_table, together
+from kronblocks.core.tables import ALL_ROWS, MOST_ROWS, listed, some, span, text_table, together
 
 STARVED = 1 / 3
 """Below this share of the mean density a layer counts as starved, if its share would be `STARVED_FROM` blocks or more."""
@@ -164,10 +164,9 @@ def warn_of_starved_layers(report: SparsityReport) -> None:
     """Name the layers that pruning has left far below the mean density, if there are any."""
     if not report.starved:
         return
-    shown = [f"{layer.name} ({layer.live_blocks} of {layer.total_blocks} blocks)" for layer in report.starved[:5]]
-    more = [f"and {len(report.starved) - 5} more"] if len(report.starved) > 5 else []
+    starved = [f"{layer.name} ({layer.live_blocks} of {layer.total_blocks} blocks)" for layer in report.starved]
     warnings.warn(
-        f"pruning has ended, and {', '.join(shown + more)} kept less than a third of the mean density, "
+        f"pruning has ended, and {some(starved)} kept less than a third of the mean density, "
         f"{1 - report.block_sparsity:.3f}: their blocks scored lowest. To give every layer the same density write "
         'scope="layer", to leave some dense name them in exclude',
         KronblocksWarning,

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.algorithms.training.nested import stepping
 from kronblocks.core.errors import KronblocksWarning
+from kronblocks.core.tables import some
 
 NOT_ATTACHED = (
     "layers are trained that a sparsifier targets which is not attached, so nothing is pruned: call "
@@ -116,8 +117,7 @@ def _look_at(optimizer: Optimizer, sparsifier: _Unattached, others: _Optimizers)
     held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     names = [target.name for target in sparsifier.targets if any(id(p) in held for p in target.parameters())]
     if names and sparsifier.without_attach():
-        shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-        words = STRANGER.format(kind=type(optimizer).__name__, names=shown)
+        words = STRANGER.format(kind=type(optimizer).__name__, names=some(names))
         warnings.warn(words, KronblocksWarning, stacklevel=4)
 
 

@@ -54,7 +54,7 @@ def count(number: int, noun: str) -> str:
     >>> count(1, "row"), count(2048, "row")
     ('1 row', '2,048 rows')
     """
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def ms(value: float) -> str:

@@ -12,7 +12,7 @@ from kronblocks.core.blocks import BlockSize
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_text
 from kronblocks_lab.bench.measure.results import Row, read
-from kronblocks_lab.bench.page.tables import fill_or_add, kept, table
+from kronblocks_lab.bench.page.tables import count, fill_or_add, kept, table
 from kronblocks_lab.report.costs import BYTES
 from kronblocks_lab.reproduce import searches
 from kronblocks_lab.reproduce.page.figures import draw
@@ -235,7 +235,7 @@ def _trials(data: dict[str, Any]) -> list[str]:
         trials = tried.get((settings["tuned_as"].get(block, block), method), ())
         lines.append([method, str(BlockSize.parse(block)) if block else "", chosen[block, method], str(len(trials))])
     seeds = len({row["seed"] for row in data["rows"] if row["part"] == "tune"})
-    title = f"### Settings chosen on validation, {seeds} seed{'s' * (seeds != 1)} a trial"
+    title = f"### Settings chosen on validation, {count(seeds, 'seed')} a trial"
     where = f"Tried at {100 * settings['tuned_at']:g}% zeros, and taken for the other sparsities too."
     borrowed = ", ".join(f"{block}x{block} those of {other}x{other}" for block, other in settings["tuned_as"].items())
     taken = f" Not tried but taken from another size: {borrowed}." if borrowed else ""
