@@ -215,7 +215,7 @@ def test_layers_that_are_unfrozen_later_get_no_gradient_for_dead_blocks(method, 
             assert gradient is not None and bool((target.grid.norms(gradient)[~mask] == 0).all()), step
         optimizer.step()
         assert not torch.equal(target.module.weight, before)
-    assert torch.equal(target.nonzero_blocks(), mask) and not mask.all()
+    assert torch.equal(target.layer.nonzero_blocks(), mask) and not mask.all()
 
 
 def test_frozen_again_and_unfrozen_again():

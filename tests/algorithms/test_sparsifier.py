@@ -243,9 +243,10 @@ def test_a_sparsifier_can_be_made_by_hand_with_an_own_rule():
     torch.manual_seed(0)
     model = mlp(16, 8)
     report = kronblocks.surgery.select(model, SparsityConfig(method="magnitude", block_size=4))
-    from kronblocks.algorithms.targets import WeightTarget
+    from kronblocks.algorithms.masked import MaskedLinear
+    from kronblocks.algorithms.targets import BlockTarget
 
-    target = WeightTarget("0", model[0], report.selected[0].grid)
+    target = BlockTarget("0", MaskedLinear(model[0], report.selected[0].grid))
     rule = Recording()
     sparsifier = Sparsifier(
         model,

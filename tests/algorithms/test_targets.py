@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
 from kronblocks import BlockSparseLinear, KronblocksError, KroneckerBlockLinear
+from kronblocks.algorithms.masked import MaskedLinear
 from kronblocks.algorithms.moments import restart_
-from kronblocks.algorithms.targets import BlockTarget, LayerTarget, WeightTarget
+from kronblocks.algorithms.protocol import has_blocks, has_plans
+from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.core.errors import Diverged
 from kronblocks.ops import BlockGrid, BlockSize
 
 
 def kron() -> BlockTarget:
-    return LayerTarget("layer", KroneckerBlockLinear(12, 8, (2, 3), 2, tile_groups=2, gate=True))
+    return BlockTarget("layer", KroneckerBlockLinear(12, 8, (2, 3), 2, tile_groups=2, gate=True))
 
 
 def free() -> BlockTarget:
-    return LayerTarget("layer", BlockSparseLinear(12, 8, (2, 3)))
+    return BlockTarget("layer", BlockSparseLinear(12, 8, (2, 3)))
 
 
 def dense() -> BlockTarget:
-    return WeightTarget("layer", nn.Linear(12, 8), BlockGrid(8, 12, BlockSize(2, 3)))
+    return BlockTarget("layer", MaskedLinear(nn.Linear(12, 8), BlockGrid(8, 12, BlockSize(2, 3))))
 
 
 kinds = pytest.mark.parametrize("make", [kron, free, dense])
@@ -48,11 +53,38 @@ def test_multipliers_scale_blocks_and_zero_kills(make):
     before = target.grid.to_blocks(weight_of(target)).clone()
     multipliers = torch.linspace(0.5, 2, 16).view(4, 4)
     multipliers[1, 2] = 0
-    assert target.apply_(multipliers)
+    assert target.apply_(multipliers).died.nonzero().tolist() == [[1, 2]]
     after = target.grid.to_blocks(weight_of(target))
     assert torch.allclose(after, before * multipliers[..., None, None], atol=1e-6)  # fp32 rounding of products of order 1
     assert (after[1, 2] == 0).all() and not target.mask[1, 2] and int(target.mask.sum()) == 15
-    assert not target.apply_(torch.ones(4, 4))
+
+
+@kinds
+def test_a_mask_leaves_live_values_as_they_are_and_does_what_multipliers_of_one_and_zero_do(make):
+    torch.manual_seed(0)
+    target = make()
+    other = copy.deepcopy(target)
+    for live in (torch.rand(4, 4) < 0.7, torch.rand(4, 4) < 0.4, torch.rand(4, 4) < 0.4):  # blocks die, and some come back
+        before = target.mask.clone()
+        change = target.apply_(live)
+        assert torch.equal(change.died, before & ~live) and torch.equal(change.grown, ~before & live)
+        assert all(map(torch.equal, change, other.apply_(live.float())))
+        assert torch.equal(target.mask, live) and torch.equal(other.mask, live)
+        state, expected = target.module.state_dict(), other.module.state_dict()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+        assert not target.apply_(live).died.any()
+
+
+@kinds
+def test_what_algorithms_ask_of_a_layer(make):
+    target = make()
+    assert has_blocks(target.layer) and has_plans(target.layer) == (not target.is_plain)
+    assert not has_blocks(nn.Linear(12, 8)) and not has_blocks(nn.Sequential(target.module))
+    again = pickle.loads(pickle.dumps(target))  # noqa: S301
+    assert again.module is not target.module and torch.equal(weight_of(again), weight_of(target))
+    assert (again.layer.linear if again.is_plain else again.layer) is again.module
+    with pytest.raises(KronblocksError, match=r"bool tensor of \(4, 4\), not torch.float32 \(4, 4\)"):
+        target.layer.set_block_mask_(torch.ones(4, 4))
 
 
 @kinds
@@ -61,14 +93,14 @@ def test_dead_blocks_get_no_gradient_and_come_back_to_zero(make):
     handles = target.hook_gradients()
     mask = torch.rand(4, 4) < 0.5
     mask[0, 0], mask[3, 1] = True, False
-    target.set_mask_(mask)
+    target.layer.set_block_mask_(mask)
     optimizer = torch.optim.AdamW(target.module.parameters(), lr=0.1)
     for parameter in target.module.parameters():  # moments from before the death
         optimizer.state[parameter].update(
             step=torch.tensor(3.0), exp_avg=torch.randn_like(parameter), exp_avg_sq=torch.rand_like(parameter)
         )
     target.module(torch.randn(5, 12)).square().sum().backward()
-    if isinstance(target, WeightTarget):
+    if target.is_plain:
         gradient = target.parameters()[0].grad
         assert gradient is not None
         assert (target.grid.to_blocks(gradient)[~mask] == 0).all() and (gradient != 0).any()
@@ -77,7 +109,7 @@ def test_dead_blocks_get_no_gradient_and_come_back_to_zero(make):
         assert (target.module.coeff.grad[~mask] == 0).all()
         assert target.module.gate.grad is not None and (target.module.gate.grad[~mask] == 0).all()
     optimizer.step()
-    target.enforce_zeros_()
+    target.layer.enforce_zeros_()
     assert ((target.grid.to_blocks(weight_of(target)) != 0).flatten(2).any(2) == mask).all()
     for handle in handles:
         handle.remove()
@@ -86,7 +118,7 @@ def test_dead_blocks_get_no_gradient_and_come_back_to_zero(make):
 @kinds
 def test_growth_scores_are_the_dense_gradient_of_every_block_summed_over_microbatches(make):
     target = make()
-    target.set_mask_(torch.tensor([[True] * 4, [False] * 4, [True] * 4, [False] * 4]))
+    target.layer.set_block_mask_(torch.tensor([[True] * 4, [False] * 4, [True] * 4, [False] * 4]))
     target.start_probe()
     weight = weight_of(target).double().requires_grad_()
     bias = target.module.bias.detach().double()
@@ -106,7 +138,7 @@ def test_blocks_that_grow_start_at_zero_with_new_moments_and_train(make):
     handles = target.hook_gradients()
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[1] = False
-    target.set_mask_(mask)
+    target.layer.set_block_mask_(mask)
     optimizer = torch.optim.AdamW(target.module.parameters(), lr=0.1, weight_decay=0.0)
     for parameter in target.module.parameters():
         optimizer.state[parameter].update(
@@ -117,7 +149,8 @@ def test_blocks_that_grow_start_at_zero_with_new_moments_and_train(make):
     multipliers[1, 1], multipliers[1, 2] = 1, 1
     before = weight_of(target).clone()
     grown = ~target.mask & (multipliers != 0)
-    assert target.apply_(multipliers)
+    died = mask & (multipliers == 0)
+    assert all(map(torch.equal, target.apply_(multipliers), (died, grown)))
     squares = moments_by_block(target, optimizer, "exp_avg_sq")
     target.restart_moments_([optimizer], grown)
     assert torch.equal(target.mask, multipliers != 0)
@@ -132,7 +165,7 @@ def test_blocks_that_grow_start_at_zero_with_new_moments_and_train(make):
         assert torch.allclose(blocks[grown], squares[name][others].mean().expand_as(blocks[grown]), rtol=1e-5), name
     target.module(torch.randn(5, 12)).square().sum().backward()
     optimizer.step()
-    target.enforce_zeros_()
+    target.layer.enforce_zeros_()
     assert ((target.grid.to_blocks(weight_of(target)) != 0).flatten(2).any(2) == target.mask).all()
     for handle in handles:
         handle.remove()
@@ -141,7 +174,7 @@ def test_blocks_that_grow_start_at_zero_with_new_moments_and_train(make):
 def moments_by_block(target, optimizer, moment):
     """A moment, as (m1, n1, ...), of the parameters that hold blocks one by one."""
     module = target.module
-    if isinstance(target, WeightTarget):
+    if target.is_plain:
         return {"weight": target.grid.to_blocks(optimizer.state[module.weight][moment]).clone()}
     if isinstance(module, KroneckerBlockLinear):
         return {name: optimizer.state[module.get_parameter(name)][moment].clone() for name in ("coeff", "gate")}
@@ -158,7 +191,7 @@ def test_blocks_that_grow_late_take_no_larger_steps_than_others(make, amsgrad):
     handles = target.hook_gradients()
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[1] = False
-    target.set_mask_(mask)
+    target.layer.set_block_mask_(mask)
     optimizer = torch.optim.Adam(target.parameters(), lr=1e-3, amsgrad=amsgrad)
     x, y = torch.randn(64, 12), torch.randn(64, 8)
 
@@ -167,7 +200,7 @@ def test_blocks_that_grow_late_take_no_larger_steps_than_others(make, amsgrad):
         nn.functional.mse_loss(target.module(x), y).backward()
         before = weight_of(target).clone()
         optimizer.step()
-        target.enforce_zeros_()
+        target.layer.enforce_zeros_()
         return target.grid.norms(weight_of(target) - before)
 
     for _ in range(1500):  # so that Adam's correction is over
@@ -184,8 +217,8 @@ def test_blocks_that_grow_late_take_no_larger_steps_than_others(make, amsgrad):
 def test_a_block_grows_into_the_slot_of_a_dead_one():
     mask = torch.tensor([[True, True, False, False]])
     layer = BlockSparseLinear(12, 2, (2, 3), mask=mask)
-    target = LayerTarget("layer", layer)
-    assert target.apply_(torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
+    target = BlockTarget("layer", layer)
+    target.apply_(torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
     assert layer.capacity == 2 and sorted(layer.block_position.tolist()) == [1, 3]
     with torch.no_grad():
         layer.values.fill_(1)
@@ -197,7 +230,7 @@ def test_a_block_grows_into_the_slot_of_a_dead_one():
 @kinds
 def test_taylor_scores_are_the_gradient_times_the_weight_of_each_block(make):
     target = make()
-    target.set_mask_(torch.tensor([[True] * 4, [False] * 4, [True] * 4, [True] * 4]))
+    target.layer.set_block_mask_(torch.tensor([[True] * 4, [False] * 4, [True] * 4, [True] * 4]))
     with pytest.raises(KronblocksError, match="no gradients"):
         target.scores("taylor")
     x = torch.randn(7, 12)

@@ -116,7 +116,7 @@ def test_methods_on_plain_layers_are_packed_by_their_masks():
     model = dense()
     sparsifier = sparsify_(model, SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.5))
     for target in sparsifier.targets:
-        target.set_mask_(torch.rand(target.grid.shape) < 0.5)
+        target.layer.set_block_mask_(torch.rand(target.grid.shape) < 0.5)
     x = torch.randn(7, 24)
     with pytest.raises(KronblocksError, match="no block layer to export"):
         export(model, x)

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from kronblocks.algorithms.targets import LayerTarget
 from kronblocks.algorithms.training.attachment import Attachment
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.config.sparsity import SparsityConfig
@@ -118,7 +117,7 @@ class SparsityCallback(Callback):
                 f"from a checkpoint of step {error.end} or later, when the mask is frozen"
             ) from error
 
-        if any(isinstance(target, LayerTarget) for target in self.sparsifier.targets):
+        if any(not target.is_plain for target in self.sparsifier.targets):
             _check_averages(trainer)
         self._averaged = self._to_average()
 

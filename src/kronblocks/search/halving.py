@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kronblocks.algorithms.targets import WeightTarget
 from kronblocks.config.sparsity import BlockSizeLike, SparsityConfig
 from kronblocks.core.checks import number, one_of, whole
 from kronblocks.core.errors import Diverged
@@ -219,7 +218,7 @@ def _cost(trial: Trial, goal: Goal, rows: Mapping[str, int]) -> float:
         return trial.seconds_per_step
     problems = [module.problem(training=False) for module in trial.model.modules() if isinstance(module, BlockLayer)]
     for target in trial.sparsifier.targets:
-        if isinstance(target, WeightTarget):
+        if target.is_plain:
             weight, density = target.module.get_parameter("weight"), int(target.mask.sum()) / target.grid.blocks
             kind = {"dtype": weight.dtype, "device": weight.device.type, "training": False}
             problems.append(Problem(target.grid, None, rows=rows[target.name], density=density, **kind))

@@ -196,7 +196,7 @@ class Trial:
 
     def norm(self) -> float:
         """Frobenius norm of all targeted weights together."""
-        return math.sqrt(sum(float(target.norms().double().square().sum()) for target in self.sparsifier.targets))
+        return math.sqrt(sum(float(target.layer.block_norms().double().square().sum()) for target in self.sparsifier.targets))
 
     @property
     def seconds_per_step(self) -> float:

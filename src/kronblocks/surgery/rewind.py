@@ -68,7 +68,7 @@ def rewind_(sparsifier: Sparsifier, state_dict: Mapping[str, Any]) -> None:
     model.load_state_dict(new)
     for target in now.values():
         assert target is not None
-        target.enforce_zeros_()
+        target.layer.enforce_zeros_()
     model.zero_grad(set_to_none=True)
     for optimizer in sparsifier._optimizers:
         optimizer.state.clear()

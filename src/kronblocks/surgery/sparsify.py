@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kronblocks.algorithms.budget import choose_dead
+from kronblocks.algorithms.masked import MaskedLinear
+from kronblocks.algorithms.protocol import has_blocks
 from kronblocks.algorithms.rules.base import Rule, check_rule
 from kronblocks.algorithms.rules.fixed import Fixed
 from kronblocks.algorithms.schedule import SparsitySchedule
-from kronblocks.algorithms.targets import BlockTarget, LayerTarget, WeightTarget
+from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.algorithms.training.attachment import check_not_followed, warn_of_hooks
 from kronblocks.algorithms.training.places import target_now
 from kronblocks.algorithms.training.planning import Planner
@@ -173,8 +175,8 @@ def _sparsified(
     report = _replace_layers(model, report, config, masks)
     targets = [_target(model, each) for each in report.selected]
     for target in targets:
-        if isinstance(target, WeightTarget):
-            target.set_mask_(masks[target.name])
+        if target.is_plain:
+            target.layer.set_block_mask_(masks[target.name])
     planner = Planner(measure=config.measure_plans, rows=config.rows)
     surgeon = ModelSurgeon(model, report)
     return Sparsifier(model, targets, rule, schedule_of(config), surgeon, scope=config.scope, planner=planner, heads=heads)
@@ -209,8 +211,9 @@ def _replace_layers(
 def _target(model: nn.Module, selected: Selected) -> BlockTarget:
     layer = model.get_submodule(selected.name)
     if isinstance(layer, nn.Linear):
-        return WeightTarget(selected.name, layer, selected.grid)
-    return LayerTarget(selected.name, layer)
+        return BlockTarget(selected.name, MaskedLinear(layer, selected.grid))
+    assert has_blocks(layer)
+    return BlockTarget(selected.name, layer)
 
 
 def pack_masked_(copy: nn.Module, model: nn.Module, sparsifier: Sparsifier) -> None:

@@ -65,7 +65,7 @@ class Compared(Rule):
         live = [score.double().masked_fill(~mask, -1.0) for score, mask in zip(scores, ctx.masks, strict=True)]
         compare, floor = CANDIDATES.get(self._name, (_absolute, 0.0))
         dead = choose_dead(compare(live), ctx.areas, ctx.sparsity, ctx.scope, heads=ctx.heads, floor=floor)
-        return [(mask & ~each).float() for mask, each in zip(ctx.masks, dead, strict=True)], state
+        return [mask & ~each for mask, each in zip(ctx.masks, dead, strict=True)], state
 
 
 WAYS = (*CANDIDATES, "taylor", "a budget for each layer")

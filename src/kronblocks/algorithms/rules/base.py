@@ -69,10 +69,10 @@ class Rule(Protocol):
     def propose(
         self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
     ) -> tuple[list[Tensor], RuleState]:
-        """One multiplier per block, and the new state. Neither `scores` nor `state` is changed.
+        """A mask a layer, (m1, n1) bool, True = live, or a number a block where blocks shrink; and the new state.
 
-        0 kills a block or leaves it dead; another number scales it, and brings a dead one back, at zero. The state is a dict of
-        plain values and tensors, empty at first, and is saved with the sparsifier's.
+        0 kills a block or leaves it dead; another number scales it, and brings a dead one back, at zero. Neither `scores` nor
+        `state` is changed. The state is a dict of plain values and tensors, empty at first, and is saved with the sparsifier's.
         """
         ...
 
@@ -95,16 +95,16 @@ def check_rule(rule: Any) -> None:
     one_of(f"{type(rule).__name__}.score", rule.score, Score)
 
 
-def check_multipliers(multipliers: Sequence[Tensor], rule: Rule, ctx: RuleContext) -> None:
+def check_proposed(proposed: Sequence[Tensor], rule: Rule, ctx: RuleContext) -> None:
     """Refuse what `propose` must not give.
 
     Raises:
         KronblocksError: it says what it should give.
     """
-    given, wanted = [tuple(each.shape) for each in multipliers], [tuple(mask.shape) for mask in ctx.masks]
+    given, wanted = [tuple(each.shape) for each in proposed], [tuple(mask.shape) for mask in ctx.masks]
     if given != wanted:
         raise KronblocksError(
-            f"{type(rule).__name__}.propose gave multipliers of the shapes {given}: give one a block, in grids of {wanted}"
+            f"{type(rule).__name__}.propose gave grids of {given}: give one a block, a bool or a number, in grids of {wanted}"
         )
 
 
@@ -120,7 +120,7 @@ def ranked(scores: Sequence[Tensor], ctx: RuleContext) -> list[Tensor]:
 
 
 def cut(scores: Sequence[Tensor], ctx: RuleContext, sparsity: float) -> list[Tensor]:
-    """Multipliers that kill the blocks of least score so that exactly `sparsity` are dead; the dead stay dead.
+    """Masks, (m1, n1) bool, without the blocks of least score, so that exactly `sparsity` are dead; the dead stay dead.
 
     Scores of a rule whose `score` is "norm" are compared within their layers first (`layer_adaptive`), so a layer's scale
     counts for nothing. Those of "gate" and "taylor" rules are compared as they are.
@@ -136,7 +136,7 @@ def cut(scores: Sequence[Tensor], ctx: RuleContext, sparsity: float) -> list[Ten
     if not all(((score >= 0) | ~mask).all() for score, mask in zip(scores, ctx.masks, strict=True)):
         raise KronblocksError("cut wants scores from 0 on for live blocks, and no NaN among them: shift them, or take exp()")
     dead = choose_dead(ranked(scores, ctx), ctx.areas, sparsity, ctx.scope, heads=ctx.heads, floor=ctx.floor)
-    return [(mask & ~each).to(torch.float32) for mask, each in zip(ctx.masks, dead, strict=True)]
+    return [mask & ~each for mask, each in zip(ctx.masks, dead, strict=True)]
 
 
 def _stays_within(multipliers: Sequence[Tensor], ctx: RuleContext, sparsity_cap: float) -> bool:
@@ -170,4 +170,4 @@ def shrink(scores: Sequence[Tensor], thresholds: Sequence[float], ctx: RuleConte
     if _stays_within(multipliers, ctx, sparsity_cap):
         return multipliers
     allowed = cut(scores, ctx, sparsity_cap)
-    return [torch.where((m == 0) & (keep == 1), 1.0, m) for m, keep in zip(multipliers, allowed, strict=True)]
+    return [torch.where((m == 0) & keep, 1.0, m) for m, keep in zip(multipliers, allowed, strict=True)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-import torch
 from torch import Tensor
 
 from kronblocks.algorithms.rules.base import Rule, RuleContext, RuleState
@@ -22,4 +21,4 @@ class Fixed(Rule):
     def propose(
         self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
     ) -> tuple[list[Tensor], RuleState]:
-        return [mask.to(torch.float32) for mask in ctx.masks], state
+        return list(ctx.masks), state

@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from kronblocks.algorithms.rules.base import Rule, RuleContext, RuleState, cut
-from kronblocks.algorithms.rules.regrowth import as_multipliers, exchange
+from kronblocks.algorithms.rules.regrowth import exchange
 from kronblocks.algorithms.targets import Score
 
 
@@ -34,8 +34,7 @@ class Magnitude(Rule):
     def propose(
         self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
     ) -> tuple[list[Tensor], RuleState]:
-        multipliers = cut(scores, ctx, ctx.sparsity)
-        if growth_scores is None or not self._regrow:
-            return multipliers, state
-        alive = [multiplier != 0 for multiplier in multipliers]
-        return as_multipliers(exchange(alive, scores, growth_scores, self._regrow, ctx)), state
+        alive = cut(scores, ctx, ctx.sparsity)
+        if growth_scores is not None and self._regrow:
+            alive = exchange(alive, scores, growth_scores, self._regrow, ctx)
+        return alive, state

@@ -73,7 +73,7 @@ def proximal_step(
         due = state["due"] if "due" in state and not ctx.is_update else blocks_due(scores, ctx)
         state, thresholds, cap = {"due": due}, due_thresholds(scores, due, ctx), ctx.next_sparsity
         if not any(thresholds):
-            return [mask.to(torch.float32) for mask in ctx.masks], state
+            return list(ctx.masks), state
     else:
         thresholds, cap = [strength * rate for rate in ctx.learning_rates], ctx.target_sparsity
     multipliers = shrink(scores, thresholds, ctx, cap)
@@ -81,10 +81,10 @@ def proximal_step(
 
 
 def cut_at_the_end(scores: Sequence[Tensor], ctx: RuleContext) -> list[Tensor]:
-    """For penalties in the loss, which make no exact zeros: nothing dies before the last update, which cuts to the target."""
+    """Masks for penalties in the loss, which make no exact zeros: only the last update kills, and cuts to the target."""
     if ctx.is_last_update:
         return cut(scores, ctx, ctx.sparsity)
-    return [mask.to(torch.float32) for mask in ctx.masks]
+    return list(ctx.masks)
 
 
 def growing_strength(strength: Strength, growth: float, ctx: RuleContext) -> float:

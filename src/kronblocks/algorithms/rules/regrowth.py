@@ -50,8 +50,3 @@ def exchange(
         wanted = growth.masked_fill(kept, -1.0).flatten().argsort(descending=True, stable=True)[:number]
         exchanged.append(kept.flatten().index_fill(0, wanted, True).view(live.shape))
     return exchanged
-
-
-def as_multipliers(alive: Sequence[Tensor]) -> list[Tensor]:
-    """1 for what lives, 0 for what does not."""
-    return [live.to(torch.float32) for live in alive]

@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from kronblocks.algorithms.rules.base import Rule, RuleContext, RuleState
-from kronblocks.algorithms.rules.regrowth import as_multipliers, exchange
+from kronblocks.algorithms.rules.regrowth import exchange
 from kronblocks.core.errors import KronblocksError
 
 
@@ -35,4 +35,4 @@ class Rigl(Rule):
     ) -> tuple[list[Tensor], RuleState]:
         if growth_scores is None:
             raise KronblocksError("RigL wants the gradient norms of dead blocks: it is asked at mask updates only")
-        return as_multipliers(exchange(ctx.masks, scores, growth_scores, self._drop_fraction, ctx)), state
+        return exchange(ctx.masks, scores, growth_scores, self._drop_fraction, ctx), state

@@ -24,7 +24,7 @@ def keep_zeros_(targets: Sequence[BlockTarget], optimizer: Optimizer) -> None:
     held, has_two_points = _held(optimizer), hasattr(optimizer, "eval")
     for target in targets:
         if any(id(p) in held for p in target.parameters()):
-            target.enforce_zeros_()
+            target.layer.enforce_zeros_()
             if has_two_points:
                 target.end_moments_([optimizer], ~target.mask)
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from kronblocks.algorithms.targets import BlockTarget, HasBlocks, LayerTarget, WeightTarget
+from kronblocks.algorithms.masked import MaskedLinear
+from kronblocks.algorithms.protocol import has_blocks
+from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.tables import some
 
@@ -27,12 +29,11 @@ def target_now(model: nn.Module, target: BlockTarget) -> BlockTarget | None:
     if found is not None and any(each is target.module for each in found.modules()):
         return target if _has_its_weight(target) else None
     if found is not None:
-        inside = [each for each in found.modules() if isinstance(each, HasBlocks) and not _is_around(each)]
+        inside = [each for each in found.modules() if not _is_around(each) and has_blocks(each)]
         if len(inside) == 1 and inside[0].grid == target.grid:
-            assert isinstance(inside[0], nn.Module)
-            return LayerTarget(target.name, inside[0])
+            return BlockTarget(target.name, inside[0])
         if type(found) is nn.Linear and any(each is found for each in _successors(target.module)):
-            return WeightTarget(target.name, found, target.grid, target.mask)
+            return BlockTarget(target.name, MaskedLinear(found, target.grid, target.mask))
     is_elsewhere = any(each is target.module for each in model.modules())
     return target if is_elsewhere and _has_its_weight(target) else None
 
@@ -73,7 +74,7 @@ def check_none_replaced(gone: Mapping[str, str]) -> None:
 
 def _has_its_weight(target: BlockTarget) -> bool:
     """Whether a plain layer still has a weight of its own, and of the size that it had."""
-    if not isinstance(target, WeightTarget):
+    if not target.is_plain:
         return True
     if parametrize.is_parametrized(target.module) or hasattr(target.module, "weight_orig") or hasattr(target.module, "weight_v"):
         return False
@@ -84,7 +85,7 @@ def _has_its_weight(target: BlockTarget) -> bool:
 
 def _is_around(module: nn.Module) -> bool:
     """Whether it only shows the attributes of a layer that it is wrapped around, as checkpoint_wrapper does."""
-    return any(isinstance(each, HasBlocks) for each in module.modules() if each is not module)
+    return any(has_blocks(each) for each in module.modules() if each is not module)
 
 
 def _successors(module: nn.Module) -> Iterator[nn.Module]:

@@ -6,14 +6,16 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
+from kronblocks.algorithms.protocol import HasPlans, has_plans
 from kronblocks.algorithms.schedule import SparsitySchedule
-from kronblocks.algorithms.targets import BlockTarget, LayerTarget
+from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.core.errors import KronblocksError, KronblocksWarning
 from kronblocks.core.hooks import OwnHook, forward_input, rows_of
 from kronblocks.core.processes import is_shared
@@ -35,6 +37,11 @@ class Traffic(NamedTuple):
     rows: int
     input_grad: bool
     dtype: str  # of the products: of autocast, where that is on
+
+
+class _Chooser(NamedTuple):
+    name: str
+    layer: HasPlans
 
 
 class _Choice(NamedTuple):
@@ -110,7 +117,7 @@ class Planner:
 
     def watch(self, targets: Sequence[BlockTarget]) -> list[RemovableHandle]:
         """Look, in the next training steps, what reaches the layers; returns the hooks' handles."""
-        for target in (target for target in targets if isinstance(target, LayerTarget)):
+        for target in (target for target in targets if not target.is_plain):
             watch = _Watch()
             handle = target.module.register_forward_pre_hook(watch, with_kwargs=True)
             self._watches[target.name] = (watch, handle)
@@ -139,25 +146,27 @@ class Planner:
             changed: they have just been replaced or made smaller, so that what is compiled has changed already.
             to_come: such changes that come later.
         """
-        layers = _choosers(targets)
+        choosers = _choosers(targets)
         lift_to_come = to_come if any(target.is_factored for target in targets) else 0  # values may stay as large as they are
         self._note_traffic(changed + lift_to_come)
         if self._compiled:
             for target in targets:
-                if isinstance(target, LayerTarget):
-                    target.keep_index_size_()
-        if not layers or not (changed or self.allows_change(to_come)):
+                if has_plans(target.layer):
+                    target.layer.keep_index_size_()
+        if not choosers or not (changed or self.allows_change(to_come)):
             self._changes += self._compiled and changed
             return
+        self._tell_rows(choosers)
         shared = is_shared()
-        plans = self._best_of_all(layers, changed) if not shared or distributed.get_rank() == 0 else []
+        plans = self._best_of_all(choosers, changed) if not shared or distributed.get_rank() == 0 else []
         if shared:
             box = [plans]
             distributed.broadcast_object_list(box, src=0)
             plans = box[0]
-        switches = [(layer, plan) for layer, plan in zip(layers, plans, strict=True) if plan != layer.plan]
+        pairs = zip(choosers, plans, strict=True)
+        switches = [(layer, plan) for (_, layer), plan in pairs if plan != layer.active_plan]
         for layer, plan in switches:
-            layer.set_plan_(plan)
+            layer.use_plan_(plan)
         self._changes += self._compiled and (changed or bool(switches))
 
     def _note_traffic(self, changes: int) -> None:
@@ -173,21 +182,31 @@ class Planner:
                     handle.remove()
                 del self._watches[name]
 
-    def _best_of_all(self, layers: Sequence[LayerTarget], changed: bool) -> list[str]:
+    def _tell_rows(self, choosers: Sequence[_Chooser]) -> None:
+        """Let the layers know how many rows of x they get, for plans that they choose themselves when they are replaced."""
+        for name, layer in choosers:
+            layer.rows = self._rows_of(name) or layer.rows
+
+    def _rows_of(self, name: str) -> int | None:
+        traffic = self._traffic.get(name)
+        return self._rows or (None if traffic is None else traffic.rows)
+
+    def _best_of_all(self, choosers: Sequence[_Chooser], changed: bool) -> list[str]:
         """The plan for each layer; in compiled code the present ones, unless all changes together gain enough."""
-        choices = [self._best(layer) for layer in layers]
+        choices = [self._best(*chooser) for chooser in choosers]
         present, best = sum(choice.present for choice in choices), sum(choice.seconds for choice in choices)
         if self._compiled and not changed and present < COMPILED_MARGIN * best:
-            return [layer.plan for layer in layers]
-        self._chosen.update(layer.name for layer in layers if layer.name in self._traffic or self._rows is not None)
+            return [chooser.layer.active_plan for chooser in choosers]
+        self._chosen.update(chooser.name for chooser in choosers if chooser.name in self._traffic or self._rows is not None)
         return [choice.plan for choice in choices]
 
-    def _best(self, layer: LayerTarget) -> _Choice:
-        traffic = self._traffic.get(layer.name)
+    def _best(self, name: str, layer: HasPlans) -> _Choice:
+        traffic, plan = self._traffic.get(name), layer.active_plan
         if traffic is None and self._rows is None:
-            return _Choice(layer.plan, 0.0, 0.0)  # nobody knows yet what it has to do
-        rows, input_grad, dtype = traffic or (None, True, None)
-        problem = layer.problem(self._rows or rows, input_grad, dtype)
+            return _Choice(plan, 0.0, 0.0)  # nobody knows yet what it has to do
+        problem = layer.problem(rows=self._rows_of(name), input_grad=traffic is None or traffic.input_grad)
+        if traffic is not None:
+            problem = replace(problem, dtype=getattr(torch, traffic.dtype))
         running = candidates(problem)
         measure = self._measure and measuring_allowed() and len(running) > 1
         seconds = plan_seconds(problem, measure=True, record=self._tables) if measure else {}
@@ -195,9 +214,9 @@ class Planner:
             estimated = plan_seconds(problem, measure=False)
             seconds = {plan: estimated[plan] for plan in running}
         best = min(seconds, key=seconds.__getitem__)
-        present = seconds.get(layer.plan, float("inf"))
-        if layer.name in self._chosen and present < MARGIN * seconds[best]:
-            return _Choice(layer.plan, present, present)
+        present = seconds.get(plan, float("inf"))
+        if name in self._chosen and present < MARGIN * seconds[best]:
+            return _Choice(plan, present, present)
         return _Choice(best, present, seconds[best])
 
     def state_dict(self) -> dict[str, Any]:
@@ -249,8 +268,8 @@ def _traffic(rows: int, input_grad: bool, dtype: str) -> Traffic:
     return Traffic(rows, input_grad, dtype)
 
 
-def _choosers(targets: Sequence[BlockTarget]) -> list[LayerTarget]:
-    return [target for target in targets if isinstance(target, LayerTarget) and target.plan_is_free]
+def _choosers(targets: Sequence[BlockTarget]) -> list[_Chooser]:
+    return [_Chooser(each.name, each.layer) for each in targets if has_plans(each.layer) and each.layer.plan == "auto"]
 
 
 _WITHOUT_CHANGES, _OF_A_CHANGE = 4, 2
@@ -290,4 +309,4 @@ def layer_changes_to_come(schedule: SparsitySchedule, step: int, targets: Sequen
     if schedule.lift_step is not None:  # which leaves few slots to give up later
         return int(step < schedule.lift_step)
     shrinks = schedule.sparsity_at(schedule.end_step) > schedule.sparsity_at(step)
-    return int(shrinks and any(isinstance(target, LayerTarget) and not target.is_factored for target in targets))
+    return int(shrinks and any(not target.is_plain and not target.is_factored for target in targets))

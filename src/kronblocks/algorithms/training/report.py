@@ -141,7 +141,7 @@ def count_blocks(targets: Sequence[BlockTarget], notes: Sequence[str] = (), head
     """
     layers, zero, weights = [], 0, 0
     for target in targets:
-        live, grid = int(target.nonzero_blocks().sum()), target.grid
+        live, grid = int(target.layer.nonzero_blocks().sum()), target.grid
         layers.append(
             LayerSparsity(
                 target.name,

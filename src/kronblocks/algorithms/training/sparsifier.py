@@ -16,10 +16,11 @@ from kronblocks.algorithms.budget import Scope
 from kronblocks.algorithms.context import context_at, learning_rates
 from kronblocks.algorithms.growth import EagerSteps
 from kronblocks.algorithms.heads import Heads
-from kronblocks.algorithms.rules.base import Rule, RuleContext, RuleState, check_multipliers
+from kronblocks.algorithms.protocol import has_plans
+from kronblocks.algorithms.rules.base import Rule, RuleContext, RuleState, check_proposed
 from kronblocks.algorithms.rules.fixed import Fixed
 from kronblocks.algorithms.schedule import Phase, SparsitySchedule, continued
-from kronblocks.algorithms.targets import BlockTarget, LayerTarget, Score, WeightTarget
+from kronblocks.algorithms.targets import BlockTarget, Score
 from kronblocks.algorithms.training.added_penalty import AddedPenalty, warn_of_missing_penalty
 from kronblocks.algorithms.training.attachment import Attachment, check_held, check_optimizers, number_parts_, unwrapped
 from kronblocks.algorithms.training.carried import CarriedState
@@ -230,7 +231,7 @@ class Sparsifier:
     @property
     def masks_linears(self) -> bool:
         """Whether it keeps masks of plain nn.Linear layers, rather than work on layers that hold their own."""
-        return any(isinstance(target, WeightTarget) for target in self.targets)
+        return any(target.is_plain for target in self.targets)
 
     @property
     def sparsity(self) -> float:
@@ -310,13 +311,13 @@ class Sparsifier:
         growth = averaged([target.read_probe() for target in self.targets]) if update and self.rule.needs_growth else None
         self._heads.decide(self.targets[0].mask.device)
         context = self._context(self.step)
-        multipliers, self._rule_state = self.rule.propose(scores, growth, self._rule_state, context)
-        check_multipliers(multipliers, self.rule, context)
-        for target, multiplier in zip(self.targets, multipliers, strict=True):
-            multiplier = multiplier.to(target.mask.device)
-            grown, died = ~target.mask & (multiplier != 0), target.mask & (multiplier == 0)
-            self._has_dead |= target.apply_(multiplier)
-            target.end_moments_(self._optimizers, died)
+        proposed, self._rule_state = self.rule.propose(scores, growth, self._rule_state, context)
+        check_proposed(proposed, self.rule, context)
+        for target, each in zip(self.targets, proposed, strict=True):
+            died, grown = target.apply_(each)
+            if died.any():
+                self._has_dead = True
+                target.end_moments_(self._optimizers, died)
             if grown.any():
                 target.restart_moments_(self._optimizers, grown)
         if context.is_last_update:
@@ -379,10 +380,10 @@ class Sparsifier:
             "initial_sparsity": self.initial_sparsity,
             "rule_state": dict(self._rule_state),
             "structure": self._surgeon.record(),
-            "plans": {t.name: t.plan for t in self.targets if isinstance(t, LayerTarget)},
+            "plans": {t.name: getattr(t.layer, "active_plan", "dense") for t in self.targets if not t.is_plain},
             "planner": self._planner.state_dict(),
             "heads": self._heads.state_dict(),
-            "masks": {t.name: t.mask.clone() for t in self.targets if not isinstance(t, LayerTarget)},
+            "masks": {t.name: t.mask.clone() for t in self.targets if t.is_plain},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -400,9 +401,9 @@ class Sparsifier:
             follow_replaced_parameters(self.model, self._wrappers)
         for target in self.targets:
             if target.name in state["masks"]:
-                target.set_mask_(state["masks"][target.name])
-            if isinstance(target, LayerTarget):
-                target.set_plan_(state["plans"][target.name])
+                target.layer.set_block_mask_(state["masks"][target.name])
+            if has_plans(target.layer):
+                target.layer.use_plan_(state["plans"][target.name])
         self._planner.load_state_dict(state["planner"])
         self._heads.load_state_dict(state.get("heads"))
         self.step, self._rule_state, self.initial_sparsity = step, dict(state["rule_state"]), before

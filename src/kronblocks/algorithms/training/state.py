@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kronblocks.algorithms.heads import parsed_heads
-from kronblocks.algorithms.targets import BlockTarget, WeightTarget
+from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.algorithms.training.planning import parsed
 from kronblocks.core.blocks import BlockSize
 from kronblocks.core.errors import KronblocksError
@@ -53,11 +53,10 @@ def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget]) -> Non
 
 def _check_target(state: dict[str, Any], target: BlockTarget) -> None:
     mask = state["masks"].get(target.name)
-    masks_weight = isinstance(target, WeightTarget)
-    if (mask is not None) != masks_weight:
+    if (mask is not None) != target.is_plain:
         forms = ("a block layer of its own", "a plain nn.Linear with a mask")
         raise KronblocksError(
-            f"of {target.name!r} the state has {forms[mask is not None]}, and here it is {forms[masks_weight]}: use the same "
+            f"of {target.name!r} the state has {forms[mask is not None]}, and here it is {forms[target.is_plain]}: use the same "
             "method and storage"
         )
     if mask is not None and (mask.shape != target.grid.shape or mask.dtype != torch.bool):
@@ -65,7 +64,7 @@ def _check_target(state: dict[str, Any], target: BlockTarget) -> None:
             f"of {target.name!r} the state has a mask of {tuple(mask.shape)}, and here blocks are {target.grid.shape}: use the "
             "same block size"
         )
-    if not masks_weight:
+    if not target.is_plain:
         _check_layer(state, target)
 
 

@@ -1,0 +1,122 @@
+"""A plain `nn.Linear` as a layer that has blocks: the weight is the user's, the mask is here."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kronblocks.core.blocks import BlockGrid
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.parameters import move_to_front_
+from kronblocks.core.shards import is_sharded, rows_here, summed
+
+
+class MaskedLinear:
+    """The blocks of a plain `nn.Linear`, which is left as it is (see `HasBlocks` for the methods).
+
+    The layer computes with whatever its weight holds. So dead blocks have to be put back to 0 after every step, and their
+    gradients to 0 by a hook.
+
+    Args:
+        linear: the layer.
+        grid: how its weight is cut into blocks.
+        mask: (m1, n1) bool, True = live; None: all are.
+    """
+
+    def __init__(self, linear: nn.Linear, grid: BlockGrid, mask: Tensor | None = None) -> None:
+        self.linear, self.grid = linear, grid
+        device = "cpu" if linear.weight.is_meta else linear.weight.device
+        mask = torch.ones(grid.shape, dtype=torch.bool, device=device) if mask is None else mask
+        self._mask = mask.to(device, copy=True)
+
+    @property
+    def _weight(self) -> nn.Parameter:
+        return self.linear.get_parameter("weight")  # another object once the model is sharded
+
+    @property
+    def block_mask(self) -> Tensor:
+        device = self._weight.device
+        if self._mask.device != device and device.type != "meta":  # the model has moved
+            self._mask = self._mask.to(device)
+        return self._mask
+
+    @torch.no_grad()
+    def block_norms(self) -> Tensor:
+        if not is_sharded(self._weight):
+            return self.grid.norms(self._weight)
+        rows = rows_here(self._weight).local
+        return self._sums(rows.to(torch.promote_types(rows.dtype, torch.float32)).square()).sqrt()
+
+    @torch.no_grad()
+    def nonzero_blocks(self) -> Tensor:
+        return self._sums((rows_here(self._weight).local != 0).float()) > 0
+
+    @torch.no_grad()
+    def block_inner_products(self) -> Tensor:
+        return self._sums((rows_here(self._weight).local * rows_here(self._weight.grad).local).float())
+
+    def block_parameters(self) -> list[nn.Parameter]:
+        return [self._weight]
+
+    def block_entries(self, blocks: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        return [(self._weight, self.grid.expand(blocks))]
+
+    def set_block_mask_(self, mask: Tensor) -> None:
+        if tuple(mask.shape) != self.grid.shape or mask.dtype != torch.bool:
+            raise KronblocksError(
+                f"the mask of {self.grid} is a bool tensor of {self.grid.shape}, not {mask.dtype} {tuple(mask.shape)}"
+            )
+        self._mask = mask.to(self.block_mask.device, copy=True)
+        self.enforce_zeros_()
+
+    @torch.no_grad()
+    def scale_blocks_(self, multipliers: Tensor) -> None:
+        rows, factors = self._beside(self._weight, multipliers)
+        rows.mul_(factors.to(rows.dtype))
+        died = self.block_mask & (multipliers == 0)
+        if died.any():
+            self.set_block_mask_(self.block_mask & ~died)
+
+    @torch.no_grad()
+    def enforce_zeros_(self) -> None:
+        self._zero_dead_blocks(self._weight)
+
+    def hook_gradients(self) -> RemovableHandle:
+        """Make gradients of dead blocks exactly 0 in backward, so that clipping and closures see the truth."""
+        found = weakref.ref(self)  # the parameter holds its hook where gc does not look: a cycle through it would never be freed
+
+        @torch.no_grad()
+        def zero(parameter: Tensor) -> None:
+            layer = found()
+            if layer is not None and parameter.grad is not None:  # else a hook that ran before has used it up
+                layer._zero_dead_blocks(parameter.grad)
+
+        weight = self._weight
+        is_trained = weight.requires_grad
+        weight.requires_grad_(True)  # a frozen one takes no hooks, and may be unfrozen later
+        handle = weight.register_post_accumulate_grad_hook(zero)
+        weight.requires_grad_(is_trained)
+        move_to_front_(weight, handle.id)  # others may step an optimiser
+        return handle
+
+    def _zero_dead_blocks(self, weight: Tensor) -> None:
+        rows, dead = self._beside(weight, ~self.block_mask)
+        rows.masked_fill_(dead, 0)
+
+    def _beside(self, weight: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of a weight that this process holds, as (rows, n1, bn), and a grid's values for them, (rows, n1, 1)."""
+        local, where = rows_here(weight)
+        if isinstance(local, nn.Parameter):
+            local = local.detach()
+        spread = grid.to(local.device).repeat_interleave(self.grid.block.rows, 0)[where]
+        return local.unflatten(1, (self.grid.shape[1], self.grid.block.cols)), spread.unsqueeze(-1)
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        """Sums over each block, (m1, n1), of a tensor like the rows that this process holds."""
+        where = rows_here(self._weight).where
+        block_row = torch.arange(where.start, where.stop, device=rows.device) // self.grid.block.rows
+        sums = rows.unflatten(1, (self.grid.shape[1], self.grid.block.cols)).sum(-1)
+        return summed(sums.new_zeros(self.grid.shape).index_add(0, block_row, sums), self._weight)
