@@ -14,6 +14,7 @@ from kronblocks import KronblocksError
 from kronblocks.algorithms.budget import (
     FLOOR,
     blocks_to_kill,
+    check_reachable,
     choose_dead,
     erdos_renyi,
     layer_adaptive,
@@ -53,6 +54,30 @@ def test_equal_blocks_give_the_exact_count_and_the_least_scores(sizes, percent, 
     others = [s for s in killed if s not in in_rows] if is_head and bool(dead[-1].all(1).any()) else killed
     if others:
         assert all(s >= max(others) for layer in spared for s in layer)
+
+
+@settings(deadline=None)
+@given(
+    shapes,
+    st.lists(st.sampled_from([1, 4, 9]), min_size=4, max_size=4),
+    st.integers(0, 99),
+    st.sampled_from(["global", "layer"]),
+    st.integers(-1, 3),
+)
+def test_what_is_out_of_reach_is_known_without_scores(sizes, areas, percent, scope, empty):
+    areas, sparsity = areas[: len(sizes)], percent / 100
+    scores = [torch.full(shape, -1.0 if place == empty else 0.0) for place, shape in enumerate(sizes)]
+    says = []
+    for check in (
+        lambda: choose_dead(scores, areas, sparsity, scope),
+        lambda: check_reachable(sizes, areas, sparsity, scope, alive=[place != empty for place in range(len(sizes))]),
+    ):
+        try:
+            check()
+            says.append("")
+        except KronblocksError as error:
+            says.append(str(error))
+    assert says[0] == says[1]
 
 
 def test_the_head_keeps_a_block_in_every_row_while_anything_else_is_left():

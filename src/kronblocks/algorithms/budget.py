@@ -79,6 +79,59 @@ def keep_longest(scores: Sequence[Tensor], sparsity: float, *, heads: Sequence[b
     return numbers
 
 
+def _weights_to_kill(weights: float, sparsity: float, areas: Sequence[int]) -> float:
+    """sparsity * weights, forgiving rounding errors as `blocks_to_kill` does."""
+    return sparsity * weights - max(1e-12 * sparsity * weights, 1e-9 * min(areas))
+
+
+def _out_of_reach(sparsity: float, blocks: int, layers: int, free: int) -> DoesNotFit:
+    return DoesNotFit(
+        f"a sparsity of {sparsity} of {blocks} blocks in {layers} layers would leave a layer without a live block: "
+        f"at most {free / blocks:.4f} is possible here (lower target_sparsity, or use smaller blocks)"
+    )
+
+
+def check_reachable(
+    shapes: Sequence[tuple[int, ...]],
+    areas: Sequence[int],
+    sparsity: float,
+    scope: Scope = "global",
+    *,
+    alive: Sequence[bool] | None = None,
+) -> None:
+    """Refuse a sparsity that would leave a layer without a live block, whatever the scores.
+
+    Args:
+        shapes: grid (m1, n1) of each layer.
+        areas: weights per block, a number a layer.
+        sparsity: share to be dead, in [0, 1).
+        scope: over all layers together ("global"), or in each ("layer").
+        alive: whether a layer has a live block now, one a layer; None: all have.
+
+    Raises:
+        DoesNotFit: `choose_dead` could not reach it.
+
+    >>> check_reachable([(2, 2), (1, 1)], [4, 4], 0.6)
+    >>> check_reachable([(2, 2), (1, 1)], [4, 4], 0.61)
+    Traceback (most recent call last):
+    kronblocks.core.errors.DoesNotFit: a sparsity of 0.61 of 5 blocks in 2 layers would leave a layer without a live block: ...
+    """
+    keeps = [True] * len(shapes) if alive is None else list(alive)
+    sizes = [math.prod(shape) for shape in shapes]
+    budgets = [range(len(sizes))] if scope == "global" else [range(i, i + 1) for i in range(len(sizes))]
+    for layers in budgets:
+        own = [areas[i] for i in layers]
+        blocks, free = sum(sizes[i] for i in layers), sum(sizes[i] - keeps[i] for i in layers)
+        if len(set(own)) == 1:
+            reached = blocks_to_kill(blocks, sparsity) <= free
+        else:
+            weights = float(sum(sizes[i] * areas[i] for i in layers))
+            may_die = weights - sum(areas[i] for i in layers if keeps[i])
+            reached = may_die >= _weights_to_kill(weights, sparsity, own)
+        if not reached:
+            raise _out_of_reach(sparsity, blocks, len(own), free)
+
+
 def _choose_dead(
     scores: Sequence[Tensor],
     areas: Sequence[int],
@@ -97,16 +150,12 @@ def _choose_dead(
         count = blocks_to_kill(len(flat), sparsity)
     else:
         area = torch.cat([flat.new_full((size,), float(a)) for size, a in zip(sizes, areas, strict=True)])
-        total = float(area.sum())
-        wanted = sparsity * total - max(1e-12 * sparsity * total, 1e-9 * min(areas))  # forgiven as in `blocks_to_kill`
+        wanted = _weights_to_kill(float(area.sum()), sparsity, areas)
         reached = area[order].cumsum(0) >= wanted
         count = int(torch.nonzero(reached)[0]) + 1 if wanted > 0 else 0
     free = len(flat) - int((late == _NEVER).sum())
     if count > free and reach:
-        raise DoesNotFit(
-            f"a sparsity of {sparsity} of {len(flat)} blocks in {len(sizes)} layers would leave a layer without a live block: "
-            f"at most {free / len(flat):.4f} is possible here (lower target_sparsity, or take smaller blocks)"
-        )
+        raise _out_of_reach(sparsity, len(flat), len(sizes), free)
     dead = torch.zeros_like(flat, dtype=torch.bool)
     dead[order[: min(count, free)]] = True
     return [d.view(score.shape).to(score.device) for d, score in zip(dead.split(sizes), scores, strict=True)]

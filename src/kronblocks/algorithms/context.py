@@ -7,9 +7,15 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from kronblocks.algorithms.budget import Scope
-from kronblocks.algorithms.rules.base import RuleContext
+from kronblocks.algorithms.rules.base import Rule, RuleContext
 from kronblocks.algorithms.schedule import SparsitySchedule
 from kronblocks.algorithms.targets import BlockTarget, Score
+
+
+def score_of(rule: Rule, targets: Sequence[BlockTarget]) -> Score:
+    """What blocks are compared by now: what the rule asks for, but norms once a lift has made free values, without gates."""
+    lifted = not all(target.is_factored for target in targets)
+    return "norm" if lifted and rule.score == "gate" else rule.score
 
 
 def context_at(

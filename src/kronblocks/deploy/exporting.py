@@ -27,7 +27,7 @@ from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.bsr_linear import BsrLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
-from kronblocks.ops.costs.choice import VALUES, DeployedForm, choose_deployed, milliseconds
+from kronblocks.ops.costs.choice import VALUES, DeployedForm, choose_deployed, choose_plan, milliseconds
 from kronblocks.ops.plans import PLANS
 from kronblocks.surgery.replace import bare, evaluating, replace_
 from kronblocks.surgery.sparsify import pack_masked_
@@ -259,7 +259,7 @@ def _times(choice: DeployedForm) -> str:
 
 
 def _best_factored(layer: BlockLayer, rows: int) -> str:
-    plan = layer.choose_plan_(rows or None).plan
+    plan = choose_plan(layer.problem(rows=rows or None)).plan
     return plan if _is_factored(plan) else next(filter(_is_factored, PLANS))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kronblocks.algorithms.budget import choose_dead
+from kronblocks.algorithms.budget import check_reachable
 from kronblocks.config.sparsity import BlockSizeLike, SparsityConfig
 from kronblocks.core.blocks import BlockGrid, BlockSize
 from kronblocks.core.errors import DoesNotFit, KronblocksError
@@ -92,8 +92,8 @@ def _fitting(model: nn.Module, config: SparsityConfig) -> tuple[Selected, ...]:
             `RankChoice` allows.
     """
     layers = select(model, config).selected
-    scores = [torch.zeros(layer.grid.shape, device="cpu") for layer in layers]
-    choose_dead(scores, [layer.grid.block.area for layer in layers], config.target_sparsity, config.scope)
+    shapes, areas = [layer.grid.shape for layer in layers], [layer.grid.block.area for layer in layers]
+    check_reachable(shapes, areas, config.target_sparsity, config.scope)
     return layers
 
 

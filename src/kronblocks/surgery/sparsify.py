@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kronblocks.algorithms.budget import choose_dead
+from kronblocks.algorithms.budget import check_reachable
 from kronblocks.algorithms.masked import MaskedLinear
 from kronblocks.algorithms.protocol import has_blocks
 from kronblocks.algorithms.rules.base import Rule, check_rule
@@ -164,9 +164,9 @@ def _sparsified(
     check_not_followed([model.get_submodule(each.name) for each in report.selected])
     present = present_masks(model, report, config)
     if present:
-        scores = [torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -1.0) for mask in present]
-        areas = [each.grid.block.area for each in report.selected]
-        choose_dead(scores, areas, config.target_sparsity, config.scope)
+        shapes, areas = [each.grid.shape for each in report.selected], [each.grid.block.area for each in report.selected]
+        alive = [bool(mask.any()) for mask in present]
+        check_reachable(shapes, areas, config.target_sparsity, config.scope, alive=alive)
     warn_of_dropped_weights(model, report, config)
     warn_of_blocks_of_zeros(model, report, config)
     masks = first_masks(model, report, config, present, heads)

@@ -1,21 +1,104 @@
-"""Which layers are in the places of the targets now: surgery replaces them, by the schedule or by the user's own hand."""
+"""Which layers are in the places of the targets now, with which parameters: surgery replaces them, and so may the user."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
 from kronblocks.algorithms.masked import MaskedLinear
 from kronblocks.algorithms.protocol import has_blocks
 from kronblocks.algorithms.targets import BlockTarget
+from kronblocks.algorithms.training.attachment import check_held
+from kronblocks.algorithms.training.distributed import around, follow_replaced_parameters
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.tables import some
 
 SUCCESSOR = "replaced_by"
 """Attribute of a module whose place the library has given to another one: that one."""
+
+
+class Now(NamedTuple):
+    """What is in the places of the targets."""
+
+    targets: list[BlockTarget]  # those that are gone as they were
+    gone: dict[str, str]  # what has taken their places, by name
+
+
+class Places:
+    """The layers that a sparsifier follows. Only `follow_` and `note_parameters_` take what has changed for what is meant.
+
+    Args:
+        model: whose layers they are.
+        targets: they, in the model's order.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[BlockTarget]) -> None:
+        self.model, self.targets = model, list(targets)
+        self._known: list[nn.Parameter] = []  # that held the blocks when they were noted last
+        self._wrappers: list[Any] = []  # DistributedDataParallel around the model, in weak references
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy is another model, in no optimiser and no wrapper
+        return {**self.__dict__, "_known": [], "_wrappers": []}
+
+    def now(self) -> Now:
+        """The targets as they are in the model now. Nothing is changed."""
+        found = [(target, target_now(self.model, target)) for target in self.targets]
+        gone = {target.name: stands_there(self.model, target) for target, now in found if now is None}
+        return Now([now or target for target, now in found], gone)
+
+    def follow_(self, *, strict: bool = False) -> bool:
+        """Go on with the layers that are there now; whether there are others than before.
+
+        Raises:
+            KronblocksError: some were replaced by something else, and `strict` is set.
+        """
+        now, gone = self.now()
+        changed = not _same(now, self.targets)
+        self.targets[:] = now
+        if strict:
+            check_none_replaced(gone)
+        return changed
+
+    def attach_(self, ddp: nn.Module | None) -> None:
+        """Find what is around the model, and know no parameters yet."""
+        self._wrappers, self._known = around(self.model, ddp), []
+
+    def detach_(self) -> None:
+        """Forget the parameters."""
+        self._known = []
+
+    def tell_wrappers_(self) -> None:
+        """Let what is around the model know the parameters that it has now."""
+        follow_replaced_parameters(self.model, self._wrappers)
+
+    def note_parameters_(self, optimizers: Sequence[Optimizer]) -> list[Any]:
+        """Look at the parameters that hold the blocks now: optimisers must have them, and new weights get a hook.
+
+        Returns:
+            The new hooks' handles.
+
+        Raises:
+            KronblocksError: no optimiser has some.
+        """
+        now = [p for target in self.targets for p in target.parameters()]
+        if _same(now, self._known):
+            return []
+        check_held(optimizers, self.targets)
+        known = {id(p) for p in self._known}
+        self._known = now
+        changed = [target for target in self.targets if not all(id(p) in known for p in target.parameters())]
+        return [handle for target in changed for handle in target.hook_gradients()]
+
+
+def _same(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    """Whether these are the same objects, one by one."""
+    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def target_now(model: nn.Module, target: BlockTarget) -> BlockTarget | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,21 +12,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kronblocks.algorithms.budget import Scope
-from kronblocks.algorithms.context import context_at, learning_rates
+from kronblocks.algorithms.context import context_at, learning_rates, score_of
 from kronblocks.algorithms.growth import EagerSteps
 from kronblocks.algorithms.heads import Heads
-from kronblocks.algorithms.protocol import has_plans
 from kronblocks.algorithms.rules.base import Rule, RuleContext, RuleState, check_proposed
 from kronblocks.algorithms.rules.fixed import Fixed
 from kronblocks.algorithms.schedule import Phase, SparsitySchedule, continued
-from kronblocks.algorithms.targets import BlockTarget, Score
+from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.algorithms.training.added_penalty import AddedPenalty, warn_of_missing_penalty
-from kronblocks.algorithms.training.attachment import Attachment, check_held, check_optimizers, number_parts_, unwrapped
+from kronblocks.algorithms.training.attachment import Attachment, check_optimizers, number_parts_, unwrapped
 from kronblocks.algorithms.training.carried import CarriedState
-from kronblocks.algorithms.training.distributed import around, follow_replaced_parameters
 from kronblocks.algorithms.training.following import Movement, Turns, keep_zeros_
 from kronblocks.algorithms.training.nested import is_nested
-from kronblocks.algorithms.training.places import check_none_replaced, stands_there, target_now
+from kronblocks.algorithms.training.places import Places
 from kronblocks.algorithms.training.planning import Planner, layer_changes_to_come
 from kronblocks.algorithms.training.report import (
     SparsityReport,
@@ -36,7 +33,7 @@ from kronblocks.algorithms.training.report import (
     warn_if_too_dense,
     warn_of_starved_layers,
 )
-from kronblocks.algorithms.training.state import STATE_VERSION, check_state
+from kronblocks.algorithms.training.state import STATE_VERSION, check_state, layers_state, load_layers_state_
 from kronblocks.algorithms.training.surgeon import LIFT_WAITS, Surgeon
 from kronblocks.algorithms.training.unfollowed import LOST, NOT_ATTACHED, is_attached, is_detached, wait_for_attach
 from kronblocks.core.errors import KronblocksError, KronblocksWarning
@@ -70,7 +67,9 @@ class Sparsifier:
         planner: Planner | None = None,
         heads: Sequence[str] | None = None,
     ) -> None:
-        self.model, self.targets, self.rule = model, list(targets), rule
+        self.model, self.rule = model, rule
+        self._places = Places(model, targets)
+        self.targets = self._places.targets
         self.scope: Scope = scope
         self.step = 0
         self.schedule: SparsitySchedule | None = None
@@ -83,20 +82,9 @@ class Sparsifier:
         self._awaits_penalty = False
         self._eager, self._heads = EagerSteps(), Heads([target.name for target in self.targets], heads)
         self._handles: list[Any] = []  # of all hooks of the attachment
-        self._known: list[nn.Parameter] = []  # that held the blocks after the last step
-        self._wrappers: list[Any] = []  # DistributedDataParallel around the model, in weak references
         self._was_removed = False
         self.initial_sparsity = dead_share(self.targets)
         self._has_dead = self.initial_sparsity > 0
-        wait_for_attach(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a pickled one, goes on from the same step but is not attached: torch's optimisers drop hooks when copied."""
-        nothing = {"_optimizers": [], "_turns": Turns((), ()), "_handles": [], "_known": [], "_wrappers": []}
-        return {**self.__dict__, **nothing, "schedule": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
         wait_for_attach(self)
 
     def attach(
@@ -128,7 +116,7 @@ class Sparsifier:
         if self._optimizers:
             raise KronblocksError("this sparsifier is attached already: call remove() on the handle of the first attach")
         optimizers = [unwrapped(each) for each in (optimizers if isinstance(optimizers, Sequence) else [optimizers])]
-        check_none_replaced(self._follow_layers())
+        self._follow_layers(strict=True)
         schedule = self._schedule_for(total_steps, self._known_steps, self.step, self.initial_sparsity)
         check_optimizers(optimizers, self, lifts=schedule.lift_step is not None and not self._is_sharded)
         if self._is_sharded and self.rule.has_penalty:
@@ -138,7 +126,7 @@ class Sparsifier:
             )
         if self.targets and not schedule.prunes:
             warnings.warn(f"{schedule.why_not}: nothing is pruned in this run", KronblocksWarning, stacklevel=2)
-        self._wrappers = around(self.model, ddp)
+        self._places.attach_(ddp)
         self.schedule, self._known_steps = schedule, schedule.total_steps
         self._optimizers, self._was_removed = optimizers, False
         number_parts_(optimizers)
@@ -152,7 +140,7 @@ class Sparsifier:
             before = torch.compiler.disable(AddedPenalty(self.penalty).before_step)
             self._handles += [optimizer.register_step_pre_hook(before) for optimizer in optimizers]
         self._awaits_penalty = self.rule.has_penalty and bool(self.targets)
-        self._note_parameters()
+        self._handles += self._places.note_parameters_(optimizers)
         self._handles += self._planner.watch(self.targets)
         self._handles += self._heads.watch(self.model, [target.module for target in self.targets])
         self._prepare_probes()
@@ -168,108 +156,18 @@ class Sparsifier:
         self._eager.end()
         for target in self.targets:
             target.drop_probe()
-        self._optimizers, self._handles, self._known, self.schedule, self._was_removed = [], [], [], None, True
+        self._places.detach_()
+        self._optimizers, self._handles, self.schedule, self._was_removed = [], [], None, True
         is_detached(self)
         if self.without_attach():
             wait_for_attach(self)
-
-    def without_attach(self) -> str:
-        """What is wrong if the layers are trained while it is not attached; empty where nothing is."""
-        loses_zeros = self._has_dead and self.masks_linears
-        is_over = self._was_removed or isinstance(self.rule, Fixed) or not self.targets or self.phase == "heal"
-        return "" if is_over and not loses_zeros else NOT_ATTACHED + LOST * loses_zeros
-
-    def warn_if_too_dense(self, why: str) -> None:
-        """Say so if a training has ended and the target is not reached, for a reason that the caller knows."""
-        if self.schedule is not None and self.schedule.prunes and self.targets:
-            warn_if_too_dense(self.sparsity, self.schedule, why)
-
-    @property
-    def phase(self) -> Phase:
-        """ "discover", "refine" or "heal"; "discover" before the first `attach`, and after a training what it ended with."""
-        schedule = self.schedule
-        if schedule is None and self._known_steps is not None:
-            schedule = self._make_schedule(self._known_steps)
-        return "discover" if schedule is None else schedule.phase_at(self.step)
-
-    @property
-    def _is_sharded(self) -> bool:
-        return any(is_sharded(parameter) for target in self.targets for parameter in target.parameters())
-
-    @property
-    def lift_due(self) -> bool:
-        """Whether the lift waits for the parameters to be whole again, under `fully_shard`: see `lift_`."""
-        lift_step = self.schedule.lift_step if self.schedule is not None else None
-        return lift_step is not None and self.step >= lift_step and any(target.is_factored for target in self.targets)
-
-    def lift_(self) -> None:
-        """Replace factors by free block values, in the model and in the optimisers that are followed.
-
-        The two-phase method does this automatically at the right step. Nothing can replace sharded parameters, though: there
-        save a checkpoint when `lift_due` says so, build the model again, load, call this, and then shard it.
-
-        Raises:
-            KronblocksError: the parameters are sharded.
-        """
-        if self._is_sharded:
-            raise KronblocksError(LIFT_WAITS)
-        if self._surgeon.lift([target.name for target in self.targets], self._optimizers):
-            self._follow_replaced()
-
-    def _compact(self) -> bool:
-        """Give up the slots of dead blocks; whether there were any."""
-        if compacted := self._surgeon.compact([target.name for target in self.targets], self._optimizers):
-            self._follow_replaced()
-        return compacted
-
-    def _follow_replaced(self) -> None:
-        self._follow_layers()
-        follow_replaced_parameters(self.model, self._wrappers)
-        if self._optimizers:
-            self._movement.watch(self.targets, self.step)
-
-    @property
-    def masks_linears(self) -> bool:
-        """Whether it keeps masks of plain nn.Linear layers, rather than work on layers that hold their own."""
-        return any(target.is_plain for target in self.targets)
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the targeted weights that lie in blocks of exact zeros, counted from the weights."""
-        return self.report().block_sparsity
-
-    @property
-    def measures_growth(self) -> bool:
-        """Whether the coming step takes the dense gradient of every targeted layer, to score dead blocks."""
-        return self.rule.needs_growth and self.schedule is not None and self.schedule.is_update(self.step + 1)
-
-    def report(self) -> SparsityReport:
-        """Count the exact zeros of every targeted layer now; layers replaced after `sparsify_` are named and left out."""
-        gone = self._follow_layers()
-        notes = [f"not counted, since it was replaced after sparsify_: {name} ({there})" for name, there in gone.items()]
-        if not self._optimizers and self.without_attach():
-            notes.append("the sparsifier is not attached: steps of an optimiser prune nothing")
-        return count_blocks([target for target in self.targets if target.name not in gone], notes, self._heads)
-
-    def penalty(self) -> Tensor:
-        """What the rule adds to the loss: `loss + sparsifier.penalty()`. Zero for rules that live elsewhere.
-
-        Raises:
-            KronblocksError: before `attach`.
-        """
-        if self.schedule is None:
-            raise KronblocksError("penalty() needs the schedule: call sparsifier.attach(optimizer, total_steps=...) first")
-        self._awaits_penalty = False
-        wanted = self.rule.has_penalty and self.targets
-        term = self.rule.penalty(self.targets, self._context(self.step)) if wanted else None
-        return torch.zeros((), device=next(self.model.parameters()).device) if term is None else term
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
         if (found_inf is not None and bool(found_inf)) or is_nested(optimizer):  # skipped under a GradScaler, or not over yet
             return
-        check_none_replaced(self._follow_layers())
-        self._note_parameters()
+        self._follow_layers(strict=True)
+        self._handles += self._places.note_parameters_(self._optimizers)
         if self._has_dead:
             keep_zeros_(self.targets, optimizer)
         if self._turns.end(optimizer, self.step):
@@ -307,10 +205,10 @@ class Sparsifier:
         self._prepare_probes()
 
     def _apply_rule(self, update: bool) -> None:
-        scores = agreed([target.scores(self._score) for target in self.targets], self.step)
-        growth = averaged([target.read_probe() for target in self.targets]) if update and self.rule.needs_growth else None
         self._heads.decide(self.targets[0].mask.device)
         context = self._context(self.step)
+        scores = agreed([target.scores(context.score) for target in self.targets], self.step)
+        growth = averaged([target.read_probe() for target in self.targets]) if update and self.rule.needs_growth else None
         proposed, self._rule_state = self.rule.propose(scores, growth, self._rule_state, context)
         check_proposed(proposed, self.rule, context)
         for target, each in zip(self.targets, proposed, strict=True):
@@ -323,46 +221,111 @@ class Sparsifier:
         if context.is_last_update:
             warn_of_starved_layers(self.report())
 
+    def _context(self, step: int) -> RuleContext:
+        assert self.schedule is not None
+        about = {"heads": self._heads.names or (), "scope": self.scope, "score": score_of(self.rule, self.targets)}
+        return context_at(step, self.schedule, self.targets, self._optimizers, **about)
+
+    def _follow_layers(self, *, strict: bool = False) -> None:
+        if self._places.follow_(strict=strict):
+            self._planner.forget_choices()
+
     def _prepare_probes(self) -> None:
         if self.measures_growth:
             self._eager.begin()
             for target in self.targets:
                 target.start_probe()
 
-    def _follow_layers(self) -> dict[str, str]:
-        """Look at the layers that are there now; what is in the places of those that the user has replaced, by name."""
-        gone = {}
-        for place, target in enumerate(self.targets):
-            now = target_now(self.model, target)
-            if now is None:
-                gone[target.name] = stands_there(self.model, target)
-            elif now is not target:
-                self.targets[place] = now
-                self._planner.forget_choices()
-        return gone
+    def lift_(self) -> None:
+        """Replace factors by free block values, in the model and in the optimisers that are followed.
 
-    def _note_parameters(self) -> None:
-        """Look at the parameters that hold the blocks now: optimisers must have them, and new weights need their hook."""
-        now = [p for target in self.targets for p in target.parameters()]
-        if len(now) == len(self._known) and all(map(operator.is_, now, self._known)):
-            return
-        check_held(self._optimizers, self.targets)
-        known = {id(p) for p in self._known}
-        for target in self.targets:
-            if not all(id(p) in known for p in target.parameters()):
-                self._handles += target.hook_gradients()
-        self._known = now
+        The two-phase method does this automatically at the right step. Nothing can replace sharded parameters, though: there
+        save a checkpoint when `lift_due` says so, build the model again, load, call this, and then shard it.
+
+        Raises:
+            KronblocksError: the parameters are sharded.
+        """
+        if self._is_sharded:
+            raise KronblocksError(LIFT_WAITS)
+        if self._surgeon.lift([target.name for target in self.targets], self._optimizers):
+            self._follow_replaced()
+
+    def _compact(self) -> bool:
+        """Give up the slots of dead blocks; whether there were any."""
+        if compacted := self._surgeon.compact([target.name for target in self.targets], self._optimizers):
+            self._follow_replaced()
+        return compacted
+
+    def _follow_replaced(self) -> None:
+        self._follow_layers()
+        self._places.tell_wrappers_()
+        if self._optimizers:
+            self._movement.watch(self.targets, self.step)
+
+    def penalty(self) -> Tensor:
+        """What the rule adds to the loss: `loss + sparsifier.penalty()`. Zero for rules that live elsewhere.
+
+        Raises:
+            KronblocksError: before `attach`.
+        """
+        if self.schedule is None:
+            raise KronblocksError("penalty() needs the schedule: call sparsifier.attach(optimizer, total_steps=...) first")
+        self._awaits_penalty = False
+        wanted = self.rule.has_penalty and self.targets
+        term = self.rule.penalty(self.targets, self._context(self.step)) if wanted else None
+        return torch.zeros((), device=next(self.model.parameters()).device) if term is None else term
 
     @property
-    def _score(self) -> Score:
-        """What blocks are compared by: what the rule asks for, but norms once a lift has made free values, without gates."""
-        lifted = not all(target.is_factored for target in self.targets)
-        return "norm" if lifted and self.rule.score == "gate" else self.rule.score
+    def phase(self) -> Phase:
+        """ "discover", "refine" or "heal"; "discover" before the first `attach`, and after a training what it ended with."""
+        schedule = self.schedule
+        if schedule is None and self._known_steps is not None:
+            schedule = self._make_schedule(self._known_steps)
+        return "discover" if schedule is None else schedule.phase_at(self.step)
 
-    def _context(self, step: int) -> RuleContext:
-        assert self.schedule is not None
-        about = {"heads": self._heads.names or (), "scope": self.scope, "score": self._score}
-        return context_at(step, self.schedule, self.targets, self._optimizers, **about)
+    @property
+    def lift_due(self) -> bool:
+        """Whether the lift waits for the parameters to be whole again, under `fully_shard`: see `lift_`."""
+        lift_step = self.schedule.lift_step if self.schedule is not None else None
+        return lift_step is not None and self.step >= lift_step and any(target.is_factored for target in self.targets)
+
+    @property
+    def measures_growth(self) -> bool:
+        """Whether the coming step takes the dense gradient of every targeted layer, to score dead blocks."""
+        return self.rule.needs_growth and self.schedule is not None and self.schedule.is_update(self.step + 1)
+
+    @property
+    def masks_linears(self) -> bool:
+        """Whether it keeps masks of plain nn.Linear layers, rather than work on layers that hold their own."""
+        return any(target.is_plain for target in self._places.now().targets)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(parameter) for target in self.targets for parameter in target.parameters())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the targeted weights that lie in blocks of exact zeros, counted from the weights."""
+        return self.report().block_sparsity
+
+    def report(self) -> SparsityReport:
+        """Count the exact zeros of every targeted layer now; layers replaced after `sparsify_` are named and left out."""
+        targets, gone = self._places.now()
+        notes = [f"not counted, since it was replaced after sparsify_: {name} ({there})" for name, there in gone.items()]
+        if not self._optimizers and self.without_attach():
+            notes.append("the sparsifier is not attached: steps of an optimiser prune nothing")
+        return count_blocks([target for target in targets if target.name not in gone], notes, self._heads)
+
+    def without_attach(self) -> str:
+        """What is wrong if the layers are trained while it is not attached; empty where nothing is."""
+        loses_zeros = self._has_dead and self.masks_linears
+        is_over = self._was_removed or isinstance(self.rule, Fixed) or not self.targets or self.phase == "heal"
+        return "" if is_over and not loses_zeros else NOT_ATTACHED + LOST * loses_zeros
+
+    def warn_if_too_dense(self, why: str) -> None:
+        """Say so if a training has ended and the target is not reached, for a reason that the caller knows."""
+        if self.schedule is not None and self.schedule.prunes and self.targets:
+            warn_if_too_dense(self.sparsity, self.schedule, why)
 
     def save_with_model(self) -> CarriedState:
         """Keep the state in `model.state_dict()` from now on, as the tensor "kronblocks_state", and restore it, layers included,
@@ -380,10 +343,9 @@ class Sparsifier:
             "initial_sparsity": self.initial_sparsity,
             "rule_state": dict(self._rule_state),
             "structure": self._surgeon.record(),
-            "plans": {t.name: getattr(t.layer, "active_plan", "dense") for t in self.targets if not t.is_plain},
             "planner": self._planner.state_dict(),
             "heads": self._heads.state_dict(),
-            "masks": {t.name: t.mask.clone() for t in self.targets if t.is_plain},
+            **layers_state(self.targets),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -398,15 +360,19 @@ class Sparsifier:
         schedule = None if self.schedule is None else self._schedule_for(self.schedule.total_steps, known, step, before)
         if self._surgeon.restore(state["structure"], self._optimizers):
             self._follow_layers()
-            follow_replaced_parameters(self.model, self._wrappers)
-        for target in self.targets:
-            if target.name in state["masks"]:
-                target.layer.set_block_mask_(state["masks"][target.name])
-            if has_plans(target.layer):
-                target.layer.use_plan_(state["plans"][target.name])
+            self._places.tell_wrappers_()
+        load_layers_state_(self.targets, state)
         self._planner.load_state_dict(state["planner"])
         self._heads.load_state_dict(state.get("heads"))
         self.step, self._rule_state, self.initial_sparsity = step, dict(state["rule_state"]), before
         self.schedule, self._known_steps = schedule, known if schedule is None else schedule.total_steps
         self._has_dead = True
         self._prepare_probes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickled one, goes on from the same step but is not attached: torch's optimisers drop hooks when copied."""
+        return {**self.__dict__, "_optimizers": [], "_turns": Turns((), ()), "_handles": [], "schedule": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        wait_for_attach(self)

@@ -1,4 +1,4 @@
-"""What a saved state of a sparsifier must be, before anything of it is used."""
+"""The state of a sparsifier: what of its layers is saved and loaded, and what it must be before anything of it is used."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kronblocks.algorithms.heads import parsed_heads
+from kronblocks.algorithms.protocol import has_plans
 from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.algorithms.training.planning import parsed
 from kronblocks.core.blocks import BlockSize
@@ -19,6 +20,23 @@ STATE_VERSION = 2
 
 _DICTS = ("rule_state", "structure", "plans", "planner", "masks")
 _PARTS = frozenset({"version", "rule", "step", "total_steps", *_DICTS})
+
+
+def layers_state(targets: Sequence[BlockTarget]) -> dict[str, dict[str, Any]]:
+    """What the model's own state_dict does not hold of its layers: plans of block layers, masks of plain ones."""
+    return {
+        "plans": {t.name: getattr(t.layer, "active_plan", "dense") for t in targets if not t.is_plain},
+        "masks": {t.name: t.mask.clone() for t in targets if t.is_plain},
+    }
+
+
+def load_layers_state_(targets: Sequence[BlockTarget], state: Mapping[str, Any]) -> None:
+    """Give layers what `layers_state` gave. Weights are loaded by the model itself."""
+    for target in targets:
+        if target.is_plain:
+            target.layer.set_block_mask_(state["masks"][target.name])
+        elif has_plans(target.layer):
+            target.layer.use_plan_(state["plans"][target.name])
 
 
 def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget]) -> None:
