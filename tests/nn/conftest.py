@@ -74,3 +74,8 @@ def expected_weight(layer: BlockLayer) -> torch.Tensor:
 @pytest.fixture(scope="session", name="expected_weight")
 def expected_weight_fixture():
     return expected_weight
+
+
+@pytest.fixture
+def compiles_afresh():
+    torch.compiler.reset()

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
 from kronblocks.algorithms.training.attachment import Attachment
 from kronblocks.algorithms.training.sparsifier import Sparsifier
@@ -19,13 +17,11 @@ from kronblocks.config.sparsity import SparsityConfig
 from kronblocks.core.errors import KronblocksError, OtherSteps
 from kronblocks.core.shards import is_sharded
 from kronblocks.deploy.loading import HINT, rebuild_on_load_
-from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.integrations.averages import Averages, check_function, check_order
 from kronblocks.surgery.records import apply_structure_
 from kronblocks.surgery.sparsify import sparsify_
 
 _KEY = "kronblocks"
-_AVERAGES = (WeightAveraging, StochasticWeightAveraging)
-_Averaged = tuple[bool, list[nn.Parameter], list[Tensor]]  # what averages are of: a frozen mask, parameters, places of blocks
 
 
 class SparsityCallback(Callback):
@@ -52,7 +48,7 @@ class SparsityCallback(Callback):
         self.config, self.total_steps = config or SparsityConfig(), total_steps
         self.sparsifier: Sparsifier | None = None
         self._attachment: Attachment | None = None
-        self._averaged: _Averaged = (False, [], [])
+        self._averages: Averages | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace the layers, once for each model."""
@@ -60,15 +56,11 @@ class SparsityCallback(Callback):
             rebuild_on_load_(pl_module)
         if stage != "fit":
             return
-        callbacks = _callbacks(trainer)
-        if early := [type(each).__name__ for each in callbacks[: callbacks.index(self)] if isinstance(each, _AVERAGES)]:
-            raise KronblocksError(
-                f"{early[0]} copies the model before SparsityCallback replaces its layers: write "
-                f"callbacks=[SparsityCallback(...), {early[0]}(...)]"
-            )
+        check_order(trainer, self)
         if not self._follows(pl_module):
             self._let_go()
             self.sparsifier = sparsify_(pl_module, self.config)
+            self._averages = Averages(self.sparsifier)
             _wrap(pl_module, "on_save_checkpoint", functools.partial(_with_state, self.sparsifier))
             if self.sparsifier.rule.has_penalty:
                 _wrap(pl_module, "training_step", functools.partial(_with_penalty, pl_module, self.sparsifier))
@@ -86,15 +78,16 @@ class SparsityCallback(Callback):
             if self.sparsifier is None or self.sparsifier.model is not module:
                 apply_structure_(module, state["structure"])
             elif self.sparsifier.step != state["step"]:
+                assert self._averages is not None
                 self.sparsifier.load_state_dict(state)
-                self._begin_averages(module.trainer, module)  # of the layers that the checkpoint's averages are of
+                self._averages.begin(module.trainer, module)  # of the layers that the checkpoint's averages are of
             load(checkpoint)
 
         return restore
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the optimisers."""
-        assert self.sparsifier is not None
+        assert self.sparsifier is not None and self._averages is not None
         if self.sparsifier.rule.has_penalty and not pl_module.automatic_optimization:
             raise KronblocksError(
                 "the method has a penalty, which SparsityCallback adds to what training_step returns, and manual optimisation "
@@ -118,31 +111,13 @@ class SparsityCallback(Callback):
             ) from error
 
         if any(not target.is_plain for target in self.sparsifier.targets):
-            _check_averages(trainer)
-        self._averaged = self._to_average()
+            check_function(trainer)
+        self._averages.note()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let averages of weights begin again where what they hold is no longer what is trained."""
-        if any(isinstance(each, _AVERAGES) for each in _callbacks(trainer)):
-            (was_frozen, before, were), (frozen, now, are) = self._averaged, self._to_average()
-            same = len(before) == len(now) and all(p is q for p, q in zip(before, now, strict=True))
-            if was_frozen != frozen or not same or not all(torch.equal(p, q) for p, q in zip(were, are, strict=True)):
-                self._begin_averages(trainer, pl_module)
-
-    def _to_average(self) -> _Averaged:
-        assert self.sparsifier is not None
-        targets = self.sparsifier.targets
-        layers = [target.module for target in targets if isinstance(target.module, BlockSparseLinear)]
-        parameters = [p for target in targets for p in target.parameters()]
-        return self.sparsifier.phase == "heal", parameters, [layer.block_position.clone() for layer in layers]
-
-    def _begin_averages(self, trainer: Trainer, module: LightningModule) -> None:
-        for each in _callbacks(trainer):
-            if isinstance(each, _AVERAGES):
-                each.setup(trainer, module, "fit")  # copies the model
-            if isinstance(each, StochasticWeightAveraging) and each.n_averaged is not None:
-                each.n_averaged.zero_()
-        self._averaged = self._to_average()
+        assert self._averages is not None
+        self._averages.follow(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the optimisers go, and say so if the model is less sparse than it was meant to be."""
@@ -165,29 +140,6 @@ class SparsityCallback(Callback):
         phases = ("discover", "refine", "heal")
         pl_module.log("block_sparsity", self.sparsifier.sparsity)
         pl_module.log("phase", float(phases.index(self.sparsifier.phase)))
-
-
-def _check_averages(trainer: Trainer) -> None:
-    """Refuse averages of buffers by a function that cannot take truth values, which masks are, before the second step fails."""
-    for each in _callbacks(trainer):
-        if not isinstance(each, WeightAveraging) or not getattr(each, "_use_buffers", False):
-            continue
-        trial = nn.Module()
-        trial.register_buffer("mask", torch.ones(1, dtype=torch.bool))
-        average, name = AveragedModel(trial, use_buffers=True, **each._kwargs), type(each).__name__
-        try:
-            for _ in range(2):
-                average.update_parameters(trial)
-        except RuntimeError as error:
-            raise KronblocksError(
-                f"{name} averages buffers too, and its function cannot average the masks of block-sparse layers: write "
-                f"{name}(use_buffers=False), which copies buffers"
-            ) from error
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    callbacks: Any = getattr(trainer, "callbacks", [])
-    return callbacks
 
 
 def _with_state(sparsifier: Sparsifier, save: Callable[..., Any]) -> Callable[..., Any]:
