@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.small_lift import STEPS, loss_of, made, run
+from tests.helpers import STEPS, loss_of, made, run
 
 from kronblocks import KronblocksWarning
 
@@ -33,7 +33,7 @@ def test_values_that_no_step_moves_are_warned_of_once():
     optimizer = Copies(model.parameters())
     sparsifier.attach(optimizer, total_steps=60)
     with pytest.warns(KronblocksWarning, match=r"values of 0, 2 have not changed in 10 steps.*method='magnitude'") as said:
-        run(model, sparsifier, optimizer, 60)
+        run(model, sparsifier, optimizer, until=60)
     assert len(said) == 1
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.algorithms.small_training import METHODS, STEPS, mlp, same
+from tests import helpers
+from tests.helpers import METHODS, STEPS, factors, loss_of, mlp, same, trained
 from torch import Tensor, nn
 
 from kronblocks import KronblocksError, KronblocksWarning, PenaltyConfig, SparsityConfig, parameter_groups, sparsify_
@@ -28,10 +29,7 @@ STORAGES = [
 
 
 def config(method: str, storage: str | None = None, **settings) -> SparsityConfig:
-    settings |= {"rank": 2} if spec_of(method).is_factored else {}
-    return SparsityConfig(  # pyright: ignore[reportArgumentType]
-        method=method, block_size=4, target_sparsity=0.75, storage=storage, measure_plans=False, **settings
-    )
+    return helpers.config(method, block_size=4, storage=storage, **factors(method), **settings)
 
 
 class Net(nn.Module):
@@ -39,7 +37,6 @@ class Net(nn.Module):
 
     def __init__(self, settings: SparsityConfig) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.net = mlp(32, 24, 16, 8)
         self.sparsifier = sparsify_(self.net, settings)
 
@@ -49,8 +46,7 @@ class Net(nn.Module):
 
 def train(model: nn.Module, sparsifier: Sparsifier | None, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
     for step in range(first, last):
-        x = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
-        loss = (model(x) - x[:, :8].sin()).square().mean()
+        loss = loss_of(model, step)
         if sparsifier is not None:
             loss = loss + sparsifier.penalty()
         optimizer.zero_grad()
@@ -281,3 +277,13 @@ def test_optimisers_that_step_others_are_not_warned_of():
         around = Around(adamw(net))
         net.sparsifier.attach(around if outer else around.inner, total_steps=STEPS)
         assert not stranger_warnings(net, around, 0, 3) and net.sparsifier.step == 3
+
+
+def test_a_model_that_carries_its_state_can_be_copied_and_pickled():
+    model = mlp()
+    sparsifier = trained(model, config("two-phase"), until=5)
+    sparsifier.save_with_model()
+    assert "kronblocks_state" in model.state_dict()
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):  # noqa: S301
+        assert "kronblocks_state" not in again.state_dict()
+        assert torch.equal(again[0].dense_weight(), model[0].dense_weight())

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tests.algorithms.small_training import STEPS, Training
+from tests.helpers import STEPS, Training
 
 from kronblocks import ScheduleConfig, SparsityConfig, parameter_groups
 

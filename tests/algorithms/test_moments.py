@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.small_lift import METHODS, STEPS, layers, loss_of, made, run, zeros
+from tests.helpers import STEPS, WAYS, free_layers, loss_of, made, run, zeros
 from torch import Tensor, nn
 
 from kronblocks import KronblocksError, parameter_groups
@@ -71,7 +71,7 @@ def test_state_of_any_form_goes_through_lift_and_the_end_of_dead_slots(form, met
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         run(model, sparsifier, optimizer)
-    whole = [layer.capacity == int(layer.block_mask.sum()) for layer in layers(model)]
+    whole = [layer.capacity == int(layer.block_mask.sum()) for layer in free_layers(model)]
     told = [str(each.message) for each in said if isinstance(each.message, PerformanceWarning)]
     if FORMS[form][1]:
         assert all(whole) and not told
@@ -160,7 +160,7 @@ class TwoPoints(torch.optim.Optimizer):
             p.lerp_(self.state[p]["z"], 1 - 1 / 0.9)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WAYS)
 def test_an_optimiser_around_another_prepares_lifted_values_and_keeps_zeros(method):
     model, sparsifier = made(method)
     optimizer = Slow(torch.optim.AdamW(parameter_groups(model, lr=1e-2)))
@@ -176,7 +176,7 @@ def test_an_optimiser_around_another_prepares_lifted_values_and_keeps_zeros(meth
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WAYS)
 def test_weights_at_two_points_are_zero_at_both(method, decay):
     model, sparsifier = made(method)
     optimizer = TwoPoints(model.parameters(), decay)

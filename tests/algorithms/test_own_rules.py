@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.algorithms.small_training import STEPS, Training, factors, mlp, same
+from tests.helpers import STEPS, Training, factors, mlp, same
 
 import kronblocks
 from kronblocks import KronblocksError, SparsityConfig, sparsify_

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from tests.algorithms.small_training import STEPS, Training, mlp
+from tests.helpers import METHODS, STEPS, Training, config, loss_of, mlp, run, started
 from torch import nn
 
-from kronblocks import KronblocksError, SparsityConfig, sparsify_
+from kronblocks import KronblocksError, KronblocksWarning, SparsityConfig, parameter_groups, sparsify_
+from kronblocks.config.methods import spec_of
 
 
 def test_lbfgs_is_refused():
@@ -111,3 +113,54 @@ def test_flattened_weights_are_refused(method):
         with pytest.raises(KronblocksError, match=r"weights of 2 have been flattened.*fully_shard"):
             training.sparsifier.attach(torch.optim.SGD(training.model.parameters(), lr=0.1), total_steps=10)
         delattr(layer, name)
+
+
+def test_a_second_sparsifier_on_the_same_layers_is_refused():
+    model = mlp()
+    first = sparsify_(model, config())
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    second = sparsify_(model, config())
+    handle = first.attach(optimizer, total_steps=STEPS)
+    other = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    for own in (optimizer, other):
+        with pytest.raises(KronblocksError, match=r"another sparsifier, which is attached, follows 0, 2, 4: .*remove\(\)"):
+            second.attach(own, total_steps=STEPS)
+    layers = list(model)
+    for method in ("two-phase", "rigl", "magnitude"):
+        with pytest.raises(KronblocksError, match="another sparsifier, which is attached, follows 0, 2, 4"):
+            sparsify_(model, config(method))
+    assert all(now is before for now, before in zip(model, layers, strict=True))
+    handle.remove()
+    second.attach(optimizer, total_steps=STEPS)
+
+
+@pytest.mark.parametrize("how", ["finished", "forgotten", "other layers"])
+def test_a_second_sparsifier_may_follow_where_the_first_is_over_or_follows_others(how):
+    model = mlp()
+    layers = ("0",) if how == "other layers" else ("*",)
+
+    def first_training() -> torch.optim.Optimizer | None:
+        first, optimizer = started(model, config(layers=layers))
+        run(model, first, optimizer, until=STEPS if how == "finished" else 2)
+        return None if how == "forgotten" else optimizer  # forgotten: as by a cell of a notebook that is run again
+
+    optimizer = first_training()
+    later = {"other layers": ("2", "4")}.get(how, ("*",))
+    second = sparsify_(model, SparsityConfig("magnitude", 8, target_sparsity=0.8, layers=later))
+    own = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    second.attach(optimizer if how == "other layers" and optimizer else own, total_steps=STEPS)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if spec_of(method).defaults.form == "gradient"])
+def test_a_penalty_that_is_left_out_is_warned_of(method):
+    for called in (False, True):
+        model = mlp()
+        sparsifier, optimizer = started(model, config(method))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", KronblocksWarning)
+            for step in range(3):
+                loss = loss_of(model, step) + (sparsifier.penalty() if called else 0)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        assert ["penalty() was not called" in str(each.message) for each in said] == [True] * (not called)

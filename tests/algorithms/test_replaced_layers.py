@@ -7,37 +7,28 @@ import warnings
 
 import pytest
 import torch
-from tests.algorithms.small_training import METHODS
+from tests.helpers import METHODS, STEPS, attached, config, mlp, run
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from kronblocks import KronblocksError, SparsityConfig, densify_, from_pretrained, parameter_groups, save_pretrained, sparsify_
+from kronblocks import (
+    KronblocksError,
+    SparsityConfig,
+    densify_,
+    from_pretrained,
+    lift_,
+    save_pretrained,
+    sparsify_,
+)
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.surgery import lift_
 
-STEPS = 40
 
-
-def started(method: str, **settings) -> tuple[nn.Sequential, Sparsifier]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 16))
-    settings = {"block_size": 8, "target_sparsity": 0.75, "measure_plans": False, **settings}
-    return model, sparsify_(model, SparsityConfig(method=method, **settings))  # pyright: ignore[reportArgumentType]
-
-
-def attached(model: nn.Module, sparsifier: Sparsifier) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
-    sparsifier.attach(optimizer, total_steps=STEPS)
-    return optimizer
-
-
-def step(model: nn.Module, sparsifier: Sparsifier, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(torch.randn(8, 32)).square().mean() + sparsifier.penalty()).backward()
-        optimizer.step()
+def sparse(method: str, **settings) -> tuple[nn.Sequential, Sparsifier]:
+    model = mlp(32, 32, 32, 16)
+    return model, sparsify_(model, config(method, **settings))
 
 
 def new_head(model: nn.Sequential) -> str:
@@ -67,7 +58,7 @@ KINDS = ["two-phase", "rigl", "magnitude"]  # factors, live blocks, plain layers
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("method", KINDS)
 def test_attach_names_layers_that_were_replaced_before(method, change):
-    model, sparsifier = started(method)
+    model, sparsifier = sparse(method)
     says = change(model)
     with pytest.raises(KronblocksError, match=rf"1 of the layers .* was replaced .*\(4: {says}.*exclude=\('4',\)"):
         sparsifier.attach(torch.optim.AdamW(model.parameters()), total_steps=STEPS)
@@ -76,20 +67,20 @@ def test_attach_names_layers_that_were_replaced_before(method, change):
 @pytest.mark.parametrize(("change", "at"), [(new_head, 5), (new_head, 25), (larger_head, 25), (removed, 5)])
 @pytest.mark.parametrize("method", KINDS)
 def test_the_next_step_names_layers_that_were_replaced_in_a_training(method, change, at):
-    model, sparsifier = started(method)
+    model, sparsifier = sparse(method)
     optimizer = attached(model, sparsifier)
-    step(model, sparsifier, optimizer, at)
+    run(model, sparsifier, optimizer, until=at)
     says = change(model)
     optimizer.add_param_group({"params": [p for layer in model[4:] for p in layer.parameters()]})
     with pytest.raises(KronblocksError, match=rf"\(4: {says}.*call sparsify_ again"):
-        step(model, sparsifier, optimizer)
+        run(model, sparsifier, optimizer, until=sparsifier.step + 1)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("method", KINDS)
 def test_a_report_leaves_them_out_names_them_and_changes_nothing(method, change):
-    model, sparsifier = started(method)
-    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    model, sparsifier = sparse(method)
+    run(model, sparsifier, attached(model, sparsifier))
     says = change(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = sparsifier.report()
@@ -101,7 +92,7 @@ def test_a_report_leaves_them_out_names_them_and_changes_nothing(method, change)
 
 
 def test_a_copy_of_a_plain_layer_is_another_layer():
-    model, sparsifier = started("magnitude")
+    model, sparsifier = sparse("magnitude")
     model[4] = copy.deepcopy(model[4])
     with pytest.raises(KronblocksError, match="4: a Linear of 16x32 stands there now"):
         sparsifier.attach(torch.optim.AdamW(model.parameters()), total_steps=STEPS)
@@ -110,9 +101,9 @@ def test_a_copy_of_a_plain_layer_is_another_layer():
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("method", ["two-phase", "rigl"])
 def test_a_plain_layer_in_the_place_of_a_block_layer_keeps_its_weight_when_asked_about(method, trained):
-    model, sparsifier = started(method)
+    model, sparsifier = sparse(method)
     if trained:
-        step(model, sparsifier, attached(model, sparsifier), STEPS)
+        run(model, sparsifier, attached(model, sparsifier))
     new_head(model)
     weight = model[4].weight.detach().clone()
     assert sparsifier.sparsity >= 0 and torch.equal(model[4].weight, weight)
@@ -120,8 +111,8 @@ def test_a_plain_layer_in_the_place_of_a_block_layer_keeps_its_weight_when_asked
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_the_library_replaces_is_followed(method):
-    model, sparsifier = started(method)
-    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    model, sparsifier = sparse(method)
+    run(model, sparsifier, attached(model, sparsifier))
     before = sparsifier.report()
     densify_(model)
     after = sparsifier.report()
@@ -130,8 +121,8 @@ def test_what_the_library_replaces_is_followed(method):
 
 
 def test_a_question_does_not_zero_layers_that_were_made_dense_and_trained_on():
-    model, sparsifier = started("two-phase")
-    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    model, sparsifier = sparse("two-phase")
+    run(model, sparsifier, attached(model, sparsifier))
     densify_(model)
     with torch.no_grad():
         model[2].weight.add_(1.0)
@@ -155,12 +146,12 @@ def test_a_question_counts_the_layers_that_are_there_and_only_a_step_goes_on_wit
 
 def test_a_model_with_a_new_head_is_saved_with_its_other_layers_packed(tmp_path):
     def make() -> nn.Sequential:
-        model = started("magnitude")[0]
+        model = sparse("magnitude")[0]
         larger_head(model)
         return model
 
-    model, sparsifier = started("magnitude")
-    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    model, sparsifier = sparse("magnitude")
+    run(model, sparsifier, attached(model, sparsifier))
     larger_head(model)
     again = from_pretrained(save_pretrained(model, tmp_path / "saved", sparsifier=sparsifier), make)
     assert isinstance(again, nn.Sequential)
@@ -179,10 +170,10 @@ def test_layers_that_are_wrapped_or_moved_stay_followed():
             return self.inner(x)
 
     for method in ("magnitude", "kron-l1"):
-        model, sparsifier = started(method)
+        model, sparsifier = sparse(method)
         optimizer = attached(model, sparsifier)
         model[0] = Around(model[0])
-        step(model, sparsifier, optimizer, STEPS)
+        run(model, sparsifier, optimizer)
         assert sparsifier.sparsity == 0.75 and len(sparsifier.report().layers) == 3
     moved = nn.Sequential()
     moved.add_module("first", nn.Linear(32, 32))
@@ -194,23 +185,23 @@ def test_layers_that_are_wrapped_or_moved_stay_followed():
 
 
 def test_values_that_no_optimiser_has_are_told_of():
-    model, sparsifier = started("kron-l1")
+    model, sparsifier = sparse("kron-l1")
     optimizer = attached(model, sparsifier)
-    step(model, sparsifier, optimizer, 3)
+    run(model, sparsifier, optimizer, until=3)
     lift_(model)  # without the optimiser
     with pytest.raises(KronblocksError, match=r"0, 2, 4 have parameters now that no optimiser holds.*lift_\(model, optimizer\)"):
-        step(model, sparsifier, optimizer)
+        run(model, sparsifier, optimizer, until=sparsifier.step + 1)
 
 
 def test_a_weight_that_is_another_parameter_now_is_told_of_and_masked_where_an_optimiser_has_it():
-    model, sparsifier = started("magnitude")
+    model, sparsifier = sparse("magnitude")
     optimizer = attached(model, sparsifier)
-    step(model, sparsifier, optimizer, 25)
+    run(model, sparsifier, optimizer, until=25)
     model[2].weight = nn.Parameter(model[2].weight.detach().clone())
     with pytest.raises(KronblocksError, match="2 has parameters now that no optimiser holds"):
-        step(model, sparsifier, optimizer)
+        run(model, sparsifier, optimizer, until=sparsifier.step + 1)
     optimizer.add_param_group({"params": [model[2].weight]})
-    step(model, sparsifier, optimizer)
+    run(model, sparsifier, optimizer, until=sparsifier.step + 1)
     target = sparsifier.targets[1]
     optimizer.zero_grad()
     model(torch.randn(8, 32)).sum().backward()
@@ -228,7 +219,7 @@ def test_a_weight_that_is_another_parameter_now_is_told_of_and_masked_where_an_o
 )
 def test_weights_that_are_changed_in_place(change, says):
     """As spectral_norm, weight_norm and prune do, and resize_token_embeddings of some models."""
-    model, sparsifier = started("magnitude")
+    model, sparsifier = sparse("magnitude")
     change(model[0])
     with pytest.raises(KronblocksError, match=f"0: {says}"):
         sparsifier.attach(torch.optim.AdamW(model.parameters()), total_steps=STEPS)
@@ -236,8 +227,8 @@ def test_weights_that_are_changed_in_place(change, says):
 
 
 def test_quantised_layers_are_left_out_of_the_report():
-    model, sparsifier = started("magnitude")
-    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    model, sparsifier = sparse("magnitude")
+    run(model, sparsifier, attached(model, sparsifier))
     with warnings.catch_warnings():  # torch says that it has something newer
         warnings.simplefilter("ignore")
         torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
@@ -247,20 +238,20 @@ def test_quantised_layers_are_left_out_of_the_report():
 
 
 def test_block_layers_that_the_user_puts_in_place_are_followed():
-    model, sparsifier = started("kron-l1")
+    model, sparsifier = sparse("kron-l1")
     layer = model[2]
     model[2] = BlockSparseLinear.from_kron(layer)
     optimizer = attached(model, sparsifier)
-    step(model, sparsifier, optimizer, STEPS)
+    run(model, sparsifier, optimizer)
     assert sparsifier.sparsity == 0.75 and sparsifier.report().layers[1].kind == "BlockSparseLinear"
 
 
 def test_after_the_layer_was_replaced_sparsify_again_goes_on():
     """What the error says to write."""
-    model, sparsifier = started("two-phase", exclude=("4",))
-    step(model, sparsifier, attached(model, sparsifier), STEPS)
+    model, sparsifier = sparse("two-phase", exclude=("4",))
+    run(model, sparsifier, attached(model, sparsifier))
     model[4] = nn.Linear(32, 24)
     model[2] = nn.Linear(32, 32)
     again = sparsify_(model, SparsityConfig(block_size=8, target_sparsity=0.75, exclude=("4",), measure_plans=False))
-    step(model, again, attached(model, again), STEPS)
+    run(model, again, attached(model, again))
     assert again.sparsity == 0.75 and isinstance(model[0], BlockLayer)

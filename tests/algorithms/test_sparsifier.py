@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.algorithms.small_training import METHODS, STEPS, Training, factors, mlp, same
+from tests.helpers import METHODS, STEPS, Training, factors, mlp, same
 from torch import Tensor, nn
 
 import kronblocks

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.algorithms.small_training import METHODS, STEPS, Training, factors, same
+from tests import helpers
+from tests.helpers import METHODS, STEPS, Training, factors, same
 
 from kronblocks import KronblocksError, SparsityConfig
 from kronblocks.config.methods import spec_of
@@ -12,7 +13,7 @@ from kronblocks.core.errors import KronblocksWarning, OtherSteps
 
 
 def config(method: str = "two-phase") -> SparsityConfig:
-    return SparsityConfig(method=method, block_size=4, target_sparsity=0.75, measure_plans=False, **factors(method))
+    return helpers.config(method, block_size=4, **factors(method))
 
 
 @pytest.mark.parametrize("method", METHODS)

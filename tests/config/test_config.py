@@ -164,3 +164,9 @@ def test_wrong_parts_say_what_to_write(kind, settings, says):
 def test_foreign_dictionaries_are_refused(data, says):
     with pytest.raises(KronblocksError, match=says):
         SparsityConfig.from_dict(data)
+
+
+@pytest.mark.parametrize("settings", [{"schedule": {"end": 0.3}}, {"penalty": None}, {"overrides": [1]}])
+def test_wrong_kinds_of_parts_are_one_sentence(settings):
+    with pytest.raises(KronblocksError, match=f"{next(iter(settings))} is a"):
+        SparsityConfig(**settings)

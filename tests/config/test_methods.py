@@ -6,10 +6,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
+from tests.helpers import mlp, trained
 
-from kronblocks import KronblocksError, PenaltyConfig, Rule, ScheduleConfig, SparsityConfig, sparsify_
+from kronblocks import KronblocksError, PenaltyConfig, RankChoice, Rule, ScheduleConfig, SparsityConfig
 from kronblocks.algorithms.rules.base import cut
 from kronblocks.config import RankChoice
 from kronblocks.config.methods import METHODS, Choices, MethodSpec, register_method, spec_of
@@ -31,26 +30,12 @@ def reversed_method():
     del METHODS[name]
 
 
-def trained(config: SparsityConfig, steps: int = 20):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
-    sparsifier = sparsify_(model, config)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    sparsifier.attach(optimizer, total_steps=steps)
-    for _ in range(steps):
-        loss = model(torch.randn(16, 32)).square().mean() + sparsifier.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return sparsifier
-
-
 def test_a_registered_method_trains_and_is_saved_by_its_name(reversed_method):
     config = SparsityConfig(method=reversed_method, block_size=4, target_sparsity=0.5, schedule=ScheduleConfig(update_every=2))
     config = SparsityConfig.from_json(config.to_json())
-    sparsifier = trained(config)
+    sparsifier = trained(mlp(32, 32, 8), config)
     assert isinstance(sparsifier.rule, Reversed)
-    assert sparsifier.schedule is not None and sparsifier.schedule.end_step == 16  # its own default
+    assert sparsifier.schedule is not None and sparsifier.schedule.end_step == 32  # its own default
     assert sparsifier.sparsity == 0.5
     assert recipe_of(reversed_method).factor_lr_scale == 1.0
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from tests.helpers import config, mlp, trained
 from torch import nn
 
 from kronblocks import (
@@ -233,3 +234,11 @@ def test_frozen_layers_stay_frozen():
     model.norm.eval()
     export(model, torch.randn(5, 32), form="packed")
     assert model.training and model.layer.training and not model.norm.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_lower_precision_can_be_exported(dtype):
+    model = mlp()
+    trained(model, config())
+    model.to(dtype)
+    assert export(model, torch.randn(4, 32, dtype=dtype), form="dense").error < 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
+from tests.helpers import attached, config, mlp, run
+from torch import Tensor, nn
 
-from kronblocks import BlockSparseLinear, KronblocksError, SparsityConfig, from_pretrained, save_pretrained, sparsify_
+from kronblocks import BlockSparseLinear, KronblocksError, SparsityConfig, export, from_pretrained, save_pretrained, sparsify_
 from kronblocks.deploy.saving import CARD
+from kronblocks.nn.base import BlockLayer
 
 STORED = Path(__file__).parents[1] / "data" / "saved-format-2"
 
@@ -219,3 +222,28 @@ def test_folders_of_format_1_hold_no_extra_state():
     older = nn.Sequential(nn.Linear(24, 18), nn.BatchNorm1d(18), nn.Linear(18, 12, bias=False), Keeps("mine"), nn.Linear(12, 5))
     older[3].linear = nn.Identity()
     assert from_pretrained(STORED.with_name("saved-format-1"), older)[3].state == "mine"
+
+
+def test_a_part_of_a_model_is_saved_and_exported_in_its_place(tmp_path):
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("0", nn.Linear(32, 32))  # the same name as the first layer of the part has there
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.get_submodule("0")(x))
+
+    torch.manual_seed(1)
+    model = Around()
+    sparsifier = sparsify_(model.inner, config("magnitude"))
+    run(model, sparsifier, attached(model, sparsifier))
+    x = torch.randn(4, 32)
+    again = from_pretrained(save_pretrained(model, tmp_path / "saved", sparsifier=sparsifier), Around)
+    assert torch.allclose(again(x), model(x), atol=1e-6)
+    assert isinstance(again.get_submodule("inner.0"), BlockLayer) and type(again.get_submodule("0")) is nn.Linear
+    assert export(model, x, form="packed", sparsifier=sparsifier).error < 1e-5
+    average = copy.deepcopy(model)  # a copy has other layers of the same names
+    assert save_pretrained(average.inner, tmp_path / "average", sparsifier=sparsifier)
+    with pytest.raises(KronblocksError, match="is no layer of this model"):
+        save_pretrained(nn.Sequential(nn.Linear(3, 3)), tmp_path / "other", sparsifier=sparsifier)

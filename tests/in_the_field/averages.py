@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers import STEPS, check_layers_agree
 from tests.in_the_field.cases import limited, works
-from tests.in_the_field.trial import STEPS, Trial, batch, check_layers_agree, config, mlp, same_output, trained
+from tests.in_the_field.trial import Trial, batch, config, mlp, same_output, trained
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 

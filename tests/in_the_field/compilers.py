@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers import STEPS
 from tests.in_the_field.cases import limited, refused, works
-from tests.in_the_field.trial import STEPS, Trial, batch, loss_of, same_output, trained
+from tests.in_the_field.trial import Trial, batch, loss_of, same_output, trained
 from torch import nn
 
 from kronblocks import BlockSparseLinear, KroneckerBlockLinear, densify_

@@ -8,8 +8,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from tests.helpers import STEPS, check_layers_agree
 from tests.in_the_field.cases import refused, works
-from tests.in_the_field.trial import STEPS, Trial, check_layers_agree, config, mlp, same_output, trained
+from tests.in_the_field.trial import Trial, config, mlp, same_output, trained
 from torch import nn
 
 from kronblocks import (

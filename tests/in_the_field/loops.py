@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from tests.helpers import STEPS
 from tests.in_the_field.cases import works
-from tests.in_the_field.trial import STEPS, Trial, batch, config, loss_of, mlp
+from tests.in_the_field.trial import Trial, batch, config, loss_of, mlp
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers import STEPS
 from tests.in_the_field.cases import limited, refused, works
-from tests.in_the_field.trial import STEPS, Trial, config, loss_of
+from tests.in_the_field.trial import Trial, config, loss_of
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.optim import Optimizer

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.helpers import STEPS, check_layers_agree
 from tests.in_the_field.cases import limited, works
-from tests.in_the_field.trial import SPARSITY, STEPS, Trial, check_layers_agree, config, loss_of, mlp, same_output
+from tests.in_the_field.trial import SPARSITY, Trial, config, loss_of, mlp, same_output
 from torch import Tensor
 
 import kronblocks

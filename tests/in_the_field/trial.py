@@ -6,14 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tests import helpers
+from tests.helpers import STEPS, check_layers_agree
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from kronblocks import BlockSparseLinear, SparsityConfig, parameter_groups, sparsify_
 from kronblocks.nn.base import BlockLayer
-
-STEPS = 40
-"""Of a whole training: two-phase lifts after 12 of them, and prunes until 16."""
 
 SPARSITY = 0.75
 _TEACHER = torch.randn(32, 16, generator=torch.Generator().manual_seed(1)) / 32**0.5
@@ -26,8 +24,7 @@ def mlp() -> nn.Sequential:
 
 def config(method: str = "two-phase", **settings: Any) -> SparsityConfig:
     """Blocks of 8x8, to 75% zeros; so many rows that layers of live blocks compute with these alone, by their index."""
-    shared = {"block_size": 8, "target_sparsity": SPARSITY, "measure_plans": False, "rows": 2**16}
-    return SparsityConfig(method=method, **{**shared, **settings})
+    return helpers.config(method, **{"rows": 2**16, **settings})
 
 
 def batch(rows: int = 32) -> tuple[Tensor, Tensor]:
@@ -132,16 +129,6 @@ def check_gradients(sparsifier: Any) -> None:
         if isinstance(target.module, nn.Linear):
             gradient = target.grid.to_blocks(target.module.weight.grad)
             assert gradient[target.mask].any() and not gradient[~target.mask].any()
-
-
-def check_layers_agree(model: nn.Module) -> None:
-    """Each block layer's output is that of its dense weight, and that is zero where its mask says so."""
-    for layer in model.modules():
-        if isinstance(layer, BlockLayer):
-            weight = layer.dense_weight().detach()
-            assert not layer.grid.to_blocks(weight)[~layer.block_mask].any()
-            x = torch.randn(5, layer.in_features, dtype=weight.dtype)
-            assert torch.allclose(layer(x), linear(x, weight, layer.bias), rtol=1e-4, atol=1e-5), "output and weight disagree"
 
 
 def same_output(one: Any, other: Any, x: Tensor | None = None) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers import STEPS, check_layers_agree
 from tests.in_the_field.cases import limited, refused, works
-from tests.in_the_field.trial import STEPS, Trial, batch, check_layers_agree, config, loss_of, mlp, same_output, trained
+from tests.in_the_field.trial import Trial, batch, config, loss_of, mlp, same_output, trained
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.optim import ZeroRedundancyOptimizer

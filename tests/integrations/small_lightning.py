@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from tests import helpers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -34,8 +35,8 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW(parameter_groups(self, lr=rate) if self.groups else self.parameters(), lr=rate)
 
 
-def config(**settings) -> SparsityConfig:
-    return SparsityConfig(**{"block_size": 4, "rank": 2, "target_sparsity": 0.75, "measure_plans": False, **settings})
+def config(**settings: Any) -> SparsityConfig:
+    return helpers.config(**{"block_size": 4, "rank": 2, **settings})
 
 
 def data() -> DataLoader:

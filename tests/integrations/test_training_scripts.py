@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import helpers
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -68,8 +69,7 @@ def batch(name: str, step: int, rows: int = 8) -> dict[str, Tensor]:
 
 
 def config(**settings: Any) -> SparsityConfig:
-    shared = {"block_size": 4, "rank": 2, "target_sparsity": 0.75, "measure_plans": False}
-    return SparsityConfig(**{**shared, **settings})
+    return helpers.config(**{"block_size": 4, "rank": 2, **settings})
 
 
 def check(sparsifier: Any, sparsity: float = 0.75) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from tests import helpers
 from torch import nn
 
 pytest.importorskip("accelerate")
@@ -46,9 +48,8 @@ def examples(count: int = 64) -> list[dict]:
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[0] % 3} for row in tokens]
 
 
-def config(**settings) -> SparsityConfig:
-    shared = {"block_size": 4, "rank": 2, "target_sparsity": 0.75, "measure_plans": False, "exclude": ("classifier",)}
-    return SparsityConfig(**{**shared, **settings})
+def config(**settings: Any) -> SparsityConfig:
+    return helpers.config(**{"block_size": 4, "rank": 2, "exclude": ("classifier",), **settings})
 
 
 def arguments(folder, **settings) -> TrainingArguments:

@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from tests.helpers import config, mlp
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from kronblocks import KronblocksError, KroneckerBlockLinear
+from kronblocks import KronblocksError, KroneckerBlockLinear, sparsify_
+from kronblocks.nn.base import BlockLayer
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -231,3 +234,24 @@ def test_repr_names_blocks_and_plan(make):
     assert "in_features=15, out_features=12, block_size=3x5" in text
     assert f"live=7/12, plan={make.plan}" in text
     assert "live=?/12" in repr(make(device="meta"))
+
+
+@pytest.mark.parametrize("plan", ["dense", "tile_first", "coeff_first", "packed"])
+def test_third_derivatives_as_in_the_loss_of_a_differential_equation(plan):
+    model = mlp().double()
+    sparsify_(model, config(layers=("2",)))
+    layer = model[2]
+    assert isinstance(layer, BlockLayer)
+    mask = torch.rand(layer.grid.shape) < 0.5
+    layer.set_block_mask_(mask)
+    layer.use_plan_(plan)
+
+    def gradients(product) -> list[Tensor]:
+        x = torch.linspace(-1, 1, 3 * 32, dtype=torch.float64).view(3, 32).requires_grad_()
+        y = model[4](model[3](product(model[1](model[0](x)))))
+        first = torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+        second = torch.autograd.grad(first.sin().sum(), x, create_graph=True)[0]
+        return list(torch.autograd.grad((second + x).square().mean(), [p for p in model.parameters() if p is not model[4].bias]))
+
+    for found, wanted in zip(gradients(layer), gradients(lambda x: linear(x, layer.dense_weight(), layer.bias)), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12 * float(wanted.abs().max()))

@@ -15,7 +15,6 @@ import torch
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.nn.parameter import is_lazy
 
 from kronblocks import KronblocksError
@@ -104,21 +103,6 @@ def everything(model: nn.Module, *others: Any) -> Any:
     modules = [(name, id(module), module.training) for name, module in model.named_modules(remove_duplicate=False)]
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return modules, [(name, id(tensor), bits(tensor)) for name, tensor in tensors], bits(list(others))
-
-
-def check_layers_agree(model: nn.Module) -> None:
-    """Every block layer computes with the weight that it shows, and that is zero just where its mask says so."""
-    for layer in model.modules():
-        if isinstance(layer, BlockLayer):
-            weight, bias = layer.dense_weight(), layer.bias
-            blocks = layer.grid.to_blocks(weight.detach())
-            assert not (blocks != 0).flatten(2).any(2)[~layer.block_mask].any()
-            x = torch.randn(3, layer.in_features, dtype=weight.dtype)
-            if bool(weight.isfinite().all()):
-                wanted = linear(x.double(), weight.double(), None if bias is None else bias.double())
-                terms = (x.double().abs() @ weight.double().abs().T) + (0 if bias is None else bias.double().abs())
-                bound = 4 * (layer.in_features + (layer.rank or 1) + 4) * torch.finfo(weight.dtype).eps * terms
-                assert ((layer(x).double() - wanted).abs() <= bound).all()
 
 
 def check_sparsity(model: nn.Module, sparsifier: Sparsifier, wanted: float, scope: str = "global") -> None:

@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.reliability.fuzzing import QUIET, VALUES, Tally, at_most, bits, cases, check_layers_agree, everything, refused, small
+from tests.helpers import check_layers_agree
+from tests.reliability.fuzzing import QUIET, VALUES, Tally, at_most, bits, cases, everything, refused, small
 from torch import Tensor, nn
 
 from kronblocks import SparsityConfig, from_pretrained, save_pretrained, sparsify_

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.helpers import check_layers_agree
 from tests.reliability.fuzzing import (
     QUIET,
     VALUES,
     Tally,
     bits,
     cases,
-    check_layers_agree,
     check_sparsity,
     everything,
     refused,

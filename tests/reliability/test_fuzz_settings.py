@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.helpers import check_layers_agree
 from tests.reliability.fuzzing import (
     QUIET,
     VALUES,
     Tally,
     cases,
-    check_layers_agree,
     check_sparsity,
     everything,
     refused,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.reliability.fuzzing import QUIET, VALUES, Tally, at_most, bits, cases, check_layers_agree, everything, refused, small
+from tests.helpers import check_layers_agree
+from tests.reliability.fuzzing import QUIET, VALUES, Tally, at_most, bits, cases, everything, refused, small
 from torch import nn
 
 from kronblocks import SparsityConfig, parameter_groups, sparsify_

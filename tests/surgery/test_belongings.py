@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from tests.helpers import STEPS, config, mlp, run, started
 from torch import nn
 
 from kronblocks import KronblocksWarning, SparsityConfig, densify_, parameter_groups, sparsify_
@@ -141,3 +142,22 @@ def test_convolutions_and_those_that_are_put_back():
         warnings.simplefilter("error")
         sparsify_(net, SparsityConfig("static", 4, convolutions=True, layers=("none",)))
     assert all(layer.tag[0] is layer and "lora" in layer._modules for layer in net)
+
+
+def test_hooks_on_layers_go_on_over_the_lift():
+    model = mlp()
+    calls = {"kept": 0, "removed": 0}
+
+    def hook(name: str):
+        def count(*_) -> None:
+            calls[name] += 1
+
+        return count
+
+    model[0].register_forward_hook(hook("kept"))
+    handle = model[2].register_forward_pre_hook(hook("removed"))
+    sparsifier, optimizer = started(model, config())
+    run(model, sparsifier, optimizer, until=STEPS - 1)
+    handle.remove()
+    run(model, sparsifier, optimizer)
+    assert calls == {"kept": STEPS, "removed": STEPS - 1}

@@ -7,9 +7,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.helpers import METHODS, STEPS, attached, config, mlp, run, started
 from torch import nn
 
 from kronblocks import (
+    BlockSparseLinear,
     KronblocksError,
     KroneckerBlockLinear,
     SearchTask,
@@ -20,13 +22,10 @@ from kronblocks import (
     parameter_groups,
     sparsify_,
 )
-from kronblocks.config import RankChoice, methods
+from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.costs.timing_cache import forget_timings
 from kronblocks.search.halving import SearchConfig
-from kronblocks.surgery import select
-
-METHODS = [method for method in methods.METHODS if method != "dense"]
-STEPS = 24
+from kronblocks.surgery import apply_structure_, lift_, structure
 
 
 def pretrained() -> nn.Sequential:
@@ -36,20 +35,11 @@ def pretrained() -> nn.Sequential:
     return nn.Sequential(backbone, nn.ReLU(), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16))
 
 
-def config(method: str = "two-phase", **settings) -> SparsityConfig:
-    return SparsityConfig(method=method, block_size=8, target_sparsity=0.75, **settings)
-
-
 def trained(model: nn.Module, chosen: SparsityConfig):
     sparsifier = sparsify_(model, chosen)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     sparsifier.attach(optimizer, total_steps=STEPS)
-    for step in range(STEPS):
-        x = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
-        loss = (model(x) - x[:, :16]).square().mean() + sparsifier.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    run(model, sparsifier, optimizer)
     return sparsifier
 
 
@@ -192,3 +182,59 @@ def test_lora_over_frozen_layers_that_are_pruned_on_request():
 def test_other_values_are_refused(value):
     with pytest.raises(KronblocksError, match="frozen"):
         config(frozen=value)
+
+
+@pytest.mark.filterwarnings("ignore:pruning has ended")  # of kron-l1: gates of a frozen layer stay at 1, and all others die
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_layers_and_layers_that_are_not_used(method):
+    model = mlp()
+    model.add_module("unused", nn.Linear(32, 32))
+    model[0].requires_grad_(False)
+    weight = model[0].weight.detach().clone()
+    init = {"rigl": {"init": "nearest"}, "static": {"init": "random"}, "two-phase": {"init": "random"}}.get(method, {})
+    sparsifier = sparsify_(model, config(method, frozen="sparsify", **init))
+    frozen = model[0].weight.detach().clone()
+    optimizer = attached(model, sparsifier)
+    run(lambda x: nn.Sequential(*list(model)[:5])(x), sparsifier, optimizer)  # the lift replaces layers
+    assert sparsifier.sparsity >= 0.75
+    assert not any(p.requires_grad for p in model[0].parameters())
+    live = model[0].weight != 0
+    if method in ("rigl", "static"):  # no gradient asks for other blocks
+        assert torch.equal(model[0].weight, frozen)
+    elif method not in ("two-phase", "kron-l1", "group-lasso", "elastic-group-lasso"):
+        assert torch.equal(model[0].weight[live], weight[live])
+
+
+def test_a_taylor_score_of_a_frozen_or_unused_layer_says_what_to_do():
+    model = mlp()
+    model[0].requires_grad_(False)
+    with pytest.raises(KronblocksError, match=r"score='taylor' needs gradients, and 0 is frozen"):
+        sparsify_(model, config("magnitude", score="taylor", frozen="sparsify"))
+    model.add_module("unused", nn.Linear(32, 32))
+    sparsifier, optimizer = started(model, config("magnitude", score="taylor"))
+    assert [target.name for target in sparsifier.targets] == ["2", "4", "unused"]
+    with pytest.raises(KronblocksError, match=r"frozen or unused out with exclude"):
+        run(model[:5], sparsifier, optimizer)
+
+
+@pytest.mark.parametrize("method", ["two-phase", "kron-l1", "rigl", "static"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_what_is_frozen_stays_frozen(method, weights):
+    model = mlp()
+    for layer in (model[0], model[2]):
+        layer.weight.requires_grad_(weights)
+        layer.bias.requires_grad_(not weights)
+    sparsify_(model, config(method, frozen="sparsify", init="random"))
+    for layer in (model[0], model[2]):
+        assert isinstance(layer, BlockLayer) and isinstance(layer.bias, nn.Parameter)
+        assert layer.bias.requires_grad is not weights
+        assert {p.requires_grad for p in layer.block_parameters()} == {weights}
+    again = mlp()  # resumed, with layers of another kind than sparsify_ makes
+    for layer in (again[0], again[2]):
+        layer.weight.requires_grad_(weights)
+    lift_(model)
+    apply_structure_(again, structure(model))
+    for layer in (again[0], again[2]):
+        assert isinstance(layer, BlockSparseLinear) and layer.values.requires_grad is weights
+    densify_(model)
+    assert model[0].weight.requires_grad is weights and model[0].bias.requires_grad is not weights

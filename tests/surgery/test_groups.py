@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests import helpers
+from tests.helpers import mlp, run
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -28,7 +30,7 @@ def parts() -> nn.ModuleDict:
 
 
 def config(**settings: Any) -> SparsityConfig:
-    return SparsityConfig(**{"block_size": 4, "rank": 2, "target_sparsity": 0.75, "measure_plans": False, **settings})
+    return helpers.config(**{"block_size": 4, "rank": 2, **settings})
 
 
 def groups_of(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
@@ -210,3 +212,27 @@ def test_groups_of_a_part_split_by_layer_keep_to_their_layer():
     sparsifier.attach(optimizer, total_steps=STEPS)
     lift_(model, optimizer)
     assert rates(model, optimizer) == {"0": pytest.approx(1.5e-3), "1": pytest.approx(1.5e-1)}
+
+
+def test_named_parameters_have_their_names_after_the_lift():
+    model = mlp()
+    sparsifier = sparsify_(model, config())
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
+    sparsifier.attach(optimizer, total_steps=STEPS)
+    run(model, sparsifier, optimizer)
+    (group,) = optimizer.param_groups
+    assert group["param_names"] == [name for name, _ in model.named_parameters()]
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
+
+
+def test_values_join_one_optimiser_when_factors_were_in_two():
+    model = mlp()
+    sparsifier = sparsify_(model, config())
+    coefficients = [p for name, p in model.named_parameters() if name.endswith("coeff")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("coeff")]
+    optimizers = [torch.optim.SGD(coefficients, lr=1e-2), torch.optim.SGD(others, lr=1e-2)]
+    sparsifier.attach(optimizers, total_steps=STEPS)
+    run(model, sparsifier, *optimizers)
+    held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    assert sparsifier.sparsity >= 0.75

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from tests.algorithms.small_training import METHODS, same
+from tests.helpers import METHODS, STEPS, attached, config, loss_of, mlp, run, same
 from torch import Tensor, nn
 
 from kronblocks import (
@@ -16,7 +16,6 @@ from kronblocks import (
     SparsityConfig,
     densify_,
     from_pretrained,
-    parameter_groups,
     save_pretrained,
     sparsify_,
 )
@@ -28,28 +27,14 @@ from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.surgery import select
 
-STEPS = 40
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 16))
-
-
-def config(method: str, target: float, **settings) -> SparsityConfig:
-    return SparsityConfig(method=method, block_size=8, target_sparsity=target, **settings)  # pyright: ignore[reportArgumentType]
-
 
 def train(model: nn.Module, sparsifier: Sparsifier, until: int = STEPS) -> list[list[Tensor]]:
     """The masks before, and after every step."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
-    sparsifier.attach(optimizer, total_steps=STEPS)
+    optimizer = attached(model, sparsifier)
     masks = [[target.mask.clone() for target in sparsifier.targets]]
     for step in range(sparsifier.step, until):
-        x = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
-        loss = (model(x) - x[:, :16].sin()).square().mean() + sparsifier.penalty()
         optimizer.zero_grad()
-        loss.backward()
+        (loss_of(model, step) + sparsifier.penalty()).backward()
         optimizer.step()
         masks.append([target.mask.clone() for target in sparsifier.targets])
     return masks
@@ -58,7 +43,9 @@ def train(model: nn.Module, sparsifier: Sparsifier, until: int = STEPS) -> list[
 def sparse(method: str = "magnitude") -> nn.Sequential:
     """A model that a training has left 60% sparse, in block layers."""
     model = mlp()
-    train(model, sparsify_(model, config(method, 0.6, **({"storage": "packed"} if method == "magnitude" else {}))))
+    train(
+        model, sparsify_(model, config(method, target_sparsity=0.6, **({"storage": "packed"} if method == "magnitude" else {})))
+    )
     return model
 
 
@@ -75,7 +62,7 @@ def test_every_method_goes_on_from_the_live_blocks(method, first, saved, tmp_pat
         model = from_pretrained(save_pretrained(model, tmp_path / "model"), mlp)
         assert isinstance(model, nn.Sequential)
     before, kept = weights(model), [layer.block_mask.clone() for layer in model if isinstance(layer, BlockLayer)]
-    sparsifier = sparsify_(model, config(method, 0.85))
+    sparsifier = sparsify_(model, config(method, target_sparsity=0.85))
     for old, new, mask in zip(before, weights(model), kept, strict=True):
         if not spec_of(method).draws_start:
             assert torch.equal(old, new)
@@ -105,7 +92,7 @@ def test_the_schedule_begins_at_the_present_sparsity(shape, middle):
 
 def test_pruning_begins_where_the_schedule_says_and_not_late():
     """From 0 the schedule would pass the present sparsity only after a third of its span, and kill nothing before."""
-    sparsifier = sparsify_(model := sparse(), config("magnitude", 0.9))
+    sparsifier = sparsify_(model := sparse(), config("magnitude", target_sparsity=0.9))
     masks = train(model, sparsifier)
     assert sparsifier.schedule is not None
     dead = [sum(int((~mask).sum()) for mask in each) for each in masks]
@@ -117,7 +104,7 @@ def test_pruning_begins_where_the_schedule_says_and_not_late():
 def test_factors_keep_the_mask_and_start_from_the_live_blocks(init):
     model = sparse()
     before, masks = weights(model), [layer.block_mask.clone() for layer in model if isinstance(layer, BlockSparseLinear)]
-    report = sparsify_(model, config("two-phase", 0.85, init=None if init == "nearest" else init)).surgery
+    report = sparsify_(model, config("two-phase", target_sparsity=0.85, init=None if init == "nearest" else init)).surgery
     for old, new, mask, each in zip(before, weights(model), masks, report.selected, strict=True):
         assert torch.equal(each.grid.norms(new) > 0, mask)
         error = float((new - old).norm() / old.norm())
@@ -132,12 +119,12 @@ def test_factors_keep_the_mask_and_start_from_the_live_blocks(init):
 def test_sparse_starts_keep_the_strongest_of_their_own_blocks(method):
     model = sparse()
     norms = [layer.block_norms() for layer in model if isinstance(layer, BlockLayer)]
-    sparsify_(model, config(method, 0.85))
+    sparsify_(model, config(method, target_sparsity=0.85))
     for layer, norm in zip((model[0], model[2]), norms, strict=False):  # the last one keeps a block in every row
         assert isinstance(layer, BlockSparseLinear) and layer.capacity == int(layer.block_mask.sum())
         assert norm[layer.block_mask].min() >= norm[~layer.block_mask].max()
     random = sparse()
-    sparsify_(random, config(method, 0.85, init="random"))
+    sparsify_(random, config(method, target_sparsity=0.85, init="random"))
     assert not torch.equal(random[2].block_mask, model[2].block_mask)
     assert not (random[2].block_mask & (norms[1] == 0)).any()
 
@@ -147,13 +134,14 @@ def test_targets_below_the_present_sparsity_are_refused_and_the_present_one_is_n
     kinds, before = [type(layer) for layer in model], weights(model)
     for method in METHODS:
         with pytest.raises(KronblocksError, match=r"60\.\d% of the weights of the selected layers \(0, 2, 4\) .*call densify_"):
-            sparsify_(model, config(method, 0.5))
+            sparsify_(model, config(method, target_sparsity=0.5))
     assert [type(layer) for layer in model] == kinds and same(weights(model), before)
     with torch.no_grad():
         model[0].set_block_mask_(torch.eye(8, 4, dtype=torch.bool))
     with pytest.raises(KronblocksError, match=r"87.5% of the weights of 0 .*target_sparsity=0.7"):
-        sparsify_(model, config("magnitude", 0.7, scope="layer"))
-    sparsifier = sparsify_(sparse(), config("magnitude", 0.6))  # ceil of 60% of the blocks are dead, a little more than 60%
+        sparsify_(model, config("magnitude", target_sparsity=0.7, scope="layer"))
+    # ceil of 60% of the blocks are dead, a little more than 60%
+    sparsifier = sparsify_(sparse(), config("magnitude", target_sparsity=0.6))
     train(sparsifier.model, sparsifier)
     assert sparsifier.report().live_blocks == int(0.4 * sparsifier.report().total_blocks)
 
@@ -165,28 +153,21 @@ def test_such_a_training_can_be_resumed(method, stop, tmp_path):
 
     def start() -> tuple[nn.Module, Sparsifier]:
         model = from_pretrained(folder, mlp)
-        return model, sparsify_(model, config(method, 0.85, measure_plans=False))
+        return model, sparsify_(model, config(method, target_sparsity=0.85, measure_plans=False))
 
     model, sparsifier = start()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier.attach(optimizer, total_steps=STEPS)
 
-    def go_on(model: nn.Module, sparsifier: Sparsifier, optimizer: torch.optim.Optimizer, until: int) -> None:
-        for step in range(sparsifier.step, until):
-            x = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
-            optimizer.zero_grad()
-            (model(x) - x[:, :16]).square().mean().backward()
-            optimizer.step()
-
-    go_on(model, sparsifier, optimizer, stop)
+    run(model, sparsifier, optimizer, until=stop)
     state, values = sparsifier.state_dict(), {name: value.clone() for name, value in model.state_dict().items()}
-    go_on(model, sparsifier, optimizer, STEPS)
+    run(model, sparsifier, optimizer, until=STEPS)
     again, resumed = start()
     resumed.load_state_dict(state)
     again.load_state_dict(values)
     optimizer = torch.optim.SGD(again.parameters(), lr=0.1)
     resumed.attach(optimizer, total_steps=STEPS)
-    go_on(again, resumed, optimizer, STEPS)
+    run(again, resumed, optimizer, until=STEPS)
     assert same(model.state_dict(), again.state_dict())
     assert resumed.initial_sparsity == sparsifier.initial_sparsity > 0.6
 
@@ -195,7 +176,7 @@ def test_plain_and_block_layers_share_one_budget():
     model = sparse()
     model.add_module("5", nn.Tanh())
     model.add_module("6", nn.Linear(16, 16))
-    sparsifier = sparsify_(model, config("magnitude", 0.75, storage="packed"))
+    sparsifier = sparsify_(model, config("magnitude", target_sparsity=0.75, storage="packed"))
     train(model, sparsifier)
     report = sparsifier.report()
     assert [layer.name for layer in report.layers] == ["0", "2", "4", "6"]
@@ -229,18 +210,18 @@ def test_plain_layers_that_have_lost_blocks_are_warned_of():
     model = sparse()
     densify_(model)
     with pytest.warns(KronblocksWarning, match=r"blocks of 0 are exactly zero; .*will train.*do not densify_"):
-        sparsify_(model, config("magnitude", 0.85))
+        sparsify_(model, config("magnitude", target_sparsity=0.85))
     fresh = mlp()
     nn.init.zeros_(fresh[4].weight)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sparsify_(fresh, config("magnitude", 0.85))
+        sparsify_(fresh, config("magnitude", target_sparsity=0.85))
 
 
 def test_the_report_says_so_and_storage_dense_gives_plain_layers():
     model = sparse("kron-l1")
-    assert all("already" in each.note for each in select(model, config("magnitude", 0.85)).selected)
+    assert all("already" in each.note for each in select(model, config("magnitude", target_sparsity=0.85)).selected)
     mask = model[0].block_mask.clone()
-    sparsifier = sparsify_(model, config("magnitude", 0.85, storage="dense"))
+    sparsifier = sparsify_(model, config("magnitude", target_sparsity=0.85, storage="dense"))
     assert type(model[0]) is nn.Linear and torch.equal(sparsifier.targets[0].mask, mask)
     assert isinstance(sparse("kron-l1")[0], KroneckerBlockLinear)

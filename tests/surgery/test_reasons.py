@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from tests.helpers import config, mlp
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -23,11 +24,6 @@ from kronblocks.surgery import select
 
 CONFIG = SparsityConfig(block_size=8, target_sparsity=0.75)
 MASKED = SparsityConfig(method="magnitude", block_size=8, target_sparsity=0.75)
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
 
 
 def left(model: nn.Module, config: SparsityConfig = CONFIG) -> dict[str, str]:
@@ -76,7 +72,7 @@ def forward_of_its_own(model: nn.Sequential) -> None:
     ],
 )
 def test_a_layer_that_cannot_be_replaced_is_left_as_it_is(change, why, config):
-    model = mlp()
+    model = mlp(64, 64, 32, 16)
     change(model)
     kept = model[2]
     with pytest.MonkeyPatch.context() as patch:
@@ -100,7 +96,7 @@ def test_a_layer_that_cannot_be_replaced_is_left_as_it_is(change, why, config):
     ],
 )
 def test_what_a_block_layer_would_drop_stays_and_may_be_masked(change, why):
-    model = mlp()
+    model = mlp(64, 64, 32, 16)
     change(model)
     x, kept = torch.randn(4, 64), model[2]
     (one,) = select(model, CONFIG).left_dense
@@ -142,14 +138,14 @@ def test_memory_inside_a_larger_parameter_is_tied_to_it():
 
 def in_inference_mode() -> nn.Module:
     with torch.inference_mode():
-        return mlp()
+        return mlp(64, 64, 32, 16)
 
 
 @pytest.mark.parametrize("config", [CONFIG, MASKED], ids=["two-phase", "magnitude"])
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: torch.jit.script(mlp()), "TorchScript"),
+        (lambda: torch.jit.script(mlp(64, 64, 32, 16)), "TorchScript"),
         (in_inference_mode, r"0.weight was made under torch.inference_mode"),
         (lambda: nn.Linear(16, 16), r"itself an nn.Linear.*nn.Sequential"),
         (lambda: nn.Conv2d(16, 16, 3), r"itself a Conv2d.*nn.Sequential"),
@@ -173,7 +169,7 @@ def one_process():
 
 
 def wrapped(kind: str, mesh) -> Any:
-    model = mlp()
+    model = mlp(64, 64, 32, 16)
     if kind == "ddp":
         return DistributedDataParallel(model)
     if kind == "inside":
@@ -210,7 +206,7 @@ def test_wrap_after_sparsify(kind, says, masks, one_process):
 
 
 def test_a_bias_that_is_not_finite_is_named_before_the_training():
-    model = mlp()
+    model = mlp(64, 64, 32, 16)
     with torch.no_grad():
         model[2].bias[3] = torch.inf
     with pytest.raises(KronblocksError, match=r"the bias of 2 has values that are not finite"):
@@ -361,3 +357,10 @@ def test_what_select_finds_in_gpt2_and_in_convolutions():
     assert grouped.name == "conv.2" and "groups" in grouped.reason
     (only,) = select(Nets(), SparsityConfig(block_size=8)).selected
     assert only.name == "fc"
+
+
+def test_computed_weights_are_left_dense():
+    model = mlp()
+    nn.utils.spectral_norm(model[4])
+    report = sparsify_(model, config()).surgery
+    assert [(each.name, "spectral_norm" in each.reason) for each in report.left_dense] == [("4", True)]

@@ -6,26 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from tests.algorithms.small_training import same
+from tests.helpers import STEPS, attached, config, run, same
 from torch import Tensor, nn
 
-from kronblocks import KronblocksError, SparsityConfig, parameter_groups, sparsify_
+from kronblocks import KronblocksError, SparsityConfig, lift_, rewind_, sparsify_
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.nn.base import BlockLayer
 from kronblocks.surgery import lift_, rewind_
 
-STEPS = 40
 
-
-def mlp() -> nn.Sequential:
+def normed() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 16))
-
-
-def config(method: str, **settings) -> SparsityConfig:
-    return SparsityConfig(  # pyright: ignore[reportArgumentType]
-        method=method, block_size=8, target_sparsity=0.75, measure_plans=False, **settings
-    )
 
 
 def copy_of(model: nn.Module) -> dict[str, Any]:
@@ -36,18 +28,8 @@ def dense_weights(model: nn.Module) -> list[Tensor]:
     return [layer.weight.detach().clone() for layer in model.modules() if isinstance(layer, nn.Linear | BlockLayer)]
 
 
-def adamw(model: nn.Module, sparsifier: Sparsifier, total_steps: int = STEPS) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
-    sparsifier.attach(optimizer, total_steps=total_steps)
-    return optimizer
-
-
 def train(model: nn.Module, sparsifier: Sparsifier, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    for _ in range(steps):
-        x = torch.randn(16, 32)
-        optimizer.zero_grad()
-        ((model(x) - x[:, :16].sin()).square().mean() + sparsifier.penalty()).backward()
-        optimizer.step()
+    run(model, sparsifier, optimizer, until=sparsifier.step + steps)
 
 
 @pytest.mark.parametrize("early_at", ["before sparsify_", 0, 4])
@@ -66,10 +48,10 @@ def train(model: nn.Module, sparsifier: Sparsifier, optimizer: torch.optim.Optim
     ],
 )
 def test_early_weights_come_back_under_the_final_mask(method, settings, early_at):
-    model = mlp()
+    model = normed()
     early, weights = copy_of(model), dense_weights(model)
     sparsifier = sparsify_(model, config(method, **settings))
-    optimizer = adamw(model, sparsifier)
+    optimizer = attached(model, sparsifier)
     if early_at != "before sparsify_":
         train(model, sparsifier, optimizer, early_at)
         early, weights = copy_of(model), dense_weights(model)
@@ -103,7 +85,7 @@ def test_early_weights_come_back_under_the_final_mask(method, settings, early_at
 
 
 def test_a_new_optimiser_after_rewinding():
-    model = mlp()
+    model = normed()
     early = copy_of(model)
     sparsifier = sparsify_(model, config("magnitude"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -112,18 +94,18 @@ def test_a_new_optimiser_after_rewinding():
     masks = [target.mask.clone() for target in sparsifier.targets]
     handle.remove()
     rewind_(sparsifier, early)
-    train(model, sparsifier, adamw(model, sparsifier, 2 * STEPS), 2 * STEPS)
+    train(model, sparsifier, attached(model, sparsifier, 2 * STEPS), 2 * STEPS)
     assert all(torch.equal(target.mask, mask) for target, mask in zip(sparsifier.targets, masks, strict=True))
     assert sparsifier.sparsity == 0.75
 
 
 def test_iterative_pruning_with_rewinding():
     """Train, prune, rewind, and again: each round from the same early weights, with fewer of them."""
-    model = mlp()
+    model = normed()
     early = copy_of(model)
     for target in (0.5, 0.75):
         sparsifier = sparsify_(model, SparsityConfig("magnitude", 8, target_sparsity=target, storage="packed"))
-        train(model, sparsifier, adamw(model, sparsifier), STEPS)
+        train(model, sparsifier, attached(model, sparsifier), STEPS)
         rewind_(sparsifier, early)
         assert sparsifier.sparsity == target
         for layer, number in zip((model[0], model[2], model[4]), (0, 2, 4), strict=True):
@@ -133,9 +115,9 @@ def test_iterative_pruning_with_rewinding():
 
 
 def test_factors_that_were_lifted_by_hand_and_gates():
-    model = mlp()
+    model = normed()
     sparsifier = sparsify_(model, config("kron-l1"))
-    optimizer = adamw(model, sparsifier)
+    optimizer = attached(model, sparsifier)
     train(model, sparsifier, optimizer, 5)
     early, weights = copy_of(model), dense_weights(model)
     train(model, sparsifier, optimizer, STEPS - 5)
@@ -189,7 +171,7 @@ def test_transposed_layers_of_transformers():
 )
 @pytest.mark.parametrize("method", ["magnitude", "rigl"])
 def test_states_that_do_not_fit_are_refused_and_change_nothing(method, change, says):
-    model = mlp()
+    model = normed()
     early = copy_of(model)
     sparsifier = sparsify_(model, config(method))
     sparsifier.save_with_model()

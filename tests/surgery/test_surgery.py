@@ -286,3 +286,10 @@ def test_another_default_dtype(dtype):
         assert model(torch.randn(2, 64)).dtype == dtype
     finally:
         torch.set_default_dtype(before)
+
+
+def test_wrong_kinds_of_arguments_are_one_sentence():
+    with pytest.raises(KronblocksError, match="wants a model"):
+        sparsify_([mlp()])
+    with pytest.raises(KronblocksError, match="a number from 0 on"):
+        parameter_groups(mlp(), lr="1e-3")

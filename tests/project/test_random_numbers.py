@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.helpers import mlp
 from torch import Tensor, nn
 
 import kronblocks
@@ -17,8 +19,7 @@ X = torch.ones(2, 16)
 MASK = torch.eye(4, dtype=torch.bool)
 
 
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+plain = functools.partial(mlp, 16, 16, 16)
 
 
 def factored() -> nn.Sequential:
@@ -41,14 +42,14 @@ def nothing_drawn(make: Callable[[], Any], use: Callable[[Any], object]) -> Any:
 
 
 CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
-    "from_dense": (mlp, lambda model: BlockSparseLinear.from_dense(model[0], block_size=4, mask=MASK)),
+    "from_dense": (plain, lambda model: BlockSparseLinear.from_dense(model[0], block_size=4, mask=MASK)),
     "from_kron": (factored, lambda model: BlockSparseLinear.from_kron(model[0])),
-    "from_linear": (mlp, lambda model: KroneckerBlockLinear.from_linear(model[0], block_size=4, rank=2)),
+    "from_linear": (plain, lambda model: KroneckerBlockLinear.from_linear(model[0], block_size=4, rank=2)),
     "lift_": (factored, kronblocks.lift_),
     "densify_": (factored, kronblocks.densify_),
-    "sparsify_, nearest": (mlp, lambda model: sparsify_(model, SparsityConfig("rigl", 4, target_sparsity=0.5, init="nearest"))),
-    "apply_structure_": (mlp, lambda model: kronblocks.surgery.apply_structure_(model, kronblocks.surgery.structure(FACTORED))),
-    "rebuild_on_load_": (mlp, lambda model: kronblocks.rebuild_on_load_(model).load_state_dict(FACTORED.state_dict())),
+    "sparsify_, nearest": (plain, lambda model: sparsify_(model, SparsityConfig("rigl", 4, target_sparsity=0.5, init="nearest"))),
+    "apply_structure_": (plain, lambda model: kronblocks.surgery.apply_structure_(model, kronblocks.surgery.structure(FACTORED))),
+    "rebuild_on_load_": (plain, lambda model: kronblocks.rebuild_on_load_(model).load_state_dict(FACTORED.state_dict())),
 }
 FACTORED = factored()
 
@@ -67,12 +68,12 @@ def test_export_draws_none(make, form):
 
 def test_loading_draws_none(tmp_path: Path):
     folder = kronblocks.save_pretrained(FACTORED, tmp_path / "model")
-    nothing_drawn(mlp, lambda model: kronblocks.from_pretrained(folder, model))
-    model = mlp()
+    nothing_drawn(plain, lambda model: kronblocks.from_pretrained(folder, model))
+    model = plain()
     sparsifier = sparsify_(model, SparsityConfig(block_size=4, target_sparsity=0.5))
     kronblocks.surgery.lift_(model)
     state = sparsifier.state_dict()
-    again = sparsify_(mlp(), SparsityConfig(block_size=4, target_sparsity=0.5))
+    again = sparsify_(plain(), SparsityConfig(block_size=4, target_sparsity=0.5))
     nothing_drawn(lambda: again, lambda resumed: resumed.load_state_dict(state))
     assert all(isinstance(target.module, BlockSparseLinear) for target in again.targets)
 

@@ -15,7 +15,7 @@ from kronblocks_lab.pages import front, tables
 from kronblocks_lab.pages import front_figures as figures
 from kronblocks_lab.reproduce.page.page import write as write_experiments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 INDEX = (ROOT / "docs" / "index.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import kronblocks
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # DistributedDataParallel keeps gloo's threads past destroy_process_group, in plain PyTorch too, and rarely one of them aborts
 # its process while Python shuts down: everything has been printed and saved by then, and that is what the test looks at
 GLOO_ABORT = "terminate called without an active exception"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_unusual_scripts import STEPS, config, mlp, started, step
+from tests.helpers import STEPS, config, loss_of, mlp, run, started
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -33,8 +33,7 @@ def test_regrowth_in_a_compiled_model(settings):
         model = mlp()
         sparsifier, optimizer = started(model, settings)
         called = torch.compile(model, backend="eager") if compiled else model
-        for _ in range(STEPS):
-            step(called, sparsifier, optimizer)
+        run(called, sparsifier, optimizer)
         masks.append([target.mask.clone() for target in sparsifier.targets])
     assert all(torch.equal(one, other) for one, other in zip(*masks, strict=True))
     assert sparsifier.sparsity >= 0.75
@@ -45,8 +44,7 @@ def test_a_layer_that_was_compiled_by_itself_is_followed():
     model = mlp()
     model[0] = torch.compile(model[0], backend="eager")
     sparsifier, optimizer = started(model, config())
-    for _ in range(STEPS):
-        step(model, sparsifier, optimizer)
+    run(model, sparsifier, optimizer)
     layer, x = model.get_submodule("0._orig_mod"), torch.randn(4, 32)
     assert isinstance(layer, BlockSparseLinear) and layer.values.grad is not None
     torch.testing.assert_close(model[0](x), linear(x, layer.weight, layer.bias))
@@ -72,19 +70,18 @@ def test_compiled_code_is_compiled_again_after_regrowth_however_it_ends(own_stan
         return len(compiled) > before
 
     trainings = [(model := mlp(), *started(model, config("rigl", schedule=ScheduleConfig(update_every=2)))) for _ in range(2)]
-    for _ in range(STEPS):  # in turns, as in a search
+    for step in range(STEPS):  # in turns, as in a search
         for training in trainings:
-            step(*training)
+            run(*training, until=step + 1)
     assert is_compiling()
     model, sparsifier, optimizer = trainings[0][0], *started(mlp(), config("rigl"))
     with torch.no_grad():
         next(sparsifier.model.parameters()).fill_(torch.nan)
     with pytest.raises(KronblocksError, match="diverged"):
-        for _ in range(STEPS):
-            step(sparsifier.model, sparsifier, optimizer)
+        run(sparsifier.model, sparsifier, optimizer)
     assert is_compiling()
     stopped = (model := mlp(), *started(model, config("rigl", schedule=ScheduleConfig(update_every=2))))
-    step(*stopped)
+    run(*stopped, until=1)
     assert stopped[1].measures_growth and not is_compiling()
     copy.deepcopy(stopped[1])
     del stopped, model
@@ -96,9 +93,9 @@ def test_a_compiled_step_of_the_optimiser_with_regrowth():
     model = mlp()
     sparsifier, optimizer = started(model, config("rigl"))
     compiled = torch.compile(lambda: optimizer.step(), backend="eager")
-    for _ in range(STEPS):
+    for step in range(STEPS):
         optimizer.zero_grad()
-        model(torch.randn(16, 32)).square().mean().backward()
+        loss_of(model, step).backward()
         compiled()
     assert sparsifier.sparsity >= 0.75
 
@@ -185,7 +182,7 @@ def test_layers_are_watched_inside_checkpoints_of_a_compiled_model():
     """A checkpoint's part of compiled code may change nothing outside, such as what a watch has seen."""
     torch.compiler.reset()
     model = mlp()
-    sparsifier, optimizer = started(model, config(measure_plans=False))
+    sparsifier, optimizer = started(model, config())
     called = torch.compile(lambda x: checkpoint(model, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
     called(torch.randn(6, 3, 32)).square().mean().backward()
     optimizer.step()
@@ -194,8 +191,8 @@ def test_layers_are_watched_inside_checkpoints_of_a_compiled_model():
 
 def test_a_limit_below_what_the_lift_needs_is_told():
     """In a process of its own: what other tests have compiled before decides in which step torch reaches its limit."""
-    code = "from tests.test_compiled_models import train_below_and_at_the_limit; train_below_and_at_the_limit()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=Path(__file__).parents[1])
+    code = "from tests.algorithms.test_compiled import train_below_and_at_the_limit; train_below_and_at_the_limit()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=Path(__file__).parents[2])
 
 
 def train_below_and_at_the_limit() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.algorithms.small_training import METHODS, same
+from tests.helpers import METHODS, same
 from tests.search.small_task import CONFIG
 from torch import nn
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.prose import code_lines, sentences, words
+from tests.project.prose import code_lines, sentences, words
 
 import kronblocks
 from kronblocks.config.methods import METHODS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text()]
 
 
