@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -15,18 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.reliability.trainings import Training, arguments, limit_files
 from torch import nn
 
 from kronblocks import KronblocksError, SparsityConfig, from_pretrained, parameter_groups, save_pretrained, sparsify_
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = "--data digits --epochs 10 --widths 64 32 --block-size 8 --rank 2 --batch-size 64 --progress False --threads 1"
 LASTING = ("test_accuracy", "test_loss", "validation_loss", "block_sparsity", "training_macs", "trainable_parameters_end")
-
-
-def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "kronblocks_lab", "train", "--out", str(out), *SETTINGS.split(), *more]
 
 
 def outcome(out: Path) -> tuple:
@@ -41,7 +36,8 @@ def whole(tmp_path_factory) -> tuple[Path, float]:
     """A training that nothing happens to, and its seconds."""
     out = tmp_path_factory.mktemp("whole") / "run"
     start = time.perf_counter()
-    subprocess.run(command(out), check=True, capture_output=True)
+    status, said = Training(out).end()
+    assert status == 0, said
     return out, time.perf_counter() - start
 
 
@@ -52,16 +48,13 @@ def test_killed_at_random_moments(whole, tmp_path, times, record):
     while kills < wanted:
         out = tmp_path / f"run-{runs}"
         while not (out / "result.json").exists():
-            log, start = tmp_path / "log.txt", time.perf_counter()
-            with log.open("w") as file:
-                process = subprocess.Popen(command(out, "--resume"), stdout=file, stderr=file)
-            try:
-                process.wait(timeout=generator.uniform(0.4, 1.1) * longest if kills < wanted else None)
-                assert process.returncode == 0, log.read_text()
+            start, training = time.perf_counter(), Training(out)
+            if training.ends_within(generator.uniform(0.2, 1.1) * longest if kills < wanted else None):
+                status, said = training.end()
+                assert status == 0, said
                 longest = min(longest, time.perf_counter() - start)  # the first one may have shared the machine with others
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+            else:
+                training.kill()
                 kills += 1
         runs += 1
         assert outcome(out) == expected
@@ -74,12 +67,8 @@ def test_killed_at_random_moments(whole, tmp_path, times, record):
 
 def test_two_trainings_into_one_folder(whole, tmp_path, record):
     out = tmp_path / "run"
-    both = [
-        subprocess.Popen(command(out, "--resume"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    said = [process.communicate(timeout=300)[1] for process in both]
-    codes = sorted(process.returncode for process in both)
-    assert codes[0] == 0 and (codes[1] == 0 or any("another process is training" in text for text in said)), said
+    ends = sorted(training.end() for training in [Training(out), Training(out)])
+    assert ends[0][0] == 0 and (ends[1][0] == 0 or "another process is training" in ends[1][1]), ends
     assert outcome(out) == outcome(whole[0])
     record(
         "two trainings into one folder",
@@ -88,24 +77,15 @@ def test_two_trainings_into_one_folder(whole, tmp_path, record):
     )
 
 
-def limited(size: int):
-    """Files cannot grow beyond this many bytes, as on a full disk."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return limit
-
-
 def test_no_room_for_a_checkpoint(whole, tmp_path, times, record):
     out = tmp_path / "run"
     sizes = [20_000, 500, 2_000, 8_000, 30_000, 40_000][: times(1, 6)]
     for size in sizes:
-        failed = subprocess.run(command(out, "--resume"), capture_output=True, text=True, preexec_fn=limited(size))
-        assert failed.returncode not in (0, -signal.SIGSEGV), size
-        assert failed.stderr.strip() and "Traceback" not in failed.stderr, failed.stderr
-    subprocess.run(command(out, "--resume"), check=True, capture_output=True)
+        status, said = Training(out, room=size).end()
+        assert status not in (0, -signal.SIGSEGV), size
+        assert said.strip() and "Traceback" not in said, said
+    status, said = Training(out).end()
+    assert status == 0, said
     assert outcome(out) == outcome(whole[0])
     record(
         "no room for a file while training",
@@ -128,7 +108,7 @@ except kronblocks.KronblocksError as error:
     model = nn.Sequential(nn.Linear(8, 8))
     folder = save_pretrained(model, tmp_path / "saved")
     failed = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, preexec_fn=limited(50_000)
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, preexec_fn=lambda: limit_files(50_000)
     )
     assert "refused: cannot save the model" in failed.stderr and "as it was" in failed.stderr
     assert torch.equal(from_pretrained(folder, nn.Sequential(nn.Linear(8, 8)))[0].weight, model[0].weight)
@@ -140,7 +120,8 @@ def test_a_folder_that_cannot_be_written_to(record):
     for place in ("/dev/null/run",):
         with pytest.raises(KronblocksError, match="cannot save the model"):
             save_pretrained(nn.Sequential(nn.Linear(4, 4)), place)
-        failed = subprocess.run(command(Path(place)), capture_output=True, text=True)
+        command = [sys.executable, "-m", "kronblocks_lab", *arguments(Path(place))]
+        failed = subprocess.run(command, capture_output=True, text=True)
         assert failed.returncode == 2 and "cannot write into" in failed.stderr and "Traceback" not in failed.stderr
     record("a folder that cannot be written to", "save_pretrained and kronblocks train", "one sentence before any work is done")
 
