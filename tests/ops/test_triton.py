@@ -198,11 +198,11 @@ def test_packed_products_are_the_same_whatever_the_sizes(monkeypatch):
     mask = torch.zeros(8, 9, dtype=torch.bool)  # a long block row, a long block column, and all others nearly empty
     mask[1], mask[:, 4], mask[3] = True, True, False
     index, values = index_of(mask, 1), torch.randn(int(mask.sum()) + 1, 16, 32)
-    x, dy, bias = torch.randn(300, 9 * 32), torch.randn(300, 8 * 16), torch.randn(128)
+    x, dy, bias = torch.randn(140, 9 * 32), torch.randn(140, 8 * 16), torch.randn(128)
     tried: list[tuple[str, tuning.Sizes]] = []
 
     def every(kernel, about, x, default, others, run):
-        assert x.shape[0] == 300 and about["capacity"] == len(index.slot)
+        assert x.shape[0] == 140 and about["capacity"] == len(index.slot)
         possible = [default, *others]
         assert len(possible) == len(set(possible)) >= 11
         tested = [possible[0], *possible[2::3], *(sizes for sizes in possible if sizes.terms != default.terms)]
