@@ -81,7 +81,7 @@ def test_compiled_code_is_compiled_again_after_regrowth_however_it_ends(own_stan
         run(sparsifier.model, sparsifier, optimizer)
     assert is_compiling()
     stopped = (model := mlp(), *started(model, config("rigl", schedule=ScheduleConfig(update_every=2))))
-    run(*stopped, until=1)
+    run(*stopped, until=3)
     assert stopped[1].measures_growth and not is_compiling()
     copy.deepcopy(stopped[1])
     del stopped, model

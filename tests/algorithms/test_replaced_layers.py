@@ -11,15 +11,7 @@ from tests.helpers import METHODS, STEPS, attached, config, mlp, run
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from kronblocks import (
-    KronblocksError,
-    SparsityConfig,
-    densify_,
-    from_pretrained,
-    lift_,
-    save_pretrained,
-    sparsify_,
-)
+from kronblocks import KronblocksError, SparsityConfig, densify_, from_pretrained, save_pretrained, sparsify_
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.helpers import mlp, trained
 
-from kronblocks import KronblocksError, PenaltyConfig, RankChoice, Rule, ScheduleConfig, SparsityConfig
+from kronblocks import KronblocksError, PenaltyConfig, Rule, ScheduleConfig, SparsityConfig
 from kronblocks.algorithms.rules.base import cut
 from kronblocks.config import RankChoice
 from kronblocks.config.methods import METHODS, Choices, MethodSpec, register_method, spec_of

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state
 
-from kronblocks import BlockSize, BlockSparseLinear, KronblocksError
+from kronblocks import BlockSparseLinear, KronblocksError
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.mixture import BlockMixtureLinear
 from kronblocks.ops import BlockSize

@@ -22,10 +22,11 @@ from kronblocks import (
     parameter_groups,
     sparsify_,
 )
+from kronblocks.config import RankChoice
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.costs.timing_cache import forget_timings
 from kronblocks.search.halving import SearchConfig
-from kronblocks.surgery import apply_structure_, lift_, structure
+from kronblocks.surgery import apply_structure_, lift_, select, structure
 
 
 def pretrained() -> nn.Sequential:

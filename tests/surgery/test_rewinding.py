@@ -9,7 +9,7 @@ import torch
 from tests.helpers import STEPS, attached, config, run, same
 from torch import Tensor, nn
 
-from kronblocks import KronblocksError, SparsityConfig, lift_, rewind_, sparsify_
+from kronblocks import KronblocksError, SparsityConfig, sparsify_
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.nn.base import BlockLayer
 from kronblocks.surgery import lift_, rewind_
