@@ -125,14 +125,14 @@ def test_a_question_does_not_zero_layers_that_were_made_dense_and_trained_on():
 
 
 def test_a_question_counts_the_layers_that_are_there_and_only_a_step_goes_on_with_them():
-    model, sparsifier = started("static")
+    model, sparsifier = sparse("static")
     optimizer, old = attached(model, sparsifier), model[2]
     mask = torch.zeros(4, 4, dtype=torch.bool).index_fill_(0, torch.tensor(0), True)
     model[2] = BlockSparseLinear(32, 32, 8, mask=mask)
     optimizer.add_param_group({"params": list(model[2].parameters())})
     assert sparsifier.report().layers[1].live_blocks == 4 and not sparsifier.masks_linears
     assert sparsifier.targets[1].module is old
-    step(model, sparsifier, optimizer)
+    run(model, sparsifier, optimizer, until=sparsifier.step + 1)
     assert sparsifier.targets[1].module is model[2]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import kronblocks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_package_is_built_with_the_version_of_the_code():
