@@ -58,6 +58,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameter_groups(model, lr=1e-2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "storage"), STORAGES)
 @pytest.mark.parametrize("stop", [14, STEPS])  # 14: in the midst of pruning, where probes listen
 def test_trainings_are_freed_with_their_last_reference(method, storage, stop):

@@ -345,6 +345,7 @@ RANKS = """
 """
 
 
+@pytest.mark.slow
 def test_rank_0_decides_for_all(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(RANKS)]
     processes = [

@@ -43,6 +43,7 @@ WARM_UP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -71,6 +72,7 @@ def test_a_fixed_strength_shrinks_by_the_rate():
     assert constant[STEPS] == warm[STEPS] == pytest.approx(0.8, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("rates", [(1.0, 0.3, 0.1), (0.1, 1.0, 0.0), (0.0, 0.0, 1.0)])
 def test_layers_of_unequal_rates_and_block_sizes_keep_to_the_schedule(rates, scope):

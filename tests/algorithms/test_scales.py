@@ -65,6 +65,7 @@ def masks(scales: tuple[float, float, float], settings: dict[str, Any], dtype: t
     return [target.mask.clone() for target in sparsifier.targets]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("sizes", ["equal", "unequal"])
 @pytest.mark.parametrize("way", WAYS)

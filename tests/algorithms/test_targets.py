@@ -182,6 +182,7 @@ def moments_by_block(target, optimizer, moment):
     return {"values": values[module.block_position.argsort()].view(4, 4, 2, 3)}  # all sixteen blocks have a slot here
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_blocks_that_grow_late_take_no_larger_steps_than_others(make, amsgrad):

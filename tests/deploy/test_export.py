@@ -174,6 +174,7 @@ class Noise(nn.Module):
         return x + torch.randn_like(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["dense", "packed", "factored"])
 def test_through_torch_export_to_a_file_and_a_new_process(form, tmp_path):
     model, x = sparse().eval(), torch.randn(7, 24)

@@ -256,6 +256,7 @@ torch.save(model(torch.load(sys.argv[2], weights_only=True)).logits.detach(), sy
 """
 
 
+@pytest.mark.slow
 def test_a_transformers_model_loads_in_a_new_process_without_the_code_that_made_it(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

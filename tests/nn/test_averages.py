@@ -140,6 +140,7 @@ def test_timms_average_in_a_training(expected_weight):
     assert all(torch.equal(one.block_position, two.block_position) for one, two in zip(averages[0][::2], model[::2], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["call", "compiled", "dense compiled", "save", "state_dict", "mask"])
 def test_an_average_of_two_patterns_is_refused(how, tmp_path):
     plan = "dense" if "dense" in how else "packed"

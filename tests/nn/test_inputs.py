@@ -112,6 +112,7 @@ def test_a_model_that_was_made_block_sparse_on_meta():
         model(torch.randn(4, 64))
 
 
+@pytest.mark.slow
 def test_fake_tensors_and_tracing_with_them(make):
     from torch._subclasses import FakeTensorMode
 

@@ -80,6 +80,7 @@ def both(function, *tensors):
     return function(*(t.double() for t in tensors)), function(*(t.double().abs() for t in tensors))
 
 
+@pytest.mark.slow
 def test_packed(instruction_set, threads):
     for block, rows, grid, dtype, mask, count, _ in cases(0, 150):
         (m1, n1), (bm, bn) = grid, block
@@ -108,6 +109,7 @@ def test_packed(instruction_set, threads):
         assert (dvalues == 0).all(), "slots that are not listed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ("coeff_first", "tile_first"))
 def test_factored(instruction_set, threads, plan):
     for block, rows, grid, dtype, mask, count, pick in cases(1, 200):

@@ -68,6 +68,7 @@ def whole_life(settings: dict, folder) -> dict:
     return {**found, "further": further.report().to_dict(), "dense": rebuilt.state_dict()}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:pruning has ended")  # gates of a training this short say little of layers
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_default_device_changes_nothing(settings, tmp_path, monkeypatch):
@@ -78,6 +79,7 @@ def test_a_default_device_changes_nothing(settings, tmp_path, monkeypatch):
     assert same(found, wanted)
 
 
+@pytest.mark.slow
 def test_a_search_under_a_default_device():
     def batches(seed: int):
         generator = torch.Generator().manual_seed(seed)
