@@ -1,6 +1,8 @@
 """What all tests share: one thread, seeds, and comparison within the rounding errors that arithmetic allows."""
 
+import gc
 import os
+import sys
 
 import pytest
 import torch
@@ -26,6 +28,14 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nobody_holds_compilation():
+    """A training that a test has dropped before its next step keeps torch.compile eager until it is collected."""
+    growth = sys.modules.get("kronblocks.algorithms.growth")
+    if growth is not None and growth._STANCE._users:
+        gc.collect()
 
 
 def with_gradients(function, tensors, dy, *, unused: bool = False):
