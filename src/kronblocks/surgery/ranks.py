@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from kronblocks.config.ranks import RankChoice
@@ -58,6 +57,7 @@ def choose_ranks(choice: RankChoice, layers: Sequence[tuple[Tensor, BlockGrid, i
     Raises:
         DoesNotFit: not even one term a layer fits the budget.
 
+    >>> import torch
     >>> from kronblocks.core.blocks import BlockSize
     >>> weight = torch.kron(torch.eye(4), torch.eye(2)) + torch.kron(torch.ones(4, 4), torch.ones(2, 2))
     >>> choose_ranks(RankChoice(max_error=0.01), [(weight, BlockGrid.fit(8, 8, BlockSize(2, 2)), 1)])
