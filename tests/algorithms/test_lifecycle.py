@@ -98,6 +98,7 @@ def copies(things: Any) -> list[Any]:
     return [copy.deepcopy(things), pickle.loads(pickle.dumps(things)), torch.load(file, weights_only=False)]  # noqa: S301
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "storage", "stop"),
     [*((*each, 14) for each in STORAGES), ("two-phase", None, 0), ("two-phase", None, 25), ("magnitude", "dense", 25)],

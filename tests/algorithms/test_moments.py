@@ -62,6 +62,7 @@ FORMS: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # and whether it can
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["two-phase", "packed"])
 @pytest.mark.parametrize("form", FORMS)
 def test_state_of_any_form_goes_through_lift_and_the_end_of_dead_slots(form, method):

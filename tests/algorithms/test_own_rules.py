@@ -20,6 +20,7 @@ class Slowest(kronblocks.Rule):
         return cut(grown, ctx, ctx.sparsity), {"before": [score.clone() for score in scores]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["two-phase", "kron-l1", "magnitude"])
 def test_a_rule_of_ones_own_decides_and_resumes_to_the_same_bits(method):
     config = SparsityConfig(method=method, block_size=4, target_sparsity=0.75, **factors(method))

@@ -179,6 +179,7 @@ def test_after_the_lift_the_choice_is_new(clock):
     assert {p.rank for p in clock.calls} == {2, None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 5, 10, 11, 12, 20, 30])
 def test_a_resumed_training_replays_decisions_and_timings(clock, stop, tmp_path, monkeypatch):
     """Each measuring gives other times: only replayed ones can lead to the same choices."""

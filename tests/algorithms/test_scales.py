@@ -107,6 +107,7 @@ def trained(method: str, scale: float, *, dtype: torch.dtype = torch.float32, **
     return sparsifier
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1 / math.sqrt(24), 0.0], ids=["GPT-2's start", "zero"])
 @pytest.mark.parametrize("method", ["two-phase", "magnitude", "iterative", "group-lasso", "elastic-group-lasso", "kron-l1"])
 def test_no_layer_of_a_transformer_starves(method, scale):

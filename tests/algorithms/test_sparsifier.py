@@ -270,6 +270,7 @@ def test_schedule_settings_reach_the_schedule():
     assert (schedule.start_step, schedule.lift_step, schedule.end_step, schedule.shape) == (4, 20, 36, "linear")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", [5, 11, 14, 20])  # before the lift, after it, after more blocks have died, when healing
 @pytest.mark.parametrize("method", ["two-phase", "kron-l1", "rigl", "magnitude"])
 def test_going_back_in_place_gives_the_same_bits(method, earlier):

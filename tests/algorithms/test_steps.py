@@ -38,6 +38,7 @@ def test_a_trial_says_that_it_prunes_nothing_and_says_it_once():
     training.run(1).sparsifier.warn_if_too_dense("it ended early")  # a warning would be an error here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stop", [33, STEPS])
 def test_a_training_goes_on_for_longer_once_the_mask_is_frozen(method, stop):

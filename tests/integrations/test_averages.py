@@ -14,6 +14,7 @@ from kronblocks.algorithms.training.report import count_blocks
 from kronblocks.integrations.lightning import SparsityCallback
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["two-phase", "magnitude", "rigl"])
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def trained(model: nn.Module, chosen: SparsityConfig):
     return sparsifier
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:rank 2 in blocks of 2x1")
 @pytest.mark.parametrize("method", ["two-phase", "kron-l1", "group-lasso", "rigl", "magnitude", "static"])
 @pytest.mark.parametrize("make", [resnet, lenet5])

@@ -53,6 +53,7 @@ def weights(model: nn.Sequential) -> list[Tensor]:
     return [layer.weight.detach().clone() for layer in model if hasattr(layer, "weight")]  # pyright: ignore[reportCallIssue]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("first", ["magnitude", "kron-l1"])
 @pytest.mark.parametrize("method", METHODS)
@@ -146,6 +147,7 @@ def test_targets_below_the_present_sparsity_are_refused_and_the_present_one_is_n
     assert sparsifier.report().live_blocks == int(0.4 * sparsifier.report().total_blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 12, 25])
 @pytest.mark.parametrize("method", ["two-phase", "magnitude", "group-lasso"])
 def test_such_a_training_can_be_resumed(method, stop, tmp_path):

@@ -32,6 +32,7 @@ def train(model: nn.Module, sparsifier: Sparsifier, optimizer: torch.optim.Optim
     run(model, sparsifier, optimizer, until=sparsifier.step + steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early_at", ["before sparsify_", 0, 4])
 @pytest.mark.parametrize(
     ("method", "settings"),
