@@ -1,7 +1,7 @@
 """Neural networks with block-sparse weights, trained that way from the first step.
 
 Three lines in a training script: `sparsify_` the model, `attach` the optimiser that is made after it, add `penalty()` to
-the loss. The rooms, from the ground up: `core`, `config` and `ops`, `nn` and `algorithms`, `surgery`, then `search`, `deploy` and
+the loss. The rooms, from the ground up: `core`, `ops`, `nn` and `algorithms`, `config`, `surgery`, then `search`, `deploy` and
 `advice`, and `integrations`. Each says in its `__init__` what it offers.
 """
 

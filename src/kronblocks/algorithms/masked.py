@@ -38,9 +38,9 @@ class MaskedLinear:
 
     @property
     def block_mask(self) -> Tensor:
-        device = self._weight.device
-        if self._mask.device != device and device.type != "meta":  # the model has moved
-            self._mask = self._mask.to(device)
+        weight = self.linear._parameters.get("weight")  # none where it is computed from others now: a step says so, by name
+        if weight is not None and self._mask.device != weight.device and weight.device.type != "meta":  # the model has moved
+            self._mask = self._mask.to(weight.device)
         return self._mask
 
     @torch.no_grad()
@@ -59,7 +59,8 @@ class MaskedLinear:
         return self._sums((rows_here(self._weight).local * rows_here(self._weight.grad).local).float())
 
     def block_parameters(self) -> list[nn.Parameter]:
-        return [self._weight]
+        weight = self.linear._parameters.get("weight")
+        return [] if weight is None else [weight]
 
     def block_entries(self, blocks: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         return [(self._weight, self.grid.expand(blocks))]

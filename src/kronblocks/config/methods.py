@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from kronblocks.algorithms.budget import Distribution
-from kronblocks.algorithms.rules.base import Form, Rule, Strength
+from kronblocks.algorithms.rules.base import Form, Rule, Strength, check_rule
 from kronblocks.algorithms.rules.fixed import Fixed
 from kronblocks.algorithms.rules.group_lasso import GroupLasso
 from kronblocks.algorithms.rules.kron_l1 import KronL1
@@ -189,7 +189,7 @@ def register_method(name: str, spec: MethodSpec) -> None:
         spec: what it is.
 
     Raises:
-        KronblocksError: the name is taken, or it is no MethodSpec.
+        KronblocksError: the name is taken, or it is no MethodSpec that a training could use.
 
     >>> from kronblocks.algorithms.rules.magnitude import Magnitude
     >>> register_method("prune-by-loss", MethodSpec(lambda choices: Magnitude("taylor"), frozenset({"scope"})))
@@ -198,8 +198,17 @@ def register_method(name: str, spec: MethodSpec) -> None:
     """
     if not isinstance(spec, MethodSpec):
         raise KronblocksError(f"a method is a MethodSpec(rule, settings, defaults), not {spec!r}")
-    if name in METHODS:
-        raise KronblocksError(f"there is a method {name!r} already: use another name")
+    if not isinstance(name, str) or name in METHODS:
+        raise KronblocksError(f"{name!r} is no name for another method: there are {', '.join(METHODS)}")
+    if unknown := sorted(set(spec.settings) - set(get_args(Setting))):
+        raise KronblocksError(f"a method has no setting {unknown[0]!r}: there are {', '.join(get_args(Setting))}")
+    one_of("Choices.storage", spec.defaults.storage, Kept)
+    needs_factors = {"rank", "tile_groups", "gate", "schedule.lift_at"} & spec.settings
+    if needs_factors and not spec.is_factored:
+        raise KronblocksError(f"the setting {min(needs_factors)!r} is for factors: write defaults=Choices(storage='factors')")
+    if spec.rule is not None:
+        made = spec.rule(spec.defaults) if callable(spec.rule) and not isinstance(spec.rule, type) else spec.rule
+        check_rule(made)
     METHODS[name] = spec
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
@@ -13,7 +14,7 @@ ALL_ROWS = "layers that are alike share a row; .table(every_layer=True) gives ea
 """What a table says where they do."""
 
 _FEW = 6
-"""Numbers with gaps that are written out."""
+"""Runs of numbers that are written out."""
 
 _T = TypeVar("_T")
 
@@ -102,16 +103,18 @@ def span(names: Sequence[str]) -> str:
     """
     if len(names) == 1:
         return names[0]
-    columns = zip(*(name.split(".") for name in names), strict=True)
-    return f"{'.'.join(_part(list(dict.fromkeys(column))) for column in columns)} ({len(names)} layers)"
+    columns = [list(dict.fromkeys(column)) for column in zip(*(name.split(".") for name in names), strict=True)]
+    if math.prod(map(len, columns)) != len(names):  # not each of these with each of those
+        return f"{some(names, 2)} ({len(names)} layers)"
+    return f"{'.'.join(map(_part, columns))} ({len(names)} layers)"
 
 
 def _part(parts: list[str]) -> str:
     """What a place in the names of a group holds."""
     if len(parts) == 1:
         return parts[0]
-    if all(part.isdecimal() for part in parts):
-        return _range(sorted(map(int, parts)))
+    if all(part.isdecimal() and str(int(part)) == part for part in parts):
+        return _ranges(sorted(map(int, parts)))
     words = [part.split("_") for part in parts]
     length, (head, tail) = min(map(len, words)), (_shared(words), _shared([each[::-1] for each in words]))
     if head + tail >= length:
@@ -125,11 +128,16 @@ def _shared(words: list[list[str]]) -> int:
     return next((i for i, column in enumerate(zip(*words, strict=False)) if len(set(column)) > 1), min(map(len, words)))
 
 
-def _range(numbers: list[int]) -> str:
-    """Ascending numbers as a part of a name."""
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]}-{numbers[-1]}"
-    return ",".join(map(str, numbers)) if len(numbers) <= _FEW else "*"
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers as a part of a name.
+
+    >>> _ranges([0, 1, 2, 4, 6, 7]), _ranges(list(range(0, 40, 2)))
+    ('0-2,4,6-7', '0,2,4,...,38')
+    """
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    runs = [str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True)]
+    return ",".join(runs if len(runs) <= _FEW else [*runs[:3], "...", runs[-1]])
 
 
 def listed(names: Sequence[str]) -> str:

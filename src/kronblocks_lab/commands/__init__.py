@@ -11,6 +11,7 @@ import sys
 
 import tyro
 
+import kronblocks
 from kronblocks.core.errors import KronblocksError
 
 COMMANDS = {  # the module whose main() it is, and what it does
@@ -36,8 +37,8 @@ def run(args: list[str] | None = None) -> None:
         KronblocksError: there is no such subcommand, or it cannot do what it is asked for.
     """
     name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
-    if name in ("-h", "--help"):
-        sys.stdout.write(usage())
+    if name in ("-h", "--help", "--version"):
+        sys.stdout.write(usage() if name != "--version" else f"kronblocks {kronblocks.__version__}\n")
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -95,17 +95,24 @@ def check_rule(rule: Any) -> None:
     one_of(f"{type(rule).__name__}.score", rule.score, Score)
 
 
-def check_proposed(proposed: Sequence[Tensor], rule: Rule, ctx: RuleContext) -> None:
-    """Refuse what `propose` must not give.
+def checked(answer: Any, rule: Rule, ctx: RuleContext) -> tuple[Sequence[Tensor], RuleState]:
+    """What `propose` gave, grids and state.
 
     Raises:
-        KronblocksError: it says what it should give.
+        KronblocksError: it must not give that; says what it should give.
     """
-    given, wanted = [tuple(each.shape) for each in proposed], [tuple(mask.shape) for mask in ctx.masks]
-    if given != wanted:
-        raise KronblocksError(
-            f"{type(rule).__name__}.propose gave grids of {given}: give one a block, a bool or a number, in grids of {wanted}"
-        )
+    name, wanted = f"{type(rule).__name__}.propose", [tuple(mask.shape) for mask in ctx.masks]
+    if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], Mapping):
+        raise KronblocksError(f"{name} gave {type(answer).__name__}: return (grids, state), a list of tensors and a dict")
+    grids, state = answer
+    if not isinstance(grids, Sequence) or not all(isinstance(each, Tensor) for each in grids):
+        raise KronblocksError(f"{name} gave no list of tensors: return (grids, state), a tensor for each layer")
+    if (given := [tuple(each.shape) for each in grids]) != wanted:
+        raise KronblocksError(f"{name} gave grids of {given}: give a bool or a number for each block, in grids of {wanted}")
+    for each in grids:
+        if each.dtype != torch.bool and (each.is_complex() or not bool((torch.isfinite(each) & (each >= 0)).all())):
+            raise KronblocksError(f"{name} gave numbers that are not finite, or below 0: blocks are multiplied by them")
+    return grids, dict(state)
 
 
 def ranked(scores: Sequence[Tensor], ctx: RuleContext) -> list[Tensor]:

@@ -22,6 +22,8 @@ def around(model: nn.Module, given: nn.Module | None = None) -> list[ref[Any]]:
     Raises:
         KronblocksError: the model is in none of what is given.
     """
+    if given is not None and not isinstance(given, nn.Module):
+        raise KronblocksError(f"ddp= is the wrapper, ddp=DistributedDataParallel(model), not {given!r}: or leave it out")
     if given is None and not (distributed.is_available() and distributed.is_initialized()):
         return []
     among = _all_objects() if given is None else given.modules()

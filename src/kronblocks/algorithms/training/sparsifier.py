@@ -15,7 +15,7 @@ from kronblocks.algorithms.budget import Scope
 from kronblocks.algorithms.context import context_at, learning_rates, score_of
 from kronblocks.algorithms.growth import EagerSteps
 from kronblocks.algorithms.heads import Heads
-from kronblocks.algorithms.rules.base import Rule, RuleContext, RuleState, check_proposed
+from kronblocks.algorithms.rules.base import Rule, RuleContext, RuleState, checked
 from kronblocks.algorithms.rules.fixed import Fixed
 from kronblocks.algorithms.schedule import Phase, SparsitySchedule, continued
 from kronblocks.algorithms.targets import BlockTarget
@@ -209,8 +209,8 @@ class Sparsifier:
         context = self._context(self.step)
         scores = agreed([target.scores(context.score) for target in self.targets], self.step)
         growth = averaged([target.read_probe() for target in self.targets]) if update and self.rule.needs_growth else None
-        proposed, self._rule_state = self.rule.propose(scores, growth, self._rule_state, context)
-        check_proposed(proposed, self.rule, context)
+        answer = self.rule.propose(scores, growth, self._rule_state, context)
+        proposed, self._rule_state = checked(answer, self.rule, context)
         for target, each in zip(self.targets, proposed, strict=True):
             died, grown = target.apply_(each)
             if died.any():
