@@ -78,7 +78,7 @@ def test_multipliers_and_scores_that_cannot_be_are_refused():
         def propose(self, scores, growth_scores, state, ctx):
             return [torch.ones(1, 1) for _ in scores], state
 
-    with pytest.raises(KronblocksError, match=r"Short\.propose gave .*\(1, 1\).*one a block"):
+    with pytest.raises(KronblocksError, match=r"Short\.propose gave .*\(1, 1\).*for each block"):
         Training(SparsityConfig(method="magnitude", block_size=4), rule=Short()).start().run(STEPS)
 
     class Negative(Slowest):
@@ -87,3 +87,27 @@ def test_multipliers_and_scores_that_cannot_be_are_refused():
 
     with pytest.raises(KronblocksError, match="scores from 0 on"):
         Training(SparsityConfig(method="magnitude", block_size=4), rule=Negative()).start().run(STEPS)
+
+
+ANSWERS = {
+    "nothing": (lambda masks: None, "NoneType: return"),
+    "masks alone": (lambda masks: masks, "list: return"),
+    "no tensors": (lambda masks: ([mask.tolist() for mask in masks], {}), "no list of tensors"),
+    "a list for a state": (lambda masks: (masks, []), "tuple: return"),
+    "NaN": (lambda masks: ([mask * float("nan") for mask in masks], {}), "not finite"),
+    "numbers below 0": (lambda masks: ([-1.0 * mask for mask in masks], {}), "below 0"),
+}
+
+
+@pytest.mark.parametrize("what", ANSWERS)
+def test_what_no_rule_may_answer_is_refused_before_a_weight_changes(what):
+    answer, words = ANSWERS[what]
+
+    class Odd(Slowest):
+        def propose(self, scores, growth_scores, state, ctx):
+            return answer(ctx.masks)
+
+    training = Training(SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.5), rule=Odd()).start()
+    with pytest.raises(KronblocksError, match=rf"Odd\.propose gave .*{words}"):
+        training.run(STEPS)
+    assert all(bool(torch.isfinite(p).all()) for p in training.model.parameters())

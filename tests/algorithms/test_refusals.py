@@ -164,3 +164,10 @@ def test_a_penalty_that_is_left_out_is_warned_of(method):
                 loss.backward()
                 optimizer.step()
         assert ["penalty() was not called" in str(each.message) for each in said] == [True] * (not called)
+
+
+@pytest.mark.parametrize("ddp", ["model", 3])
+def test_what_is_no_wrapper_is_refused(ddp):
+    model = mlp(16, 16)
+    with pytest.raises(KronblocksError, match=r"ddp=DistributedDataParallel\(model\)"):
+        sparsify_(model, config()).attach(torch.optim.AdamW(model.parameters()), total_steps=STEPS, ddp=ddp)

@@ -247,3 +247,15 @@ def test_after_the_layer_was_replaced_sparsify_again_goes_on():
     again = sparsify_(model, SparsityConfig(block_size=8, target_sparsity=0.75, exclude=("4",), measure_plans=False))
     run(model, again, attached(model, again))
     assert again.sparsity == 0.75 and isinstance(model[0], BlockLayer)
+
+
+@pytest.mark.parametrize("change", [lambda layer: prune.l1_unstructured(layer, "weight", 0.3), parametrizations.weight_norm])
+def test_a_weight_that_is_computed_from_others_now_stops_no_other_training(change):
+    model, sparsifier = sparse("magnitude")
+    run(model, sparsifier, attached(model, sparsifier))
+    change(model[0])
+    other = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    other(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    assert "0 (its weight is computed from others now)" in str(sparsifier.report())

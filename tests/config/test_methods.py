@@ -106,3 +106,22 @@ def test_command_lines_have_the_settings_of_a_config_under_the_same_names_and_de
 def test_the_laboratory_knows_recipes_of_methods_that_there_are():
     assert set(RECIPES) <= set(METHODS)
     assert {name for name in OF_SOME_METHODS if not any(has_setting(method, name) for method in METHODS)} == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "words"),
+    [
+        ("static", MethodSpec(lambda choices: Reversed()), "no name for another"),
+        (3, MethodSpec(lambda choices: Reversed()), "no name for another"),
+        ("new", MethodSpec(Reversed), "rule=Reversed is a class"),
+        ("new", MethodSpec(lambda choices: None), "NoneType has no propose"),
+        ("new", MethodSpec(lambda choices: Reversed(), frozenset({"scopes"})), "no setting 'scopes'"),
+        ("new", MethodSpec(lambda choices: Reversed(), defaults=Choices(storage="sparse")), "storage"),
+        ("new", MethodSpec(lambda choices: Reversed(), frozenset({"schedule.lift_at"})), "for factors"),
+    ],
+)
+def test_a_method_that_no_training_could_use_is_refused(name, spec, words):
+    before = set(METHODS)
+    with pytest.raises(KronblocksError, match=words):
+        register_method(name, spec)
+    assert set(METHODS) == before

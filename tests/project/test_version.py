@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import kronblocks
+from kronblocks_lab.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -14,6 +15,11 @@ def test_the_package_is_built_with_the_version_of_the_code():
     assert pyproject["project"]["dynamic"] == ["version"]
     source = ROOT / pyproject["tool"]["scikit-build"]["metadata"]["version"]["input"]
     assert re.findall(r'^__version__ = "(.+)"$', source.read_text(), re.MULTILINE) == [kronblocks.__version__]
+
+
+def test_the_command_tells_its_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"kronblocks {kronblocks.__version__}\n"
 
 
 def test_the_citation_and_the_changelog_name_the_version():
