@@ -199,7 +199,7 @@ def register_method(name: str, spec: MethodSpec) -> None:
     if not isinstance(spec, MethodSpec):
         raise KronblocksError(f"a method is a MethodSpec(rule, settings, defaults), not {spec!r}")
     if not isinstance(name, str) or name in METHODS:
-        raise KronblocksError(f"{name!r} is no name for another method: there are {', '.join(METHODS)}")
+        raise KronblocksError(f"{name!r} is a method already, or no name: use another one than {', '.join(METHODS)}")
     if unknown := sorted(set(spec.settings) - set(get_args(Setting))):
         raise KronblocksError(f"a method has no setting {unknown[0]!r}: there are {', '.join(get_args(Setting))}")
     one_of("Choices.storage", spec.defaults.storage, Kept)

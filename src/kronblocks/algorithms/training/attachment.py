@@ -177,9 +177,10 @@ def _not_held(optimizers: Sequence[Optimizer], targets: Sequence[BlockTarget]) -
 
 def _is_flattened(target: BlockTarget) -> bool:
     try:
-        return any(p.dim() < 2 for p in target.parameters())
+        parameters = target.parameters()
     except AttributeError:  # they are not even there
         return True
+    return not parameters or any(p.dim() < 2 for p in parameters)
 
 
 def check_not_followed(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer] = ()) -> None:
