@@ -91,7 +91,7 @@ def test_multipliers_and_scores_that_cannot_be_are_refused():
 
 ANSWERS = {
     "nothing": (lambda masks: None, "NoneType: return"),
-    "masks alone": (lambda masks: masks, "list: return"),
+    "masks alone": (lambda masks: list(masks), "list: return"),
     "no tensors": (lambda masks: ([mask.tolist() for mask in masks], {}), "no list of tensors"),
     "a list for a state": (lambda masks: (masks, []), "tuple: return"),
     "NaN": (lambda masks: ([mask * float("nan") for mask in masks], {}), "not finite"),

@@ -47,7 +47,7 @@ def test_a_registered_method_refuses_settings_that_it_has_not_got(reversed_metho
 
 
 def test_names_are_registered_once():
-    with pytest.raises(KronblocksError, match="'rigl' already"):
+    with pytest.raises(KronblocksError, match="'rigl' is a method already"):
         register_method("rigl", METHODS["rigl"])
     with pytest.raises(KronblocksError, match="is a MethodSpec"):
         register_method("mine", Reversed)  # pyright: ignore[reportArgumentType]
@@ -111,8 +111,8 @@ def test_the_laboratory_knows_recipes_of_methods_that_there_are():
 @pytest.mark.parametrize(
     ("name", "spec", "words"),
     [
-        ("static", MethodSpec(lambda choices: Reversed()), "no name for another"),
-        (3, MethodSpec(lambda choices: Reversed()), "no name for another"),
+        ("static", MethodSpec(lambda choices: Reversed()), "use another one"),
+        (3, MethodSpec(lambda choices: Reversed()), "use another one"),
         ("new", MethodSpec(Reversed), "rule=Reversed is a class"),
         ("new", MethodSpec(lambda choices: None), "NoneType has no propose"),
         ("new", MethodSpec(lambda choices: Reversed(), frozenset({"scopes"})), "no setting 'scopes'"),

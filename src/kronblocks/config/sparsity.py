@@ -96,9 +96,7 @@ class SparsityConfig(MethodSettings):
         object.__setattr__(self, "heads", _patterns(self.heads))
         wrong = [key for key, value in self.overrides.items() if not (isinstance(key, str) and isinstance(value, LayerOverride))]
         if wrong:
-            raise KronblocksError(
-                f"overrides[{wrong[0]!r}] is a pattern of names with a LayerOverride(block_size=..., rank=..., tile_groups=...)"
-            )
+            raise KronblocksError(f"overrides[{wrong[0]!r}] must be a LayerOverride(...), and its pattern a text")
         self._refuse_ignored()
 
     def _refuse_ignored(self) -> None:
