@@ -27,12 +27,12 @@ def test_cells_stand_below_each_other_and_no_line_ends_in_spaces():
     [
         (["fc"], "fc"),
         (ATTENTION, "layers.0-11.attention.{q,k,v,o}_proj (48 layers)"),
-        (["a.0.b", "a.2.b", "a.3.b"], "a.0,2,3.b (3 layers)"),
-        ([f"a.{2 * i}" for i in range(9)], "a.* (9 layers)"),
+        (["a.0.b", "a.2.b", "a.3.b"], "a.0,2-3.b (3 layers)"),
+        ([f"a.{2 * i}" for i in range(9)], "a.0,2,4,...,16 (9 layers)"),
         (["a.query", "a.key"], "a.{query,key} (2 layers)"),
         (["x.in_proj_a", "x.in_b"], "x.in_{proj_a,b} (2 layers)"),
         (["x.a_a", "x.a_b_a"], "x.{a_a,a_b_a} (2 layers)"),
-        (["a.0.b.1", "a.1.b.0"], "a.0-1.b.0-1 (2 layers)"),
+        (["a.0.b.1", "a.1.b.0"], "a.0.b.1, a.1.b.0 (2 layers)"),
     ],
 )
 def test_the_name_of_a_group(names, said):

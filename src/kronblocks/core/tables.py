@@ -103,10 +103,10 @@ def span(names: Sequence[str]) -> str:
     """
     if len(names) == 1:
         return names[0]
-    columns = [list(dict.fromkeys(column)) for column in zip(*(name.split(".") for name in names), strict=True)]
-    if math.prod(map(len, columns)) != len(names):  # not each of these with each of those
+    columns = list(zip(*(name.split(".") for name in names), strict=True))
+    if math.prod(len(set(column)) for column in set(columns)) != len(names):  # not each of these with each of those
         return f"{some(names, 2)} ({len(names)} layers)"
-    return f"{'.'.join(map(_part, columns))} ({len(names)} layers)"
+    return f"{'.'.join(_part(list(dict.fromkeys(column))) for column in columns)} ({len(names)} layers)"
 
 
 def _part(parts: list[str]) -> str:
