@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-// Where the live blocks of an (m1, n1) grid of (bm, bn) blocks are; the arrays are those of BlockIndex in ops/packed.py.
+// Where the live blocks of an (m1, n1) grid of (bm, bn) blocks are; the arrays are those of BlockIndex in ops/index.py.
 struct PackedIndex {
   const std::int32_t *crow, *col, *row, *slot, *ccol, *order;
   std::int64_t m1, n1, bm, bn;

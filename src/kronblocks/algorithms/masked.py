@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kronblocks.core.blocks import BlockGrid
-from kronblocks.core.errors import KronblocksError
 from kronblocks.core.parameters import move_to_front_
 from kronblocks.core.shards import is_sharded, rows_here, summed
 
@@ -66,10 +65,7 @@ class MaskedLinear:
         return [(self._weight, self.grid.expand(blocks))]
 
     def set_block_mask_(self, mask: Tensor) -> None:
-        if tuple(mask.shape) != self.grid.shape or mask.dtype != torch.bool:
-            raise KronblocksError(
-                f"the mask of {self.grid} is a bool tensor of {self.grid.shape}, not {mask.dtype} {tuple(mask.shape)}"
-            )
+        self.grid.check_mask(mask)
         self._mask = mask.to(self.block_mask.device, copy=True)
         self.enforce_zeros_()
 

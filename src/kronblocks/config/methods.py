@@ -206,9 +206,10 @@ def register_method(name: str, spec: MethodSpec) -> None:
     needs_factors = {"rank", "tile_groups", "gate", "schedule.lift_at"} & spec.settings
     if needs_factors and not spec.is_factored:
         raise KronblocksError(f"the setting {min(needs_factors)!r} is for factors: write defaults=Choices(storage='factors')")
+    if not (spec.rule is None or callable(spec.rule)):
+        raise KronblocksError(f"a MethodSpec makes its rule from a config's choices: write lambda choices: {spec.rule!r}")
     if spec.rule is not None:
-        made = spec.rule(spec.defaults) if callable(spec.rule) and not isinstance(spec.rule, type) else spec.rule
-        check_rule(made)
+        check_rule(spec.rule if isinstance(spec.rule, type) else spec.rule(spec.defaults))
     METHODS[name] = spec
 
 

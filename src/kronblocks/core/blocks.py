@@ -148,6 +148,15 @@ class BlockGrid:
         """Number of weights, out_features * in_features."""
         return self.out_features * self.in_features
 
+    def check_mask(self, mask: Tensor) -> None:
+        """Refuse what is no mask of the grid.
+
+        Raises:
+            KronblocksError: it is not (m1, n1) bool.
+        """
+        if tuple(mask.shape) != self.shape or mask.dtype != torch.bool:
+            raise KronblocksError(f"the mask of {self} is a bool tensor of {self.shape}, not {mask.dtype} {tuple(mask.shape)}")
+
     def to_blocks(self, weight: Tensor) -> Tensor:
         """View an (out_features, in_features) weight as (m1, n1, bm, bn) blocks, without a copy."""
         m1, n1 = self.shape

@@ -139,15 +139,9 @@ class BlockLayer(WholeWeights):
         Args:
             mask: (m1, n1) bool, True = live.
         """
-        self._check_mask(mask)
+        self.grid.check_mask(mask)
         self.block_mask.copy_(mask)
         self.mask_changed_()
-
-    def _check_mask(self, mask: Tensor) -> None:
-        if tuple(mask.shape) != self.grid.shape or mask.dtype != torch.bool:
-            raise KronblocksError(
-                f"the mask of {self.grid} is a bool tensor of {self.grid.shape}, not {mask.dtype} {tuple(mask.shape)}"
-            )
 
     @torch.no_grad()
     def scale_blocks_(self, multipliers: Tensor) -> None:

@@ -238,7 +238,7 @@ class BlockSparseLinear(BlockLayer):
         Raises:
             KronblocksError: more blocks are to live than there are slots.
         """
-        self._check_mask(mask)
+        self.grid.check_mask(mask)
         position = self.positions()
         homeless = mask.flatten().index_fill(0, position, False).nonzero().squeeze(1)
         free = (~mask.flatten()[position]).nonzero().squeeze(1)

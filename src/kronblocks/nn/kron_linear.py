@@ -192,7 +192,7 @@ class KroneckerBlockLinear(BlockLayer):
 
     @torch.no_grad()
     def set_block_mask_(self, mask: Tensor) -> None:
-        self._check_mask(mask)
+        self.grid.check_mask(mask)
         self.enforce_zeros_()  # somebody may have written into the mask
         if self.gate is not None:  # a block whose gate and coefficients are both 0 would get no gradient and could not grow
             gate, rows = rows_here(self.gate)
