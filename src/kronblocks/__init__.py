@@ -1,8 +1,8 @@
 """Neural networks with block-sparse weights, trained that way from the first step.
 
-Three lines in a training script: `sparsify_` the model, `attach` the optimiser that is made after it, add `penalty()` to
-the loss. The rooms, from the ground up: `core`, `ops`, `nn` and `algorithms`, `config`, `surgery`, then `search`, `deploy` and
-`advice`, and `integrations`. Each says in its `__init__` what it offers.
+A training script needs three more lines: `sparsify_` the model, make the optimiser, `attach` it. Some methods also have a
+`penalty()` to add to the loss. The rooms, from the ground up, are `core`, `ops`, `nn` and `algorithms`, `config`, `surgery`,
+then `search`, `deploy` and `advice`, and `integrations`. Each says in its `__init__` what it offers.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Algorithms on grids of block scores: rules, budgets, schedules; `training` ties them to an optimiser."""
+"""Algorithms on grids of block scores: rules, budgets and schedules. `training` ties them to an optimiser."""
 
 from kronblocks.algorithms.rules.base import Rule, RuleContext, cut
 from kronblocks.algorithms.schedule import SparsitySchedule

@@ -15,13 +15,13 @@ Scope = Literal["global", "layer"]
 Distribution = Literal["erk", "uniform"]
 
 FLOOR = 0.25
-"""Share of the mean density that every layer keeps where blocks of different layers are compared by their norms."""
+"""Share of the mean density that every layer keeps when blocks of all layers are compared by norm."""
 
 _NEVER = 3  # the number of blocks that never die: see `keep_longest`
 
 
 def blocks_to_kill(blocks: int, sparsity: float) -> int:
-    """ceil(sparsity * blocks), forgiving rounding errors of the product.
+    """ceil(sparsity * blocks - 1e-9): how many blocks must be dead. The 1e-9 is for rounding errors of the product.
 
     >>> blocks_to_kill(10, 0.9), blocks_to_kill(10, 0.91), blocks_to_kill(30, 0.1)
     (9, 10, 3)
@@ -30,7 +30,7 @@ def blocks_to_kill(blocks: int, sparsity: float) -> int:
 
 
 def best_of_rows(score: Tensor) -> Tensor:
-    """The block of greatest score in each block row that has a live one, (m1, n1) bool; dead blocks have scores below 0.
+    """The best live block of each block row, (m1, n1) bool; rows without a live block have none. Dead blocks score below 0.
 
     >>> best_of_rows(torch.tensor([[1.0, 3.0], [-1.0, 0.0], [-1.0, -1.0]])).tolist()
     [[False, True], [False, True], [False, False]]
@@ -40,7 +40,7 @@ def best_of_rows(score: Tensor) -> Tensor:
 
 
 def _with_live_rows(live: Tensor, score: Tensor) -> Tensor:
-    """The same number of live blocks, but one in every block row, as far as they go: the worst of fuller rows make room."""
+    """Move live blocks so that as many block rows as possible have one: the worst ones of fuller rows die instead."""
     live = live.clone()
     for row in (~live.any(1) & (score >= 0).any(1)).nonzero().flatten().tolist():
         spare = live & ~best_of_rows(score.masked_fill(~live, -1.0))
@@ -52,16 +52,16 @@ def _with_live_rows(live: Tensor, score: Tensor) -> Tensor:
 
 
 def keep_longest(scores: Sequence[Tensor], sparsity: float, *, heads: Sequence[bool] = (), floor: float = 0.0) -> list[Tensor]:
-    """How late each block dies, (m1, n1) uint8 a layer: one of a higher number only when none of a lower one is left.
+    """Protection of each block, (m1, n1) uint8 per layer: blocks die only after all those with a lower number.
 
-    0: in order of score. 1: the best blocks of a layer, up to `floor` times the mean density. 2: the best block of each block
-    row of a head. 3: the best block of a layer, which never dies. Dead blocks, whose scores are below 0, have 0.
+    0: not protected. 1: the best blocks of a layer, up to `floor` times the mean density. 2: the best block of each block
+    row of a head. 3: the best block of a layer, which never dies. Dead blocks have 0.
 
     Args:
-        scores: one (m1, n1) grid a layer, from 0 on; dead blocks have scores below 0.
-        sparsity: share of all weights that is to be dead.
-        heads: whether a layer makes the model's output, one a layer; empty: none does.
-        floor: share of the mean density that every layer keeps as long as it can.
+        scores: an (m1, n1) grid per layer, from 0 on; dead blocks have scores below 0.
+        sparsity: target share of weights in dead blocks.
+        heads: whether a layer makes the model's output, one bool per layer; empty: none does.
+        floor: share of the mean density that every layer keeps as long as possible.
 
     >>> keep_longest([torch.tensor([[4.0, 1.0, 3.0, 2.0], [0.5, 0.4, 0.3, 0.2]])], 0.5, heads=[True], floor=0.5)[0].tolist()
     [[3, 0, 1, 0], [2, 0, 0, 0]]
@@ -80,7 +80,7 @@ def keep_longest(scores: Sequence[Tensor], sparsity: float, *, heads: Sequence[b
 
 
 def _weights_to_kill(weights: float, sparsity: float, areas: Sequence[int]) -> float:
-    """sparsity * weights, forgiving rounding errors as `blocks_to_kill` does."""
+    """sparsity * weights, less a margin for rounding errors, as in `blocks_to_kill`."""
     return sparsity * weights - max(1e-12 * sparsity * weights, 1e-9 * min(areas))
 
 
@@ -103,13 +103,13 @@ def check_reachable(
 
     Args:
         shapes: grid (m1, n1) of each layer.
-        areas: weights per block, a number a layer.
+        areas: weights per block, one number per layer.
         sparsity: share to be dead, in [0, 1).
         scope: over all layers together ("global"), or in each ("layer").
-        alive: whether a layer has a live block now, one a layer; None: all have.
+        alive: whether a layer has a live block now, one bool per layer; None: all have.
 
     Raises:
-        DoesNotFit: `choose_dead` could not reach it.
+        DoesNotFit: `choose_dead` could not reach the sparsity.
 
     >>> check_reachable([(2, 2), (1, 1)], [4, 4], 0.6)
     >>> check_reachable([(2, 2), (1, 1)], [4, 4], 0.61)
@@ -162,18 +162,17 @@ def _choose_dead(
 
 
 def layer_adaptive(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Scores that compare blocks of different layers, whatever each layer's scale (equation 22 in docs/math.md).
+    """Rescale scores so that blocks of different layers compare, whatever each layer's scale (equation 22 in docs/math.md).
 
-    The square of a block's score, divided by the squares of all blocks of its layer that outlive it, times m1 + n1: where
-    the blocks of every layer are alike, densities are in proportion to (m1 + n1) / (m1 * n1), as `erdos_renyi` gives them. The
-    order within a layer stays.
+    A block's squared score is divided by the sum of squares of the blocks of its layer that outlive it, then multiplied by
+    m1 + n1. The order within a layer stays. If scores are distributed alike in every layer, densities are as in `erdos_renyi`.
 
     Args:
-        scores: one (m1, n1) grid a layer, from 0 on, in any unit; dead blocks have scores below 0, and keep them.
+        scores: an (m1, n1) grid per layer, from 0 on, in any unit; dead blocks have scores below 0, and keep them.
 
     Source:
-        Lee, Park, Mo, Ahn, Shin, "Layer-adaptive sparsity for the magnitude-based pruning" (LAMP), 2021, with blocks for weights
-        and another constant for each layer.
+        Lee, Park, Mo, Ahn, Shin, "Layer-adaptive sparsity for the magnitude-based pruning" (LAMP), 2021. Here for blocks
+        instead of weights, and with the factor m1 + n1.
 
     >>> small, large = torch.tensor([[1.0, 2.0]]), torch.tensor([[100.0, 200.0]])
     >>> [grid.mul(10).round().tolist() for grid in layer_adaptive([small, large])]
@@ -184,7 +183,7 @@ def layer_adaptive(scores: Sequence[Tensor]) -> list[Tensor]:
         flat = score.detach().flatten().to("cpu", torch.float64)
         live = flat >= 0
         top = float(flat.max())
-        relative = flat / top if top > 0 else torch.ones_like(flat)  # squares of it neither overflow nor, where it counts, vanish
+        relative = flat / top if top > 0 else torch.ones_like(flat)  # whose squares do not overflow
         squares, order = relative.square().masked_fill(~live, 0).sort(stable=True)
         outlive = squares.flip(0).cumsum(0).flip(0)
         found = torch.empty_like(flat).index_copy_(0, order, squares / outlive * sum(score.shape))
@@ -202,24 +201,22 @@ def choose_dead(
     floor: float = 0.0,
     reach: bool = True,
 ) -> list[Tensor]:
-    """The blocks of least score that must be dead for a sparsity; ties broken by layer order and block index.
+    """Choose the blocks of least score that must be dead for a sparsity. Layer order and block index break ties.
 
-    With equal block sizes exactly ceil(sparsity * N - 1e-9) of the N blocks; with unequal ones the fewest, in order of score,
-    whose weights reach that share of all weights. Every layer keeps its best block. The best block of each block row of a head,
-    where an output without one is a lost class, and a layer's best blocks up to `floor` of the mean density die only when
-    nothing else is left (`keep_longest`).
+    With equal block sizes exactly ceil(sparsity * N - 1e-9) of the N blocks are dead. With unequal ones the fewest blocks
+    die, in order of score, whose weights reach that share of all weights. `keep_longest` says which blocks die last.
 
     Args:
-        scores: one (m1, n1) grid a layer, in the model's order, from 0 on; dead blocks have scores below 0, and count first.
-        areas: weights per block, a number a layer.
+        scores: an (m1, n1) grid per layer, in the model's order, from 0 on; dead blocks have scores below 0, and count first.
+        areas: weights per block, one number per layer.
         sparsity: share to be dead, in [0, 1).
-        scope: over all layers together ("global"), or in each ("layer"), where there is no floor to keep.
-        heads: whether a layer makes the model's output, one a layer; empty: none does.
-        floor: share of the mean density that every layer keeps as long as it can.
-        reach: whether the sparsity must be reached; else all but the best of every layer die where it cannot be.
+        scope: over all layers together ("global"), or in each ("layer"), where `floor` does not apply.
+        heads: whether a layer makes the model's output, one bool per layer; empty: none does.
+        floor: share of the mean density that every layer keeps as long as possible.
+        reach: raise if the sparsity cannot be reached. False: then all but the best block of every layer die.
 
     Returns:
-        One (m1, n1) bool grid a layer, True = dead.
+        An (m1, n1) bool grid per layer, True = dead.
 
     Raises:
         DoesNotFit: a layer would be left without a live block, and `reach` is set.
@@ -236,7 +233,7 @@ def choose_dead(
 
 
 def erdos_renyi(shapes: Sequence[tuple[int, int]], weights: Sequence[int], density: float) -> list[float]:
-    """Densities of layers in proportion to (m1 + n1) / (m1 * n1), none above 1, that give the wanted density over all weights.
+    """Densities of layers in proportion to (m1 + n1) / (m1 * n1), at most 1, whose mean over all weights is `density`.
 
     Args:
         shapes: grid (m1, n1) of each layer.
@@ -244,8 +241,8 @@ def erdos_renyi(shapes: Sequence[tuple[int, int]], weights: Sequence[int], densi
         density: over all layers, in (0, 1].
 
     Source:
-        Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity", 2018; the scaled form
-        of Evci et al., "Rigging the lottery", 2020, with blocks for weights.
+        Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity", 2018. The scaled
+        form is that of Evci et al., "Rigging the lottery", 2020, here for blocks instead of weights.
 
     >>> [round(density, 3) for density in erdos_renyi([(10, 10), (2, 2)], [100, 4], 0.25)]
     [0.22, 1.0]
@@ -275,16 +272,16 @@ def strongest_masks(
     distribution: Distribution,
     heads: Sequence[bool] | None = None,
 ) -> list[Tensor]:
-    """The blocks of greatest norm, as many in each layer as a distribution wants, and no less than `FLOOR` of the mean density.
+    """Masks with the blocks of greatest norm. Each layer gets its share, and at least `FLOOR` of the mean density.
 
-    No block row of a head is left without one while others have two.
+    No block row of a head is empty while other rows have two blocks.
 
     Args:
-        norms: one (m1, n1) grid a layer, below 0 where a block is dead already and stays so.
-        areas: weights per block, a number a layer.
+        norms: an (m1, n1) grid per layer, below 0 where a block is dead already and stays dead.
+        areas: weights per block, one number per layer.
         sparsity: share to be dead, in [0, 1).
-        distribution: "erk", or "uniform": every layer alike.
-        heads: whether a layer makes the model's output, one a layer; None: nobody knows yet, so every layer may be one.
+        distribution: the layers' shares: "erk", or "uniform" for equal densities.
+        heads: whether a layer makes the model's output, one bool per layer; None: unknown, so every layer may be a head.
     """
     blocks = [grid.numel() for grid in norms]
     weights = [number * area for number, area in zip(blocks, areas, strict=True)]
@@ -292,7 +289,7 @@ def strongest_masks(
     if distribution == "erk":
         shapes = [(grid.shape[0], grid.shape[1]) for grid in norms]
         density = erdos_renyi(shapes, weights, 1 - sparsity)
-    scores = []  # above 1 for the blocks of least rank: as many in each layer as its density wants
+    scores = []  # above 1 for the best blocks of each layer, as many as its density allows
     for grid, number, wanted in zip(norms, blocks, density, strict=True):
         order = grid.detach().flatten().argsort(descending=True, stable=True).argsort().to("cpu", torch.float64)
         scores.append((wanted * number / (order.view(grid.shape) + 0.5)).masked_fill(grid.to("cpu") < 0, -1.0))

@@ -1,4 +1,4 @@
-"""What a rule is told beside the scores, from the schedule, the layers and the optimisers as they are."""
+"""Make the context that a rule gets beside the scores, from the schedule, the layers and the optimisers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kronblocks.algorithms.targets import BlockTarget, Score
 
 
 def score_of(rule: Rule, targets: Sequence[BlockTarget]) -> Score:
-    """What blocks are compared by now: what the rule asks for, but norms once a lift has made free values, without gates."""
+    """How blocks are compared now: the rule's score, but norms after a lift, since free values have no gates."""
     lifted = not all(target.is_factored for target in targets)
     return "norm" if lifted and rule.score == "gate" else rule.score
 
@@ -34,10 +34,10 @@ def context_at(
         step: finished optimiser steps.
         schedule: of the training.
         targets: the layers.
-        optimizers: that hold their parameters.
+        optimizers: those that hold the layers' parameters.
         heads: names of the layers that make the output.
-        scope: of the budget.
-        score: what the rule is given of each block.
+        scope: one budget ("global"), or one per layer ("layer").
+        score: the kind of scores that the rule gets.
     """
     later = schedule.next_update(step)
     return RuleContext(
@@ -61,7 +61,7 @@ def context_at(
 
 
 def learning_rates(targets: Sequence[BlockTarget], optimizers: Sequence[Optimizer]) -> tuple[float, ...]:
-    """A rate for each layer; 1 where the optimiser sets its own steps, 0 where none holds it."""
+    """The learning rate of each layer: 1 if its optimiser has no rates, 0 if no optimiser holds it."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rate = {id(p): 1.0 if group.get("lr") is None else float(group["lr"]) for group in groups for p in group["params"]}
     return tuple(rate.get(id(target.parameters()[0]), 0.0) for target in targets)

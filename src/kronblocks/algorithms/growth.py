@@ -1,4 +1,4 @@
-"""Growth scores: the gradient that dead blocks would have, measured by hooks in the step before blocks are exchanged."""
+"""Growth scores: the gradients of dead blocks, measured by hooks in the step before blocks are exchanged."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kronblocks.core.hooks import OwnHook, forward_input
 
 
 class GrowthProbe:
-    """Measures the gradient that the dense weight would have, block by block, dead ones too (equation 19 in docs/math.md).
+    """Measures the dense weight's gradient, block by block, dead blocks included (equation 19 in docs/math.md).
 
-    It listens to one layer's input and output gradient, and sums over as many backward passes as there are before `read`; those
-    that overflowed, whose step a `GradScaler` skips, are left out.
+    It hooks one layer's input and output gradient, and sums over all backward passes before `read`. Passes that overflowed,
+    so that a `GradScaler` skips their step, do not count.
     """
 
     def __init__(self, module: nn.Module, grid: BlockGrid) -> None:
@@ -38,7 +38,7 @@ class GrowthProbe:
         output.register_hook(add)
 
     def read(self) -> Tensor | None:
-        """|dW block| / sqrt(area), (m1, n1), and stop listening; None where no backward pass went through the layer."""
+        """Remove the hooks and return |dW block| / sqrt(area), (m1, n1); None if no backward pass reached the layer."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -48,7 +48,7 @@ class GrowthProbe:
 
 
 class _Stance:
-    """The stance of torch.compile, for the whole process: eager while anybody wants it, then what it was before."""
+    """The process-wide stance of torch.compile: eager while any `EagerSteps` wants it, then as before."""
 
     def __init__(self) -> None:
         self._users = 0
@@ -69,7 +69,7 @@ _STANCE = _Stance()
 
 
 class EagerSteps:
-    """Steps that compiled models run uncompiled, since what is compiled does not call the hooks that growth is measured by."""
+    """Make compiled models run uncompiled for some steps, since compiled code does not call the hooks of a probe."""
 
     def __init__(self) -> None:
         self._release: Any = None
@@ -78,12 +78,12 @@ class EagerSteps:
         return EagerSteps, ()
 
     def begin(self) -> None:
-        """From the next forward on, until `end`, or until nobody has this object any more."""
+        """Run uncompiled from the next forward until `end`, or until this object is freed."""
         if (self._release is None or not self._release.alive) and "torch._dynamo" in sys.modules:  # else nothing is compiled
             _STANCE.hold()
             self._release = weakref.finalize(self, _STANCE.release)
 
     def end(self) -> None:
-        """As it was before."""
+        """Run compiled again."""
         if self._release is not None:
             self._release()

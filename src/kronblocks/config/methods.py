@@ -38,28 +38,28 @@ Setting = Literal[
     "schedule.shape",
     "schedule.lift_at",
 ]
-"""Settings of a `SparsityConfig` that only some methods have."""
+"""The settings of a `SparsityConfig` that only some methods have."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What `None` stands for: the defaults of a method, and of a config (`config.resolved()`) what the user chose over them.
+    """Values for every setting that may be None: a method's defaults, or what a config comes to (`config.resolved()`).
 
     Args:
-        storage: of the weights at first: "factors", live blocks only ("packed"), or the nn.Linear itself ("dense").
-        end: of pruning, as a share of the training.
-        shape: of the sparsity over time.
+        storage: what a layer stores at first: "factors", "packed" (live blocks only) or "dense" (the nn.Linear itself).
+        end: when pruning ends, as a share of the training.
+        shape: the course of the sparsity over time.
         rank: number of Kronecker terms; "by-area": `own_rank` of the area of each layer's blocks.
-        tile_groups: "per-row", or the number of tile banks.
+        tile_groups: number of tile banks, or "per-row".
         gate: whether blocks have trained gates.
         init: how factors or live blocks start.
-        score: what blocks are compared by; a method that has no such setting leaves it to its rule.
+        score: how blocks are compared. A method without this setting leaves it to its rule.
         regrow: share of the live blocks that is exchanged at the first mask update.
-        distribution: of the blocks that live at first over the layers, where the method is sparse from the start.
-        form: of the penalty.
-        strength: of the penalty; "scheduled": a proximal step goes by what the schedule wants, and in the loss it is 1.
-        growth: how many times its strength a penalty in the loss has at the end.
-        ridge: strength of the squared norm relative to that of the norm.
+        distribution: how many live blocks each layer gets, for methods that start sparse.
+        form: whether the penalty is in the loss ("gradient") or a step of its own ("proximal").
+        strength: of the penalty. "scheduled": what a proximal step needs to follow the schedule; in the loss it means 1.
+        growth: factor by which a penalty in the loss has grown at the end.
+        ridge: strength of the squared norm, relative to that of the norm.
     """
 
     storage: Kept = "dense"
@@ -84,13 +84,13 @@ class MethodSpec:
 
     Args:
         rule: makes the algorithm from a config's choices; None: the method makes nothing sparse.
-        settings: those that the method has, of the ones that only some methods have; setting another one is an error.
-        defaults: what counts where the user sets nothing.
-        revision: raise it when a change alters what trainings come to; experiments run again what is of an earlier one.
+        settings: which of the settings in `Setting` the method has. Setting another one is an error.
+        defaults: the values of settings that the user leaves at None.
+        revision: raise it when a change alters the results of trainings. Experiments repeat runs of earlier revisions.
 
-    A method whose storage is "factors" replaces nn.Linear by Kronecker layers. One with the setting "distribution" has the target
-    sparsity from the first step, one with "schedule.lift_at" lifts factors to free values, and one with "storage" works on the
-    nn.Linear itself or on live blocks only.
+    Settings say more: a method with "distribution" has the target sparsity from the first step.
+    One with "schedule.lift_at" lifts factors to free values.
+    One with "storage" works on the nn.Linear itself, or on live blocks only.
     """
 
     rule: Callable[[Choices], Rule] | None
@@ -115,7 +115,7 @@ class MethodSpec:
 
     @property
     def draws_start(self) -> bool:
-        """Whether it begins with factors or blocks that `init` chooses, not with all weights that are there."""
+        """Whether `init` chooses what it begins with (factors or some blocks). Else it begins with all weights."""
         return "init" in self.settings
 
 
@@ -170,26 +170,18 @@ else:
 
 
 def spec_of(method: str) -> MethodSpec:
-    """What a method is.
-
-    Raises:
-        KronblocksError: there is none of this name.
-    """
+    """The entry of a method; KronblocksError if there is none of this name."""
     one_of("method", method, METHODS)
     return METHODS[method]
 
 
 def register_method(name: str, spec: MethodSpec) -> None:
-    """Make a method of your own known by a name, so that `SparsityConfig(method=name)` and files of configs can say it.
+    """Give a method of your own a name, for `SparsityConfig(method=name)` and config files.
 
     A single training needs no name: give `sparsify_` the rule.
 
-    Args:
-        name: that no method has yet.
-        spec: what it is.
-
     Raises:
-        KronblocksError: the name is taken, or it is no MethodSpec that a training could use.
+        KronblocksError: the name is taken, or the spec is one that no training could use.
 
     >>> from kronblocks.algorithms.rules.magnitude import Magnitude
     >>> register_method("prune-by-loss", MethodSpec(lambda choices: Magnitude("taylor"), frozenset({"scope"})))
@@ -214,14 +206,14 @@ def register_method(name: str, spec: MethodSpec) -> None:
 
 
 COMMON_RANK = 4
-"""Kronecker terms of candidates that are trained together, where the user sets none: they are to differ in their blocks only."""
+"""Default rank of candidates that are trained together: equal for all, so that they differ in their block size only."""
 
 
 def own_rank(area: int) -> int:
-    """Kronecker terms for blocks of this many weights, where the user sets none: a quarter of them, from 2 to 8.
+    """The default rank for blocks of this many weights: a quarter of them, from 2 to 8.
 
-    Measured (docs/experiments.md): at 16x16 trials choose 8 rather than 4. At 4x4 they do too, by 0.1 to 1.1 points of validation
-    accuracy in one or two seeds; with all else as by default five seeds are level, and 8 has twice the factors.
+    Measured (docs/experiments.md): at 16x16 tuning prefers 8 to 4. At 4x4 it does too, by 0.1 to 1.1 points of validation
+    accuracy in one or two seeds. With the other defaults five seeds show no difference, and 8 has twice the factors.
 
     >>> own_rank(4), own_rank(16), own_rank(256)
     (2, 4, 8)

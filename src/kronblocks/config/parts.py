@@ -19,15 +19,15 @@ BlockSizeLike = BlockSize | int | str | tuple[int, int]
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """When pruning happens; `None` means the method's own default.
+    """When pruning happens. None means the method's default.
 
     Args:
-        start: of pruning, as a share of the whole training.
-        end: of pruning; None: 0.5, of two-phase 0.4, of kron-l1 0.8, of rigl 0.75. The mask stays as it is from then on.
+        start: when pruning begins, as a share of the whole training.
+        end: when it ends, and the mask is frozen. None: 0.5, but 0.4 for two-phase, 0.8 for kron-l1 and 0.75 for rigl.
         lift_at: when factors become free values, as a share of the time from start to end; two-phase only.
-        shape: of the sparsity over time, "cubic", "linear" or "staircase"; None: cubic, of iterative staircase.
+        shape: how sparsity rises: "cubic", "linear" or "staircase". None: cubic, but staircase for iterative.
         update_every: optimiser steps between mask updates.
-        stages: of the staircase.
+        stages: number of stages of the staircase.
     """
 
     start: float = 0.05
@@ -55,11 +55,11 @@ class PenaltyConfig:
     """The penalty of kron-l1 and both lassos.
 
     Args:
-        strength: None: 1 in the loss, and for the proximal form what the schedule wants.
-        growth: in the loss: how many times the strength at the end of pruning.
-        form: in the loss ("gradient"), or as a step after the optimiser's ("proximal"); None: of kron-l1 gradient, of the lassos
-            proximal.
-        ridge: of elastic-group-lasso: strength of the squared norm, relative to that of the norm.
+        strength: None: 1 in the loss; in the proximal form, what the schedule needs.
+        growth: factor by which the strength in the loss has grown at the end of pruning.
+        form: "gradient" adds it to the loss, "proximal" shrinks blocks after each optimiser step. None: "gradient" for
+            kron-l1, "proximal" for the lassos.
+        ridge: strength of the squared norm, relative to that of the norm; elastic-group-lasso only.
     """
 
     strength: float | None = None
@@ -78,27 +78,27 @@ class PenaltyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
-    """How a method goes about it: the part of a `SparsityConfig` that the laboratory's command lines have too.
+    """How a method works: the part of a `SparsityConfig` that the laboratory's commands share. None: the method's default.
 
     Args:
-        gate: a trained gate for each block, the paper's S; None: the method's own, True for kron-l1.
-        init: of factors "random" (orthonormal tiles, the variance of the layer's weights), "spectral" (nearest to these weights,
-            with their variance) or "nearest" (nearest to the present weights: for trained models); None: the method's
-            own. Of rigl's and static's live blocks "random" (the default) or "nearest": those of greatest norm in each layer.
-        score: what blocks are compared by: "norm" (their norm, whatever the scale of their layer), "gate" (|S|) or "taylor"
-            (gradient times weight); None: the method's own, "gate" for kron-l1.
-        regrow: share of the live blocks that is exchanged, at the first mask update, for the dead ones of greatest gradient; it
-            falls to 0 by a cosine. None: the method's own, 0.3 for rigl and 0 for the others that can.
-        scope: one budget over all layers ("global"), of which each keeps a quarter of the mean density unless blocks are scored
-            by "taylor", or the same sparsity in each ("layer").
-        distribution: of rigl's and static's live blocks over the layers: "erk" (Erdos-Renyi: small layers denser; the default) or
-            "uniform".
-        storage: live blocks only ("packed", the default of rigl and static: their cost is real), or the nn.Linear ("dense", the
-            default of magnitude and iterative, which start with all blocks live).
+        gate: whether each block has a trained gate, the paper's S. Default: True for kron-l1 only.
+        init: how factors start: "random" (orthonormal tiles, the variance of the layer's weights), "spectral" (nearest to the
+            weights, rescaled to their variance) or "nearest" (nearest to the weights, for trained models). Which blocks of
+            rigl and static live: "random" (default), or "nearest", those of greatest norm in each layer.
+        score: how blocks are compared: "norm" (relative to their layer), "gate" (|S|) or "taylor" (gradient times weight).
+            Default: "gate" for kron-l1, "norm" for the others.
+        regrow: share of the live blocks that is exchanged, at the first mask update, for the dead ones of greatest gradient. It
+            falls to 0 along a cosine. Default: 0.3 for rigl, 0 for others.
+        scope: "global": one budget over all layers, of which each keeps a quarter of the mean density (except with score
+            "taylor"). "layer": the same sparsity in each layer.
+        distribution: how many live blocks each layer of rigl and static gets: "erk" (Erdos-Renyi: small layers are denser;
+            default) or "uniform".
+        storage: "packed": live blocks only, so that sparse training costs less (default of rigl and static). "dense": the
+            nn.Linear itself (default of magnitude and iterative, which start with all blocks live).
         schedule: when pruning happens.
         penalty: for the methods that have one.
-        measure_plans: choose plans by timings of this machine, taken once for each shape and kept in the cache folder; False: by
-            counted costs alone, the same on every machine.
+        measure_plans: choose plans by timings of this machine, taken once per shape and cached. False: by counted costs, which
+            are the same on every machine.
     """
 
     gate: bool | None = None
@@ -133,9 +133,9 @@ class LayerOverride:
     """Other settings for the layers that match a pattern: `SparsityConfig(overrides={"head.*": LayerOverride(block_size=4)})`.
 
     Args:
-        block_size: of these layers; None: as it is for all.
-        rank: the same.
-        tile_groups: the same.
+        block_size: for these layers; None: the config's.
+        rank: for these layers; None: the config's.
+        tile_groups: for these layers; None: the config's.
     """
 
     block_size: BlockSizeLike | None = None

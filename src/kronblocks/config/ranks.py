@@ -1,4 +1,4 @@
-"""RankChoice: ranks chosen for a trained model instead of given."""
+"""RankChoice: ranks chosen by the weights of a trained model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from kronblocks.core.errors import KronblocksError
 
 @dataclass(frozen=True)
 class RankChoice:
-    """Ranks chosen for a trained model instead of given: exactly one of the two.
+    """Choose the rank of each layer by the weights of a trained model. Give exactly one of the two.
 
     Args:
-        max_error: each layer takes the least rank whose Kronecker sum is this near to its weight, |W - sum| / |W| in Frobenius
-            norms.
-        max_parameters: the factors of all layers together have at most this share of their weights; each further term goes to
-            the layer where it removes most error per parameter.
+        max_error: each layer gets the least rank with |W - sum| / |W| at most this, in Frobenius norms. `sum` is the nearest
+            Kronecker sum.
+        max_parameters: the factors of all layers together have at most this share of the number of weights. Each further term
+            goes to the layer where it removes most error per parameter.
 
     >>> RankChoice(max_error=0.3)
     RankChoice(max_error=0.3, max_parameters=None)
@@ -29,7 +29,7 @@ class RankChoice:
     def __post_init__(self) -> None:
         if (self.max_error is None) == (self.max_parameters is None):
             raise KronblocksError(
-                "RankChoice takes one of max_error=, a relative error of each layer, and max_parameters=, a share of the weights"
+                "give RankChoice either max_error=, a relative error of each layer, or max_parameters=, a share of the weights"
             )
         if self.max_error is not None:
             number("max_error", self.max_error, 0, 1, "the relative error of each layer's start, from 0 to below 1")

@@ -1,4 +1,4 @@
-"""Everything a user sets, as frozen dataclasses that are written as JSON with a version."""
+"""SparsityConfig: everything a user sets, written as JSON with a version."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ Frozen = Literal["keep", "sparsify"]
 
 @dataclass(frozen=True)
 class SparsityConfig(MethodSettings):
-    """What `sparsify_` does: which layers, which blocks, which method; and, from `MethodSettings`, how the method goes about it
-    (`gate`, `init`, `score`, `regrow`, `scope`, `distribution`, `storage`, `schedule`, `penalty`, `measure_plans`).
+    """Which layers `sparsify_` replaces, with which blocks, by which method.
+
+    `MethodSettings` documents the rest: `gate`, `init`, `score`, `regrow`, `scope`, `distribution`, `storage`, `schedule`,
+    `penalty` and `measure_plans`.
 
     Args:
-        method: "two-phase" (the default method of this library), "kron-l1" (the paper's), on the nn.Linear itself "group-lasso",
-            "elastic-group-lasso", "magnitude" and "iterative", from a sparse start "rigl" and "static", or "dense" (nothing, so
-            that experiments need no `if`).
+        method: "two-phase" (default) or "kron-l1" (the paper's) train factors. "group-lasso", "elastic-group-lasso",
+            "magnitude" and "iterative" prune nn.Linear. "rigl" and "static" start sparse. "dense" changes nothing.
         block_size: 16, "16x4" or (16, 4), rows first; "auto" for `kronblocks train`, which then searches.
-        rank: number of Kronecker terms, for the methods that have them; None: a quarter of a block's weights, 2 to 8. For a
-            trained model also `RankChoice(max_error=0.3)` or `RankChoice(max_parameters=0.5)`: by its weights, layer by layer.
+        rank: number of Kronecker terms, for methods with factors. None: a quarter of a block's weights, from 2 to 8. For a
+            trained model `RankChoice(...)` chooses one per layer by the weights.
         target_sparsity: share of the blocks that end as exact zeros, in [0, 1).
         layers: which nn.Linear layers: patterns on the name (`"encoder.*"`), regular expressions (`"re:.*fc[12]"`), or types
-            of the layer or of a module around it (`"type:MLP"`). Classes may be given and become "type:" patterns.
-        exclude: the same, for layers to leave dense.
-        heads: the same, for the layers that make the model's output: each of their block rows keeps a block as long as it can,
-            since an output without one is lost. Empty: they are found in the first training steps; where blocks are chosen
-            before (rigl, static), whatever may be a head leaves no block row empty that could have one.
+            of the layer or of a module around it (`"type:MLP"`, or the class itself).
+        exclude: patterns of layers to leave dense.
+        heads: patterns of the layers that make the model's output. Each of their block rows keeps a block as long as it can,
+            since an output without one is lost. Empty: they are found in the first training steps. rigl and static choose
+            blocks before that, and treat every layer that may be a head as one.
         overrides: pattern to `LayerOverride`; later ones win.
-        convolutions: take nn.Conv1d and nn.Conv2d too, as linear layers over patches: blocks never cut across kernel positions.
-        frozen: layers whose weight has requires_grad=False when `sparsify_` is called: "keep" leaves them as they are, and they
-            do not count in the target; "sparsify" treats them as the others, and they stay frozen.
-        on_mismatch: a block size that does not divide a layer, or tile groups that do not divide its block rows: leave it
-            "dense", or take the "nearest" that does.
-        tile_groups: "per-row", or the number of tile banks of each layer; None: the method's own, "per-row" for two-phase and
-            1 for kron-l1, as in the paper.
-        rows: rows of x per step (batch, times tokens) that plans are chosen for; None: what reaches each layer in the first step.
+        convolutions: also sparsify nn.Conv1d and nn.Conv2d, as linear layers over patches. Blocks do not cross kernel positions.
+        frozen: what to do with layers whose weight has requires_grad=False. "keep" leaves them as they are and out of the
+            target. "sparsify" treats them like the others, and they stay frozen.
+        on_mismatch: what to do where the block size does not divide a layer, or tile groups its block rows: leave the layer
+            "dense", or use the "nearest" that divides.
+        tile_groups: number of tile banks per layer, or "per-row". None: "per-row" for two-phase, 1 for kron-l1, as in the paper.
+        rows: rows of x per step (batch times tokens), by which plans are chosen. None: what each layer gets in the first step.
 
     Raises:
-        KronblocksError: a value that is not allowed; says which are.
+        KronblocksError: a value that is not allowed; the message says which are.
 
     >>> config = SparsityConfig(block_size="16x4", target_sparsity=0.9)
     >>> SparsityConfig.from_json(config.to_json()) == config
@@ -100,7 +100,7 @@ class SparsityConfig(MethodSettings):
         self._refuse_ignored()
 
     def _refuse_ignored(self) -> None:
-        """An option that the method would ignore is an error."""
+        """Raise for an option that the method would ignore."""
         method, has, penalty, schedule = self.method, self.spec.settings, self.penalty, self.schedule
         for name, reason in _WITHOUT.items():
             if name == "scope" and self.spec.starts_sparse:
@@ -123,42 +123,40 @@ class SparsityConfig(MethodSettings):
             raise KronblocksError(f"method {method!r} is sparse from the first step: leave schedule.shape=None")
         if "schedule.shape" not in has and schedule.shape not in (None, own := self.spec.defaults.shape):
             raise KronblocksError(
-                f"method {method!r} prunes by a shape of its own, {own}: leave schedule.shape=None, or take method 'magnitude'"
+                f"method {method!r} always prunes by the shape {own!r}: leave schedule.shape=None, or use method 'magnitude'"
             )
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
-        """The same for options that others leave without effect."""
+        """Raise for an option that another option makes void."""
         method, choices = self.method, self.resolved()
         if "penalty" in self.spec.settings and choices.form == "proximal" and choices.growth != PenaltyConfig.growth:
             raise KronblocksError(
-                f"penalty.growth={choices.growth} is for form='gradient', and the penalty of {method!r} is proximal here and "
+                f"penalty.growth={choices.growth} is for form='gradient', but the penalty of {method!r} is proximal here and "
                 "does not grow: leave penalty.growth=3.0, or write PenaltyConfig(form='gradient')"
             )
         if choices.shape != "staircase" and self.schedule.stages != ScheduleConfig.stages:
             raise KronblocksError(
-                f"schedule.stages={self.schedule.stages} is for a staircase, and the schedule of {method!r} is {choices.shape} "
+                f"schedule.stages={self.schedule.stages} is for a staircase, but the schedule of {method!r} is {choices.shape} "
                 f"here: leave schedule.stages={ScheduleConfig.stages}"
             )
         if self.spec.starts_sparse and choices.init == "spectral":
             raise KronblocksError(f"init='spectral' is for factors, and {method!r} has none: write init='random' or 'nearest'")
         if isinstance(self.rank, RankChoice) and choices.init == "random":
-            raise KronblocksError(
-                "RankChoice goes by the weights that are there, and init='random' drops them: set init='nearest'"
-            )
+            raise KronblocksError("RankChoice chooses by the present weights, but init='random' drops them: set init='nearest'")
         if choices.score == "gate" and not choices.gate:
-            raise KronblocksError(f"score='gate' needs gates, and method {method!r} has none: set gate=True, or score='norm'")
+            raise KronblocksError(f"score='gate' needs gates, but method {method!r} has none: set gate=True, or score='norm'")
 
     @property
     def spec(self) -> MethodSpec:
-        """What the method is."""
+        """The method's entry in `METHODS`."""
         return METHODS[self.method]
 
     def resolved(self) -> Choices:
-        """What counts for every setting that may be None: the method's own where the user set nothing.
+        """Every setting that may be None, with the method's default where the user set nothing.
 
-        Two answers are left to the layers: `rank="by-area"` goes by the area of their blocks, and block layers that are there
-        already keep their weights unless the user set `init`.
+        Layers decide two things: what `rank="by-area"` means for their blocks, and that existing block layers keep their
+        weights unless the user set `init`.
 
         >>> SparsityConfig(method="kron-l1").resolved().score
         'gate'
@@ -178,7 +176,7 @@ class SparsityConfig(MethodSettings):
         return choices if self.spec.rule is None else dataclasses.replace(choices, score=self.spec.rule(choices).score)
 
     def rule(self) -> Rule | None:
-        """The method's algorithm; None: it makes nothing sparse."""
+        """The method's algorithm; None for "dense"."""
         return None if self.spec.rule is None else self.spec.rule(self.resolved())
 
     @property
@@ -190,13 +188,13 @@ class SparsityConfig(MethodSettings):
         """
         if self.block_size == "auto":
             raise KronblocksError(
-                'block_size="auto" needs data to judge by: report = find_block_size(model, config, task, total_steps=...), then '
+                'block_size="auto" needs a search: report = find_block_size(model, config, task, total_steps=...), then '
                 "sparsify_(model, report.config(config)); or name a size, such as block_size=16"
             )
         return BlockSize.parse(self.block_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with the format's version."""
+        """The config as plain values, with the format's version."""
 
         def plain(value: object) -> object:
             if isinstance(value, BlockSize):
@@ -213,7 +211,7 @@ class SparsityConfig(MethodSettings):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparsityConfig:
-        """Read plain values; an unknown name or another version is an error."""
+        """Read what `to_dict` gave. An unknown name or another version is an error."""
         if not isinstance(data, Mapping):
             raise KronblocksError(f"a config is a table of names and values, not {type(data).__name__}")
         values = dict(data)
@@ -268,7 +266,7 @@ _WITHOUT: dict[Setting, str] = {
     "storage": "has no choice of",
     "scope": "has no",
 }
-"""What is said of methods that do not have a setting."""
+"""For each setting, why a method lacks it: "method ... {this} {setting}"."""
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(SparsityConfig)}
 

@@ -1,4 +1,4 @@
-"""The ground that everything stands on: geometry of blocks, errors, files, checks. Knows no layer and no algorithm."""
+"""What all rooms use: geometry of blocks, errors, files, checks. It knows no layer and no algorithm."""
 
 from kronblocks.core.blocks import BlockGrid, BlockSize
 from kronblocks.core.errors import (

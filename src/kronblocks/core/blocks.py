@@ -121,7 +121,7 @@ class BlockGrid:
 
     @classmethod
     def fit(cls, out_features: int, in_features: int, wanted: BlockSize) -> BlockGrid:
-        """The grid of the largest block that divides both the wanted block and the weight, side by side.
+        """The grid of the largest block whose sides divide both those of the wanted block and those of the weight.
 
         >>> str(BlockGrid.fit(10, 784, BlockSize(16, 16)).block)
         '2x16'
@@ -149,11 +149,7 @@ class BlockGrid:
         return self.out_features * self.in_features
 
     def check_mask(self, mask: Tensor) -> None:
-        """Refuse what is no mask of the grid.
-
-        Raises:
-            KronblocksError: it is not (m1, n1) bool.
-        """
+        """Raise KronblocksError unless the mask is (m1, n1) bool."""
         if tuple(mask.shape) != self.shape or mask.dtype != torch.bool:
             raise KronblocksError(f"the mask of {self} is a bool tensor of {self.shape}, not {mask.dtype} {tuple(mask.shape)}")
 
@@ -167,10 +163,10 @@ class BlockGrid:
         return blocks.transpose(1, 2).reshape(self.out_features, self.in_features)
 
     def norms(self, weight: Tensor) -> Tensor:
-        """Frobenius norm of every block, (m1, n1), at least in fp32; differentiable, with gradient 0 where a block is zero."""
+        """Frobenius norm of every block, (m1, n1), in fp32 or wider. Differentiable; the gradient of a zero block is 0."""
         (m1, n1), (bm, bn) = self.shape, self.block
         squares = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
-        # rows first, which vector units can add side by side: 3 to 17 times faster than one norm over both sides of a block
+        # rows first, since vector units add rows side by side: 3 to 17 times faster than one norm over both sides
         squares = squares.unflatten(0, (m1, bm)).sum(1).unflatten(1, (n1, bn)).sum(2)
         zero = squares == 0
         return squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)

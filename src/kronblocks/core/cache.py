@@ -1,8 +1,8 @@
-"""What was measured on this machine, kept in the user's cache folder, a small JSON file for each question.
+"""A cache of measurements of this machine: one small JSON file per key, in the user's cache folder.
 
-The folder is `KRONBLOCKS_CACHE` (0 or off: none), or kronblocks in the system's cache folder. A file is named by a hash of its
-question, written to the side and moved into place, so that any number of processes may read and write at once. What cannot be
-read, or was asked otherwise, counts as missing; where nothing can be written, nothing is kept.
+`KRONBLOCKS_CACHE` names the folder (0 or off: no cache); the default is `kronblocks` in the system's cache folder. The file
+name is a hash of the key. Files are moved into place, so processes may read and write at once. A damaged file, or one of
+another key, counts as missing. Where the folder cannot be written to, nothing is kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kronblocks.core.files import write_text
 
 
 def cache_folder() -> Path | None:
-    """Where measurements are kept; None: nowhere."""
+    """The folder of measurements; None: they are not kept."""
     setting = os.environ.get("KRONBLOCKS_CACHE", "")
     if setting.lower() in ("0", "off"):
         return None
@@ -29,7 +29,7 @@ def cache_folder() -> Path | None:
 
 
 def users_folder() -> Path | None:
-    """The library's folder among the user's caches, by the rules of the system; None: this user has none."""
+    """The library's folder in the system's cache folder of this user; None: there is none."""
     named = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None)
     try:
         home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
@@ -41,7 +41,7 @@ def users_folder() -> Path | None:
 
 @functools.cache
 def processor() -> str:
-    """The CPU's name, as the system gives it: measurements of another one do not count."""
+    """The CPU's name, as the system gives it; it is a part of keys, since other CPUs have other timings."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -55,7 +55,7 @@ def _path(kind: str, key: str) -> Path | None:
 
 
 def read(kind: str, version: int, key: str) -> dict[str, Any] | None:
-    """What was written under a key by this version; its values are as a file has them, unchecked."""
+    """The values that this version wrote under a key, unchecked; None: there are none."""
     path = _path(kind, key)
     try:
         if path is None or not path.is_file():

@@ -1,25 +1,25 @@
-"""The error of the library, its kinds that the library's own code looks for, and the warnings."""
+"""The library's error, the kinds of it that its own code catches, and its warnings."""
 
 
 class KronblocksError(ValueError):
-    """A mistake in the use of the library: says what was given, what is allowed and what to write instead."""
+    """The library was used wrongly. The message says what was given, what is allowed and what to write instead."""
 
 
 class DoesNotFit(KronblocksError):
-    """This block size cannot reach the requested sparsity or size; a search goes on with the next one."""
+    """A block size cannot reach the requested sparsity or number of parameters. A search tries the next size."""
 
 
 class Diverged(KronblocksError):
-    """A training whose weights or loss are no longer finite: searches go on with the others."""
+    """Weights or loss are no longer finite. A search drops this candidate and goes on."""
 
 
 class OtherSteps(KronblocksError):
-    """A training of another number of steps than a state's, before the mask is frozen: each trainer has its own words for that.
+    """A state was saved before its mask was frozen, by a training with another `total_steps`. Trainers word this their way.
 
     Args:
-        known: steps of the state's training.
+        known: steps of the saved training.
         end: the step at which its mask is frozen.
-        step: where it is.
+        step: the step at which the state was saved.
         given: steps of this training.
     """
 
@@ -32,7 +32,7 @@ class OtherSteps(KronblocksError):
 
     @property
     def what(self) -> str:
-        """What is wrong, without what to write."""
+        """The first half of the message: what is wrong."""
         return (
             f"the state is of step {self.step} of {self.known}, and pruning ends at step {self.end}, so a training of "
             f"{self.given} steps would move its schedule"
@@ -48,7 +48,7 @@ class PerformanceWarning(KronblocksWarning):
 
 
 class NativeFallbackWarning(PerformanceWarning):
-    """The native kernels were asked for and are not available: PyTorch's do the work."""
+    """The native kernels are not available, and PyTorch computes instead."""
 
 
 class OpenMPConflictWarning(PerformanceWarning):

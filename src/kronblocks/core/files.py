@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that is read with one clear error."""
+"""Write files whole or not at all, and read JSON with one clear error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kronblocks.core.errors import KronblocksError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write instead of another one, whose place it takes at the end; if anything goes wrong the old one stays.
+    """A temporary path to write to. At the end it replaces `path`; after an exception the old file stays.
 
     Raises:
         OSError: the folder cannot be written to, or is full.
@@ -39,9 +39,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, so that whatever else this user runs here and wants to write into it waits; nothing is left in it.
+    """Lock a folder against other processes of this user that write to it. The lock file is not in the folder.
 
-    Do not nest: folders share 16 lock files, in the system's temporary folder.
+    Do not nest calls: all folders share 16 lock files in the system's temporary folder.
     """
     user = os.getuid() if hasattr(os, "getuid") else "user"
     share = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[0]
@@ -50,7 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old one or the new one, never half of one."""
+    """Write a file atomically: readers see the old one or the new one, never a part."""
     with replacing(path) as temporary:
         temporary.write_text(text)
 

@@ -1,4 +1,4 @@
-"""What reaches a module, seen by hooks, and hooks that copies do not have."""
+"""Forward hooks: the input and rows that reach a module, and hooks that copies of a module lose."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ from torch import Tensor, nn
 
 
 def forward_input(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
-    """The input of a layer that takes one, whether its forward was called with it by position or by name."""
+    """The only input of a layer, given by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def rows_of(x: Tensor) -> int:
-    """How many rows of features a layer's input has, of whatever shape; a nested one, which has none, too."""
+    """Number of rows of a layer's input: its elements divided by its features. Nested tensors work too."""
     return x.numel() // max(1, x.size(-1))
 
 
 @contextlib.contextmanager
 def rows_reaching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[int]]]:
-    """Note how many rows of features each call of a layer gets, as long as it is open.
-
-    Args:
-        layers: by name.
+    """Record how many rows each call of a layer gets, while the context is open.
 
     Yields:
-        The rows of every call, by the layer's name; it fills as the layers are called.
+        A list for each name in `layers`. Every call of the layer appends its number of rows.
 
     >>> import torch
     >>> layer = nn.Linear(4, 2)
@@ -48,7 +45,7 @@ def rows_reaching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[in
 
 
 class OwnHook:
-    """A hook that does nothing in a copy of the module, or in a pickled one: what it serves belongs to the module itself."""
+    """A hook that runs a method of its owner, and does nothing in a copied or unpickled module."""
 
     def __init__(self, run: Callable[..., None] | None = None) -> None:
         self._run = run
@@ -59,7 +56,7 @@ class OwnHook:
 
     @property
     def owner(self) -> Any:
-        """Whose method it runs; None in a copy."""
+        """The object whose method runs; None in a copy."""
         return getattr(self._run, "__self__", None)
 
     def __reduce__(self) -> tuple[type[OwnHook], tuple[()]]:

@@ -1,4 +1,4 @@
-"""A parameter that goes on as the same object while its values become others, and the hooks that go on on it."""
+"""Give a parameter other values while it stays the same object, and keep or move its hooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class ParameterHook(NamedTuple):
-    """A hook on a parameter, where it is kept and under which number."""
+    """A hook on a parameter: the table that holds it, and its key there."""
 
     table: str  # "_backward_hooks" of register_hook, or "_post_accumulate_grad_hooks"
     key: int
@@ -20,7 +20,7 @@ class ParameterHook(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What a message calls it."""
+        """Its name in messages."""
         function = self.function
         while isinstance(function, functools.partial):
             function = function.func
@@ -29,7 +29,7 @@ class ParameterHook(NamedTuple):
 
 @torch.no_grad()
 def become_(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give a parameter other values, of any shape, and no gradient. Whatever holds it goes on holding it.
+    """Give a parameter other values, of any shape, and no gradient. It stays the same object.
 
     Args:
         parameter: an ordinary one, not sharded.
@@ -42,17 +42,17 @@ def become_(parameter: nn.Parameter, values: Tensor) -> None:
 
 
 def hooks_of(parameter: nn.Parameter) -> list[ParameterHook]:
-    """Every hook on a parameter but this library's own."""
+    """Every hook on a parameter, except this library's own."""
     tables = {table: getattr(parameter, table, None) or {} for table in ("_backward_hooks", "_post_accumulate_grad_hooks")}
     hooks = [ParameterHook(table, key, hook) for table, held in tables.items() for key, hook in held.items()]
     return [hook for hook in hooks if not str(getattr(hook.function, "__module__", "")).startswith("kronblocks.")]
 
 
 def hooks_that_end(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[ParameterHook]]:
-    """Hooks, by parameter, that are not on all the others too: they are about one of them, not about gradients in general.
+    """Hooks, by parameter name, that are not on all of the parameters: they end when one parameter replaces all.
 
     Args:
-        parameters: those whose place one parameter is to take, by name.
+        parameters: by name, those that one parameter will replace.
     """
     hooks = {name: hooks_of(parameter) for name, parameter in parameters.items()}
 
@@ -64,20 +64,20 @@ def hooks_that_end(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Par
 
 
 def drop_hooks_(parameter: nn.Parameter, hooks: list[ParameterHook]) -> None:
-    """Take hooks off a parameter. Their handles may still be asked to remove them."""
+    """Take hooks off a parameter. Calling `remove()` on their handles afterwards is no error."""
     for hook in hooks:
         (getattr(parameter, hook.table) or {}).pop(hook.key, None)
 
 
 def share_hooks_(new: nn.Parameter, old: nn.Parameter) -> None:
-    """Let the hooks on a parameter run on another one too; their handles remove them from both."""
+    """Register the hooks of `old` on `new` too. Their handles remove them from both."""
     for table in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if (hooks := getattr(old, table, None)) and new.requires_grad:
             setattr(new, table, hooks)
 
 
 def move_to_front_(parameter: nn.Parameter, key: int) -> None:
-    """Let a hook after accumulation, of this number, run before the others on a parameter."""
+    """Make the post-accumulate hook with this key run before the parameter's others."""
     hooks: Any = parameter._post_accumulate_grad_hooks
     own, others = hooks.pop(key), dict(hooks)
     hooks.clear()  # autograd reads in the order of insertion, whatever an OrderedDict says
@@ -85,7 +85,7 @@ def move_to_front_(parameter: nn.Parameter, key: int) -> None:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two functions do the same: a lambda that a loop registers is a new object for each parameter."""
+    """Whether two functions do the same. A lambda registered in a loop is a new object for each parameter."""
     if isinstance(one, FunctionType) and isinstance(other, FunctionType):
         return one.__code__ == other.__code__ and _equal(_bound(one), _bound(other))
     if isinstance(one, functools.partial) and isinstance(other, functools.partial):
@@ -95,7 +95,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _bound(function: FunctionType) -> tuple[Any, ...]:
-    """What a function was given when it was made: defaults, and variables of the function around it."""
+    """The defaults of a function and its closure's values."""
     return (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items(), *(function.__closure__ or ()))
 
 

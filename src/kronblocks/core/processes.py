@@ -1,4 +1,4 @@
-"""Several processes with one model: whether there are any, and that they decide alike."""
+"""Several processes that train one model, and how they come to the same decisions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 
 from kronblocks.core.errors import KronblocksError
 
-_AGREE = 1e-3  # of the largest score: what ranks with the same weights may differ by
+_AGREE = 1e-3  # largest difference between ranks with the same weights, as a share of the largest score
 
 
 def is_shared() -> bool:
@@ -19,10 +19,10 @@ def is_shared() -> bool:
 
 @torch.no_grad()
 def agreed(scores: Sequence[Tensor], step: int) -> list[Tensor]:
-    """Rank 0's scores on every rank. Only these grids travel, never weights.
+    """Rank 0's scores, on every rank. Only score grids are sent, never weights.
 
     Raises:
-        KronblocksError: ranks hold other weights than rank 0.
+        KronblocksError: the ranks' scores differ, so their weights do.
     """
     if not is_shared():
         return list(scores)
@@ -33,7 +33,7 @@ def agreed(scores: Sequence[Tensor], step: int) -> list[Tensor]:
     distributed.all_reduce(apart, op=distributed.ReduceOp.MAX)
     if apart[0] > _AGREE * apart[1]:
         raise KronblocksError(
-            f"at step {step} the ranks hold different weights, so their gradients are not averaged: wrap the model in "
+            f"at step {step} the ranks hold different weights: their gradients are not averaged. Wrap the model in "
             "DistributedDataParallel or fully_shard after sparsify_, and call the wrapped model, not the bare one"
         )
     return _like(first, scores)
@@ -41,7 +41,7 @@ def agreed(scores: Sequence[Tensor], step: int) -> list[Tensor]:
 
 @torch.no_grad()
 def averaged(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Root mean squares over the ranks, of scores that each took from its own share of the batch."""
+    """Root mean square over the ranks of scores that each rank computed from its share of the batch."""
     if not is_shared():
         return list(scores)
     squares = torch.cat([score.flatten().double().square() for score in scores])
@@ -56,7 +56,7 @@ def _like(flat: Tensor, scores: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def broadcast_(tensor: Tensor) -> Tensor:
-    """Rank 0's values in this tensor, on every rank; bool ones too."""
+    """Overwrite a tensor (bool too) with rank 0's values, on every rank."""
     if is_shared():
         box = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
         distributed.broadcast(box, src=0)

@@ -11,14 +11,14 @@ from kronblocks.core.errors import KronblocksError
 
 
 class Rows(NamedTuple):
-    """Part of a tensor along its first dimension: an ordinary one's whole."""
+    """The rows of a tensor that this process holds: all of them, unless it is sharded."""
 
     local: Tensor  # shares its memory
     where: slice
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether processes hold parts of it."""
+    """Whether each process holds only a part of the tensor."""
     return hasattr(tensor, "placements")
 
 
@@ -26,7 +26,7 @@ def rows_here(tensor: Any) -> Rows:
     """The rows that this process holds.
 
     Raises:
-        KronblocksError: it is cut along another dimension than the first.
+        KronblocksError: the tensor is cut along another dimension than the first.
     """
     if not is_sharded(tensor):
         return Rows(tensor, slice(0, tensor.shape[0]))
@@ -46,7 +46,7 @@ def rows_here(tensor: Any) -> Rows:
 
 
 def assembled(local: Tensor, like: Any) -> Tensor:
-    """All rows of what was computed row by row from `rows_here(like)`, on every process."""
+    """Gather `local`, computed row by row from `rows_here(like)`: all rows, on every process."""
     if not is_sharded(like):
         return local
     from torch.distributed.tensor import DTensor
@@ -57,7 +57,7 @@ def assembled(local: Tensor, like: Any) -> Tensor:
 
 
 def summed(local: Tensor, like: Any) -> Tensor:
-    """The sum over processes of what each computed from `rows_here(like)`, on every process."""
+    """Sum `local`, computed from `rows_here(like)`, over the processes."""
     if not is_sharded(like):
         return local
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -67,5 +67,5 @@ def summed(local: Tensor, like: Any) -> Tensor:
 
 
 def whole(tensor: Any) -> Tensor:
-    """All of it, on every process."""
+    """The whole tensor, on every process."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -1,4 +1,4 @@
-"""Tables as text, and layers that are alike as one row of them: `layers.0-11.attention.{q,k,v,o}_proj (48 layers)`."""
+"""Text tables in which like layers share a row: `layers.0-11.attention.{q,k,v,o}_proj (48 layers)`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 MOST_ROWS = 12
-"""Layers of which each has a row of its own; of more, those that are alike share one."""
+"""Up to this many layers have a row each; of more, those that are alike share one."""
 
 ALL_ROWS = "layers that are alike share a row; .table(every_layer=True) gives each its own"
-"""What a table says where they do."""
+"""The remark below a table with shared rows."""
 
 _FEW = 6
-"""Runs of numbers that are written out."""
+"""Most runs of numbers that a name lists before it writes dots."""
 
 _T = TypeVar("_T")
 
@@ -33,21 +33,20 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 class _Group(NamedTuple):
     key: Hashable
-    numbers: tuple[tuple[str, ...], ...]  # of each layer's name
-    parts: list[str]  # of the first name, with stars for numbers
+    numbers: tuple[tuple[str, ...], ...]  # the numbers in each layer's name
+    parts: list[str]  # the parts of the first name, with stars for numbers
 
 
 def together(
     layers: Iterable[_T], name: Callable[[_T], str], key: Callable[[_T], Hashable], *, siblings: bool = True
 ) -> list[list[_T]]:
-    """Layers that are alike, in the order of each group's first.
+    """Groups of layers whose keys are equal and whose names differ in numbers only, in the order of their first layers.
 
     Args:
         layers: any values that have names.
-        name: of a layer, with dots.
-        key: what layers that are alike have in common.
-        siblings: join layers, too, whose names differ in one part besides numbers, such as q_proj and k_proj; each of them has to
-            be there with the same numbers.
+        name: gives a layer's name, with dots.
+        key: gives what must be equal within a group.
+        siblings: also join groups whose names differ in one more part, such as q_proj and k_proj, if their numbers are the same.
 
     >>> names = ["0.q_proj", "0.k_proj", "0.up", "1.q_proj", "1.k_proj", "head"]
     >>> together(names, str, lambda name: "up" in name)
@@ -85,7 +84,7 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a module's name
 
 
 def starred(text: str) -> str:
-    """A text with a star for each number that is a part of a name.
+    """A name with a star for each part that is a number.
 
     >>> starred("layers.11.conv2.0")
     'layers.*.conv2.*'
@@ -94,7 +93,7 @@ def starred(text: str) -> str:
 
 
 def span(names: Sequence[str]) -> str:
-    """The name of one layer, or what the names of a group have in common and how many there are.
+    """One text for the names of a group of layers, with how many there are.
 
     >>> span(["head"])
     'head'
@@ -110,7 +109,7 @@ def span(names: Sequence[str]) -> str:
 
 
 def _part(parts: list[str]) -> str:
-    """What a place in the names of a group holds."""
+    """One part of a group's name: the text, numbers or words that the names have there."""
     if len(parts) == 1:
         return parts[0]
     if all(part.isdecimal() and str(int(part)) == part for part in parts):
@@ -124,7 +123,7 @@ def _part(parts: list[str]) -> str:
 
 
 def _shared(words: list[list[str]]) -> int:
-    """How many words all begin with."""
+    """How many words all lists begin with in common."""
     return next((i for i, column in enumerate(zip(*words, strict=False)) if len(set(column)) > 1), min(map(len, words)))
 
 
@@ -141,7 +140,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names with commas between them; of many, those that are alike together.
+    """Names with commas between them; like names are joined if there are many.
 
     >>> listed([f"encoder.{i}.fc1" for i in range(20)] + ["head"])
     'encoder.0-19.fc1 (20 layers), head'
@@ -164,12 +163,12 @@ _FIGURE = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def figureless(text: str) -> str:
-    """A text with a star for each figure, to compare texts by."""
+    """A text with a star for each number, to compare texts that differ in numbers only."""
     return _FIGURE.sub("*", text)
 
 
 def between(texts: Sequence[str]) -> str:
-    """Texts that differ in figures as one, with the least and the most of each figure.
+    """Join texts that differ in numbers only: each number becomes its range.
 
     >>> between(["0.31 ms of 2 rows", "0.28 ms of 2 rows", "0.3 ms of 2 rows"])
     '0.28 to 0.31 ms of 2 rows'

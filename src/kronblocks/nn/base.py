@@ -1,4 +1,4 @@
-"""What the two block-sparse layers share: a grid, a mask, a plan and the index that the packed plan needs."""
+"""What the block layers share: a grid, a mask, a plan and the index of the packed plan."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from kronblocks.ops.problem import ASSUMED_ROWS, Problem
 class BlockLayer(WholeWeights):
     """Base of `KroneckerBlockLinear` and `BlockSparseLinear`. Subclasses store the blocks and compute with them.
 
-    What a layer computes follows from its parameters and buffers alone. What is derived from the buffers (an index of the live
-    blocks) is in `_pattern`, which `_follow` brings up to date whenever somebody has written into them or replaced them.
+    A layer's result depends on its parameters and buffers only. `_pattern` holds what is derived from the buffers (an index of
+    the live blocks). `_follow` renews it when the buffers have been written to or replaced.
     """
 
-    kind: str  # the class's name, also where fully_shard has made a class of its own
+    kind: str  # the class's name, since fully_shard makes another class of it
     block_mask: Tensor  # (m1, n1) bool, True = live
 
     def __init__(self, grid: BlockGrid, rank: int | None, tile_groups: int, plan: str, device) -> None:
@@ -38,13 +38,13 @@ class BlockLayer(WholeWeights):
         self.rank, self.tile_groups = rank, tile_groups
         self.plan = plan
         self.rows = ASSUMED_ROWS
-        self._pattern = Pattern()  # no buffers: compiled code takes sizes of buffers for fixed, and an index's change
+        self._pattern = Pattern()  # not buffers: compiled code takes their sizes as fixed, and those of an index change
         self.register_buffer("block_mask", torch.ones(grid.shape, dtype=torch.bool, device=device))
         self.register_state_dict_pre_hook(_before_state_dict)
         self.register_load_state_dict_post_hook(_after_load)
 
     def problem(self, *, rows: int | None = None, training: bool = True, input_grad: bool = True) -> Problem:
-        """This layer as the cost model sees it, at its present density."""
+        """The layer's product for the cost model, at its present density."""
         weight = next(self.parameters(recurse=False))
         density = 1.0 if self.block_mask.is_meta else self.density
         rows, device = rows or self.rows, weight.device.type
@@ -52,11 +52,11 @@ class BlockLayer(WholeWeights):
         return Problem(self.grid, self.rank, self.tile_groups, rows, density, weight.dtype, device, training, input_grad, gate)
 
     def choose_plan_(self, rows: int | None = None, *, measure: bool = False) -> PlanChoice:
-        """Choose the plan again where the user wrote "auto", for the present density and this many rows of x.
+        """Choose the plan again for the present density and number of rows, if the user wrote "auto".
 
         Args:
-            rows: rows of x from now on; None: as before.
-            measure: choose by timings of this machine instead of counts.
+            rows: rows of x per call; None: as before.
+            measure: choose by timings on this machine instead of counted costs.
         """
         self.rows = rows or self.rows
         choice = choose_plan(self.problem(), measure=measure)
@@ -64,7 +64,7 @@ class BlockLayer(WholeWeights):
         return choice
 
     def use_plan_(self, plan: str) -> None:
-        """Compute with this plan from now on. What is stored does not depend on it."""
+        """Compute with this plan from now on. The state_dict does not depend on it."""
         check_plan(plan, self.rank)
         self.active_plan = plan
         self.refresh_index_()
@@ -74,11 +74,11 @@ class BlockLayer(WholeWeights):
         return PLANS[self.active_plan].needs_live
 
     def refresh_index_(self) -> None:
-        """Rebuild what is derived from the buffers, and take these for what is meant."""
+        """Accept the buffers as they are now, and rebuild what is derived from them."""
         self._pattern.follow_(self.block_mask, self._buffers.get("block_position"), index=self._needs_index)
 
     def _follow(self) -> Pattern:
-        """What is derived from the buffers as they are now.
+        """The pattern of the buffers as they are now.
 
         Raises:
             KronblocksError: they contradict each other.
@@ -93,15 +93,15 @@ class BlockLayer(WholeWeights):
         if values is not None and (values.is_meta or is_sharded(values)):
             values = None
         with _disable_current_modes():
-            if type(mask) is not Tensor:  # a tracer's, which shows no numbers: it stands for the one followed last
+            if type(mask) is not Tensor:  # a tracer's tensor without numbers: keep the last pattern
                 if pattern.mask is None or pattern.is_fresh():
                     return
                 mask, position, values = pattern.mask, pattern.position, None
             pattern.follow_(mask, position, values, index=self._needs_index)
 
     def _index(self) -> BlockIndex | None:
-        """The index for the packed plan; None where nobody can look at the mask now, and the weight has to be built."""
-        if torch.compiler.is_dynamo_compiling():  # the operators look, if the index is that of these buffers
+        """The index for the packed plan; None if the mask cannot be read now, and the weight has to be built."""
+        if torch.compiler.is_dynamo_compiling():  # the operators check whether the index is that of the buffers
             pattern = self._pattern
             same = pattern.mask is self.block_mask and pattern.position is getattr(self, "block_position", None)
             return pattern.index if same else None
@@ -123,7 +123,7 @@ class BlockLayer(WholeWeights):
         )
 
     def keep_index_size_(self) -> None:
-        """Let deaths shorten the packed index without making its tensors smaller: compiled code knows their sizes."""
+        """From now on, keep the sizes of the index's tensors when blocks die, since compiled code relies on them."""
         self._pattern.keeps_size = True
 
     @torch.no_grad()
@@ -134,18 +134,14 @@ class BlockLayer(WholeWeights):
 
     @torch.no_grad()
     def set_block_mask_(self, mask: Tensor) -> None:
-        """Kill the blocks where the mask is False; blocks that come alive start at zero.
-
-        Args:
-            mask: (m1, n1) bool, True = live.
-        """
+        """Make exactly the blocks live where the mask, (m1, n1) bool, is True. Blocks that come alive start at zero."""
         self.grid.check_mask(mask)
         self.block_mask.copy_(mask)
         self.mask_changed_()
 
     @torch.no_grad()
     def scale_blocks_(self, multipliers: Tensor) -> None:
-        """Multiply every block by its number, (m1, n1), in place; 0 kills the block."""
+        """Multiply every block by its number in an (m1, n1) grid, in place; 0 kills the block."""
         if tuple(multipliers.shape) != self.grid.shape:
             raise KronblocksError(f"{self.grid} takes multipliers of {self.grid.shape}, not {tuple(multipliers.shape)}")
         self._multiply_(multipliers)
@@ -160,7 +156,7 @@ class BlockLayer(WholeWeights):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, (out_features, in_features), built at every use; writing into it is an error."""
+        """The dense weight, (out_features, in_features), built at every use. Writing into it is an error."""
         return weight_of(self.dense_weight, self.block_parameters(), (self.out_features, self.in_features))
 
     def dense_weight(self) -> Tensor:
@@ -173,15 +169,15 @@ class BlockLayer(WholeWeights):
 
     @torch.no_grad()
     def nonzero_blocks(self) -> Tensor:
-        """Which blocks of the weight hold a value other than exactly 0, (m1, n1) bool."""
+        """Which blocks hold a value other than exactly 0, (m1, n1) bool."""
         return (self.grid.to_blocks(self.dense_weight()) != 0).flatten(2).any(2)
 
     def block_parameters(self) -> list[nn.Parameter]:
-        """The parameters that hold the blocks, the bias not among them."""
+        """The parameters that hold the blocks, without the bias."""
         raise NotImplementedError
 
     def block_entries(self, blocks: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        """Where the parameters hold some blocks and no others: `parameter[where]` for each pair.
+        """Pairs of a parameter and an index: `parameter[index]` holds these blocks and no others.
 
         Args:
             blocks: (m1, n1) bool.
@@ -189,18 +185,18 @@ class BlockLayer(WholeWeights):
         raise NotImplementedError
 
     def block_inner_products(self) -> Tensor:
-        """<dW, W> of every block, (m1, n1), from the gradients that the parameters hold; 0 for dead blocks."""
+        """<dW, W> of every block, (m1, n1), from the parameters' present gradients; 0 for dead blocks."""
         raise NotImplementedError
 
     def enforce_zeros_(self) -> None:
-        """Set what belongs to dead blocks to exactly 0."""
+        """Set the stored values of dead blocks to exactly 0."""
         raise NotImplementedError
 
     def _multiply_(self, multipliers: Tensor) -> None:
         raise NotImplementedError
 
     def config(self) -> dict:
-        """The constructor's arguments as plain values: what a structure record needs."""
+        """The constructor's arguments as plain values, for a structure record."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -213,13 +209,13 @@ class BlockLayer(WholeWeights):
 
 
 def _before_state_dict(layer: BlockLayer, *_: object) -> None:
-    """What is saved is what the layer computes with, also after an average that rounded positions."""
+    """Mend positions that an average has rounded before they are saved."""
     if not layer.block_mask.is_meta:
         layer._follow()
 
 
 def _after_load(layer: BlockLayer, _: object) -> None:
-    """A loaded mask wants its zeros and its index. A function, not a lambda, so that layers can be pickled."""
+    """After loading, apply the mask and renew the index. A function, not a lambda, so that layers can be pickled."""
     layer.mask_changed_()
 
 

@@ -26,14 +26,14 @@ class BlockSparseLinear(BlockLayer):
     """y = x W^T + bias, where W has free values on its live blocks and is zero elsewhere (equation 7 in docs/math.md).
 
     Parameters: `values` (capacity, bm, bn) and `bias`. Buffers: `block_mask` (m1, n1) and `block_position` (capacity,), the
-    row-major number of each slot's block. Blocks that die keep their slot, at exactly 0 and without gradient, until `compact_`.
+    row-major number of each slot's block. Until `compact_`, dead blocks keep their slots, with values and gradients of 0.
 
     Args:
         in_features: n, columns of W.
         out_features: m, rows of W.
         block_size: 16, "16x4" or (16, 4), rows first; must divide (out_features, in_features).
-        mask: (m1, n1) bool, True = live; None: all blocks. Its live blocks get the slots.
-        capacity: number of slots instead, for a layer that `load_state_dict` will fill.
+        mask: (m1, n1) bool, True = live; None: all blocks. Each live block gets a slot.
+        capacity: number of slots, given instead of the mask for a layer that `load_state_dict` will fill.
         bias: add a trained bias.
         plan: "auto", "packed" (live blocks only) or "dense" (build W, then one dense product).
 
@@ -84,7 +84,7 @@ class BlockSparseLinear(BlockLayer):
 
     @classmethod
     def _like(cls, layer: nn.Linear | KroneckerBlockLinear, grid: BlockGrid, mask: Tensor, plan: str) -> Self:
-        """A layer with the blocks of another's weight where the mask is True, and its bias."""
+        """A layer with the bias of another one, and with its blocks where the mask is True."""
         with torch.no_grad():
             weight = layer.weight
             new = cls(
@@ -94,7 +94,7 @@ class BlockSparseLinear(BlockLayer):
                 mask=mask,
                 bias=layer.bias is not None,
                 plan=plan,
-                device="meta",  # where no random numbers are drawn
+                device="meta",  # draws no random numbers
                 dtype=weight.dtype,
             ).to_empty(device=weight.device)
             new.values.copy_(grid.to_blocks(weight)[mask])
@@ -112,13 +112,13 @@ class BlockSparseLinear(BlockLayer):
         mask: Tensor,
         plan: str = "auto",
     ) -> Self:
-        """The blocks of a dense layer where the mask, (m1, n1) bool, is True."""
+        """Make a layer of the blocks of a dense one where the mask, (m1, n1) bool, is True."""
         grid = BlockGrid(linear.out_features, linear.in_features, BlockSize.parse(block_size))
         return cls._like(linear, grid, mask, plan)
 
     @classmethod
     def from_kron(cls, layer: KroneckerBlockLinear, *, plan: str = "auto") -> Self:
-        """The lift: the live blocks of a Kronecker layer as free values. The bias keeps its parameter object."""
+        """Lift a Kronecker layer: its live blocks become free values. The bias keeps its parameter object."""
         new = cls._like(layer, layer.grid, layer.block_mask, plan)
         new.bias = layer.bias
         new.choose_plan_(layer.rows)
@@ -126,7 +126,7 @@ class BlockSparseLinear(BlockLayer):
 
     @torch.no_grad()
     def _apply(self, fn, recurse: bool = True) -> Self:
-        """What moves a module; from the meta device the mask comes along, which `to_empty` would leave undefined."""
+        """Also keep the mask when a layer leaves the meta device, where `to_empty` would leave it undefined."""
         outline = self._outline if self.block_mask.is_meta else None
         super()._apply(fn, recurse)
         if outline is not None and not self.block_mask.is_meta:
@@ -149,12 +149,12 @@ class BlockSparseLinear(BlockLayer):
         return self.values.shape[0]
 
     def positions(self) -> Tensor:
-        """`block_position`, (capacity,), known to give a slot to every live block.
+        """`block_position`, (capacity,), after a check that every live block has a slot.
 
         Raises:
-            KronblocksError: it does not.
+            KronblocksError: one has none.
         """
-        if torch.compiler.is_dynamo_compiling():  # nobody can look now; an operator can, at every call
+        if torch.compiler.is_dynamo_compiling():  # values are not known now; an operator checks them at every call
             pattern, position = self._pattern, self.block_position
             same = pattern.slots is not None and pattern.mask is self.block_mask and pattern.position is position
             return current_slots(pattern.slots, self.values.detach()) if same and not torch.compiler.is_exporting() else position
@@ -163,12 +163,12 @@ class BlockSparseLinear(BlockLayer):
         return self.block_position
 
     def _dead_slots(self, position: Tensor) -> Tensor:
-        """(capacity, 1, 1) bool."""
+        """Which slots hold dead blocks, (capacity, 1, 1) bool."""
         return ~self.block_mask.view(-1)[position].view(-1, 1, 1)
 
     @property
     def has_dead_slots(self) -> bool:
-        """Whether `compact_` would give slots up."""
+        """Whether `compact_` would free slots."""
         return not is_sharded(self.values) and bool(self._dead_slots(self.positions()).any())
 
     def forward(self, input: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class BlockSparseLinear(BlockLayer):
         live = int(index.crow[-1])
         values = self.values.detach()[index.slot[:live]]
         size = (self.out_features, self.in_features)
-        with warnings.catch_warnings():  # torch says once a process that BSR is in beta: the caller has asked for it
+        with warnings.catch_warnings():  # torch warns once per process that BSR is in beta
             warnings.filterwarnings("ignore", message="Sparse BSR tensor support")
             return torch.sparse_bsr_tensor(index.crow, index.col[:live], values, size, check_invariants=True)
 
@@ -233,10 +233,10 @@ class BlockSparseLinear(BlockLayer):
 
     @torch.no_grad()
     def set_block_mask_(self, mask: Tensor) -> None:
-        """Kill the blocks where the mask is False; blocks that come alive start at zero, in the slots of dead ones.
+        """Make exactly the blocks of the mask live. Blocks that come alive start at zero, in the slots of dead ones.
 
         Raises:
-            KronblocksError: more blocks are to live than there are slots.
+            KronblocksError: the mask has more live blocks than there are slots.
         """
         self.grid.check_mask(mask)
         position = self.positions()
@@ -247,7 +247,7 @@ class BlockSparseLinear(BlockLayer):
                 f"{int(mask.sum())} live blocks do not fit into the {self.capacity} slots of values: make a new layer with "
                 "BlockSparseLinear.from_dense(linear, block_size=..., mask=...)"
             )
-        self.enforce_zeros_()  # somebody may have written into the mask
+        self.enforce_zeros_()  # the mask may have been written to
         slots = free[: len(homeless)]
         values, rows = rows_here(self.values)
         fresh = torch.zeros(self.capacity, dtype=torch.bool, device=values.device).index_fill_(0, slots, True)
@@ -257,13 +257,13 @@ class BlockSparseLinear(BlockLayer):
 
     @torch.no_grad()
     def compact_(self) -> Tensor:
-        """Give up the slots of dead blocks: `values` is a smaller parameter afterwards, the same object, without a gradient.
+        """Free the slots of dead blocks. `values` stays the same object, but becomes smaller and loses its gradient.
 
         Raises:
-            KronblocksError: they are sharded.
+            KronblocksError: the values are sharded.
 
         Returns:
-            (new capacity,) the slots that were kept, for whoever holds state per slot (an optimiser).
+            (new capacity,) the slots that were kept, to update optimiser state that is kept per slot.
         """
         if is_sharded(self.values):
             raise KronblocksError("values are sharded and keep their slots: call compact_() before fully_shard")

@@ -25,7 +25,7 @@ class BsrLinear(WholeWeights):
         bias: (m,).
 
     Raises:
-        KronblocksError: blocks that are not square, on a CPU, whose library (MKL) multiplies with square blocks only.
+        KronblocksError: the blocks are not square, and the device is a CPU, where MKL needs square ones.
     """
 
     crow: Tensor
@@ -39,7 +39,7 @@ class BsrLinear(WholeWeights):
         rows, cols = weight.values().shape[1:]
         if weight.device.type == "cpu" and rows != cols:
             raise KronblocksError(
-                f"torch's BSR products on a CPU take square blocks, not {rows}x{cols}: export with form='packed' instead"
+                f"torch's BSR products on a CPU need square blocks, not {rows}x{cols}: export with form='packed' instead"
             )
         self.register_buffer("crow", weight.crow_indices())
         self.register_buffer("col", weight.col_indices())
@@ -48,7 +48,7 @@ class BsrLinear(WholeWeights):
 
     @classmethod
     def from_block_sparse(cls, layer: BlockSparseLinear) -> Self:
-        """The live blocks of a layer."""
+        """Make a layer of the live blocks of another one."""
         return cls(layer.to_torch_bsr(), layer.bias)
 
     @property
@@ -57,7 +57,7 @@ class BsrLinear(WholeWeights):
         return weight_of(self._bsr, [self.values], (self.out_features, self.in_features))
 
     def _bsr(self) -> Tensor:
-        with warnings.catch_warnings():  # torch says once a process that BSR is in beta
+        with warnings.catch_warnings():  # torch warns once per process that BSR is in beta
             warnings.filterwarnings("ignore", message="Sparse BSR tensor support")
             size = (self.out_features, self.in_features)
             return torch.sparse_bsr_tensor(self.crow, self.col, self.values, size, check_invariants=False)

@@ -1,4 +1,4 @@
-"""A dense weight that is built when something is computed from it. Writing into it would be lost: it is an error."""
+"""`layer.weight` of a block layer: built when something is computed from it. Writing into it raises, since it would be lost."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from kronblocks.core.errors import KronblocksError
 
 
 def is_transformed() -> bool:
-    """Whether torch.func is at work (vmap, grad, jvp), which cannot see into operators of one's own."""
+    """Whether a transform of torch.func (vmap, grad, jvp) is active. These cannot transform custom operators."""
     return not torch.compiler.is_dynamo_compiling() and peek_interpreter_stack() is not None
 
 
 class _AnyTensor(type(Tensor)):
-    """torch.testing.assert_close compares tensors of related types only, and parameters should be among them."""
+    """Makes every tensor an instance, since torch.testing.assert_close refuses to compare tensors of unrelated types."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, Tensor)
 
 
 class BuiltWeight(Tensor, metaclass=_AnyTensor):
-    """A weight that was built: an ordinary tensor for whoever reads it, part of the graph of autograd.
+    """A weight that has been built. It reads like an ordinary tensor and is part of the autograd graph.
 
-    Its views and its `data` are such tensors too; what is computed from it is an ordinary one.
+    Its views and its `data` have this class too; results computed from it are ordinary tensors.
 
     Raises:
-        KronblocksError: somebody writes into it, by a method or an operator.
+        KronblocksError: a method or operator writes into it.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @classmethod
     def of(cls, weight: Tensor) -> Tensor:
-        """A weight just built; tracers' tensors stay as they are."""
+        """Give a built weight this class; tracers' tensors stay as they are."""
         traced = torch.compiler.is_compiling() or is_transformed() or type(weight) is not Tensor
         return weight if traced else weight.as_subclass(cls)
 
     def built(self) -> Tensor:
-        """Itself."""
+        """The weight itself."""
         return self
 
     def __reduce_ex__(self, proto: Any) -> Any:
@@ -73,22 +73,22 @@ _KNOWN: frozenset[Any] = frozenset(
     + [getattr(Tensor, name) for name in _METHODS]
     + [torch.is_floating_point]
 )
-"""What a weight can say before it is built."""
+"""Properties of a weight that are known before it is built."""
 
 
 class UnbuiltWeight(BuiltWeight):
-    """The result of `layer.weight`: built at every use, and not when its dtype, device or shape is asked for.
+    """The result of `layer.weight`: built at every use, but not for its dtype, device or shape.
 
-    Model code asks for those at each call (T5 does), and torch's fast paths look at weights to see if they may go past the
-    layers. A tensor with a `__torch_function__` keeps them away, by their own test.
+    Models such as T5 read these at each call. Torch's fast paths read weights too, to bypass the layers. They do not use
+    tensors with a `__torch_function__`, so this class has one.
 
     Args:
-        build: gives the weight.
-        sources: what it is built from, of the weight's dtype and device; at least one.
+        build: returns the weight.
+        sources: the tensors that it is built from, with the weight's dtype and device; at least one.
         shape: of the weight.
 
     Raises:
-        KronblocksError: it is used after what it is built from has changed, or written into.
+        KronblocksError: it is used after its sources have changed, or written into.
     """
 
     _build: Callable[[], Tensor]
@@ -103,11 +103,11 @@ class UnbuiltWeight(BuiltWeight):
         return made
 
     def built(self) -> Tensor:
-        """The weight that the layer has now."""
+        """Build the weight."""
         if _versions(self._sources) != self._seen:
             raise KronblocksError(
-                "the layer has changed since its weight was read, and the weight is built when it is used: read layer.weight "
-                "again, or keep a copy, layer.weight.detach().clone()"
+                "the layer has changed since its weight was read, but the weight is only built when it is used: read "
+                "layer.weight again, or keep a copy, layer.weight.detach().clone()"
             )
         with contextlib.ExitStack() as stack:
             if torch.amp.is_autocast_available(device := self._sources[0].device.type):
@@ -116,7 +116,7 @@ class UnbuiltWeight(BuiltWeight):
         return BuiltWeight.of(weight) if weight.layout is torch.strided else weight
 
     def mapped(self, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
-        """The weight in another arrangement, of this shape, unbuilt too."""
+        """The weight rearranged by a function to this shape, also unbuilt."""
         return UnbuiltWeight(lambda: function(self.built()), self._sources, shape)
 
     @classmethod
@@ -134,7 +134,7 @@ class UnbuiltWeight(BuiltWeight):
 
 
 class _Traced(Tensor):
-    """A weight in code that torch.compile traces and that leaves out what is not used; it too keeps torch's fast paths away."""
+    """A weight in code that torch.compile traces; unused ones are dropped. It keeps torch's fast paths away, too."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -143,7 +143,7 @@ class _Traced(Tensor):
 
 
 def weight_of(build: Callable[[], Tensor], sources: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """A layer's weight, unbuilt where that is possible: tracers, transforms and shards get it built."""
+    """A layer's weight: unbuilt, but built for tracers, transforms and shards."""
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
         return build().as_subclass(_Traced)
     ordinary = all(type(source) in (Tensor, nn.Parameter) for source in sources)
@@ -153,7 +153,7 @@ def weight_of(build: Callable[[], Tensor], sources: Sequence[Tensor], shape: Seq
 
 
 def rearranged(weight: Tensor, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
-    """What a function makes of a layer's weight, unbuilt if the weight is."""
+    """Rearrange a layer's weight by a function; unbuilt if the weight is."""
     return weight.mapped(function, shape) if type(weight) is UnbuiltWeight else function(weight)
 
 
@@ -170,13 +170,13 @@ class HasBuiltWeight(nn.Module):
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of every module, but that a built weight cannot become a parameter, as torch.nn.utils.prune wants it to."""
+        """Refuse to make the built weight a parameter, as torch.nn.utils.prune tries to."""
         if name != "weight_orig" or isinstance(param, nn.Parameter | None):
             return super().register_parameter(name, param)
         raise KronblocksError(
             f"{name}: torch.nn.utils.prune cannot mask this weight, which is built when it is read. Kill whole blocks by "
-            "layer.set_block_mask_(mask), prune in a training by kronblocks.sparsify_(model, config), which goes on from block "
-            "layers, or call kronblocks.densify_(model) before torch.nn.utils.prune"
+            "layer.set_block_mask_(mask), or prune further in a training by kronblocks.sparsify_(model, config), or call "
+            "kronblocks.densify_(model) before torch.nn.utils.prune"
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Inputs other than ordinary dense tensors, which nn.Linear takes too."""
+"""Inputs other than ordinary dense tensors, as nn.Linear accepts them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kronblocks.ops.operands import check_tensor
 
 
 def map_unusual(layer: nn.Module, x: Any) -> Tensor:
-    """What a linear layer gives for a nested or sparse tensor, or for what torch.fx traces with.
+    """Apply a layer to a nested or sparse tensor, or to a proxy of torch.fx.
 
     Args:
-        layer: called with ordinary tensors.
-        x: nested, in jagged or strided layout; sparse, in any layout; or a proxy, for which the layer becomes one node.
+        layer: is called with ordinary tensors.
+        x: nested (jagged or strided), sparse (any layout), or a proxy, for which the layer becomes one node.
 
     Raises:
-        KronblocksError: it is no tensor.
+        KronblocksError: x is not a tensor.
     """
     if isinstance(x, fx.Proxy):
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})  # pyright: ignore

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is a sum of Kronecker products: the blocks are mixtures of a few shared tiles."""
+"""A linear layer whose weight is a sum of Kronecker products: each block is a mixture of a few shared tiles."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class KroneckerBlockLinear(BlockLayer):
         out_features: m, rows of W.
         block_size: 16, "16x4" or (16, 4), rows first; must divide (out_features, in_features).
         rank: number of Kronecker terms r.
-        tile_groups: g, number of tile banks; divides m1. 1 is the paper's layer, m1 gives each block row its own tiles.
-        gate: add the paper's trained gate S, at 1.
+        tile_groups: g, number of tile banks; divides m1. 1 is the paper's layer; m1 gives each block row its own tiles.
+        gate: add the paper's trained gate S, which starts at 1.
         bias: add a trained bias.
         plan: "auto" or a plan of `kronblocks.ops`; fixed outside `forward`, see `use_plan_`.
 
@@ -89,7 +89,7 @@ class KroneckerBlockLinear(BlockLayer):
         gate: bool = False,
         plan: str = "auto",
     ) -> Self:
-        """The layer nearest to a dense one: the truncated SVD of the rearranged weight (equation 11 in docs/math.md)."""
+        """Make the layer nearest to a dense one, by a truncated SVD of the rearranged weight (equation 11 in docs/math.md)."""
         weight = linear.weight.detach()
         layer = cls(
             linear.in_features,
@@ -112,12 +112,12 @@ class KroneckerBlockLinear(BlockLayer):
                 layer.gate.fill_(1)
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
-        layer.choose_plan_()  # of the device where it is now
+        layer.choose_plan_()  # for the device where it is now
         return layer.train(linear.training)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Orthonormal tiles and normal coefficients that give W the variance of nn.Linear's default (equation 13)."""
+        """Draw orthonormal tiles and normal coefficients. W has the variance of nn.Linear's default (equation 13)."""
         self.block_mask.fill_(True)
         reset_bias_(self.bias, self.in_features)
         if self.gate is not None:
@@ -136,10 +136,10 @@ class KroneckerBlockLinear(BlockLayer):
     def match_variance_(self, weight: Tensor | None = None) -> None:
         """Scale the coefficients so that W has the mean square of a dense weight.
 
-        Models begin with other variances than nn.Linear's default, and train worse when it is put in their place.
+        Many models do not start with nn.Linear's default variance, and train worse with it.
 
         Args:
-            weight: (m, n); None, or one of zeros: nn.Linear's default, 1/(3n) (equation 13).
+            weight: (m, n). None, or all zeros: use nn.Linear's default, 1/(3n) (equation 13).
         """
         mean_square = self.block_norms().square().sum() / self.grid.weights
         wanted = 0.0 if weight is None else float(whole(weight.detach()).float().square().mean())
@@ -172,7 +172,7 @@ class KroneckerBlockLinear(BlockLayer):
         return assembled(kron.block_norms(coeff, tiles) if len(coeff) else coeff[..., 0], self.coeff)
 
     def _factors_here(self) -> tuple[Tensor, Tensor, slice]:
-        """Coefficients, gate included, of the block rows that this process holds, tiles that go with them, and which rows."""
+        """Of the block rows that this process holds: the gated coefficients, their tiles, and which rows they are."""
         coeff, rows = rows_here(self.coeff)
         if self.gate is not None:
             coeff = coeff * rows_here(self.gate).local.unsqueeze(-1)
@@ -193,7 +193,7 @@ class KroneckerBlockLinear(BlockLayer):
     @torch.no_grad()
     def set_block_mask_(self, mask: Tensor) -> None:
         self.grid.check_mask(mask)
-        self.enforce_zeros_()  # somebody may have written into the mask
+        self.enforce_zeros_()  # the mask may have been written to
         if self.gate is not None:  # a block whose gate and coefficients are both 0 would get no gradient and could not grow
             gate, rows = rows_here(self.gate)
             gate.masked_fill_((mask & ~self.block_mask)[rows], 1)
@@ -206,7 +206,7 @@ class KroneckerBlockLinear(BlockLayer):
         return [(p, blocks) for p in (self.coeff, self.gate) if p is not None]
 
     def block_inner_products(self) -> Tensor:
-        """W is linear in the coefficients of a block, so <dW, W> is their inner product with their own gradient."""
+        """<dW, W> is the inner product of a block's coefficients with their gradient, since W is linear in them."""
         products = (rows_here(self.coeff).local * rows_here(self.coeff.grad).local).float().sum(-1)
         return assembled(products, self.coeff).masked_fill(~self.block_mask, 0)
 

@@ -1,4 +1,4 @@
-"""What a layer refuses to load: weights of another kind of layer, which `load_state_dict(strict=False)` would pass over."""
+"""Refuse to load the weights of another kind of layer, which `load_state_dict(strict=False)` would ignore."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _OTHER = (
 
 
 class WholeWeights(HasBuiltWeight):
-    """Base of layers whose weight is made of several tensors: a state_dict holds all of them, or none.
+    """Base of layers whose weight is made of several tensors: a state_dict must hold all of them, or none.
 
-    One that does not mention the layer, or its bias only, is left to `strict`: parts of a model may be loaded.
+    If it holds none, `strict` decides as usual: parts of a model may be loaded.
     """
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -26,13 +26,13 @@ class WholeWeights(HasBuiltWeight):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_whole(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Raise if there are tensors of another kind of layer, of other sizes, or only some of those that make up the weight."""
+        """Raise if the state_dict has tensors of another kind of layer, of other sizes, or only a part of the weight."""
         given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         tensors = (*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False))
         own = {key: tensor for key, tensor in tensors if key != "bias"}
-        needed = {key.partition(".")[0] for key in own}  # of children only whether they are mentioned: they look themselves
+        needed = {key.partition(".")[0] for key in own}  # children only have to be mentioned: they check themselves
         mentioned = {key.partition(".")[0] for key in given} - {"bias"}
-        kind = getattr(self, "kind", type(self).__name__)  # fully_shard makes a class of its own
+        kind = getattr(self, "kind", type(self).__name__)  # fully_shard makes another class of it
         where = f"of {prefix.rstrip('.') or 'the layer'}, a {kind}"
         if mentioned and not needed <= mentioned:
             raise KronblocksError(

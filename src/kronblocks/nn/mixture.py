@@ -1,4 +1,4 @@
-"""Several candidate block sizes in one layer, for a search that leaves one of them."""
+"""A layer with several candidate block sizes, for a search that removes all but one."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from kronblocks.nn.loading import WholeWeights
 
 
 class BlockMixtureLinear(WholeWeights):
-    """y = sum over candidates c of x W_c^T, plus bias: each W_c a sum of Kronecker products with blocks of its own size.
+    """y = sum over candidates c of x W_c^T, plus bias. Each W_c is a sum of Kronecker products, with its own block size.
 
-    At the start every candidate has an equal share of the variance. `remove_` takes a candidate out for good, `collapse` makes an
-    ordinary layer of the last one.
+    At the start every candidate has an equal share of the variance. `remove_` removes a candidate for good, and `collapse` makes
+    an ordinary layer of the last one.
 
     Args:
         in_features: n.
         out_features: m.
         candidates: name to block size; each must divide (m, n).
-        rank: Kronecker terms of every candidate, or of each by name; at most the area of its blocks.
-        tile_groups: "per-row", tiles for each block row; or the number of tile banks, of every candidate or of each by name.
+        rank: number of Kronecker terms, for all candidates or by name; at most the area of a block.
+        tile_groups: number of tile banks or "per-row", for all candidates or by name.
         bias: add a trained bias.
-        variance_of: a dense weight, (m, n), whose variance is shared out; None: that of nn.Linear's default.
+        variance_of: a dense weight, (m, n), with the variance to start from; None: that of nn.Linear's default.
 
     Source:
         Zhu, Zuo, Khalili, TMLR 2025, section 4.
@@ -95,12 +95,12 @@ class BlockMixtureLinear(WholeWeights):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, (out_features, in_features), built at every use; writing into it is an error."""
+        """The dense weight, (out_features, in_features), built at every use. Writing into it is an error."""
         sources = [parameter for layer in self._layers().values() for parameter in layer.block_parameters()]
         return weight_of(self.dense_weight, sources, (self.out_features, self.in_features))
 
     def dense_weight(self) -> Tensor:
-        """Build the dense weight, (out_features, in_features), the candidates' sum; differentiable."""
+        """Build the dense weight, (out_features, in_features): the sum of the candidates. Differentiable."""
         first, *others = (layer.dense_weight() for layer in self._layers().values())
         return sum(others, first)
 
@@ -115,13 +115,13 @@ class BlockMixtureLinear(WholeWeights):
         self._layers()[name].coeff.mul_(factor)
 
     def remove_(self, name: str) -> list[nn.Parameter]:
-        """Take a candidate out for good.
+        """Remove a candidate for good.
 
         Returns:
-            Its parameters, for whoever holds state for them (an optimiser).
+            Its parameters, so that optimisers can forget them.
 
         Raises:
-            KronblocksError: it is the last one, or there is none of this name.
+            KronblocksError: it is the last candidate, or there is none of this name.
         """
         if name not in self.candidates:
             raise KronblocksError(f"no candidate is called {name!r}: there are {', '.join(self.candidates)}")
@@ -132,10 +132,10 @@ class BlockMixtureLinear(WholeWeights):
         return gone
 
     def collapse(self) -> KroneckerBlockLinear:
-        """The last candidate as an ordinary layer, with the bias; parameters keep their objects.
+        """The last candidate as an ordinary layer, with the bias. Parameters stay the same objects.
 
         Raises:
-            KronblocksError: there are several left.
+            KronblocksError: several candidates are left.
         """
         if len(self.candidates) > 1:
             raise KronblocksError(
@@ -154,7 +154,7 @@ class BlockMixtureLinear(WholeWeights):
         *,
         tile_groups: int | Literal["per-row"] | Mapping[str, int] = "per-row",
     ) -> Self:
-        """A mixture of the sizes, device, dtype and variance of a dense layer, with its bias object, frozen where that is."""
+        """A mixture like a dense layer: with its sizes, device, dtype, variance and bias object. Frozen if that is frozen."""
         weight = linear.weight
         new = cls(
             linear.in_features,

@@ -1,4 +1,4 @@
-"""Layers with a linear layer inside: convolutions, over patches, and transformers' Conv1D, with its weight transposed."""
+"""Layers with a linear layer inside: convolutions (over patches), and transformers' Conv1D (weight transposed)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kronblocks.ops.operands import check_tensor
 
 
 class Unfolded(WholeWeights):
-    """Base of the two: a module whose weight is that of `linear`, which algorithms see as an ordinary linear layer.
+    """Base class: a module that computes with the weight of `linear`, an ordinary linear layer that algorithms can replace.
 
     Attributes:
         linear: nn.Linear, or the block layer in its place.
-        block_cols_divide: columns of blocks must divide this.
+        block_cols_divide: a number that the columns of a block must divide.
     """
 
     linear: Any
@@ -26,11 +26,11 @@ class Unfolded(WholeWeights):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the ordinary module has it, built at every access; writing into it is an error."""
+        """The weight in the layout of the original module, built at every access. Writing into it is an error."""
         raise NotImplementedError
 
     def folded(self) -> nn.Module:
-        """The ordinary module again, with the weight of `linear`."""
+        """The original kind of module, with the weight of `linear`."""
         raise NotImplementedError
 
     @property
@@ -41,12 +41,12 @@ class Unfolded(WholeWeights):
 class UnfoldedConv(Unfolded):
     """A convolution as a linear layer over patches: the weight is (out_channels, kh * kw * in_channels).
 
-    Columns are ordered by kernel position, then by input channel, so that blocks whose columns divide the input channels never
-    cut across kernel positions. Where `linear` computes with a dense weight, so does the convolution; otherwise patches are
-    copied out (kh * kw times the input's memory) and multiplied.
+    Columns are ordered by kernel position, then by input channel. So a block stays within one kernel position if its columns
+    divide the input channels. If `linear` computes with a dense weight, torch's convolution runs. Else patches are copied,
+    which takes kh * kw times the input's memory.
 
     Args:
-        conv: nn.Conv1d or nn.Conv2d with one group and zeros for padding. Its bias stays the same parameter.
+        conv: nn.Conv1d or nn.Conv2d with one group and zero padding. Its bias stays the same parameter.
 
     Raises:
         KronblocksError: another convolution; see `why_not`.
@@ -69,7 +69,7 @@ class UnfoldedConv(Unfolded):
 
     @staticmethod
     def why_not(conv: nn.Module) -> str:
-        """Why a convolution cannot be unfolded, empty if it can."""
+        """Why a convolution cannot be unfolded; empty if it can."""
         if type(conv) not in (nn.Conv1d, nn.Conv2d):
             return f"{type(conv).__name__} is not nn.Conv1d or nn.Conv2d"
         if conv.groups != 1:
@@ -79,7 +79,7 @@ class UnfoldedConv(Unfolded):
         return ""
 
     def rows_of(self, weight: Tensor) -> Tensor:
-        """The weight of an ordinary convolution as that of `linear`, (out_channels, kh * kw * in_channels)."""
+        """Rearrange an ordinary convolution's weight for `linear`: (out_channels, kh * kw * in_channels)."""
         kernel = weight.unflatten(2, (1, -1)) if self.one_dimensional else weight
         return kernel.permute(0, 2, 3, 1).flatten(1)
 
@@ -113,7 +113,7 @@ class UnfoldedConv(Unfolded):
         return conv.train(self.training)
 
     def _kernel(self, weight: Tensor) -> Tensor:
-        """The weight as (out_channels, in_channels, kh, kw)."""
+        """Rearrange a weight of `linear` to (out_channels, in_channels, kh, kw)."""
         return weight.unflatten(1, (*self.kernel_size, self.in_channels)).permute(0, 3, 1, 2).contiguous()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class UnfoldedConv(Unfolded):
         return y.squeeze(-2) if self.one_dimensional else y
 
     def _is_dense(self) -> bool:
-        watched = self.linear._forward_hooks or self.linear._forward_pre_hooks  # who watches the linear layer wants its rows
+        watched = self.linear._forward_hooks or self.linear._forward_pre_hooks  # hooks on the linear layer need its rows
         return not watched and getattr(self.linear, "active_plan", "dense") == "dense"
 
     def _convolve(self, x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class UnfoldedConv(Unfolded):
         return nn.functional.conv2d(x, self._kernel(self.linear.weight), self.linear.bias, **settings)
 
     def _multiply_patches(self, x: Tensor) -> Tensor:
-        """The same, laid out in memory as nn.Conv2d does: with channels last if x is, so that views of it stay possible."""
+        """Convolve over copied patches. The result has nn.Conv2d's memory layout (channels last if x is), so views work."""
         y = self.linear(self._patches(x)).permute(0, 3, 1, 2)
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -163,10 +163,10 @@ class UnfoldedConv(Unfolded):
 
 
 class Transposed(Unfolded):
-    """transformers' Conv1D, as GPT-2 has it: a linear layer whose weight is stored as (in_features, out_features).
+    """transformers' Conv1D (in GPT-2): a linear layer whose weight is stored as (in_features, out_features).
 
     Args:
-        conv: that layer. Its bias stays the same parameter.
+        conv: the Conv1D. Its bias stays the same parameter.
     """
 
     def __init__(self, conv: Any) -> None:
@@ -193,7 +193,7 @@ class Transposed(Unfolded):
 
 
 def unfolded(module: nn.Module, convolutions: bool) -> Unfolded | None:
-    """A module as an unfolded one; None for those that are no such thing."""
+    """Unfold a convolution (if asked) or a Conv1D of transformers; None for other modules."""
     if is_transposed(module):
         return Transposed(module)
     if convolutions and not UnfoldedConv.why_not(module):
@@ -202,7 +202,7 @@ def unfolded(module: nn.Module, convolutions: bool) -> Unfolded | None:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, which need not be installed."""
+    """Whether a module is transformers' Conv1D. transformers need not be installed."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
