@@ -99,7 +99,7 @@ def test_command_lines_have_the_settings_of_a_config_under_the_same_names_and_de
         *("target_sparsity", "layers", "exclude", "heads", "overrides", "convolutions", "frozen", "rows")
     }
     other = {name for name in config.keys() & line.keys() if config[name].default != line[name].default}
-    assert other == {"block_size", "on_mismatch"}  # text there; digits of 10 outputs have no blocks of 16 rows
+    assert other == {"on_mismatch"}  # digits of 10 outputs have no blocks of 16 rows
     assert TrainConfig(out=Path("x")).sparsity_config() == SparsityConfig(on_mismatch="nearest")
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from kronblocks import KronblocksError, PenaltyConfig, ScheduleConfig, from_pretrained
-from kronblocks.config.methods import spec_of
+from kronblocks.config.methods import METHODS, spec_of
 from kronblocks_lab.__main__ import main
+from kronblocks_lab.commands import compare
 from kronblocks_lab.report.page import write_report
 from kronblocks_lab.report.results import find_runs
 from kronblocks_lab.training import train as training
@@ -225,7 +226,7 @@ def test_damaged_checkpoints_are_refused_and_left_alone(tmp_path):
         ({"sparsity": 1.0}, "0.9 means 90%"),
         ({"epochs": 0}, "--epochs"),
         ({"seed": -1}, "--seed"),
-        ({"tile_groups": "x"}, "--tile-groups"),
+        ({"tile_groups": "x"}, "tile_groups is"),
         ({"threads": 0}, "--threads"),
         ({"model": "lenet5", "widths": (64, 32)}, "--widths.*lenet5 has none"),
         ({"method": "magnitude", "rank": 2}, "has no rank"),
@@ -269,6 +270,31 @@ def test_compare_gives_settings_to_the_methods_that_have_them(tmp_path):
     ]
     with pytest.raises(KronblocksError, match="none of --methods dense magnitude .*rank"):
         CompareConfig(out=tmp_path, methods=("dense", "magnitude"), rank=2)
+
+
+def test_a_method_of_a_module_that_the_user_names(tmp_path, monkeypatch, capsys):
+    module, line = f"own_method_{tmp_path.name}".replace("-", "_"), "--data digits --widths 16 --epochs 1 --block-size 4"
+    (tmp_path / f"{module}.py").write_text(
+        "from kronblocks.algorithms.rules.magnitude import Magnitude\n"
+        "from kronblocks.config import MethodSpec, register_method\n"
+        f"register_method({module!r}, MethodSpec(lambda choices: Magnitude('taylor')))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "train_apart", training.train)
+    with pytest.raises(SystemExit):
+        main(["train", *line.split(), "--method", module, "--out", "x"])
+    assert f"method='{module}' is unknown" in capsys.readouterr().err
+    try:
+        methods = ["--plugins", module, "--methods", module]
+        main(["compare", *line.split(), "--batch-size", "64", *methods, "--schedule.update-every", "2", "--out", "runs"])
+        assert json.loads((tmp_path / f"runs/{module}-4x4-s0/result.json").read_text())["block_sparsity"] >= 0.9
+    finally:
+        METHODS.pop(module, None)
+
+
+def test_a_module_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(KronblocksError, match="cannot import 'no.such.module' of --plugins"):
+        config(tmp_path / "run", plugins=("no.such.module",))
 
 
 def test_compare_runs_every_method_and_seed_once(tmp_path):
@@ -334,7 +360,7 @@ def test_compare_gives_new_settings_to_the_methods_that_have_them(tmp_path):
         "two-phase": (None, 0.2, "layer", 1.0),
     }
     runs = CompareConfig(out=tmp_path, methods=("dense", "two-phase"), block_size="auto").runs()
-    assert [(run.block_size, run.out.name) for run in runs] == [("16", "dense-s0"), ("auto", "two-phase-auto-s0")]
+    assert [(run.block_size, run.out.name) for run in runs] == [(16, "dense-s0"), ("auto", "two-phase-auto-s0")]
 
 
 @pytest.mark.slow

@@ -47,3 +47,13 @@ def test_commands_beside_trainings_import_nothing_heavy(tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in ("usage: kronblocks", "whole model", "exported: ", "values"))
     assert done.stdout.splitlines()[-1] == "heavy: {}"
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_and_version_wait_for_neither_torch_nor_tyro(word):
+    script = (
+        f"import sys; from kronblocks_lab.__main__ import main; main([{word!r}]); print({{'torch', 'tyro'}} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "set()"

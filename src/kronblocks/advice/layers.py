@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import safetensors
 from torch import nn
 
 from kronblocks.core.errors import KronblocksError
+from kronblocks.core.imports import import_here
 
 Layers = list[tuple[nn.Module, dict[str, int]]]
 """Models, and how many of a layer there are where that is not one."""
@@ -83,13 +82,10 @@ def _in_file(path: Path) -> list[tuple[str, int, int, int]]:
 def _call(text: str) -> nn.Module:
     """The model that "package.module:function" returns; the working folder is looked in, too."""
     module_name, _, function_name = text.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function = getattr(import_here(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise KronblocksError(f"cannot import {text!r}: {error}; write package.module:function, seen from here") from error
-    finally:
-        sys.path.pop(0)
     if not callable(function):
         raise KronblocksError(f"{text!r} is {type(function).__name__} and cannot be called: name a function that returns a model")
     try:

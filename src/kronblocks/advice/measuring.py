@@ -13,7 +13,8 @@ from torch import nn
 from kronblocks.advice.layers import Layers, linears
 from kronblocks.advice.report import Advice, Gain, LayerAdvice, Speed, Way
 from kronblocks.config.methods import TileGroups
-from kronblocks.config.sparsity import BlockSizeLike, Frozen, Mismatch, SparsityConfig
+from kronblocks.config.parts import BlockSizeLike, Mismatch
+from kronblocks.config.sparsity import Frozen, SparsityConfig
 from kronblocks.core.blocks import BlockGrid, BlockSize
 from kronblocks.core.errors import KronblocksError
 from kronblocks.ops.costs.counts import cost
@@ -36,7 +37,7 @@ def advise(
     sparsity: Sequence[float] = (0.8, 0.9, 0.95),
     block_size: BlockSizeLike = 16,
     rank: int | None = None,
-    tile_groups: TileGroups = "per-row",
+    tile_groups: TileGroups | None = None,
     on_mismatch: Mismatch = "dense",
     frozen: Frozen = "keep",
     device: torch.device | str = "cpu",
@@ -55,7 +56,7 @@ def advise(
         sparsity: shares of zero blocks to try.
         block_size: 16, "16x4" or (16, 4), rows first.
         rank: number of Kronecker terms; None: what a training takes, a quarter of a block's weights, 2 to 8.
-        tile_groups: "per-row", or the number of tile banks.
+        tile_groups: "per-row", or the number of tile banks; None: what a training takes, "per-row".
         on_mismatch: a block size that does not divide a layer: leave it "dense", or take the "nearest" that does.
         frozen: of a model, layers with requires_grad=False: "keep" them dense, as a training does, or "sparsify" them too.
         device: what to time on.

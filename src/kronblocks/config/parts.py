@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
 
 from kronblocks.algorithms.budget import Distribution, Scope
 from kronblocks.algorithms.rules.base import Form
 from kronblocks.algorithms.schedule import Shape
 from kronblocks.algorithms.targets import Score
-from kronblocks.config.methods import Init, Storage, TileGroups
+from kronblocks.config.methods import Init, Method, Storage, TileGroups
 from kronblocks.config.ranks import RankChoice
 from kronblocks.core.blocks import BlockSize
 from kronblocks.core.checks import number, one_of, whole
 from kronblocks.core.errors import KronblocksError
 
 BlockSizeLike = BlockSize | int | str | tuple[int, int]
+Rank = int | RankChoice | None
+Mismatch = Literal["dense", "nearest"]
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,48 @@ class PenaltyConfig:
         number("penalty.ridge", self.ridge, 0, float("inf"), "a number from 0 on")
 
 
+@dataclass(frozen=True)
+class MethodChoice:
+    """Which method: the part of a `SparsityConfig` that commands for one training share.
+
+    Args:
+        method: "two-phase" (default) or "kron-l1" (the paper's) train factors. "group-lasso", "elastic-group-lasso",
+            "magnitude" and "iterative" prune nn.Linear. "rigl" and "static" start sparse. "dense" changes nothing.
+            `register_method` adds others.
+    """
+
+    method: Method = "two-phase"
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """Which blocks layers have: the part of a `SparsityConfig` that all commands share.
+
+    Args:
+        block_size: rows and columns, 16 or "16x4", in Python also (16, 4); "auto" for `kronblocks train`, which then searches.
+        rank: number of Kronecker terms, for methods with factors. None: a quarter of a block's weights, from 2 to 8. For a
+            trained model `RankChoice(...)` chooses one per layer by the weights.
+        tile_groups: number of tile banks per layer, or "per-row". None: "per-row" for two-phase, 1 for kron-l1, as in the paper.
+        on_mismatch: what to do where the block size does not divide a layer, or tile groups its block rows: leave the layer
+            "dense", or use the "nearest" that divides.
+    """
+
+    block_size: BlockSizeLike = 16
+    rank: Rank = None
+    _: KW_ONLY
+    tile_groups: TileGroups | None = None
+    on_mismatch: Mismatch = "dense"
+
+    def __post_init__(self) -> None:
+        if self.block_size != "auto":
+            BlockSize.parse(self.block_size)
+        check_factors(self.rank, self.tile_groups)
+        one_of("on_mismatch", self.on_mismatch, Mismatch)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
-    """How a method works: the part of a `SparsityConfig` that the laboratory's commands share. None: the method's default.
+    """How a method works: the part of a `SparsityConfig` that commands for trainings share. None: the method's default.
 
     Args:
         gate: whether each block has a trained gate, the paper's S. Default: True for kron-l1 only.
@@ -152,7 +194,7 @@ class LayerOverride:
         check_factors(self.rank, self.tile_groups)
 
 
-def check_factors(rank: int | RankChoice | None, tile_groups: TileGroups | None) -> None:
+def check_factors(rank: Rank, tile_groups: TileGroups | None) -> None:
     if rank is not None and not isinstance(rank, RankChoice):
         whole("rank", rank, "the number of Kronecker terms")
     if tile_groups is not None and tile_groups != "per-row":

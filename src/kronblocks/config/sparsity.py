@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kronblocks.algorithms.rules.base import Rule
-from kronblocks.config.methods import METHODS, Choices, Method, MethodSpec, Setting, TileGroups
-from kronblocks.config.parts import BlockSizeLike, LayerOverride, MethodSettings, PenaltyConfig, ScheduleConfig, check_factors
+from kronblocks.config.methods import METHODS, Choices, MethodSpec, Setting
+from kronblocks.config.parts import (
+    BlockSettings,
+    LayerOverride,
+    MethodChoice,
+    MethodSettings,
+    PenaltyConfig,
+    ScheduleConfig,
+)
 from kronblocks.config.ranks import RankChoice
 from kronblocks.core.blocks import BlockSize
 from kronblocks.core.checks import number, one_of, whole
@@ -20,23 +27,18 @@ from kronblocks.core.errors import KronblocksError
 
 CONFIG_VERSION = 1
 
-Mismatch = Literal["dense", "nearest"]
 Frozen = Literal["keep", "sparsify"]
 
 
 @dataclass(frozen=True)
-class SparsityConfig(MethodSettings):
+class SparsityConfig(MethodSettings, BlockSettings, MethodChoice):
     """Which layers `sparsify_` replaces, with which blocks, by which method.
 
-    `MethodSettings` documents the rest: `gate`, `init`, `score`, `regrow`, `scope`, `distribution`, `storage`, `schedule`,
-    `penalty` and `measure_plans`.
+    `MethodChoice` and `BlockSettings` document `method`, `block_size`, `rank`, `tile_groups` and `on_mismatch`, and
+    `MethodSettings` the rest: `gate`, `init`, `score`, `regrow`, `scope`, `distribution`, `storage`, `schedule`, `penalty` and
+    `measure_plans`.
 
     Args:
-        method: "two-phase" (default) or "kron-l1" (the paper's) train factors. "group-lasso", "elastic-group-lasso",
-            "magnitude" and "iterative" prune nn.Linear. "rigl" and "static" start sparse. "dense" changes nothing.
-        block_size: 16, "16x4" or (16, 4), rows first; "auto" for `kronblocks train`, which then searches.
-        rank: number of Kronecker terms, for methods with factors. None: a quarter of a block's weights, from 2 to 8. For a
-            trained model `RankChoice(...)` chooses one per layer by the weights.
         target_sparsity: share of the blocks that end as exact zeros, in [0, 1).
         layers: which nn.Linear layers: patterns on the name (`"encoder.*"`), regular expressions (`"re:.*fc[12]"`), or types
             of the layer or of a module around it (`"type:MLP"`, or the class itself).
@@ -48,9 +50,6 @@ class SparsityConfig(MethodSettings):
         convolutions: also sparsify nn.Conv1d and nn.Conv2d, as linear layers over patches. Blocks do not cross kernel positions.
         frozen: what to do with layers whose weight has requires_grad=False. "keep" leaves them as they are and out of the
             target. "sparsify" treats them like the others, and they stay frozen.
-        on_mismatch: what to do where the block size does not divide a layer, or tile groups its block rows: leave the layer
-            "dense", or use the "nearest" that divides.
-        tile_groups: number of tile banks per layer, or "per-row". None: "per-row" for two-phase, 1 for kron-l1, as in the paper.
         rows: rows of x per step (batch times tokens), by which plans are chosen. None: what each layer gets in the first step.
 
     Raises:
@@ -61,9 +60,6 @@ class SparsityConfig(MethodSettings):
     True
     """
 
-    method: Method = "two-phase"
-    block_size: BlockSizeLike = 16
-    rank: int | RankChoice | None = None
     target_sparsity: float = 0.9
     layers: tuple[str | type, ...] = ("*",)
     exclude: tuple[str | type, ...] = ()
@@ -71,18 +67,15 @@ class SparsityConfig(MethodSettings):
     overrides: Mapping[str, LayerOverride] = field(default_factory=dict)
     convolutions: bool = False
     frozen: Frozen = "keep"
-    on_mismatch: Mismatch = "dense"
-    tile_groups: TileGroups | None = None
     rows: int | None = None
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
-        super().__post_init__()
+        MethodSettings.__post_init__(self)
+        BlockSettings.__post_init__(self)
         if not isinstance(self.overrides, Mapping):
             raise KronblocksError(f'overrides is a dict such as {{"head": LayerOverride(block_size=8)}}, not {self.overrides!r}')
         one_of("frozen", self.frozen, Frozen)
-        one_of("on_mismatch", self.on_mismatch, Mismatch)
-        check_factors(self.rank, self.tile_groups)
         if self.rows is not None:
             whole("rows", self.rows, "the rows of x per step")
         if not isinstance(self.convolutions, bool):

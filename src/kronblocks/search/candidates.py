@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kronblocks.algorithms.budget import check_reachable
-from kronblocks.config.sparsity import BlockSizeLike, SparsityConfig
+from kronblocks.config.parts import BlockSizeLike
+from kronblocks.config.sparsity import SparsityConfig
 from kronblocks.core.blocks import BlockGrid, BlockSize
 from kronblocks.core.errors import DoesNotFit, KronblocksError
 from kronblocks.ops.costs.counts import estimated_seconds

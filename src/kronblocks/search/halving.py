@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kronblocks.config.sparsity import BlockSizeLike, SparsityConfig
+from kronblocks.config.parts import BlockSizeLike
+from kronblocks.config.sparsity import SparsityConfig
 from kronblocks.core.checks import number, one_of, whole
 from kronblocks.core.errors import Diverged
 from kronblocks.nn.base import BlockLayer

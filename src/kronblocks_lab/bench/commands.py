@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import tyro
@@ -24,14 +23,6 @@ Bench = (
 
 def main(settings: tyro.conf.OmitSubcommandPrefixes[Annotated[Bench, tyro.conf.arg(name="")]]) -> None:
     """Measure speed and memory against dense, and write the page of the results."""
-    try:
-        _run(settings)
-    except KeyboardInterrupt:
-        sys.stderr.write("kronblocks: interrupted; what is finished is kept, and the same command goes on from there\n")
-        raise SystemExit(130) from None
-
-
-def _run(settings: Bench) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # tables into a file or a log

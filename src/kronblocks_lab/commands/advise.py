@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,15 +14,15 @@ from rich.table import Table
 
 from kronblocks.advice.measuring import advise
 from kronblocks.advice.report import Advice, LayerAdvice, Way, label, percent, ratio, remarks, summary, title
-from kronblocks.config.sparsity import Frozen, Mismatch
+from kronblocks.config.parts import BlockSettings
+from kronblocks.config.sparsity import Frozen
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_json
 from kronblocks.ops.costs.choice import milliseconds
-from kronblocks_lab.training.settings import tile_groups
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdviseConfig:
+class AdviseConfig(BlockSettings):
     """Measure a model's own shapes on this machine: what to keep dense, what to factor, what to pack, and what it gains."""
 
     layers: tyro.conf.Positional[tuple[str, ...]]
@@ -31,14 +31,6 @@ class AdviseConfig:
     """Rows of x per step: batch, times tokens."""
     sparsity: tuple[float, ...] = (0.8, 0.9, 0.95)
     """Shares of zero blocks to try."""
-    block_size: str = "16"
-    """Rows and columns of a block: 16, or 16x4."""
-    rank: int | None = None
-    """Kronecker terms of a factored layer; unset: a quarter of a block's weights, 2 to 8, as in a training."""
-    tile_groups: str = "per-row"
-    """Tile banks of a factored layer: per-row, or a number."""
-    on_mismatch: Mismatch = "dense"
-    """Layers that the block size does not divide: nearest size that does, or left dense."""
     frozen: Frozen = "keep"
     """Layers of a model with requires_grad=False: keep them dense, as a training does, or sparsify them too."""
     device: str = "cpu"
@@ -82,10 +74,7 @@ def _advise(config: AdviseConfig) -> Advice:
             config.layers,
             rows=config.rows,
             sparsity=config.sparsity,
-            block_size=config.block_size,
-            rank=config.rank,
-            tile_groups=tile_groups(config.tile_groups),
-            on_mismatch=config.on_mismatch,
+            **{field.name: getattr(config, field.name) for field in fields(BlockSettings)},
             frozen=config.frozen,
             device=config.device,
             dtype=getattr(torch, config.dtype),

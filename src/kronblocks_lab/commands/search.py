@@ -11,7 +11,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from kronblocks.config.methods import Method
+from kronblocks.config.parts import BlockSettings, BlockSizeLike, MethodChoice
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_json
 from kronblocks.search.halving import Goal, SearchConfig
@@ -25,12 +25,12 @@ from kronblocks_lab.training.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindConfig(ModelAndData):
+class FindConfig(MethodChoice, BlockSettings, ModelAndData):
     """Find the block size for a model and its data: the cheapest one that loses nothing."""
 
     out: Path | None = None
     """Folder for the report: search.json and search.png."""
-    method: Method = "two-phase"
+    block_size: tyro.conf.SuppressFixed[tyro.conf.Fixed[BlockSizeLike]] = "auto"
     sizes: tuple[str, ...] | None = None
     """Candidates, such as 4 8 16x4; unset: squares of powers of two from 2 to 64."""
     goal: Goal = "step-time"
@@ -50,7 +50,7 @@ class FindConfig(ModelAndData):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ModelAndData.__post_init__(self)
         if self.sizes is not None and len(self.sizes) < 2:
             given = f"names {self.sizes[0]} alone" if self.sizes else "names no block size"
             raise KronblocksError(f"--sizes {given}: a search wants at least two, such as 4 8 16x4, or leave it out")
@@ -68,8 +68,9 @@ class FindConfig(ModelAndData):
 
     def training(self) -> TrainConfig:
         """The training that would follow."""
-        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelAndData)}
-        return TrainConfig(out=Path(), method=self.method, block_size="auto", candidates=self.sizes, seed=self.seed, **shared)
+        names = {field.name for kind in (MethodChoice, BlockSettings, ModelAndData) for field in dataclasses.fields(kind)}
+        shared = {name: getattr(self, name) for name in names}
+        return TrainConfig(out=Path(), candidates=self.sizes, seed=self.seed, **shared)
 
 
 def main(config: Annotated[FindConfig, tyro.conf.arg(name="")]) -> None:

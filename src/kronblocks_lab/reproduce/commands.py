@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -132,19 +131,15 @@ def main(config: Annotated[ReproduceConfig, tyro.conf.arg(name="")]) -> None:
 
         Console().print(f"page: {write(config.out, config.page).resolve()}", soft_wrap=True, highlight=False)
         return
-    try:
-        for study in config.studies():
-            results = Campaign(study, config.out, config.work, config.jobs or (1 if config.full else 2)).run()
-            Console().print(_summary(study, results.rows))
-            Console().print(f"results: {results.path}", soft_wrap=True, highlight=False)
-        if config.what in ("search", "all") and not config.full:
-            from kronblocks_lab.reproduce.searches import SEARCHES
+    for study in config.studies():
+        results = Campaign(study, config.out, config.work, config.jobs or (1 if config.full else 2)).run()
+        Console().print(_summary(study, results.rows))
+        Console().print(f"results: {results.path}", soft_wrap=True, highlight=False)
+    if config.what in ("search", "all") and not config.full:
+        from kronblocks_lab.reproduce.searches import SEARCHES
 
-            results = SEARCHES.run(config.out, config.work)
-            Console().print(f"results: {results.path}", soft_wrap=True, highlight=False)
-    except KeyboardInterrupt:
-        sys.stderr.write("kronblocks: interrupted; what is finished is kept, and the same command goes on from there\n")
-        raise SystemExit(130) from None
+        results = SEARCHES.run(config.out, config.work)
+        Console().print(f"results: {results.path}", soft_wrap=True, highlight=False)
 
 
 def _summary(study: Study, rows: list[dict]) -> Table:

@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 
-from kronblocks.config.methods import METHODS, Method, Setting, TileGroups, spec_of
-from kronblocks.config.parts import MethodSettings
-from kronblocks.config.sparsity import Mismatch, PenaltyConfig, ScheduleConfig, SparsityConfig
+from kronblocks.config.methods import METHODS, Method, Setting, spec_of
+from kronblocks.config.parts import BlockSettings, MethodChoice, MethodSettings, Mismatch
+from kronblocks.config.sparsity import PenaltyConfig, ScheduleConfig, SparsityConfig
 from kronblocks.core.blocks import BlockSize
 from kronblocks.core.checks import number
 from kronblocks.core.errors import KronblocksError
+from kronblocks.core.imports import import_here
 from kronblocks.search.halving import Goal
 from kronblocks.surgery.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE
 from kronblocks_lab.training.models import TRANSFORMERS, ModelName
@@ -78,10 +79,6 @@ def recipe_of(method: str) -> Recipe:
     return RECIPES.get(method, Recipe() if spec_of(method).is_factored else _PLAIN)
 
 
-def _block_name(size: str) -> str:
-    return size if size == "auto" else str(BlockSize.parse(size))
-
-
 def option(name: str) -> str:
     """How a setting is called on the command line."""
     return f"--{name.replace('_', '-')}"
@@ -95,17 +92,6 @@ def part_of_a_file_name(flag: str, value: str) -> None:
     """
     if not re.fullmatch(r"[a-zA-Z0-9_][a-zA-Z0-9_-]*", value):
         raise KronblocksError(f"{flag} becomes part of a file's name: letters, digits, - and _, not {value!r}")
-
-
-def tile_groups(text: str) -> TileGroups:
-    """Read "per-row" or a number.
-
-    Raises:
-        KronblocksError: it is neither.
-    """
-    if text != "per-row" and not text.isdecimal():
-        raise KronblocksError(f"--tile-groups is per-row or a number, not {text!r}")
-    return "per-row" if text == "per-row" else int(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +109,7 @@ class ModelAndData:
     """Train on so many of the training images only."""
     test_images: int | None = None
     """Validate and test on so many of those images only."""
-    rank: int | None = None
-    """Kronecker terms of a layer; unset: a quarter of a block's weights, 2 to 8."""
-    sparsity: float = 0.9
+    sparsity: float = SparsityConfig.target_sparsity
     """Share of the weights that ends in blocks of exact zeros."""
     epochs: int = 8
     batch_size: int = 256
@@ -135,13 +119,15 @@ class ModelAndData:
     """Where the data set's original files are."""
     threads: int | None = None
     """Threads that torch uses; unset: its own choice."""
+    plugins: tuple[str, ...] = ()
+    """Modules to import first, seen from here, such as one that calls register_method for a method of your own."""
 
     def __post_init__(self) -> None:
+        self.import_plugins()
         for name in ("epochs", "batch_size", "threads", "train_images", "test_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise KronblocksError(f"{option(name)} must be at least 1, not {value}")
-        number("--sparsity", self.sparsity, 0, 1, "the share of zero blocks at the end, from 0 to below 1 (0.9 means 90%)")
         for name in Recipe._fields:
             if getattr(self, name, None) is not None:  # searches have the learning rate only
                 number(option(name), getattr(self, name), 0, math.inf, "a number from 0 on")
@@ -150,20 +136,23 @@ class ModelAndData:
         if self.model not in TRANSFORMERS and self.image_size is not None:
             raise KronblocksError(f"--image-size is for {', '.join(TRANSFORMERS)}: {self.model} takes the images as they are")
 
+    def import_plugins(self) -> None:
+        """Import what the user names, in each process of a training."""
+        for name in self.plugins:
+            try:
+                import_here(name)
+            except ImportError as error:
+                raise KronblocksError(f"cannot import {name!r} of --plugins: {error}; write package.module") from error
+
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig(MethodSettings, ModelAndData):
-    """What `train` and `compare` have in common.
-
-    How a method goes about it is said as in a `SparsityConfig`, of which this has the fields that a command line can give.
-    """
+class TaskConfig(MethodSettings, BlockSettings, ModelAndData):
+    """What `train` and `compare` have in common, beside the parts of a `SparsityConfig` that a command line can give."""
 
     out: Path
     """Folder for the results; must be new or empty, unless --resume."""
     fold: int | None = None
     """Cross-validation: which fifth of the training images validates, 0 to 4; unset: a tenth, the same in every run."""
-    block_size: str = "16"
-    """Rows and columns of a block: 16, or 16x4; auto: search for it first."""
     candidates: tuple[str, ...] | None = None
     """Of --block-size auto, such as 4 8 16x4; unset: squares of powers of two from 2 to 64."""
     goal: Goal = "step-time"
@@ -180,10 +169,7 @@ class TaskConfig(MethodSettings, ModelAndData):
     """Learning rate of free block values, relative to --lr; unset: the method's own."""
     lifted_weight_decay: float | None = None
     """Of free block values; unset: as --factor-weight-decay."""
-    tile_groups: str | None = None
-    """Tile banks of a layer: per-row, or a number; unset: the method's own (two-phase per-row, kron-l1 1)."""
-    on_mismatch: Mismatch = "nearest"
-    """Layers that the block size does not divide: nearest size that does, or left dense."""
+    on_mismatch: Mismatch = "nearest"  # digits of 10 outputs have no blocks of 16 rows
     start_from: Path | None = None
     """Start from the weights of a finished training: its folder; unset, --init is nearest then."""
     distill: float | None = None
@@ -196,8 +182,7 @@ class TaskConfig(MethodSettings, ModelAndData):
     def __post_init__(self) -> None:
         ModelAndData.__post_init__(self)
         MethodSettings.__post_init__(self)
-        if self.tile_groups is not None:
-            tile_groups(self.tile_groups)
+        BlockSettings.__post_init__(self)
         if self.distill is not None and self.start_from is None:
             raise KronblocksError("--distill learns from a trained model: name its folder with --start-from")
         if self.distill is not None and not 0 <= self.distill <= 1:
@@ -213,15 +198,14 @@ class TaskConfig(MethodSettings, ModelAndData):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(TaskConfig):
+class TrainConfig(MethodChoice, TaskConfig):
     """Train one model on one data set with one method, and write result.json and a checkpoint every epoch."""
 
-    method: Method = "two-phase"
     seed: int = 0
     """Of the initial weights and the order of the images."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TaskConfig.__post_init__(self)
         if self.seed < 0:
             raise KronblocksError(f"--seed must be at least 0, not {self.seed}")
         if self.block_size == "auto" and self.method == "dense":
@@ -245,8 +229,6 @@ class TrainConfig(TaskConfig):
         """What `sparsify_` is given."""
         names = {f.name for f in dataclasses.fields(SparsityConfig)} & {f.name for f in dataclasses.fields(self)}
         settings: dict[str, Any] = {name: getattr(self, name) for name in names} | {"target_sparsity": self.sparsity}
-        if self.tile_groups is not None:
-            settings["tile_groups"] = tile_groups(self.tile_groups)
         if self.init is None and self.start_from and spec_of(self.method).draws_start:
             settings["init"] = "nearest"
         return SparsityConfig(**settings)
@@ -254,9 +236,11 @@ class TrainConfig(TaskConfig):
     def settings(self) -> dict[str, Any]:
         """What decides the result, as plain values: everything but where it is written and how it is shown."""
         data = dataclasses.asdict(self)
-        for name in ("out", "resume", "progress", "data_dir"):
+        for name in ("out", "resume", "progress", "data_dir", "plugins"):
             del data[name]
         data["start_from"] = None if self.start_from is None else str(self.start_from)
+        data["block_size"] = str(self.block_size)
+        data["tile_groups"] = None if self.tile_groups is None else str(self.tile_groups)
         data["candidates"] = None if self.candidates is None else list(self.candidates)
         return {**data, "widths": list(self.widths), "recipe": self.recipe._asdict()}
 
@@ -284,7 +268,8 @@ class CompareConfig(TaskConfig):
         runs = []
         for seed in dict.fromkeys(self.seeds):
             for method in dict.fromkeys(self.methods):
-                block = "" if method == "dense" else f"-{_block_name(self.block_size)}"
+                auto = self.block_size == "auto"
+                block = "" if method == "dense" else "-auto" if auto else f"-{BlockSize.parse(self.block_size)}"
                 own = {"out": self.out / f"{method}{block}-s{seed}", "method": method, "seed": seed, "resume": True}
                 runs.append(TrainConfig(**{**shared, **self._without_foreign(method), **own}))
         for name in (*OF_SOME_METHODS, "penalty", "schedule"):

@@ -85,6 +85,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             not fit the model. Nothing has been written to the folder then that a second try would stumble over.
     """
     _quiet()
+    config.import_plugins()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     data = load_data(config.data, data_dir=config.data_dir, fold=config.fold)
