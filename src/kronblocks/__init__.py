@@ -6,6 +6,7 @@ then `search`, `deploy` and `advice`, and `integrations`. Each says in its `__in
 """
 
 import importlib
+import sys
 import warnings
 from typing import Any
 
@@ -79,5 +80,6 @@ def __getattr__(name: str) -> Any:
     if name not in _ROOM_OF:
         raise AttributeError(f"module 'kronblocks' has no attribute {name!r}")
     room = _ROOM_OF[name]
-    warnings.warn(f"kronblocks.{name} moves: write `from {room} import {name}`", DeprecationWarning, stacklevel=2)
+    if sys._getframe(1).f_globals.get("__name__") != "importlib._bootstrap":  # `from kronblocks import name` asks there first
+        warnings.warn(f"kronblocks.{name} moves: write `from {room} import {name}`", DeprecationWarning, stacklevel=2)
     return getattr(importlib.import_module(room), name)

@@ -7,7 +7,7 @@ import torch
 from tests.helpers import STEPS, Training, factors, mlp, same
 
 import kronblocks
-from kronblocks import KronblocksError, SparsityConfig, sparsify_
+from kronblocks import KronblocksError, KronblocksWarning, SparsityConfig, sparsify_
 from kronblocks.algorithms.rules.base import cut
 
 
@@ -33,6 +33,17 @@ def test_a_rule_of_ones_own_decides_and_resumes_to_the_same_bits(method):
     assert any(not torch.equal(own, other) for own, other in zip(*masks, strict=True))
     with pytest.raises(KronblocksError, match=r"rule Slowest.*same"):
         Training(config).start(whole.state())
+
+
+def test_a_rule_that_misses_the_target_is_told_of_once():
+    class Keeps(kronblocks.Rule):
+        def propose(self, scores, growth_scores, state, ctx):
+            return cut(scores, ctx, min(ctx.sparsity, 0.5)), state
+
+    training = Training(SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.75), rule=Keeps()).start()
+    with pytest.warns(KronblocksWarning, match=r"ended, and 50.0% of the weights are in zero blocks, not the 75%.*Keeps") as said:
+        training.run(STEPS)
+    assert len(said) == 1
 
 
 def test_a_penalty_of_ones_own_is_trained_on():

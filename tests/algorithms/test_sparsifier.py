@@ -192,6 +192,7 @@ class Recording:
         return None
 
 
+@pytest.mark.filterwarnings("ignore:pruning has ended")
 def test_growth_scores_reach_a_rule_that_asks_for_them_at_updates():
     training = Training(SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.5))
     rule = Recording()
@@ -238,6 +239,7 @@ def test_removing_the_attachment_stops_everything():
     training.sparsifier.attach(optimizer, total_steps=10)
 
 
+@pytest.mark.filterwarnings("ignore:pruning has ended")
 def test_a_sparsifier_can_be_made_by_hand_with_an_own_rule():
     """The parts are public enough to write an algorithm without touching the library."""
     torch.manual_seed(0)

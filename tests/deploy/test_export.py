@@ -23,7 +23,8 @@ from kronblocks import (
 )
 from kronblocks.nn.bsr_linear import BsrLinear
 from kronblocks.ops.costs import timing
-from kronblocks.ops.costs.choice import DeployedForm
+from kronblocks.ops.costs.choice import DeployedForm, choose_plan
+from kronblocks.ops.costs.counts import estimated_seconds
 from kronblocks.ops.costs.timing_cache import forget_timings
 
 
@@ -93,6 +94,14 @@ def test_the_fastest_form_is_taken(monkeypatch):
     exported = export(sparse(), torch.randn(7, 24), slim=False)
     assert [layer.form for layer in exported.layers] == ["factored", "packed"]
     assert exported.model[0].active_plan == "coeff_first" and exported.model[0].gate is None
+
+
+def test_factors_get_the_plan_that_is_least_work_in_inference():
+    layer = KroneckerBlockLinear(64, 64, 4, rank=1, tile_groups=16)
+    plan = export(nn.Sequential(layer), torch.randn(64, 64), form="factored").model[0].active_plan
+    training, inference = (layer.problem(rows=64, training=training) for training in (True, False))
+    least = {p: estimated_seconds(inference, p) for p in ("tile_first", "coeff_first")}
+    assert plan == min(least, key=least.__getitem__) != choose_plan(training).plan
 
 
 def test_only_live_blocks_are_stored():

@@ -53,6 +53,13 @@ def test_a_name_that_left_the_top_says_where_it_is(room, name):
     assert name in importlib.import_module(room).__all__
 
 
+def test_an_import_of_a_name_that_left_the_top_warns_once():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        exec("from kronblocks import BlockGrid, lift_", {})
+    assert [str(each.message).split()[0] for each in said] == ["kronblocks.BlockGrid", "kronblocks.lift_"]
+
+
 def test_no_name_left_without_a_word():
     assert set(kronblocks._ROOM_OF) == {name for names in LEFT_THE_TOP.values() for name in names}
     with pytest.raises(AttributeError, match="module 'kronblocks' has no attribute 'sparsity'"):

@@ -73,9 +73,6 @@ class MaskedLinear:
     def scale_blocks_(self, multipliers: Tensor) -> None:
         rows, factors = self._beside(self._weight, multipliers)
         rows.mul_(factors.to(rows.dtype))
-        died = self.block_mask & (multipliers == 0)
-        if died.any():
-            self.set_block_mask_(self.block_mask & ~died)
 
     @torch.no_grad()
     def enforce_zeros_(self) -> None:

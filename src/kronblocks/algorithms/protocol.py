@@ -52,7 +52,7 @@ class HasBlocks(Protocol):
         ...
 
     def scale_blocks_(self, multipliers: Tensor) -> None:
-        """Multiply every block by its number, (m1, n1); 0 kills it."""
+        """Multiply every block by its number, (m1, n1); `set_block_mask_` follows where blocks die."""
         ...
 
     def enforce_zeros_(self) -> None:

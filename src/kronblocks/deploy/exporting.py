@@ -27,7 +27,7 @@ from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.bsr_linear import BsrLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.unfolded import Unfolded
-from kronblocks.ops.costs.choice import VALUES, DeployedForm, choose_deployed, choose_plan, milliseconds
+from kronblocks.ops.costs.choice import VALUES, DeployedForm, choose_deployed, milliseconds, plan_seconds
 from kronblocks.ops.plans import PLANS
 from kronblocks.surgery.replace import bare, evaluating, replace_
 from kronblocks.surgery.sparsify import pack_masked_
@@ -259,8 +259,8 @@ def _times(choice: DeployedForm) -> str:
 
 
 def _best_factored(layer: BlockLayer, rows: int) -> str:
-    plan = choose_plan(layer.problem(rows=rows or None)).plan
-    return plan if _is_factored(plan) else next(filter(_is_factored, PLANS))
+    seconds = plan_seconds(layer.problem(rows=rows or None, training=False), measure=False)
+    return min(filter(_is_factored, seconds), key=seconds.__getitem__)
 
 
 def _is_factored(form: str) -> bool:

@@ -174,6 +174,20 @@ def warn_of_starved_layers(report: SparsityReport) -> None:
     )
 
 
+def warn_if_missed(report: SparsityReport, schedule: SparsitySchedule, rule: str) -> None:
+    """Say so if pruning has ended and a rule has left more than the target, by more than a block of each layer."""
+    weights = [layer.out_features * layer.in_features for layer in report.layers]
+    block_each = sum(each / layer.total_blocks for each, layer in zip(weights, report.layers, strict=True))
+    if report.block_sparsity < schedule.target_sparsity - max(0.01, block_each / sum(weights)):
+        warnings.warn(
+            f"pruning has ended, and {100 * report.block_sparsity:.1f}% of the weights are in zero blocks, not the "
+            f"{100 * schedule.target_sparsity:g}% that were asked for: {rule}.propose left more blocks live. Let "
+            "it return cut(scores, ctx, ctx.sparsity), from kronblocks.algorithms, which hits the target exactly",
+            KronblocksWarning,
+            stacklevel=2,
+        )
+
+
 def warn_if_too_dense(sparsity: float, schedule: SparsitySchedule, why: str) -> None:
     """Say so if a training that has ended is a percent or more below its target, for this reason."""
     if sparsity < schedule.target_sparsity - 0.01:

@@ -30,6 +30,7 @@ from kronblocks.algorithms.training.report import (
     SparsityReport,
     count_blocks,
     dead_share,
+    warn_if_missed,
     warn_if_too_dense,
     warn_of_starved_layers,
 )
@@ -219,7 +220,10 @@ class Sparsifier:
             if grown.any():
                 target.restart_moments_(self._optimizers, grown)
         if context.is_last_update:
-            warn_of_starved_layers(self.report())
+            assert self.schedule is not None
+            report = self.report()
+            warn_if_missed(report, self.schedule, type(self.rule).__name__)
+            warn_of_starved_layers(report)
 
     def _context(self, step: int) -> RuleContext:
         assert self.schedule is not None
@@ -284,10 +288,19 @@ class Sparsifier:
         return "discover" if schedule is None else schedule.phase_at(self.step)
 
     @property
+    def lift_to_come(self) -> bool:
+        """Whether factors will become free values in the training that it is attached to."""
+        return self._steps_to_lift is not None
+
+    @property
     def lift_due(self) -> bool:
         """Whether the lift waits for the parameters to be whole again, under `fully_shard`: see `lift_`."""
+        return self._steps_to_lift is not None and self._steps_to_lift <= 0
+
+    @property
+    def _steps_to_lift(self) -> int | None:
         lift_step = self.schedule.lift_step if self.schedule is not None else None
-        return lift_step is not None and self.step >= lift_step and any(target.is_factored for target in self.targets)
+        return None if lift_step is None or not any(t.is_factored for t in self.targets) else lift_step - self.step
 
     @property
     def measures_growth(self) -> bool:

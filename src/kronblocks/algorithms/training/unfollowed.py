@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.algorithms.training.nested import stepping
-from kronblocks.core.errors import KronblocksWarning
+from kronblocks.core.errors import KronblocksError, KronblocksWarning
 from kronblocks.core.tables import some
 
 NOT_ATTACHED = (
@@ -25,16 +25,19 @@ LOST = (
     "layers, by from_pretrained(save_pretrained(model, folder, sparsifier=sparsifier))"
 )
 
-
 STRANGER = (
     "{kind} steps {names}, which a sparsifier follows through another optimiser: it changes blocks that are dead, and its steps "
     "do not count. Give attach all optimisers in one list, sparsifier.attach([one, two], total_steps=...). If it takes the place "
     "of the other, call remove() on the handle of the first attach, and attach the sparsifier to the new one"
 )
+BEFORE_LIFT = ". It is an error here, because the lift is still to come, which would leave it with parameters of other shapes"
 
 
 class _Unattached(Protocol):
     targets: list[BlockTarget]
+
+    @property
+    def lift_to_come(self) -> bool: ...
 
     def without_attach(self) -> str: ...
 
@@ -107,7 +110,11 @@ def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def _look_at(optimizer: Optimizer, sparsifier: _Unattached, others: _Optimizers) -> None:
-    """The first step of an optimiser since attach: whether it should be followed, and neither is nor is around or inside one."""
+    """The first step of an optimiser since attach: whether it should be followed, and neither is nor is around or inside one.
+
+    Raises:
+        KronblocksError: it should be, and the lift is still to come.
+    """
     together = list(stepping())
     if any(each in others.followed for each in together):
         for each in together:
@@ -118,6 +125,9 @@ def _look_at(optimizer: Optimizer, sparsifier: _Unattached, others: _Optimizers)
     names = [target.name for target in sparsifier.targets if any(id(p) in held for p in target.parameters())]
     if names and sparsifier.without_attach():
         words = STRANGER.format(kind=type(optimizer).__name__, names=some(names))
+        if sparsifier.lift_to_come:
+            others.known.discard(optimizer)  # its next step is refused, too
+            raise KronblocksError(words + BEFORE_LIFT)
         warnings.warn(words, KronblocksWarning, stacklevel=4)
 
 
