@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import kronblocks
 
-EPOCHS = 12
+EPOCHS = 8
 
 
 def make(image_size: int = 8, patch_size: int = 2, hidden_size: int = 64, layers: int = 2) -> ViTForImageClassification:
@@ -67,7 +67,7 @@ def main(folder: str) -> None:
     config = kronblocks.SparsityConfig(method="rigl", init="nearest", block_size=8, target_sparsity=0.8, exclude=("classifier",))
     sparsifier = kronblocks.sparsify_(model, config)
     print(sparsifier.surgery)  # with the error of each layer's start
-    train(model, images[:1400], labels[:1400], epochs=15, sparsifier=sparsifier, distillation=distillation)
+    train(model, images[:1400], labels[:1400], epochs=12, sparsifier=sparsifier, distillation=distillation)
     found = accuracy(model, images[1400:], labels[1400:])
     print(f"{100 * sparsifier.sparsity:.1f}% of the weights in zero blocks, test accuracy {found:.3f}")
     kronblocks.save_pretrained(model, folder)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,10 +186,9 @@ def test_layers_are_watched_inside_checkpoints_of_a_compiled_model():
     assert sparsifier.state_dict()["planner"]["traffic"]["2"] == [18, True, "float32"]
 
 
-def test_a_limit_below_what_the_lift_needs_is_told():
+def test_a_limit_below_what_the_lift_needs_is_told(processes):
     """In a process of its own: what other tests have compiled before decides in which step torch reaches its limit."""
-    code = "from tests.algorithms.test_compiled import train_below_and_at_the_limit; train_below_and_at_the_limit()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=Path(__file__).parents[2])
+    processes.run(train_below_and_at_the_limit)
 
 
 def train_below_and_at_the_limit() -> None:

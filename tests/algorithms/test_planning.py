@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import io
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tests.processes import code
 from torch import nn
 
 from kronblocks import KronblocksError, ScheduleConfig, SparsityConfig, parameter_groups, sparsify_
@@ -347,11 +346,7 @@ RANKS = """
 
 
 @pytest.mark.slow
-def test_rank_0_decides_for_all(tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(RANKS)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+def test_rank_0_decides_for_all(tmp_path, processes):
+    ranks = [processes.start(code, textwrap.dedent(RANKS), str(rank), str(tmp_path / "meeting")) for rank in (0, 1)]
+    for status, said in [each.end() for each in ranks]:
+        assert status == 0, said

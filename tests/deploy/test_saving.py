@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.processes import code
 from torch import nn
 
 from kronblocks import (
@@ -257,7 +256,7 @@ torch.save(model(torch.load(sys.argv[2], weights_only=True)).logits.detach(), sy
 
 
 @pytest.mark.slow
-def test_a_transformers_model_loads_in_a_new_process_without_the_code_that_made_it(tmp_path):
+def test_a_transformers_model_loads_in_a_new_process_without_the_code_that_made_it(tmp_path, processes):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)
@@ -270,9 +269,8 @@ def test_a_transformers_model_loads_in_a_new_process_without_the_code_that_made_
     x = torch.randn(2, 3, 8, 8)
     torch.save(x, tmp_path / "x.pt")
     save_pretrained(model, tmp_path / "vit")
-    command = [sys.executable, "-c", TRANSFORMER, str(tmp_path / "vit"), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["ViTForImageClassification", str(count)]
+    said = processes.run(code, TRANSFORMER, *(str(tmp_path / name) for name in ("vit", "x.pt", "y.pt")))
+    assert said.split() == ["ViTForImageClassification", str(count)]
     torch.testing.assert_close(torch.load(tmp_path / "y.pt", weights_only=True), model(x).logits)
 
 

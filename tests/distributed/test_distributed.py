@@ -2,55 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from tests.distributed import worker
+from tests.processes import Processes
 
 from kronblocks import from_pretrained, save_pretrained
 
 pytestmark = pytest.mark.slow
 
-WORKER = Path(__file__).with_name("worker.py")
 
-
-@pytest.fixture(scope="module")
-def worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("worker", WORKER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def launched(scenario: str, world: int, folder: Path) -> Path:
+def launched(processes: Processes, scenario: str, world: int, folder: Path) -> Path:
     """The folder with what the processes of a scenario wrote."""
-    command = [sys.executable, "-W", "ignore", str(WORKER), scenario]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(world)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, "\n\n".join(outputs)
+    started = [processes.start(worker.main, scenario, rank, world, folder) for rank in range(world)]
+    ended = [each.end() for each in started]
+    assert [status for status, _ in ended] == [0] * world, "\n\n".join(said for _, said in ended)
     return folder
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
-    return launched("two", 2, tmp_path_factory.mktemp("two"))
+def two(processes, tmp_path_factory) -> Path:
+    return launched(processes, "two", 2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
-def four(two, tmp_path_factory) -> Path:
+def four(processes, two, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("four")
     shutil.copytree(two, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("rendezvous", "ddp-*", "fsdp-*"))
-    return launched("four", 4, folder)
+    return launched(processes, "four", 4, folder)
 
 
 EXACT = ("two-phase", "kron-l1", "group-lasso", "magnitude", "static")  # rigl grows by norms of each rank's own gradient
@@ -65,7 +47,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("world", "way", "method"), RUNS)
-def test_processes_do_what_one_does(worker, two, four, way, method, world):
+def test_processes_do_what_one_does(two, four, way, method, world):
     folder = {2: two, 4: four}[world]
     found = [torch.load(folder / f"{way}-{method}-{rank}.pt", weights_only=True) for rank in range(world)]
     for other in found[1:]:
@@ -80,12 +62,12 @@ def test_processes_do_what_one_does(worker, two, four, way, method, world):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory) -> Path:
-    return launched("one", 1, tmp_path_factory.mktemp("one"))
+def one(processes, tmp_path_factory) -> Path:
+    return launched(processes, "one", 1, tmp_path_factory.mktemp("one"))
 
 
 @pytest.mark.parametrize("way", ["ddp", "static", "frozen", "fsdp"])
-def test_one_process_wrapped_does_what_it_does_unwrapped(worker, one, way):
+def test_one_process_wrapped_does_what_it_does_unwrapped(one, way):
     model, sparsifier = worker.make("two-phase")
     alone = worker.train(model, sparsifier, 0, 1)
     found = torch.load(one / f"alone-{way}.pt", weights_only=True)
@@ -93,7 +75,7 @@ def test_one_process_wrapped_does_what_it_does_unwrapped(worker, one, way):
     assert torch.allclose(alone["losses"], found["losses"], rtol=0, atol=1e-9)
 
 
-def test_zero_is_refused_before_a_lift_and_works_without_one(worker, one):
+def test_zero_is_refused_before_a_lift_and_works_without_one(one):
     assert "use the optimiser inside it under DistributedDataParallel" in (one / "zero.txt").read_text()
     model, sparsifier = worker.make("magnitude")
     alone = worker.train(model, sparsifier, 0, 1, torch.optim.AdamW(model.parameters(), lr=1e-2))
@@ -102,7 +84,7 @@ def test_zero_is_refused_before_a_lift_and_works_without_one(worker, one):
 
 
 @pytest.mark.parametrize("method", ["two-phase", "magnitude"])
-def test_a_sharded_checkpoint_goes_on_with_another_number_of_processes(worker, four, method):
+def test_a_sharded_checkpoint_goes_on_with_another_number_of_processes(four, method):
     found = [torch.load(four / f"resumed-{method}-{rank}.pt", weights_only=True) for rank in range(4)]
     model, sparsifier = worker.make(method)
     alone = worker.train(model, sparsifier, 0, 1)
@@ -112,7 +94,7 @@ def test_a_sharded_checkpoint_goes_on_with_another_number_of_processes(worker, f
 
 
 @pytest.mark.parametrize("method", ["two-phase", "magnitude"])
-def test_a_full_checkpoint_of_a_sharded_model_is_one_of_one_process(worker, two, method, tmp_path):
+def test_a_full_checkpoint_of_a_sharded_model_is_one_of_one_process(two, method, tmp_path):
     model, sparsifier = worker.make(method)
     sparsifier.load_state_dict(torch.load(two / f"{method}-sparsifier.pt", weights_only=True))
     model.load_state_dict(torch.load(two / f"{method}-whole.pt", weights_only=True))

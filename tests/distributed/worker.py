@@ -1,4 +1,4 @@
-"""One process of a distributed training, started by the tests: python worker.py SCENARIO RANK WORLD FOLDER."""
+"""One process of a distributed training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 import gc
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kronblocks import KronblocksError, PenaltyConfig, SparsityConfig, parameter_groups, save_pretrained, sparsify_
 from kronblocks.integrations.fsdp import lifted_anew
 
-STEPS = 50
+STEPS = 24
 BATCH = 16
 
 PROXIMAL = PenaltyConfig(form="proximal")
@@ -148,7 +147,7 @@ def fsdp(rank: int, world: int, folder: Path) -> None:
         torch.save(found, folder / f"fsdp-{method}-{rank}.pt")
 
 
-STOP = 12  # before the lift
+STOP = 6  # before the lift
 
 
 def saved(rank: int, world: int, folder: Path) -> None:
@@ -266,13 +265,8 @@ SCENARIOS: dict[str, tuple[Callable[[int, int, Path], None], ...]] = {
 
 
 def main(scenario: str, rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     for run in SCENARIOS[scenario]:
         run(rank, world, folder)
     distributed.barrier()
     os._exit(0)  # gloo's threads may outlive the group that wrappers still hold
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

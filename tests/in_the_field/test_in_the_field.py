@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tests.in_the_field import averages, compilers, habits, loaders, loops, optimisers, trainers, wrappers
 from tests.in_the_field.cases import CASES, GROUPS, Case
+from tests.processes import module
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +37,7 @@ def _rows_in(room: object) -> int:
     return sum(case.run.__module__ == getattr(room, "__name__", "") for case in CASES)
 
 
-def test_the_table_is_what_the_rows_say(tmp_path):
+def test_the_table_is_what_the_rows_say(tmp_path, processes):
     before = (ROOT / "docs" / "limits.md").read_text()
-    subprocess.run([sys.executable, "-m", "kronblocks_lab.pages.limits", str(tmp_path / "page.md")], check=True)
+    processes.run(module, "kronblocks_lab.pages.limits", str(tmp_path / "page.md"))
     assert (tmp_path / "page.md").read_text() == before, "run python -m kronblocks_lab.pages.limits"

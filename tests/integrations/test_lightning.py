@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from tests.integrations.small_lightning import Module, config, data, trainer
+from tests.processes import code, group
 
 from kronblocks import BlockSparseLinear, KronblocksError, PenaltyConfig, rebuild_on_load_
 from kronblocks.algorithms.training.report import count_blocks
@@ -178,7 +176,7 @@ class Sharded(Module):
 
 
 quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
-for case in sys.argv[2:]:  # the second process is started by the first trainer, and stays
+for case in sys.argv[2:]:
     strategy, method = case.split("+")
     module = Module() if strategy == "ddp" else Sharded(groups=False)
     callback = SparsityCallback(config(method=method, rank=2 if method == "two-phase" else None))
@@ -197,16 +195,12 @@ CASES = {"ddp+two-phase": "BlockSparse", "shards+rigl": "FSDPBlockSparse", "shar
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> Path:
+def two_processes(processes, tmp_path_factory) -> Path:
     """The folder with what each process of each case has found."""
     folder = tmp_path_factory.mktemp("two")
-    script = folder / "two.py"
-    script.write_text(TWO)
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, str(script), str(folder), *CASES]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
-    assert done.returncode == 0, done.stderr[-2000:]
+    started = [processes.start(code, TWO, str(folder), *CASES, **rank) for rank in group(2)]
+    ended = [each.end() for each in started]
+    assert [status for status, _ in ended] == [0, 0], ended
     return folder
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import multiprocessing
 import statistics
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -40,11 +42,18 @@ TINY = Study(
 )
 
 
+def run_tiny(folder: Path) -> None:
+    """In a process that knows nothing of the tests before, whose pool need not import everything again."""
+    forking = multiprocessing.get_context("fork")
+    campaign.multiprocessing.get_context = lambda method: forking
+    Campaign(TINY, folder / "results", folder / "work", jobs=2).run()
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(processes, tmp_path_factory):
     """A whole tiny campaign, with two trials a method."""
     folder = tmp_path_factory.mktemp("reproduce")
-    Campaign(TINY, folder / "results", folder / "work", jobs=2).run()
+    processes.run(run_tiny, folder)
     return folder
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from tests.processes import module
 from tests.project.prose import code_lines, sentences, words
 
 import kronblocks
@@ -54,9 +53,9 @@ def test_a_page_links_the_words_that_it_uses(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["scale", "reliability"])
-def test_a_generated_page_is_what_its_program_writes(name, tmp_path):
+def test_a_generated_page_is_what_its_program_writes(name, tmp_path, processes):
     before = (ROOT / "docs" / f"{name}.md").read_text()
-    subprocess.run([sys.executable, "-m", f"kronblocks_lab.pages.{name}", str(tmp_path / "page.md")], check=True)
+    processes.run(module, f"kronblocks_lab.pages.{name}", str(tmp_path / "page.md"))
     assert (tmp_path / "page.md").read_text() == before, f"run python -m kronblocks_lab.pages.{name}"
 
 

@@ -2,51 +2,47 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from tests.processes import Processes, group, script
 
 import kronblocks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# DistributedDataParallel keeps gloo's threads past destroy_process_group, in plain PyTorch too, and rarely one of them aborts
-# its process while Python shuts down: everything has been printed and saved by then, and that is what the test looks at
-GLOO_ABORT = "terminate called without an active exception"
 TRANSFORMERS = ("hf_trainer.py", "from_trained.py")
-RUNS = {path.name: [sys.executable, str(path)] for path in sorted(EXAMPLES.glob("*.py"))}
-RUNS["torchrun_ddp.py"] = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-    "2",
-    str(EXAMPLES / "torchrun_ddp.py"),
+ON_TWO = ("torchrun_ddp.py", "accelerate_loop.py")
+RUNS = [
+    *((path.name, 1) for path in sorted(EXAMPLES.glob("*.py")) if path.name != "torchrun_ddp.py"),
+    *((name, 2) for name in ON_TWO),
 ]
-RUNS["accelerate_loop.py, two processes"] = [*RUNS["torchrun_ddp.py"][:-1], str(EXAMPLES / "accelerate_loop.py")]
+
+
+def run(processes: Processes, path: Path, world: int, *arguments: str) -> str:
+    """What the script prints, in processes with the environment that torchrun gives them if there are several."""
+    ranks = group(world) if world > 1 else [{}]
+    started = [processes.start(script, path, *arguments, KRONBLOCKS_MEASURE="0", **rank) for rank in ranks]
+    ended = [each.end() for each in started]
+    assert [status for status, _ in ended] == [0] * world, ended
+    return "".join(said for _, said in ended)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-def test_example(name, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KRONBLOCKS_MEASURE": "0"}
-    run = subprocess.run([*RUNS[name], str(tmp_path / "saved")], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0 or ("torch.distributed.run" in RUNS[name] and GLOO_ABORT in run.stderr), run.stderr
-    found = re.search(r"([\d.]+)% of the weights in zero blocks, test accuracy ([\d.]+)", run.stdout)
-    assert found is not None, run.stdout
+@pytest.mark.parametrize(("name", "world"), RUNS)
+def test_example(name, world, tmp_path, processes):
+    said = run(processes, EXAMPLES / name, world, str(tmp_path / "saved"))
+    found = re.search(r"([\d.]+)% of the weights in zero blocks, test accuracy ([\d.]+)", said)
+    assert found is not None, said
     sparsity, accuracy = float(found[1]), float(found[2])
     least = (80, 0.75) if name in TRANSFORMERS else (90, 0.86)
-    assert sparsity >= least[0] and accuracy > least[1], run.stdout
+    assert sparsity >= least[0] and accuracy > least[1], said
     if name == "from_trained.py":
-        dense = re.search(r"dense: test accuracy ([\d.]+)", run.stdout)
+        dense = re.search(r"dense: test accuracy ([\d.]+)", said)
         assert dense is not None and accuracy > float(dense[1]) - 0.01 - 1 / 397  # less than a point, and an image
     assert loaded_accuracy(name, tmp_path / "saved") == pytest.approx(accuracy, abs=0.0006)  # which was printed with 3 digits
 
@@ -60,7 +56,7 @@ def loaded_accuracy(name: str, folder: Path) -> float:
         if name in TRANSFORMERS:  # their folder says what the model is
             model, images = kronblocks.from_pretrained(folder), images.view(-1, 1, 8, 8) / 8 - 1
         else:
-            model = kronblocks.from_pretrained(folder, runpy.run_path(str(EXAMPLES / name.split(",")[0]))["make"])
+            model = kronblocks.from_pretrained(folder, runpy.run_path(str(EXAMPLES / name))["make"])
             images = images / 16
     with torch.no_grad():
         y = model.eval()(images)

@@ -7,17 +7,25 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from tests.reliability.trainings import Training, arguments, limit_files
+from tests.processes import module
+from tests.reliability.trainings import arguments, limit_files, train
 from torch import nn
 
-from kronblocks import KronblocksError, SparsityConfig, from_pretrained, parameter_groups, save_pretrained, sparsify_
+from kronblocks import (
+    BlockSparseLinear,
+    KronblocksError,
+    SparsityConfig,
+    from_pretrained,
+    parameter_groups,
+    save_pretrained,
+    sparsify_,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -32,23 +40,23 @@ def outcome(out: Path) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[Path, float]:
+def whole(processes, tmp_path_factory) -> tuple[Path, float]:
     """A training that nothing happens to, and its seconds."""
     out = tmp_path_factory.mktemp("whole") / "run"
     start = time.perf_counter()
-    status, said = Training(out).end()
+    status, said = processes.start(train, out).end()
     assert status == 0, said
     return out, time.perf_counter() - start
 
 
-def test_killed_at_random_moments(whole, tmp_path, times, record):
+def test_killed_at_random_moments(whole, processes, tmp_path, times, record):
     expected, kills, runs, longest = outcome(whole[0]), 0, 0, whole[1]
     generator = random.Random(0)
     wanted = times(2, 50)
     while kills < wanted:
         out = tmp_path / f"run-{runs}"
         while not (out / "result.json").exists():
-            start, training = time.perf_counter(), Training(out)
+            start, training = time.perf_counter(), processes.start(train, out)
             if training.ends_within(generator.uniform(0.2, 1.1) * longest if kills < wanted else None):
                 status, said = training.end()
                 assert status == 0, said
@@ -65,9 +73,9 @@ def test_killed_at_random_moments(whole, tmp_path, times, record):
     )
 
 
-def test_two_trainings_into_one_folder(whole, tmp_path, record):
+def test_two_trainings_into_one_folder(whole, processes, tmp_path, record):
     out = tmp_path / "run"
-    ends = sorted(training.end() for training in [Training(out), Training(out)])
+    ends = sorted(training.end() for training in [processes.start(train, out) for _ in range(2)])
     assert ends[0][0] == 0 and (ends[1][0] == 0 or "another process is training" in ends[1][1]), ends
     assert outcome(out) == outcome(whole[0])
     record(
@@ -77,14 +85,14 @@ def test_two_trainings_into_one_folder(whole, tmp_path, record):
     )
 
 
-def test_no_room_for_a_checkpoint(whole, tmp_path, times, record):
+def test_no_room_for_a_checkpoint(whole, processes, tmp_path, times, record):
     out = tmp_path / "run"
     sizes = [20_000, 500, 2_000, 8_000, 30_000, 40_000][: times(1, 6)]
     for size in sizes:
-        status, said = Training(out, room=size).end()
+        status, said = processes.start(train, out, size).end()
         assert status not in (0, -signal.SIGSEGV), size
         assert said.strip() and "Traceback" not in said, said
-    status, said = Training(out).end()
+    status, said = processes.start(train, out).end()
     assert status == 0, said
     assert outcome(out) == outcome(whole[0])
     record(
@@ -94,35 +102,30 @@ def test_no_room_for_a_checkpoint(whole, tmp_path, times, record):
     )
 
 
-def test_no_room_for_a_model(tmp_path, record):
-    script = """
-import sys, torch
-from torch import nn
-import kronblocks
-model = nn.Sequential(kronblocks.BlockSparseLinear(256, 256, 16), nn.Linear(256, 256))
-try:
-    kronblocks.save_pretrained(model, sys.argv[1])
-except kronblocks.KronblocksError as error:
-    sys.exit(f"refused: {error}")
-"""
+def save_a_large_model(folder: Path) -> None:
+    limit_files(50_000)
+    try:
+        save_pretrained(nn.Sequential(BlockSparseLinear(256, 256, 16), nn.Linear(256, 256)), folder)
+    except KronblocksError as error:
+        sys.stdout.write(f"refused: {error}")
+
+
+def test_no_room_for_a_model(processes, tmp_path, record):
     model = nn.Sequential(nn.Linear(8, 8))
     folder = save_pretrained(model, tmp_path / "saved")
-    failed = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, preexec_fn=lambda: limit_files(50_000)
-    )
-    assert "refused: cannot save the model" in failed.stderr and "as it was" in failed.stderr
+    said = processes.run(save_a_large_model, folder)
+    assert "refused: cannot save the model" in said and "as it was" in said
     assert torch.equal(from_pretrained(folder, nn.Sequential(nn.Linear(8, 8)))[0].weight, model[0].weight)
     assert not list(folder.glob(".*")), "a half-written file was left"
     record("no room for a file in save_pretrained", "a limit of file size", "refused; the model that was there before is whole")
 
 
-def test_a_folder_that_cannot_be_written_to(record):
+def test_a_folder_that_cannot_be_written_to(processes, record):
     for place in ("/dev/null/run",):
         with pytest.raises(KronblocksError, match="cannot save the model"):
             save_pretrained(nn.Sequential(nn.Linear(4, 4)), place)
-        command = [sys.executable, "-m", "kronblocks_lab", *arguments(Path(place))]
-        failed = subprocess.run(command, capture_output=True, text=True)
-        assert failed.returncode == 2 and "cannot write into" in failed.stderr and "Traceback" not in failed.stderr
+        status, said = processes.start(module, "kronblocks_lab", *arguments(Path(place))).end()
+        assert status == 2 and "cannot write into" in said and "Traceback" not in said
     record("a folder that cannot be written to", "save_pretrained and kronblocks train", "one sentence before any work is done")
 
 
