@@ -3,6 +3,11 @@
 
 #include <cstdint>
 
+// The upper half of a float32: what torch calls bfloat16.
+struct Bf16 {
+  std::uint16_t bits;
+};
+
 // Where the live blocks of an (m1, n1) grid of (bm, bn) blocks are; the arrays are those of BlockIndex in ops/index.py.
 struct PackedIndex {
   const std::int32_t *crow, *col, *row, *slot, *ccol, *order;
@@ -32,6 +37,7 @@ struct Kernels {
 
 struct KernelTable {
   const char* name;
-  Kernels<float> f32;
-  Kernels<double> f64;
+  const Kernels<float>* f32;
+  const Kernels<double>* f64;
+  const Kernels<Bf16>* bf16;
 };

@@ -22,14 +22,23 @@ extern const KernelTable table;
 }
 #endif
 
+#ifdef KRONBLOCKS_HAS_avx512bf16
+namespace avx512bf16 {
+extern const KernelTable table;
+}
+#endif
+
 namespace {
 
 // the kernels of an instruction set, or null where they were not compiled or this machine cannot run them
 const KernelTable* find(const char* name) {
 #ifdef KRONBLOCKS_HAS_avx512
-  if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-    return &avx512::table;
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  if (!std::strcmp(name, "avx512") && has_avx512) return &avx512::table;
+#endif
+#ifdef KRONBLOCKS_HAS_avx512bf16
+  if (!std::strcmp(name, "avx512bf16") && has_avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512bf16::table;
 #endif
 #ifdef KRONBLOCKS_HAS_avx2
   if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::table;
@@ -41,7 +50,7 @@ const KernelTable* find(const char* name) {
 const KernelTable* choose() {
   const char* wanted = std::getenv("KRONBLOCKS_ISA");
   if (const KernelTable* named = find(wanted ? wanted : "")) return named;
-  for (const char* name : {"avx512", "avx2"})
+  for (const char* name : {"avx512bf16", "avx512", "avx2"})
     if (const KernelTable* found = find(name)) return found;
   return &baseline::table;
 }
@@ -57,16 +66,20 @@ template <class T>
 const Kernels<T>& kernels();
 template <>
 const Kernels<float>& kernels<float>() {
-  return table().f32;
+  return *table().f32;
 }
 template <>
 const Kernels<double>& kernels<double>() {
-  return table().f64;
+  return *table().f64;
+}
+template <>
+const Kernels<Bf16>& kernels<Bf16>() {
+  return *table().bf16;
 }
 
 }  // namespace
 
-EXPORT int kb_abi() { return 1; }
+EXPORT int kb_abi() { return 2; }
 EXPORT const char* kb_isa() { return table().name; }
 
 // Take the kernels of a named instruction set from now on; 0 if this machine or this build has not got them.
@@ -109,3 +122,4 @@ EXPORT int kb_use_isa(const char* name) {
 
 FOR_TYPE(f32, float)
 FOR_TYPE(f64, double)
+FOR_TYPE(bf16, Bf16)

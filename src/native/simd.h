@@ -61,6 +61,10 @@ struct LaneIndex<float> {
   using type = std::int32_t;
 };
 template <>
+struct LaneIndex<std::uint32_t> {
+  using type = std::int32_t;
+};
+template <>
 struct LaneIndex<double> {
   using type = std::int64_t;
 };

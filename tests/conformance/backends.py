@@ -39,7 +39,7 @@ class Backend(NamedTuple):
 
 BACKENDS = (
     Backend("torch", torch_backend, "cpu", (torch.float64, torch.float32, torch.bfloat16)),
-    Backend("native", native, "cpu", (torch.float64, torch.float32), needs="native"),
+    Backend("native", native, "cpu", (torch.float64, torch.float32, torch.bfloat16), needs="native"),
     # Triton's interpreter multiplies the bits of bfloat16; fp16 is in tests/ops/test_triton.py
     Backend("triton", triton, "cpu", (torch.float64, torch.float32), needs="triton", reduced=True, block=(16, 20)),
 )

@@ -44,10 +44,10 @@ def test_who_serves_is_asked_once(monkeypatch):
     monkeypatch.setattr(plain, "serves", lambda *about, warn: asked.append(about) or serves(*about, warn=warn))
     backends.look_again()
     for _ in range(3):
-        assert backends.pick(torch.ones(2, dtype=torch.bfloat16)) is plain
-    assert asked == [("cpu", torch.bfloat16)]
+        assert backends.pick(torch.ones(2, dtype=torch.float16)) is plain
+    assert asked == [("cpu", torch.float16)]
     backends.look_again()
-    backends.pick(torch.ones(2, dtype=torch.bfloat16))
+    backends.pick(torch.ones(2, dtype=torch.float16))
     assert len(asked) == 2
 
 

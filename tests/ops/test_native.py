@@ -13,11 +13,20 @@ from kronblocks.ops.backends import native
 from kronblocks.ops.plans import PLANS
 
 pytestmark = pytest.mark.needs("native")
-CAPABILITY = torch.backends.cpu.get_cpu_capability()
+CAPABILITIES = torch.cpu.get_capabilities()
+
+
+def needs_cpu(name: str, *capabilities: str):
+    missing = not all(CAPABILITIES.get(capability) for capability in capabilities)
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=f"this CPU has not got {capabilities}"))
+
+
+AVX512 = ("avx512_f", "avx512_dq", "avx512_vl", "avx512_bw")
 INSTRUCTION_SETS = (
     "baseline",
-    pytest.param("avx2", marks=pytest.mark.skipif(CAPABILITY not in ("AVX2", "AVX512"), reason="this CPU has no AVX2")),
-    pytest.param("avx512", marks=pytest.mark.skipif(CAPABILITY != "AVX512", reason="this CPU has no AVX-512")),
+    needs_cpu("avx2", "avx2", "fma3"),
+    needs_cpu("avx512", *AVX512),
+    needs_cpu("avx512bf16", *AVX512, "avx512_bf16"),
 )
 
 BLOCKS = (
@@ -39,12 +48,23 @@ BLOCKS = (
 ROWS = (0, 1, 2, 3, 4, 5, 15, 17, 40, 130, 300)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
+def use(name: str):
     before = native.instruction_set()
-    assert native.use_instruction_set(request.param), f"this build has no {request.param}"
-    yield request.param
+    assert native.use_instruction_set(name), f"this build has no {name}"
+    yield name
     native.use_instruction_set(before)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS[:-1])
+def instruction_set(request):
+    """Kernels for fp32 and fp64."""
+    yield from use(request.param)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def bf16_instruction_set(request):
+    """Kernels for bf16: with AVX512-BF16 they are others than with AVX-512."""
+    yield from use(request.param)
 
 
 @pytest.fixture
@@ -55,7 +75,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def cases(seed: int, count: int):
+def cases(seed: int, count: int, dtypes=(torch.float32, torch.float64)):
     """Random combinations, the same in every run; every block size and every number of rows comes up."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -64,14 +84,20 @@ def cases(seed: int, count: int):
 
     for number, block in zip(range(count), itertools.cycle(BLOCKS), strict=False):
         rows, grid = ROWS[number % len(ROWS)], pick(((3, 5), (1, 1), (6, 2), (9, 11)))
-        dtype, density = pick((torch.float32, torch.float64)), pick((0.1, 0.4, 0.6, 1.0))
+        dtype, density = pick(dtypes), pick((0.1, 0.4, 0.6, 1.0))
         mask = torch.rand(grid, generator=generator) < density
         yield block, rows, grid, dtype, mask, pick((1, 2, 3)), pick
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, size: torch.Tensor, terms: int) -> None:
-    """Within the rounding of a sum of so many products whose absolute values add up to `size` (see tests/conftest.py)."""
-    bound = (terms + 8) * torch.finfo(actual.dtype).eps / 2 * size
+    """Within the rounding of a sum of so many products whose absolute values add up to `size` (see tests/conftest.py).
+
+    bf16 is summed in fp32 and rounded once.
+    """
+    unit = torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps / 2
+    bound = (terms + 8) * unit * size
+    if actual.dtype is torch.bfloat16:
+        bound += torch.finfo(actual.dtype).eps / 2 * (expected.abs() + bound)
     assert ((actual.double() - expected).abs() <= bound).all(), (actual.double() - expected).abs().max()
 
 
@@ -82,7 +108,16 @@ def both(function, *tensors):
 
 @pytest.mark.slow
 def test_packed(instruction_set, threads):
-    for block, rows, grid, dtype, mask, count, _ in cases(0, 150):
+    check_packed(threads, cases(0, 150))
+
+
+@pytest.mark.slow
+def test_packed_in_bf16(bf16_instruction_set, threads):
+    check_packed(threads, cases(0, 110, (torch.bfloat16,)))
+
+
+def check_packed(threads, cases) -> None:
+    for block, rows, grid, dtype, mask, count, _ in cases:
         (m1, n1), (bm, bn) = grid, block
         threads(count)
         position = torch.randperm(mask.numel()) if rows % 2 else None
@@ -163,6 +198,42 @@ def test_live_blocks(instruction_set, threads):
         for found, wanted, bound in zip(actual, *both(results, coeff, tiles, dvalues), strict=True):
             assert_close(found, wanted, bound, terms=max(rank, bm * bn, mask.numel()))
         assert (actual[1][~mask] == 0).all()
+
+
+def test_nan_and_infinity_in_bf16(bf16_instruction_set):
+    """They reach the outputs whose live blocks read them, and no other; what is too large for bf16 becomes infinite."""
+    mask = torch.tensor([[1, 0], [0, 1], [1, 1]], dtype=torch.bool)
+    index = BlockIndex.from_mask(mask)
+    for block in ((4, 4), (3, 5), (16, 16), (8, 32)):
+        for rows in (2, 17):
+            x = torch.ones(rows, 2 * block[1], dtype=torch.bfloat16)
+            x[0, 0], x[1, -1] = torch.nan, torch.inf
+            y = native.packed_linear(x, torch.ones(4, *block, dtype=torch.bfloat16), index).unflatten(1, (3, block[0])).float()
+            wanted = torch.full_like(y, 1).mul(torch.tensor([1, 1, 2])[:, None] * block[1])
+            wanted[0, [0, 2]], wanted[1, [1, 2]] = torch.nan, torch.inf
+            assert torch.equal(y.nan_to_num(-1), wanted.nan_to_num(-1))
+            large = torch.full((rows, 3 * block[0]), 3e38, dtype=torch.bfloat16)
+            dvalues = native.packed_grad_values(large, torch.ones(rows, 2 * block[1], dtype=torch.bfloat16), index)
+            assert (dvalues == torch.inf).all()
+
+
+@pytest.mark.parametrize("block", ((4, 4), (3, 6), (16, 16)))
+@pytest.mark.parametrize("rows", (1, 3, 40))
+def test_bf16_at_odd_addresses(bf16_instruction_set, block, rows):
+    """Tensors may begin at any multiple of two bytes."""
+
+    def shifted(t):
+        return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
+
+    index = BlockIndex.from_mask(torch.rand(5, 4) < 0.6)
+    shapes = ((rows, 4 * block[1]), (len(index.slot), *block), (rows, 5 * block[0]))
+    x, values, dy = (torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
+    for product, arguments in (
+        (native.packed_linear, (x, values)),
+        (native.packed_grad_input, (dy, values)),
+        (native.packed_grad_values, (dy, x)),
+    ):
+        assert torch.equal(product(*map(shifted, arguments), index), product(*arguments, index))
 
 
 @pytest.mark.parametrize("count", (1, 2, 3))

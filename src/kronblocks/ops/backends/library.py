@@ -19,7 +19,7 @@ import torch
 
 from kronblocks.core.errors import NativeFallbackWarning, OpenMPConflictWarning
 
-ABI = 1  # what kb_abi() of the library must say; raised with every change of a signature
+ABI = 2  # what kb_abi() of the library must say; raised with every change of a signature
 
 # GNU's, Intel's and LLVM's; with a hash in the name where wheels vendor it
 RUNTIME = re.compile(r"lib(g|i)?omp5?(-[0-9a-f]+)?\.(so|dylib)\b.*")

@@ -1,7 +1,7 @@
-"""The C++ kernels for CPUs (src/native), called through ctypes: float32 and float64, whatever torch's number of threads is.
+"""The C++ kernels for CPUs (src/native), called through ctypes: float32, float64 and bfloat16, with torch's number of threads.
 
 Every function takes contiguous tensors or makes them so. Dead blocks are skipped; intermediates stay in cache; results are the
-same from run to run for the same number of threads.
+same from run to run for the same number of threads. Factors in bfloat16 go to PyTorch's own operators.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ wants_masks = True  # they scan it at every call; what they would gain without h
 _FULL_EFFICIENCY = {PACKED: 1.0, COEFF_FIRST: 0.8, TILE_FIRST: 0.6}  # measured on 2 CPU cores
 _LANES, _FEW_ROWS = 16, 4  # the packed kernels' vectors hold so many rows of x; kernels of their own take very few rows
 
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
 
 class _PackedIndex(Structure):
@@ -57,7 +57,7 @@ def efficiency(problem: Problem, plan: Plan) -> float:
 
 def keeps_on_chip(problem: Problem, plan: Plan) -> bool:
     """Factored plans take so few rows at a time that the intermediate stays in cache."""
-    return plan.is_factored
+    return plan.is_factored and problem.dtype is not torch.bfloat16
 
 
 def call_seconds(problem: Problem, plan: Plan) -> float:
@@ -66,7 +66,7 @@ def call_seconds(problem: Problem, plan: Plan) -> float:
 
 
 def instruction_set() -> str:
-    """ "baseline", "avx2" or "avx512": what the loaded kernels are compiled for."""
+    """ "baseline", "avx2", "avx512" or "avx512bf16": what the loaded kernels are compiled for."""
     kernels = _kernels()
     kernels.kb_isa.restype = ctypes.c_char_p
     return kernels.kb_isa().decode()
@@ -79,7 +79,7 @@ def build() -> str:
 
 
 def use_instruction_set(name: str) -> bool:
-    """Use the kernels compiled for "baseline", "avx2" or "avx512"; False if this machine or this build lacks them."""
+    """Use the kernels compiled for an instruction set that `instruction_set` may name; False if there are none here."""
     return bool(_kernels().kb_use_isa(name.encode()))
 
 
@@ -145,6 +145,8 @@ def _shape(coeff: Tensor, tiles: Tensor) -> object:
 
 def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: Plan) -> Tensor:
     """y = x W^T + bias by a factored plan; x (rows, n) -> (rows, m)."""
+    if coeff.dtype is torch.bfloat16:
+        return plain.kron_linear(x, coeff, tiles, bias, live, plan)
     if plan is DENSE:
         weight = dense.first(None, coeff if live is None else coeff * live.unsqueeze(-1), tiles)
         return torch.nn.functional.linear(x, weight, bias)
@@ -160,7 +162,7 @@ def kron_backward(
     dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: Plan, input_grad: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx (rows, n) or None, dcoeff, exactly 0 for dead blocks, and dtiles."""
-    if plan is DENSE:
+    if plan is DENSE or coeff.dtype is torch.bfloat16:
         return plain.kron_backward(dy, x, coeff, tiles, live, plan, input_grad)
     dy, x, coeff, tiles = dy.contiguous(), x.contiguous(), coeff.contiguous(), tiles.contiguous()
     live = None if live is None else live.contiguous()
@@ -175,6 +177,8 @@ def kron_backward(
 
 def live_blocks(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
     """The live blocks of W in the order of the entries, (capacity, bm, bn); 0 behind them."""
+    if coeff.dtype is torch.bfloat16:
+        return plain.live_blocks(coeff, tiles, index)
     coeff, tiles = coeff.contiguous(), tiles.contiguous()
     where, _alive = _index(index, tiles.shape[2:])
     values = tiles.new_empty(len(index.slot), *tiles.shape[2:])
@@ -184,6 +188,8 @@ def live_blocks(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
 
 def live_blocks_backward(dvalues: Tensor, coeff: Tensor, tiles: Tensor, index: BlockIndex) -> tuple[Tensor, Tensor]:
     """dcoeff, exactly 0 for dead blocks, and dtiles."""
+    if coeff.dtype is torch.bfloat16:
+        return plain.live_blocks_backward(dvalues, coeff, tiles, index)
     dvalues, coeff, tiles = dvalues.contiguous(), coeff.contiguous(), tiles.contiguous()
     where, _alive = _index(index, tiles.shape[2:])
     dcoeff, dtiles = torch.empty_like(coeff), torch.empty_like(tiles)
