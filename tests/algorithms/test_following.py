@@ -67,6 +67,6 @@ def test_an_optimiser_that_never_steps_is_named_and_one_without_blocks_is_not_wa
     assert sparsifier.step == 1
     handle.remove()
     sparsifier.attach([rest, first, second], total_steps=STEPS)
-    with pytest.warns(KronblocksWarning, match=r"stands at step 1: optimiser 2 of those that attach was given \(SGD\)"):
+    with pytest.warns(KronblocksWarning, match=r"waits at step 1: optimiser 2 of those that attach was given \(SGD\)"):
         for _ in range(100):
             first.step()

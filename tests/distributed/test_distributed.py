@@ -76,7 +76,7 @@ def test_one_process_wrapped_does_what_it_does_unwrapped(one, way):
 
 
 def test_zero_is_refused_before_a_lift_and_works_without_one(one):
-    assert "use the optimiser inside it under DistributedDataParallel" in (one / "zero.txt").read_text()
+    assert "use its inner optimiser with DistributedDataParallel" in (one / "zero.txt").read_text()
     model, sparsifier = worker.make("magnitude")
     alone = worker.train(model, sparsifier, 0, 1, torch.optim.AdamW(model.parameters(), lr=1e-2))
     found = torch.load(one / "zero.pt", weights_only=True)

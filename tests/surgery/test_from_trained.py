@@ -246,7 +246,7 @@ def test_distillation_of_transformers_and_in_half_precision():
 def test_distillation_that_cannot_be():
     x = torch.ones(2, 4)
     distillation = Distillation(nn.Linear(4, 3))
-    with pytest.raises(KronblocksError, match="they must be of one task"):
+    with pytest.raises(KronblocksError, match="use a teacher of this task"):
         distillation(torch.zeros(()), torch.zeros(2, 5), x)
     with pytest.raises(KronblocksError, match="without any"):
         distillation(torch.zeros(()), ("no", "logits"), x)

@@ -214,7 +214,7 @@ def test_a_taylor_score_of_a_frozen_or_unused_layer_says_what_to_do():
     model.add_module("unused", nn.Linear(32, 32))
     sparsifier, optimizer = started(model, config("magnitude", score="taylor"))
     assert [target.name for target in sparsifier.targets] == ["2", "4", "unused"]
-    with pytest.raises(KronblocksError, match=r"frozen or unused out with exclude"):
+    with pytest.raises(KronblocksError, match=r"frozen or unused, name it in exclude"):
         run(model[:5], sparsifier, optimizer)
 
 

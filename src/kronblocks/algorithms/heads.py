@@ -1,4 +1,4 @@
-"""Which layers make the model's output: those whose output reaches no other layer, as the first training steps show."""
+"""Find the heads: the layers that make the model's output. Their output reaches no other layer in the first training steps."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from kronblocks.core.hooks import OwnHook
 from kronblocks.core.processes import broadcast_
 
 Source = Literal["named", "traced", "called last", "defined last"]
-"""How heads were found; of the last two kinds there is one head only, and it is a guess."""
+"""How heads were found. The last two kinds are guesses, with one head only."""
 
 
 class _Trace:
-    """What hooks saw of the ways between layers; the marks are on the nodes of the autograd graph, and go with it."""
+    """What hooks saw of the paths between layers. Marks are on nodes of the autograd graph, and are freed with it."""
 
     def __init__(self) -> None:
-        self.calls: dict[str, int] = {}  # of each target, in the order of their first calls
+        self.calls: dict[str, int] = {}  # number of calls of each target, in the order of first calls
         self.traced: set[str] = set()  # targets whose outputs had a graph
         self.passed_on: dict[str, int] = {}  # the last call of a target whose output reached another layer
         self.last: str | None = None
-        self.compiled = False  # whether hooks were left out of compiled code, where there is no graph to look at
+        self.compiled = False  # whether the model is compiled, so that hooks see no graph
 
         def while_compiling(_: Any) -> None:
             self.compiled = True
@@ -36,13 +36,13 @@ class _Trace:
         return _Trace, ()
 
     def note_compilation(self) -> None:
-        """Called in code that is being compiled; it leaves no trace there."""
-        from torch._dynamo.comptime import comptime  # slow to import, and the compiler has
+        """Note that code is being compiled; this call is not part of the compiled code."""
+        from torch._dynamo.comptime import comptime  # slow to import; the compiler has imported it already
 
         comptime(self.while_compiling)
 
     def leaves(self, name: str, output: Tensor) -> None:
-        """A target has been called."""
+        """Mark the output of a target that was called."""
         self.calls[name] = self.calls.get(name, 0) + 1
         self.last = name
         node: Any = output.grad_fn
@@ -51,7 +51,7 @@ class _Trace:
             node.metadata[self] = (name, self.calls[name])
 
     def arrives(self, inputs: Iterator[Tensor]) -> None:
-        """A layer with weights is about to be called: whatever led to its inputs makes no output of the model."""
+        """Before a call of a layer with weights: the targets that led to its inputs make no output of the model."""
         waiting: list[Any] = [tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None]
         while waiting:
             node = waiting.pop()
@@ -75,7 +75,7 @@ def _is_training(module: nn.Module) -> bool:
 
 
 class _Arrival:
-    """The hook before a layer with weights is called."""
+    """The pre-hook of a layer with weights."""
 
     def __init__(self, trace: _Trace) -> None:
         self._trace = trace
@@ -91,7 +91,7 @@ class _Arrival:
 
 
 class _Leaving:
-    """The hook after a target was called."""
+    """The forward hook of a target."""
 
     def __init__(self, trace: _Trace, name: str) -> None:
         self._trace, self._name = trace, name
@@ -119,9 +119,9 @@ def _has_matrix(module: nn.Module, *, recurse: bool) -> bool:
 
 
 def possible_heads(model: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
-    """Those of the targets that may make the model's output, as far as can be told before any step.
+    """The targets that may be heads, as far as is known before any step.
 
-    What is followed in an nn.Sequential by something with a weight matrix does not; of the others nobody knows.
+    A layer is none if a module with a weight matrix follows it in an nn.Sequential. Of the others nothing is known.
 
     >>> possible_heads(nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))}), ["a.0", "a.2"])
     ('a.2',)
@@ -141,12 +141,11 @@ def possible_heads(model: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
 
 
 class Heads:
-    """Finds the targeted layers that make the model's output, of which every block row keeps a block.
+    """Finds the heads: the targeted layers that make the model's output. Each block row of a head keeps a block.
 
-    A head's output reaches no other layer that has a weight matrix: neither another target, nor one that was left dense. There
-    may be several (tasks, towers), and none, where a dense layer makes the output. Hooks look at the training steps before the
-    first decision about blocks, and go as soon as every target has been called. A compiled model shows nothing: one step runs
-    uncompiled for it.
+    A head's output reaches no other layer with a weight matrix, sparse or dense. There may be several heads, or none if a
+    dense layer makes the output. Hooks look at the first training steps, and are removed once every target has been called.
+    They see nothing in a compiled model, so it runs one step uncompiled.
 
     Args:
         targets: names of the targeted layers, in the model's order.
@@ -165,7 +164,7 @@ class Heads:
         return {**self.__dict__, "_handles": []}
 
     def watch(self, model: nn.Module, targets: Sequence[nn.Module]) -> list[RemovableHandle]:
-        """Look at the coming training steps, unless the heads are known; returns the hooks' handles."""
+        """Hook the coming training steps, unless the heads are known; returns the hooks' handles."""
         if self.names is not None:
             return []
         self._trace, self._asked = _Trace(), False
@@ -179,7 +178,7 @@ class Heads:
         return list(self._handles)
 
     def want_eager_step(self) -> bool:
-        """After a step: whether the next one should run uncompiled, as the second does if the first did not show every target."""
+        """After a step: whether the next one should run uncompiled, because this one did not show every target."""
         if not self._handles:
             return False
         if set(self._targets) <= self._trace.calls.keys():
@@ -190,7 +189,7 @@ class Heads:
         return False
 
     def decide(self, device: torch.device | str = "cpu") -> tuple[str, ...]:
-        """The heads among the targets, the same from the first answer on, and in every process."""
+        """The heads among the targets. The first answer is final, and equal in every process."""
         if self.names is None:
             trace = self._trace
             found, self.source = trace.sinks(), "traced"
@@ -202,18 +201,18 @@ class Heads:
         return self.names
 
     def _remove_hooks(self) -> None:
-        while self._handles and not self._trace.compiled:  # without its hooks a compiled model would be compiled again
+        while self._handles and not self._trace.compiled:  # removing hooks would compile a compiled model again
             self._handles.pop().remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found: plain values."""
+        """What was found, as plain values."""
         return {"names": None if self.names is None else list(self.names), "source": self.source}
 
     def load_state_dict(self, state: Any) -> None:
-        """Go on with what was found; what the user has named stays.
+        """Restore what was found. Heads that the user named stay.
 
         Raises:
-            KronblocksError: it is no such state.
+            KronblocksError: the state is damaged.
         """
         names, source = parsed_heads(state)
         if self.source != "named" and names is not None:
@@ -222,12 +221,12 @@ class Heads:
 
 
 def parsed_heads(state: Any) -> tuple[tuple[str, ...] | None, Source | None]:
-    """What `Heads.state_dict` gave: the names, None where they were not known yet, and where they were from.
+    """Read what `Heads.state_dict` gave: the names (None: not known yet), and how they were found.
 
-    Older states have none of it: the heads are found again then.
+    Older states lack this part; then the heads are found again.
 
     Raises:
-        KronblocksError: it is something else.
+        KronblocksError: the state is damaged.
     """
     if state is None:
         return None, None

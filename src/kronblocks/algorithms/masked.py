@@ -1,4 +1,4 @@
-"""A plain `nn.Linear` as a layer that has blocks: the weight is the user's, the mask is here."""
+"""MaskedLinear: block methods for a plain `nn.Linear`. The layer keeps its weight, and the mask is kept here."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from kronblocks.core.shards import is_sharded, rows_here, summed
 
 
 class MaskedLinear:
-    """The blocks of a plain `nn.Linear`, which is left as it is (see `HasBlocks` for the methods).
+    """The blocks of a plain `nn.Linear`, which itself stays unchanged (`HasBlocks` documents the methods).
 
-    The layer computes with whatever its weight holds. So dead blocks have to be put back to 0 after every step, and their
-    gradients to 0 by a hook.
+    The layer computes with whatever its weight holds. So dead blocks are set to 0 after every step, and their gradients by a
+    hook.
 
     Args:
         linear: the layer.
         grid: how its weight is cut into blocks.
-        mask: (m1, n1) bool, True = live; None: all are.
+        mask: (m1, n1) bool, True = live; None: all blocks live.
     """
 
     def __init__(self, linear: nn.Linear, grid: BlockGrid, mask: Tensor | None = None) -> None:
@@ -33,11 +33,11 @@ class MaskedLinear:
 
     @property
     def _weight(self) -> nn.Parameter:
-        return self.linear.get_parameter("weight")  # another object once the model is sharded
+        return self.linear.get_parameter("weight")  # looked up each time: sharding the model replaces it
 
     @property
     def block_mask(self) -> Tensor:
-        weight = self.linear._parameters.get("weight")  # none where it is computed from others now: a step says so, by name
+        weight = self.linear._parameters.get("weight")  # None if it is computed from others now; the next step raises for that
         if weight is not None and self._mask.device != weight.device and weight.device.type != "meta":  # the model has moved
             self._mask = self._mask.to(weight.device)
         return self._mask
@@ -80,20 +80,20 @@ class MaskedLinear:
 
     def hook_gradients(self) -> RemovableHandle:
         """Make gradients of dead blocks exactly 0 in backward, so that clipping and closures see the truth."""
-        found = weakref.ref(self)  # the parameter holds its hook where gc does not look: a cycle through it would never be freed
+        found = weakref.ref(self)  # gc does not see the hooks of a parameter: a cycle through one would never be freed
 
         @torch.no_grad()
         def zero(parameter: Tensor) -> None:
             layer = found()
-            if layer is not None and parameter.grad is not None:  # else a hook that ran before has used it up
+            if layer is not None and parameter.grad is not None:  # else an earlier hook has already stepped and cleared it
                 layer._zero_dead_blocks(parameter.grad)
 
         weight = self._weight
         is_trained = weight.requires_grad
-        weight.requires_grad_(True)  # a frozen one takes no hooks, and may be unfrozen later
+        weight.requires_grad_(True)  # frozen parameters accept no hooks, and may be unfrozen later
         handle = weight.register_post_accumulate_grad_hook(zero)
         weight.requires_grad_(is_trained)
-        move_to_front_(weight, handle.id)  # others may step an optimiser
+        move_to_front_(weight, handle.id)  # other hooks may step an optimiser
         return handle
 
     def _zero_dead_blocks(self, weight: Tensor) -> None:
@@ -101,7 +101,7 @@ class MaskedLinear:
         rows.masked_fill_(dead, 0)
 
     def _beside(self, weight: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of a weight that this process holds, as (rows, n1, bn), and a grid's values for them, (rows, n1, 1)."""
+        """The weight's rows in this process as (rows, n1, bn), and the grid's values for them as (rows, n1, 1)."""
         local, where = rows_here(weight)
         if isinstance(local, nn.Parameter):
             local = local.detach()
@@ -109,7 +109,7 @@ class MaskedLinear:
         return local.unflatten(1, (self.grid.shape[1], self.grid.block.cols)), spread.unsqueeze(-1)
 
     def _sums(self, rows: Tensor) -> Tensor:
-        """Sums over each block, (m1, n1), of a tensor like the rows that this process holds."""
+        """Sum over each block, (m1, n1), of a tensor shaped like the rows that this process holds."""
         where = rows_here(self._weight).where
         block_row = torch.arange(where.start, where.stop, device=rows.device) // self.grid.block.rows
         sums = rows.unflatten(1, (self.grid.shape[1], self.grid.block.cols)).sum(-1)

@@ -1,4 +1,4 @@
-"""What optimisers remember of a parameter: parts of it that begin again, parts that are left behind."""
+"""Change what optimisers remember of a parameter (moments): restart the parts of some blocks, or drop them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from kronblocks.core.shards import summed
 
 _DIRECTIONS = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "prev", "ax"})
-"""What torch's optimisers call averages of gradients or weights; all else that has no sign sets the length of a step."""
+"""Names of moments that have a direction: averages of gradients or weights. Others without a sign scale the step."""
 
 
 def with_inner(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
-    """Optimisers, each followed by those that it keeps inside and steps: of Lookahead and schedule-free wrappers."""
+    """Optimisers, each followed by those that it wraps and steps (Lookahead, schedule-free wrappers)."""
     found: list[Optimizer] = []
     for optimizer in optimizers:
         inner = [each for each in vars(optimizer).values() if isinstance(each, Optimizer)]
@@ -25,13 +25,13 @@ def with_inner(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
 
 
 def forget_(optimizer: Optimizer, parameter: Tensor) -> None:
-    """Let an optimiser know as little of a parameter as of a new one: in its state, and in tables of its own beside that."""
+    """Remove all that an optimiser remembers of a parameter, from its state and from tables of its own."""
     for table, key in _places(optimizer, parameter):
         del table[key]
 
 
 def _places(optimizer: Optimizer, parameter: Tensor) -> list[tuple[dict[Any, Any], Any]]:
-    """Where an optimiser remembers a parameter: its state, and other dictionaries of its own, keyed by it or its id."""
+    """Pairs of dictionary and key where an optimiser remembers a parameter: its state, and others keyed by it or its id."""
     beside = (*vars(optimizer).values(), *(each for key, each in optimizer.state.items() if isinstance(key, str)))
     tables = {id(each): each for each in beside if isinstance(each, dict) and each is not optimizer.state}
     found = [(table, key) for table in tables.values() for key in table if key is parameter or _is_id(key, parameter)]
@@ -43,46 +43,46 @@ def _is_id(key: Any, parameter: Tensor) -> bool:
 
 
 def moments(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[tuple[str, Tensor]]:
-    """What optimisers remember of a parameter in tensors of its shape, with its names."""
+    """The tensors of a parameter's shape that optimisers remember of it, with their names."""
     states = [optimizer.state[parameter] for optimizer in with_inner(optimizers) if parameter in optimizer.state]
     tensors = [(name, value) for state in states for name, value in state.items() if isinstance(value, Tensor)]
     return [(name, value) for name, value in tensors if value.shape == parameter.shape]
 
 
 def restart_(name: str, moment: Tensor, local: Tensor, blocks: Tensor, others: Tensor) -> None:
-    """Restart the part of a moment that belongs to some blocks: directions at zero, the others at the mean of other blocks.
+    """Restart the part of a moment that belongs to some blocks: directions at zero, others at the mean of the other blocks.
 
-    Where the moment is sharded, every process that holds rows of it has to call this, with its own.
+    If the moment is sharded, every process that holds rows of it has to call this.
 
     Args:
-        name: what the optimiser calls it.
-        moment: all of it, of its parameter's shape, perhaps sharded.
-        local: the rows of it that this process holds; changed in place.
+        name: the optimiser's name for it.
+        moment: the whole tensor, of its parameter's shape, perhaps sharded.
+        local: its rows in this process; changed in place.
         blocks: bool, broadcastable to `local`: entries of the blocks that restart.
-        others: bool, broadcastable to `local`: entries of the live blocks beside them.
+        others: bool, broadcastable to `local`: entries of the other live blocks.
     """
     if name in _DIRECTIONS:
         local.masked_fill_(blocks, 0)
         return
     others = others.expand_as(local)
-    wide = torch.promote_types(local.dtype, torch.float32)  # numbers of entries are beyond what half precision counts to
+    wide = torch.promote_types(local.dtype, torch.float32)  # half precision cannot count that many entries
     parts = (local.masked_fill(~others, 0), others, local < 0)
     total, number, negative = summed(torch.stack([part.sum(dtype=wide) for part in parts]), moment)
-    mean = torch.where(negative > 0, 0, total / number.clamp_min(1))  # what has a sign is a direction under another name
+    mean = torch.where(negative > 0, 0, total / number.clamp_min(1))  # a moment with negative entries is a direction
     local.masked_fill_(blocks, mean.to(local.dtype))
 
 
 def end_(name: str, moment: Tensor, local: Tensor, blocks: Tensor) -> None:
-    """Zero a moment that has a direction, or is a second copy of the weights, where blocks have died.
+    """Zero the dead blocks' part of a moment that is a direction or a copy of the weights, since it would revive them.
 
-    Weights that are averaged with such a copy would come back there. Arguments are those of `restart_`.
+    Arguments are those of `restart_`.
     """
     if name in _DIRECTIONS or float(summed((local < 0).any().float(), moment)) > 0:
         local.masked_fill_(blocks, 0)
 
 
 def without_rows(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> str | None:
-    """What optimisers remember of block values in another form than a row a slot, in words; None if there is nothing."""
+    """Something that an optimiser remembers of block values without one row per slot, in words; None: nothing."""
     for optimizer in with_inner(optimizers):
         for table, key in _places(optimizer, parameter):
             for name, value in _entries(table[key]):
@@ -94,10 +94,10 @@ def without_rows(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> st
 
 @torch.no_grad()
 def keep_rows_(optimizers: Sequence[Optimizer], parameter: nn.Parameter, kept: Tensor) -> None:
-    """Let optimisers forget the slots of block values that were given up.
+    """Remove the freed slots of block values from what optimisers remember.
 
     Args:
-        optimizers: those that may hold the parameter, and remember nothing of it `without_rows`.
+        optimizers: those that may hold the parameter. `without_rows` is None for them.
         parameter: (new capacity, bm, bn), the values after `compact_`.
         kept: (new capacity,) the slots that were kept.
     """
@@ -106,7 +106,7 @@ def keep_rows_(optimizers: Sequence[Optimizer], parameter: nn.Parameter, kept: T
         if isinstance(value, Tensor):
             return value if _is_small(value) else value.index_select(0, kept.to(value.device))
         if isinstance(value, dict):
-            value.update({key: rows_of(each) for key, each in value.items()})  # an optimiser inside may share it
+            value.update({key: rows_of(each) for key, each in value.items()})  # in place: a wrapped optimiser may share it
             return value
         return type(value)(map(rows_of, value)) if type(value) in (list, tuple) else value
 
@@ -116,7 +116,7 @@ def keep_rows_(optimizers: Sequence[Optimizer], parameter: nn.Parameter, kept: T
 
 
 def _entries(state: Any, name: str = "a table") -> Iterator[tuple[str, Any]]:
-    """Everything in a state, through lists and dictionaries, by the innermost name."""
+    """All values in a state, within lists and dictionaries too, with their innermost names."""
     if isinstance(state, dict):
         for key, value in state.items():
             yield from _entries(value, str(key))
@@ -128,17 +128,17 @@ def _entries(state: Any, name: str = "a table") -> Iterator[tuple[str, Any]]:
 
 
 def _is_small(value: Any) -> bool:
-    """Whether it is about the parameter as a whole: a number, a word, nothing."""
+    """Whether a value describes the parameter as a whole: a number, a text, or None."""
     return value.numel() <= 1 if isinstance(value, Tensor) else value is None or isinstance(value, bool | int | float | str)
 
 
 def _has_rows(value: Any, values: Tensor) -> bool:
-    """Whether it has a row a slot for certain: the shape of the values, or of what is left of it when blocks are averaged."""
+    """Whether a value certainly has one row per slot: it has the shape of the values, or that of averages over blocks."""
     if type(value) is not Tensor:
         return False
     if value.shape == values.shape:
         return True
     slots, rows, cols = values.shape
-    a_number = {(slots,), (slots, 1), (slots, 1, 1)} if slots != rows * cols else set()  # else perhaps an average over blocks
+    a_number = {(slots,), (slots, 1), (slots, 1, 1)} if slots != rows * cols else set()  # else it may be an average over blocks
     a_side = {(slots, rows), (slots, cols), (slots, rows, 1), (slots, 1, cols)}
     return slots not in (rows, cols) and tuple(value.shape) in a_number | a_side

@@ -1,4 +1,4 @@
-"""What an algorithm asks of a layer that has blocks: the one statement of it."""
+"""HasBlocks and HasPlans: what an algorithm needs from a layer with blocks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kronblocks.ops.problem import Problem
 
 
 class HasBlocks(Protocol):
-    """What a layer must offer to be the target of an algorithm.
+    """The methods of a layer that algorithms can prune.
 
-    The layers of `kronblocks.nn` do, `MaskedLinear` does it for a plain nn.Linear, and so may a layer of your own.
+    The layers of `kronblocks.nn` have them, `MaskedLinear` has them for a plain nn.Linear, and a layer of yours may, too.
     """
 
     @property
@@ -32,39 +32,39 @@ class HasBlocks(Protocol):
         ...
 
     def nonzero_blocks(self) -> Tensor:
-        """Which blocks of the weight itself, whatever the mask says, hold a value other than exactly 0, (m1, n1) bool."""
+        """Which blocks of the weight hold a value other than exactly 0, whatever the mask says: (m1, n1) bool."""
         ...
 
     def block_inner_products(self) -> Tensor:
-        """<dW, W> of every block, (m1, n1), from the gradients that the parameters hold; what dead blocks have does not count."""
+        """<dW, W> of every block, (m1, n1), from the parameters' present gradients. Entries of dead blocks are ignored."""
         ...
 
     def block_parameters(self) -> list[nn.Parameter]:
-        """The parameters that hold the blocks, the bias not among them."""
+        """The parameters that hold the blocks, without the bias."""
         ...
 
     def block_entries(self, blocks: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        """Where the parameters hold some blocks, (m1, n1) bool, and no others: `parameter[where]` for each pair."""
+        """Pairs of a parameter and an index: `parameter[index]` holds these blocks, (m1, n1) bool, and no others."""
         ...
 
     def set_block_mask_(self, mask: Tensor) -> None:
-        """Make exactly these blocks, (m1, n1) bool, live; those that come alive start at zero."""
+        """Make exactly these blocks, (m1, n1) bool, live. Blocks that come alive start at zero."""
         ...
 
     def scale_blocks_(self, multipliers: Tensor) -> None:
-        """Multiply every block by its number, (m1, n1); `set_block_mask_` follows where blocks die."""
+        """Multiply every block by its number in an (m1, n1) grid. `set_block_mask_` follows if blocks die."""
         ...
 
     def enforce_zeros_(self) -> None:
-        """Put dead blocks back to exactly 0, after an optimiser step may have moved them."""
+        """Set dead blocks to exactly 0, since an optimiser step may have moved them."""
         ...
 
 
 class HasPlans(Protocol):
-    """What a layer offers beside that, if plans are to be chosen for it."""
+    """The further methods of a layer for which plans can be chosen."""
 
-    plan: str  # "auto", or the one that the user wants
-    active_plan: str  # the one that it computes with
+    plan: str  # "auto", or the user's choice
+    active_plan: str  # the plan that the layer computes with
     rows: int
 
     def use_plan_(self, plan: str) -> None:
@@ -72,25 +72,25 @@ class HasPlans(Protocol):
         ...
 
     def keep_index_size_(self) -> None:
-        """Deaths are not to change the sizes that compiled code knows."""
+        """From now on, keep the sizes that compiled code relies on when blocks die."""
         ...
 
     def problem(self, *, rows: int | None = None, training: bool = True, input_grad: bool = True) -> Problem:
-        """The layer as the cost model sees it, at its present density."""
+        """The layer's product for the cost model, at its present density."""
         ...
 
 
 def has_blocks(module: object) -> TypeGuard[HasBlocks]:
-    """Whether a module knows its own blocks."""
+    """Whether a module has the methods of `HasBlocks`."""
     return _offers(module, HasBlocks)
 
 
 def has_plans(layer: object) -> TypeGuard[HasPlans]:
-    """Whether plans may be chosen for a layer."""
+    """Whether a layer has the methods of `HasPlans`."""
     return _offers(layer, HasPlans)
 
 
 def _offers(thing: object, protocol: type) -> bool:
     names = {*vars(protocol), *inspect.get_annotations(protocol)}
-    # not isinstance: from Python 3.12 on it looks past __getattr__, and so finds no buffer of a module
+    # not isinstance: from Python 3.12 on it does not call __getattr__, and so finds no buffer of a module
     return all(hasattr(thing, name) for name in names if not name.startswith("_"))

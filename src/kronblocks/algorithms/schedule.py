@@ -1,4 +1,4 @@
-"""When what happens: a pure function of the step."""
+"""The schedule of a training: sparsity and phase as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ Phase = Literal["discover", "refine", "heal"]
 Shape = Literal["cubic", "linear", "staircase"]
 
 LEAST_UPDATES = 10
-"""Mask updates that a pruning span has at least, however short the run."""
+"""Least number of mask updates in a pruning span, however short the run."""
 
 
 @dataclass(frozen=True)
 class SparsitySchedule:
     """Target sparsity and phase at every optimiser step (equation 16 in docs/math.md).
 
-    Steps count finished optimiser steps, from 1. Pruning goes on from `start` to `end` (shares of `total_steps`); the mask is
-    updated every `update_every` steps, or ten times over the span if that is more often, and always at the lift and at the end.
+    Steps count finished optimiser steps, from 1. Pruning lasts from `start` to `end`, shares of `total_steps`. The mask is
+    updated every `update_every` steps, or ten times over the span if that is more often. The lift and the end always update it.
 
     Phases: "discover" while pruning; "refine" from the lift on, if there is one; "heal", with the mask frozen, after the end.
-    Fewer than ten steps may be too few to prune, as in a trial of a script: then all of it is "discover".
+    A trial of a script with fewer than ten steps may be too short to prune: then all of it is "discover".
 
     Source:
         The cubic shape: Zhu and Gupta, "To prune, or not to prune", 2017.
@@ -42,8 +42,8 @@ class SparsitySchedule:
     lift_at: float | None = None  # share of the pruning span; None: no lift
     shape: Shape = "cubic"
     update_every: int = 50
-    stages: int = 5  # of the staircase, each of which kills the same share of the blocks that live
-    initial_sparsity: float = 0.0  # before pruning; above 0 where a model is sparse already
+    stages: int = 5  # of the staircase; each kills the same share of the live blocks
+    initial_sparsity: float = 0.0  # before pruning; above 0 if a model is sparse already
 
     def __post_init__(self) -> None:
         if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int) or self.total_steps < 1:
@@ -53,12 +53,12 @@ class SparsitySchedule:
 
     @property
     def prunes(self) -> bool:
-        """Whether there is an update of the mask at all: a trial of a step or so has none."""
+        """Whether there is any mask update. A trial of a few steps may have none."""
         return self.end_step > self.start_step
 
     @property
     def why_not(self) -> str:
-        """The words for a schedule that does not prune."""
+        """Why a schedule does not prune, in words."""
         steps = "1 step is" if self.total_steps == 1 else f"{self.total_steps} steps are"
         return f"{steps} too few to prune from {self.start} to {self.end} of the training"
 
@@ -86,7 +86,7 @@ class SparsitySchedule:
         return min(max((step - self.start_step) / (self.end_step - self.start_step), 0.0), 1.0)
 
     def sparsity_at(self, step: int) -> float:
-        """The sparsity wanted after this step."""
+        """The target sparsity after this step."""
         fraction, first = self.fraction_at(step), self.initial_sparsity
         if fraction == 1.0:
             return self.target_sparsity
@@ -104,7 +104,7 @@ class SparsitySchedule:
         return self.start_step < step <= self.end_step and step == self.next_update(step - 1)
 
     def next_update(self, step: int) -> int:
-        """The first mask update after a step; the last one where none comes any more."""
+        """The step of the first mask update after a step; that of the last one if none is left."""
         every = max(1, min(self.update_every, (self.end_step - self.start_step) // LEAST_UPDATES))
         regular = self.start_step + (max(step - self.start_step, 0) // every + 1) * every
         coming = [later for later in (regular, self.lift_step) if later is not None and step < later < self.end_step]
@@ -119,13 +119,13 @@ class SparsitySchedule:
 
 
 def continued(make: Callable[[int], SparsitySchedule], total_steps: int, known: int | None, step: int) -> SparsitySchedule:
-    """The schedule of a training; of one that goes on for longer after its mask was frozen, the one by which it was.
+    """The schedule of a training. A training that is made longer after its mask was frozen keeps the old schedule.
 
     Args:
         make: gives the schedule for a number of steps.
-        total_steps: of the training.
-        known: of the training so far; None: there was none.
-        step: where that is.
+        total_steps: steps of the training.
+        known: steps of the training so far; None: there was none.
+        step: the step that it has reached.
 
     Raises:
         OtherSteps: the mask is not frozen yet, and another number of steps would move the schedule.

@@ -1,4 +1,4 @@
-"""A layer as an algorithm sees it: one score per block out, one mask or multiplier per block in."""
+"""BlockTarget: a layer as an algorithm sees it. It gives one score per block, and gets a mask or multipliers."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Score = Literal["norm", "gate", "taylor"]
 
 
 class Change(NamedTuple):
-    """What a decision has changed, as (m1, n1) bool grids."""
+    """The blocks that a decision has killed and revived, as (m1, n1) bool grids."""
 
     died: Tensor
     grown: Tensor
 
 
 class BlockTarget:
-    """A layer with a name: its scores, what is done to its blocks, and what optimisers remember of them.
+    """A named layer: its scores, decisions about its blocks, and what optimisers remember of them.
 
     Args:
         name: of the layer in the model.
-        layer: it, if it knows its own blocks; a `MaskedLinear` of it, if it is a plain nn.Linear.
+        layer: a block layer, or the `MaskedLinear` of a plain nn.Linear.
     """
 
     def __init__(self, name: str, layer: HasBlocks) -> None:
@@ -63,17 +63,17 @@ class BlockTarget:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a plain nn.Linear, which computes with whatever its weight holds."""
+        """Whether it is a plain nn.Linear."""
         return isinstance(self.layer, MaskedLinear)
 
     @property
     def is_factored(self) -> bool:
-        """Whether blocks are held as mixtures of tiles."""
+        """Whether the layer stores factors."""
         return getattr(self.module, "rank", None) is not None
 
     @property
     def gate(self) -> Tensor | None:
-        """The trained gate S, (m1, n1), where the layer has one."""
+        """The trained gate S, (m1, n1); None if the layer has none."""
         return getattr(self.module, "gate", None)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -88,14 +88,14 @@ class BlockTarget:
 
     @torch.no_grad()
     def scores(self, kind: Score = "norm") -> Tensor:
-        """What blocks are compared by, (m1, n1), from 0 on.
+        """Scores of the blocks, (m1, n1), from 0 on.
 
         Args:
-            kind: "norm": block norm / sqrt(area). "gate": magnitude of the gate. "taylor": what removing the block would change
-                the loss of the last batch by, to first order, per weight: |gradient times weight, summed| / area.
+            kind: "norm": block norm / sqrt(area). "gate": magnitude of the gate. "taylor": |sum of gradient times weight| /
+                area, an estimate of how much removing the block would change the last batch's loss.
 
         Raises:
-            Diverged: they are not finite.
+            Diverged: scores are not finite.
             KronblocksError: the layer has no gate, or no gradients.
         """
         if kind == "gate":
@@ -119,17 +119,17 @@ class BlockTarget:
     def _check_gradients(self) -> None:
         if any(p.grad is None for p in self.parameters()):
             raise KronblocksError(
-                f'layer {self.name!r} has no gradients after the optimiser\'s step, and score="taylor" needs them: leave layers '
-                "that are frozen or unused out with exclude, call zero_grad() before backward, not right after the step, or use "
-                'score="norm"'
+                f'layer {self.name!r} has no gradients after the optimiser\'s step, but score="taylor" needs them: call '
+                "zero_grad() before backward, not right after the step. If the layer is frozen or unused, name it in exclude, or "
+                'use score="norm"'
             )
 
     def apply_(self, proposed: Tensor) -> Change:
-        """Do what a rule has decided.
+        """Apply a rule's decision.
 
         Args:
-            proposed: (m1, n1). A mask, bool: exactly these blocks live. Numbers: every block is multiplied by its own; 0 kills
-                it, and another number brings a dead one back. Blocks that come back start at zero.
+            proposed: (m1, n1). bool: exactly these blocks live. Numbers: every block is multiplied by its number; 0 kills it,
+                and another number brings a dead block back. Blocks that come back start at zero.
         """
         proposed = proposed.to(self.mask.device)
         live = proposed != 0
@@ -142,10 +142,10 @@ class BlockTarget:
 
     @torch.no_grad()
     def restart_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
-        """Make optimisers forget what some blocks, (m1, n1) bool, were before they died.
+        """Restart the optimisers' moments of blocks, (m1, n1) bool, that come back to life.
 
-        First moments become zero. What steps are divided by becomes the mean of the other live blocks': with zero there, late in
-        a training, when Adam's correction of the bias is over, first steps would be several times the learning rate.
+        First moments become zero. Second moments become the mean over the other live blocks. From zero, Adam's first steps
+        would be several times the learning rate, since its bias correction is over late in a training.
         """
         others = self.layer.block_entries(self.mask & ~blocks)
         for (parameter, where), (_, elsewhere) in zip(self.layer.block_entries(blocks), others, strict=True):
@@ -155,39 +155,39 @@ class BlockTarget:
 
     @torch.no_grad()
     def end_moments_(self, optimizers: Sequence[Optimizer], blocks: Tensor) -> None:
-        """Make optimisers forget what would bring back blocks, (m1, n1) bool, that have died, where the layer lets it."""
-        if not self.is_plain:  # others compute without them, whatever is stored
+        """Zero the moments that would revive dead blocks, (m1, n1) bool. Only a plain nn.Linear needs this."""
+        if not self.is_plain:  # block layers skip dead blocks, whatever is stored
             return
         for parameter, where in self.layer.block_entries(blocks):
             for name, moment in moments(optimizers, parameter):
                 end_(name, moment, rows_here(moment).local, _beside(moment, where))
 
     def share_mask_(self) -> None:
-        """Take rank 0's mask, where several processes train."""
+        """Use rank 0's mask if several processes train."""
         if not self.is_plain:
-            for buffer in self.module.buffers():  # which slot holds which block, too
+            for buffer in self.module.buffers():  # also the positions of blocks
                 broadcast_(buffer)
         self.layer.set_block_mask_(broadcast_(self.mask.clone()))
 
     def hook_gradients(self) -> list[RemovableHandle]:
-        """Make gradients of dead blocks exactly 0 in backward, where the layer does not do that itself."""
+        """Hook a plain layer to make gradients of dead blocks exactly 0 in backward. Block layers do so themselves."""
         return [self.layer.hook_gradients()] if isinstance(self.layer, MaskedLinear) else []
 
     def start_probe(self) -> None:
-        """Begin to measure growth scores; the next `read_probe` ends it."""
+        """Begin to measure growth scores, until `read_probe`."""
         self._probe = self._probe or GrowthProbe(self.module, self.grid)
 
     def drop_probe(self) -> None:
-        """End it without a result."""
+        """Stop measuring without a result."""
         if self._probe is not None:
             self._probe.read()
         self._probe = None
 
     def read_probe(self) -> Tensor:
-        """Growth score of every block, (m1, n1); zeros for a layer that is frozen or was not used.
+        """Growth score of every block, (m1, n1); zeros if the layer is frozen or was not used.
 
         Raises:
-            KronblocksError: it got a gradient that the probe did not see.
+            KronblocksError: the layer got a gradient that the probe did not see.
         """
         assert self._probe is not None, "start_probe comes first"
         probe, self._probe = self._probe, None
@@ -196,14 +196,14 @@ class BlockTarget:
             return found
         if any(p.requires_grad and p.grad is not None and bool(whole(p.grad).any()) for p in self.parameters()):
             raise KronblocksError(
-                f"layer {self.name!r} got a gradient, but its forward hooks were not called, by which dead blocks are compared: "
-                "call the layer as a module, or take a method without regrowth"
+                f"layer {self.name!r} got a gradient, but its forward hooks, which measure dead blocks, were not called: "
+                "call the layer as a module, or use a method without regrowth"
             )
         return torch.zeros(self.grid.shape, device=self.mask.device)
 
 
 def _beside(moment: Tensor, where: Tensor) -> Tensor:
-    """Which entries of the rows of a moment that this process holds are meant, broadcastable to them."""
+    """A mask over the rows of a moment that this process holds, broadcastable to them."""
     local, rows = rows_here(moment)
     where = where[rows].to(local.device)
     return where.view(*where.shape, *[1] * (local.dim() - where.dim()))

@@ -1,1 +1,1 @@
-"""The algorithms, one final class a file; `base.py` says what a rule is."""
+"""The algorithms, one final class per file. `base.py` says what a rule is."""

@@ -1,4 +1,4 @@
-"""No decisions: whatever is dead stays dead. Also the rule of the dense method, which has no targets."""
+"""Fixed: a rule without decisions, for static masks and for the dense method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kronblocks.algorithms.rules.base import Rule, RuleContext, RuleState
 
 @final
 class Fixed(Rule):
-    """Keeps the mask that the targets had at the start.
+    """Keeps the masks that the targets had at the start.
 
     Source:
         Random masks as a floor: Liu et al., "The unreasonable effectiveness of random pruning", 2022.

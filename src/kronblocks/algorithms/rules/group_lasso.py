@@ -1,4 +1,4 @@
-"""Group LASSO with one group a block, plain and elastic: as a proximal step, or in the loss as published."""
+"""Group LASSO with one group per block, plain and elastic: as a proximal step, or in the loss as published."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from kronblocks.algorithms.targets import BlockTarget
 
 @final
 class GroupLasso(Rule):
-    """Penalises the norms of blocks, and in the elastic form (`ridge` above 0) their squares too.
+    """Penalises the norms of blocks, and with `ridge` above 0 (elastic) their squares too.
 
-    `form="proximal"`: after every step each block is multiplied by max(0, 1 - threshold / score) / (1 + ridge * threshold)
-    (equation 14 in docs/math.md), so blocks reach exactly zero; the last update cuts to the target exactly.
-    `form="gradient"`, the published one: `strength * mean(score + ridge/2 * score^2)` over all blocks in the loss, growing
-    linearly to `growth` times that. A gradient step makes no exact zeros, so the last update cuts the blocks of least norm: until
-    then the reported sparsity is 0, which is the truth.
+    `form="proximal"`: after every step, multiply each block by max(0, 1 - threshold / score) / (1 + ridge * threshold)
+    (equation 14 in docs/math.md). Blocks reach exactly zero, and the last update cuts to the target.
+    `form="gradient"`, as published: add `strength * mean(score + ridge/2 * score^2)` over all blocks to the loss. It grows
+    linearly to `growth` times that. It makes no exact zeros: sparsity is 0 until the last update cuts the blocks of least norm.
 
     Args:
         form: "proximal" or "gradient".
-        strength: a fixed penalty, which times the learning rate is the threshold of the proximal step; "scheduled", for that
-            step only: the threshold that keeps to the schedule (equation 18), the same whatever the learning rate.
-        growth: how many times the strength at the end, in the loss.
-        ridge: strength of the squared norm relative to that of the norm; 0 is plain group LASSO.
+        strength: of the penalty. A proximal step shrinks by strength times the learning rate, or, with "scheduled", by what
+            the schedule needs (equation 18), whatever the learning rate.
+        growth: factor by which the strength in the loss has grown at the end.
+        ridge: strength of the squared norm, relative to that of the norm; 0 is plain group LASSO.
 
-    Source:
-        Yuan and Lin, "Model selection and estimation in regression with grouped variables", 2006; elastic: Oyedotun, Aouada,
-        Ottersten, "Structured compression of deep neural networks with debiased elastic group LASSO", 2020; proximal form: Parikh
-        and Boyd, "Proximal algorithms", 2014, section 6.5.
+    Sources:
+        Yuan and Lin, "Model selection and estimation in regression with grouped variables", 2006.
+        Elastic: Oyedotun, Aouada, Ottersten, "Structured compression of deep neural networks with debiased elastic group LASSO",
+        2020. Proximal: Parikh and Boyd, "Proximal algorithms", 2014, section 6.5.
     """
 
     def __init__(

@@ -17,10 +17,10 @@ from kronblocks.algorithms.targets import BlockTarget
 class KronL1(Rule):
     """L1 on the gate (equation 15 in docs/math.md).
 
-    `form="gradient"`, the published one: `strength * mean|S|` in the loss, growing linearly to `growth` times that over the
-    training. A gradient step makes no exact zeros, so the last update cuts the gates of least magnitude to hit the target: until
-    then the reported sparsity is 0, which is the truth. `form="proximal"`: gates shrink after every step, to exact zeros, by
-    what the schedule wants (equation 18) with `strength="scheduled"`, else by `strength` times the learning rate.
+    `form="gradient"`, as published: add `strength * mean|S|` to the loss. It grows linearly to `growth` times that. It makes no
+    exact zeros: sparsity is 0 until the last update cuts the gates of least magnitude.
+    `form="proximal"`: gates shrink after every step, to exact zeros, by `strength` times the learning rate. With
+    `strength="scheduled"` they shrink by what the schedule needs (equation 18).
 
     Source:
         Zhu, Zuo, Khalili, TMLR 2025, sections 3 and 5.
@@ -44,8 +44,8 @@ class KronL1(Rule):
         if not self.has_penalty or ctx.phase == "heal":
             return None
         gates = [gate for target in targets if (gate := target.gate) is not None]
-        if not gates:  # all layers have been lifted
+        if not gates:  # all layers are lifted
             return None
-        sums = [gate.abs().sum(dtype=torch.promote_types(gate.dtype, torch.float32)) for gate in gates]  # fp16 ends at 65,504
+        sums = [gate.abs().sum(dtype=torch.promote_types(gate.dtype, torch.float32)) for gate in gates]  # fp16 overflows
         magnitude = torch.stack(sums).sum() / sum(gate.numel() for gate in gates)
         return growing_strength(self._strength, self._growth, ctx) * magnitude

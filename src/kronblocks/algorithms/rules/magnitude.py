@@ -1,4 +1,4 @@
-"""Gradual pruning: at each update the blocks of least score die until the scheduled sparsity is reached, exactly."""
+"""Gradual pruning: at each update the blocks of least score die until exactly the scheduled sparsity is reached."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from kronblocks.algorithms.targets import Score
 
 @final
 class Magnitude(Rule):
-    """Kills what the schedule asks for; with a staircase it is iterative pruning (prune a share, train on, repeat).
+    """Kills as many blocks as the schedule asks for. With a staircase schedule this is iterative pruning.
 
     Args:
         score: "norm" (block norm / sqrt(area)), "gate" or "taylor".
-        regrow: share of the live blocks that is exchanged for dead ones of greatest gradient at the first update, falling to 0.
+        regrow: share of the live blocks that is exchanged, at the first update, for dead ones of greatest gradient; falls to 0.
 
-    Source:
-        Zhu and Gupta, "To prune, or not to prune", 2017, with blocks for weights; in stages: Han, Pool, Tran, Dally, "Learning
-        both weights and connections for efficient neural networks", 2015; score "taylor": Molchanov, Mallya, Tyree, Frosio,
-        Kautz, "Importance estimation for neural network pruning", 2019.
+    Sources:
+        Zhu and Gupta, "To prune, or not to prune", 2017, here for blocks instead of weights.
+        In stages: Han, Pool, Tran, Dally, "Learning both weights and connections for efficient neural networks", 2015.
+        "taylor": Molchanov, Mallya, Tyree, Frosio, Kautz, "Importance estimation for neural network pruning", 2019.
     """
 
     def __init__(self, score: Score = "norm", regrow: float = 0.0) -> None:

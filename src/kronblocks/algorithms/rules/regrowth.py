@@ -1,4 +1,4 @@
-"""Exchange of live blocks for dead ones that the loss asks for (equation 19 in docs/math.md)."""
+"""Exchange live blocks for dead ones with greater gradients (equation 19 in docs/math.md)."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from kronblocks.algorithms.rules.base import RuleContext
 def exchange(
     alive: Sequence[Tensor], scores: Sequence[Tensor], growth_scores: Sequence[Tensor], share: float, ctx: RuleContext
 ) -> list[Tensor]:
-    """In every layer, drop live blocks of least score and grow as many of greatest growth score, never more or fewer.
+    """In every layer, drop the live blocks of least score and grow equally many of greatest growth score.
 
-    A dropped block competes with the dead ones: where its gradient is greater it stays, with its weights. Of a head, every
-    block row keeps its best block. A layer that no gradient reached stays as it is.
+    Dropped blocks compete with dead ones: if their gradient is greater, they stay, with their weights. Each block row of a
+    head keeps its best block. A layer without gradients stays as it is.
 
     Args:
-        alive: (m1, n1) bool grids, the blocks that would live.
+        alive: (m1, n1) bool grids, the blocks that live so far.
         scores: (m1, n1) grids.
         growth_scores: (m1, n1) grids.
-        share: of the live blocks that is dropped at the first update; it falls to 0 at the last by a cosine.
-        ctx: what the rule may know.
+        share: of the live blocks that is dropped at the first update; it falls along a cosine to 0 at the last.
+        ctx: the rule's context.
 
     Returns:
         (m1, n1) bool grids.
 
     Source:
-        Evci, Gale, Menick, Castro, Elsen, "Rigging the lottery: making all tickets winners", 2020, with blocks for weights.
+        Evci, Gale, Menick, Castro, Elsen, "Rigging the lottery: making all tickets winners", 2020; here for blocks.
     """
     now = share * 0.5 * (1 + math.cos(math.pi * ctx.fraction))
     exchanged = []

@@ -1,1 +1,1 @@
-"""What ties an algorithm to a training: the `Sparsifier`, and what follows the user's model and optimisers."""
+"""The `Sparsifier`, which runs an algorithm in a training, and what follows the user's model and optimisers."""

@@ -1,4 +1,4 @@
-"""A penalty's gradient, added to the parameters' own before a step, for training loops whose loss is out of reach."""
+"""Add a penalty's gradient to those of the parameters before a step, for training loops whose loss cannot be changed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,14 @@ from kronblocks.core.errors import KronblocksWarning
 
 
 class AddedPenalty:
-    """A step pre-hook.
-
-    Args:
-        penalty: gives the term of the loss.
-    """
+    """A step pre-hook that adds the gradient of `penalty()`."""
 
     def __init__(self, penalty: Callable[[], Tensor]) -> None:
         self._penalty = penalty
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The step's arguments, if it is given a closure, whose gradients are to have the penalty's added."""
-        if is_nested(optimizer):  # its gradients, or its closure, have the penalty's already
+        """The hook. If the step has a closure, return the step's arguments with a closure that adds the gradient."""
+        if is_nested(optimizer):  # the outer step has added it
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -43,7 +39,7 @@ class AddedPenalty:
 
     @torch.no_grad()
     def _add_gradients(self, optimizer: Optimizer) -> None:
-        """Add the penalty's gradient to those of an optimiser's parameters; a fused one may hold scaled gradients."""
+        """Add the penalty's gradient to an optimiser's parameters. Gradients of a fused optimiser may be scaled."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         with torch.enable_grad():
             term = self._penalty()
@@ -57,7 +53,7 @@ class AddedPenalty:
 
 
 def warn_of_missing_penalty(rule: Any) -> None:
-    """Say so after a step in whose loss a rule's penalty was not."""
+    """Warn after a step without a call of `penalty()`."""
     warnings.warn(
         f"{type(rule).__name__} has a penalty in the loss, and penalty() was not called in this step: train on "
         "loss + sparsifier.penalty(), or attach(..., add_penalty=True)",

@@ -1,4 +1,4 @@
-"""A sparsifier's state inside its model's state_dict, for trainers that save and load nothing else."""
+"""Keep a sparsifier's state in its model's state_dict, for trainers that save and load nothing else."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class _Stateful(Protocol):
 
 
 def pack(state: Mapping[str, Any]) -> Tensor:
-    """Plain values and tensors as one uint8 tensor."""
+    """Encode plain values and tensors as one uint8 tensor."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
 def unpack(packed: Any) -> dict[str, Any]:
-    """What `pack` was given. Nothing but plain values and tensors is read.
+    """Decode what `pack` made. Only plain values and tensors are read, nothing is executed.
 
     Raises:
-        KronblocksError: it is something else.
+        KronblocksError: the tensor holds something else.
     """
     try:
         return torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), weights_only=True)
@@ -41,13 +41,13 @@ def unpack(packed: Any) -> dict[str, Any]:
 
 
 def is_carried(model: nn.Module) -> bool:
-    """Whether a sparsifier takes its state out of what is loaded into this model."""
+    """Whether a sparsifier reads its state from the state_dicts that this model loads."""
     hooks = [getattr(each, "hook", None) for each in model._load_state_dict_pre_hooks.values()]
     return any(isinstance(hook, OwnHook) and isinstance(hook.owner, CarriedState) for hook in hooks)
 
 
 class CarriedState:
-    """Adds the state whenever the model's state_dict is made, and takes it out, first of all, when one is loaded."""
+    """Adds the state to every state_dict of the model, and removes and loads it first when the model loads one."""
 
     def __init__(self, model: nn.Module, sparsifier: _Stateful) -> None:
         self._model, self._sparsifier = model, sparsifier
@@ -55,16 +55,16 @@ class CarriedState:
         self._loading = model.register_load_state_dict_pre_hook(OwnHook(self._take))
 
     def stop_saving(self) -> None:
-        """Leave later state_dicts alone; those that hold a state can still be loaded."""
+        """Add no state to later state_dicts. Those that hold one can still be loaded."""
         self._saving.remove()
 
     def remove(self) -> None:
-        """Leave state_dicts alone altogether."""
+        """Neither add states nor load them any more."""
         self._saving.remove()
         self._loading.remove()
 
     def _add(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-        if model is self._model:  # a copy, as for an average of weights, has the hook too
+        if model is self._model:  # copies, such as averages of weights, have the hook too
             state_dict[prefix + KEY] = pack(self._sparsifier.state_dict())
 
     def _take(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

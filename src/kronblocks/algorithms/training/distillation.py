@@ -16,10 +16,10 @@ from kronblocks.core.errors import KronblocksError
 class Distillation:
     """Mix a training loss with the distance to a trained model's outputs (equation 21 in docs/math.md).
 
-    The teacher is kept out of the student: no module holds it, no optimiser sees it, no checkpoint saves it.
+    The teacher is no part of the student: no module, optimiser or checkpoint contains it.
 
     Args:
-        teacher: a trained model of the same inputs, as it is now: a copy is made, set to eval, and asked for no gradient. It
+        teacher: a trained model with the same inputs. It is copied as it is now, set to eval, and gets no gradient. The copy
             follows the student to its device.
         weight: share of the distance in the loss, in [0, 1].
         temperature: softens both outputs; above 0.
@@ -49,17 +49,17 @@ class Distillation:
 
     @classmethod
     def of(cls, model: nn.Module, *, weight: float = 0.5, temperature: float = 2.0) -> Distillation:
-        """With a model as it is now for a teacher; call it before `sparsify_`."""
+        """Use the model as it is now as the teacher. Call this before `sparsify_`."""
         return cls(model, weight=weight, temperature=temperature)
 
     def __call__(self, loss: Tensor, outputs: Any, *inputs: Any, **named_inputs: Any) -> Tensor:
         """The loss to train on.
 
         Args:
-            loss: from the labels.
-            outputs: the student's: logits (..., classes), or an object or mapping with `logits`.
-            inputs: what the student was given.
-            named_inputs: the same, by name; labels may be among them.
+            loss: the loss by the labels.
+            outputs: the student's logits (..., classes), or an object or mapping with `logits`.
+            inputs: the student's inputs.
+            named_inputs: its inputs by name; labels may be among them.
 
         Raises:
             KronblocksError: teacher and student give logits of different shapes, or of fewer than two classes.
@@ -73,9 +73,9 @@ class Distillation:
             wanted = _logits(self._teacher.to(logits.device)(*inputs, **named_inputs))
         if wanted.shape != logits.shape:
             raise KronblocksError(
-                f"the teacher gives logits {tuple(wanted.shape)} and the model {tuple(logits.shape)}: they must be of one task"
+                f"the teacher gives logits {tuple(wanted.shape)} and the model {tuple(logits.shape)}: use a teacher of this task"
             )
-        kind = torch.promote_types(logits.dtype, torch.float32)  # of half precision only the logits are
+        kind = torch.promote_types(logits.dtype, torch.float32)  # half precision is too coarse for the loss
         ours, theirs = (torch.log_softmax(each.to(kind) / self.temperature, -1).flatten(0, -2) for each in (logits, wanted))
         total = nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True) * self.temperature**2
         distance = total / max(1, len(ours))

@@ -1,4 +1,4 @@
-"""Several processes with one model: they decide alike, and what wraps the model follows when layers are replaced."""
+"""Find the DistributedDataParallel around a model, and make it follow when layers are replaced."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from kronblocks.core.errors import KronblocksError
 
 
 def around(model: nn.Module, given: nn.Module | None = None) -> list[ref[Any]]:
-    """Every DistributedDataParallel that a model is inside of, in weak references.
+    """Weak references to every DistributedDataParallel that contains a model.
 
     Args:
-        model: nothing in it knows of its wrapper, which is looked for among all objects of the process, if none is given.
-        given: the wrapper, or what is around it in turn.
+        model: the model that `sparsify_` got.
+        given: the wrapper, or a module around it. None: it is looked for among all objects of the process.
 
     Raises:
-        KronblocksError: the model is in none of what is given.
+        KronblocksError: `given` has no DistributedDataParallel with the model in it.
     """
     if given is not None and not isinstance(given, nn.Module):
-        raise KronblocksError(f"ddp= is the wrapper, ddp=DistributedDataParallel(model), not {given!r}: or leave it out")
+        raise KronblocksError(f"ddp= is the wrapper, as in ddp=DistributedDataParallel(model), not {given!r}: or leave it out")
     if given is None and not (distributed.is_available() and distributed.is_initialized()):
         return []
     among = _all_objects() if given is None else given.modules()
@@ -41,26 +41,26 @@ def around(model: nn.Module, given: nn.Module | None = None) -> list[ref[Any]]:
 def _all_objects() -> list[Any]:
     if gc.get_freeze_count() == 0:
         return gc.get_objects()
-    gc.unfreeze()  # gc.freeze() hides objects
+    gc.unfreeze()  # gc.freeze() hides objects from gc.get_objects()
     found = gc.get_objects()
     gc.freeze()
     return found
 
 
 def follow_replaced_parameters(model: nn.Module, wrappers: list[ref[Any]]) -> None:
-    """Let the DistributedDataParallel around a model, one of one process too, average the gradients that it has now.
+    """Make the DistributedDataParallel around a model average the gradients of its present parameters.
 
     Args:
-        model: whose layers were replaced.
-        wrappers: those that `around` found; filled where none is there any more, as where the model was wrapped later.
+        model: the model whose layers were replaced.
+        wrappers: what `around` found. If it is empty, as for a model that was wrapped later, this fills it.
     """
     if all(reference() is None for reference in wrappers):
         wrappers[:] = around(model)
     for wrapper in (reference() for reference in wrappers):
         if wrapper is None:
             continue
-        wrapper._static_graph_delay_allreduce_enqueued = False  # a static graph's first iteration comes once more
-        parameters, sparse = wrapper._build_params_for_reducer()  # from here on what unpickling does: a new reducer over those
+        wrapper._static_graph_delay_allreduce_enqueued = False  # a static graph begins again with its first iteration
+        parameters, sparse = wrapper._build_params_for_reducer()  # from here on as in unpickling: make a new reducer
         names = wrapper._build_debug_param_to_name_mapping(parameters)
         wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
         if wrapper.static_graph:

@@ -1,4 +1,4 @@
-"""What optimisers do in a training: they keep zeros, each makes its step, and parameters move after layers were replaced."""
+"""Watch the optimisers of a training: zeros stay zeros, each optimiser steps, and new parameters move."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kronblocks.core.errors import KronblocksWarning
 from kronblocks.core.tables import some
 
 _PATIENCE = 25
-"""Steps that one optimiser makes alone before it is said that another makes none; GANs give one side 5 or 10."""
+"""After so many steps of one optimiser alone, warn that another makes none. GANs may step one side 5 or 10 times."""
 _STEPS_TO_MOVE = 10
-"""Steps in which a parameter moves that an optimiser steps, warm-up and bfloat16 included."""
+"""Within so many steps a parameter moves if an optimiser steps it, even with warm-up and bfloat16."""
 
 
 def keep_zeros_(targets: Sequence[BlockTarget], optimizer: Optimizer) -> None:
-    """Put dead blocks back to exactly 0 in what an optimiser has stepped, at both points of one that evaluates elsewhere."""
+    """Set dead blocks to exactly 0 in what an optimiser has stepped; for schedule-free ones, at both of their points."""
     held, has_two_points = _held(optimizer), hasattr(optimizer, "eval")
     for target in targets:
         if any(id(p) in held for p in target.parameters()):
@@ -30,7 +30,7 @@ def keep_zeros_(targets: Sequence[BlockTarget], optimizer: Optimizer) -> None:
 
 
 class Turns:
-    """Which optimisers the present training step waits for: each that holds blocks steps once in it.
+    """Which optimisers the present training step waits for. Each one that holds blocks steps once in it.
 
     Args:
         optimizers: all that are followed.
@@ -42,7 +42,7 @@ class Turns:
         self.begin(targets)
 
     def begin(self, targets: Sequence[BlockTarget]) -> None:
-        """Wait for all of them again; those whose parameters the lift took away, or that hold others only, no more."""
+        """Begin a training step: wait for every optimiser that holds block parameters now."""
         self._alone = 0
         self._waited_for = {id(optimizer) for optimizer in self._optimizers}
         if len(self._optimizers) > 1:
@@ -50,20 +50,15 @@ class Turns:
             self._waited_for = {id(each) for each in self._optimizers if not blocks.isdisjoint(_held(each))} or self._waited_for
 
     def end(self, optimizer: Optimizer, step: int) -> bool:
-        """Whether the training step is over with this optimiser's.
-
-        Args:
-            optimizer: the one that has stepped.
-            step: training steps before this one, for the warning.
-        """
+        """Note that an optimiser has stepped, at this training step. Whether that ends the training step."""
         self._alone += id(optimizer) not in self._waited_for
         self._waited_for.discard(id(optimizer))
         if self._waited_for and self._alone > _PATIENCE * len(self._optimizers) and not self._warned:
             self._warned = True
             places = [place for place, each in enumerate(self._optimizers) if id(each) in self._waited_for]
             warnings.warn(
-                f"the sparsifier stands at step {step}: optimiser {places[0]} of those that attach was given "
-                f"({type(self._optimizers[places[0]]).__name__}) has made no step while others made {self._alone}, and each that "
+                f"the sparsifier waits at step {step}: optimiser {places[0]} of those that attach was given "
+                f"({type(self._optimizers[places[0]]).__name__}) has made no step while others made {self._alone}. Each one that "
                 "holds blocks has to step once in a training step",
                 KronblocksWarning,
                 stacklevel=2,
@@ -72,7 +67,7 @@ class Turns:
 
 
 class Movement:
-    """Looks, in the first steps after layers were replaced, whether their parameters change at all."""
+    """Checks, in the first steps after layers were replaced, that their parameters change."""
 
     def __init__(self) -> None:
         self._before: dict[str, Tensor] = {}
@@ -80,18 +75,13 @@ class Movement:
 
     @torch.no_grad()
     def watch(self, targets: Sequence[BlockTarget], step: int) -> None:
-        """Begin, with what the layers hold now."""
+        """Begin to check, and note the present values."""
         self._before = {t.name: t.parameters()[0].clone() for t in targets if t.parameters()[0].requires_grad}
         self._watched, self._since, self._steps = len(self._before), step, 0
 
     @torch.no_grad()
     def check(self, targets: Sequence[BlockTarget], rates: Sequence[float]) -> None:
-        """Look again, after a step, and warn of those that should have changed by now.
-
-        Args:
-            targets: the layers.
-            rates: learning rate of each.
-        """
+        """After a step, warn of parameters that should have changed by now. `rates` has each layer's learning rate."""
         if not self._before:
             return
         still = []
@@ -106,14 +96,14 @@ class Movement:
             self._before = {}
             warnings.warn(
                 f"values of {some(still)} have not changed in {_STEPS_TO_MOVE} steps "
-                f"with gradients, since layers were replaced at step {self._since}: the optimiser steps others than its "
-                "param_groups hold. Use the plain optimiser without what is around it, or method='magnitude'",
+                f"with gradients, since layers were replaced at step {self._since}: the optimiser does not step the parameters "
+                "in its param_groups. Use the plain optimiser without a wrapper, or method='magnitude'",
                 KronblocksWarning,
                 stacklevel=2,
             )
 
     def _least(self, parameter: Tensor) -> float:
-        """A change that rounding does not swallow; where no layer at all has changed, any."""
+        """The least change that counts, above rounding; 0 if no layer has changed at all."""
         if len(self._before) == self._watched:
             return 0.0
         return 4 * torch.finfo(parameter.dtype).eps * float(parameter.abs().max())

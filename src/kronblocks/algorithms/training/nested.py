@@ -1,4 +1,4 @@
-"""Steps inside steps: torch runs hooks for the step() of an optimiser, and again for that of its base class inside it."""
+"""Nested steps: torch runs hooks for an optimiser's step(), and again if that calls step() of its base class."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from types import CodeType
 from torch.optim import Optimizer
 
 _STEP = next((code for code in Optimizer.profile_hook_step.__code__.co_consts if isinstance(code, CodeType)), None)
-"""What runs hooks around each step() of a class."""
+"""The code of torch's wrapper around each step(), which runs the hooks."""
 
 
 def stepping() -> Iterator[Optimizer]:
-    """The optimisers in whose steps this is called, the innermost first; one may be there twice."""
-    frame = sys._getframe(1)  # the stack and no counter, which an exception in a step would leave wrong
+    """The optimisers in whose steps this is called, the innermost first. An optimiser may occur twice."""
+    frame = sys._getframe(1)  # not a counter, which an exception in a step would leave wrong
     while frame is not None:
         if frame.f_code is _STEP:
             yield frame.f_locals["self"]

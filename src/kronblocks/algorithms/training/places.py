@@ -1,4 +1,4 @@
-"""Which layers are in the places of the targets now, with which parameters: surgery replaces them, and so may the user."""
+"""Find the targets in the model again after the library, or the user, has replaced layers or parameters."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ from kronblocks.core.errors import KronblocksError
 from kronblocks.core.tables import some
 
 SUCCESSOR = "replaced_by"
-"""Attribute of a module whose place the library has given to another one: that one."""
+"""Attribute of a replaced module: the module that the library has put in its place."""
 
 
 class Now(NamedTuple):
-    """What is in the places of the targets."""
+    """The targets as they are in the model now."""
 
-    targets: list[BlockTarget]  # those that are gone as they were
-    gone: dict[str, str]  # what has taken their places, by name
+    targets: list[BlockTarget]  # replaced ones as they were
+    gone: dict[str, str]  # name of each replaced target, and what is there now
 
 
 class Places:
-    """The layers that a sparsifier follows. Only `follow_` and `note_parameters_` take what has changed for what is meant.
+    """The layers that a sparsifier follows. Only `follow_` and `note_parameters_` accept changes of the model.
 
     Args:
-        model: whose layers they are.
-        targets: they, in the model's order.
+        model: the model.
+        targets: its targeted layers, in the model's order.
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[BlockTarget]) -> None:
         self.model, self.targets = model, list(targets)
-        self._known: list[nn.Parameter] = []  # that held the blocks when they were noted last
-        self._wrappers: list[Any] = []  # DistributedDataParallel around the model, in weak references
+        self._known: list[nn.Parameter] = []  # the parameters noted last
+        self._wrappers: list[Any] = []  # weak references to each DistributedDataParallel around the model
 
     def __getstate__(self) -> dict[str, Any]:  # a copy is another model, in no optimiser and no wrapper
         return {**self.__dict__, "_known": [], "_wrappers": []}
 
     def now(self) -> Now:
-        """The targets as they are in the model now. Nothing is changed."""
+        """The targets as they are in the model now. This changes nothing."""
         found = [(target, target_now(self.model, target)) for target in self.targets]
         gone = {target.name: stands_there(self.model, target) for target, now in found if now is None}
         return Now([now or target for target, now in found], gone)
 
     def follow_(self, *, strict: bool = False) -> bool:
-        """Go on with the layers that are there now; whether there are others than before.
+        """Accept the layers that are there now. Whether they have changed.
 
         Raises:
-            KronblocksError: some were replaced by something else, and `strict` is set.
+            KronblocksError: the user has replaced some, and `strict` is set.
         """
         now, gone = self.now()
         changed = not _same(now, self.targets)
@@ -66,7 +66,7 @@ class Places:
         return changed
 
     def attach_(self, ddp: nn.Module | None) -> None:
-        """Find what is around the model, and know no parameters yet."""
+        """Begin to follow: find the wrappers of the model, and forget the known parameters."""
         self._wrappers, self._known = around(self.model, ddp), []
 
     def detach_(self) -> None:
@@ -74,17 +74,17 @@ class Places:
         self._known = []
 
     def tell_wrappers_(self) -> None:
-        """Let what is around the model know the parameters that it has now."""
+        """Tell the wrappers of the model its present parameters."""
         follow_replaced_parameters(self.model, self._wrappers)
 
     def note_parameters_(self, optimizers: Sequence[Optimizer]) -> list[Any]:
-        """Look at the parameters that hold the blocks now: optimisers must have them, and new weights get a hook.
+        """Accept the parameters that hold the blocks now, and hook new weights. Optimisers must hold them.
 
         Returns:
             The new hooks' handles.
 
         Raises:
-            KronblocksError: no optimiser has some.
+            KronblocksError: no optimiser holds some of them.
         """
         now = [p for target in self.targets for p in target.parameters()]
         if _same(now, self._known):
@@ -105,8 +105,8 @@ def target_now(model: nn.Module, target: BlockTarget) -> BlockTarget | None:
     """A target as it is in the model now.
 
     Returns:
-        The same where its layer is there, wrapped or moved perhaps; one of the layer that the library, or a block layer of the
-        same grid that the user, has put in its place; None where it was replaced by something else, or is gone.
+        The same target, if its layer is still there (wrapped or moved, perhaps). A new one, if the library has replaced the
+        layer, or the user by a block layer with the same grid. None, if something else is there, or nothing.
     """
     found = _module_at(model, target.name)
     if found is not None and any(each is target.module for each in found.modules()):
@@ -122,7 +122,7 @@ def target_now(model: nn.Module, target: BlockTarget) -> BlockTarget | None:
 
 
 def stands_there(model: nn.Module, target: BlockTarget) -> str:
-    """What has taken a target's place, in words."""
+    """What is in a target's place now, in words."""
     found = _module_at(model, target.name)
     if found is None:
         return "nothing stands there now"
@@ -138,14 +138,7 @@ def stands_there(model: nn.Module, target: BlockTarget) -> str:
 
 
 def check_none_replaced(gone: Mapping[str, str]) -> None:
-    """Refuse to go on without layers.
-
-    Args:
-        gone: what is in the places of layers, by name.
-
-    Raises:
-        KronblocksError: there are any.
-    """
+    """Raise KronblocksError if layers were replaced: `gone` has their names, and what is there now."""
     if gone:
         listed = some((f"{name}: {there}" for name, there in gone.items()), 3, join="; ")
         raise KronblocksError(
@@ -156,23 +149,23 @@ def check_none_replaced(gone: Mapping[str, str]) -> None:
 
 
 def _has_its_weight(target: BlockTarget) -> bool:
-    """Whether a plain layer still has a weight of its own, and of the size that it had."""
+    """Whether a plain layer still has a weight parameter of its former size."""
     if not target.is_plain:
         return True
     if parametrize.is_parametrized(target.module) or hasattr(target.module, "weight_orig") or hasattr(target.module, "weight_v"):
         return False
     weight = target.module._parameters.get("weight")
     sizes = (target.grid.out_features, target.grid.in_features)
-    return weight is None or weight.dim() != 2 or weight.shape == torch.Size(sizes)  # a flattened one is told of by `attach`
+    return weight is None or weight.dim() != 2 or weight.shape == torch.Size(sizes)  # `attach` raises for a flattened one
 
 
 def _is_around(module: nn.Module) -> bool:
-    """Whether it only shows the attributes of a layer that it is wrapped around, as checkpoint_wrapper does."""
+    """Whether a module wraps another and shows its attributes, as checkpoint_wrapper does."""
     return any(has_blocks(each) for each in module.modules() if each is not module)
 
 
 def _successors(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules that the library has put in a module's place, one after another."""
+    """The modules that the library has put in a module's place, in order."""
     seen = [module]
     while (later := vars(seen[-1]).get(SUCCESSOR)) is not None and all(later is not each for each in seen):
         seen.append(later)
@@ -182,5 +175,5 @@ def _successors(module: nn.Module) -> Iterator[nn.Module]:
 def _module_at(model: nn.Module, name: str) -> nn.Module | None:
     try:
         return model.get_submodule(name)
-    except AttributeError:  # it has been wrapped
+    except AttributeError:  # the module has been wrapped
         return None

@@ -1,4 +1,4 @@
-"""Which plan each layer computes with during a training: chosen again when masks change, seldom switched, never timed twice."""
+"""Planner: chooses the plan of each layer during a training, again when masks change. It seldom switches."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from kronblocks.ops.costs.timing_cache import Tables, load_tables
 from kronblocks.ops.operands import autocast_dtype
 
 MARGIN = 1.1
-"""How many times slower than the best plan the present one must be before a layer switches."""
+"""A layer switches plans only if the present one is this many times slower than the best."""
 
 COMPILED_MARGIN = 1.25
-"""The same for all layers of a compiled model together, where a change is compiled for training and for evaluation."""
+"""The same for all layers of a compiled model together, since each switch costs compilations."""
 
 
 class Traffic(NamedTuple):
-    """What reaches a layer in a training step, as far as its speed depends on it."""
+    """The input of a layer in a training step, as far as speed depends on it."""
 
     rows: int
     input_grad: bool
-    dtype: str  # of the products: of autocast, where that is on
+    dtype: str  # of the products; autocast's, if that is on
 
 
 class _Chooser(NamedTuple):
@@ -46,14 +46,14 @@ class _Chooser(NamedTuple):
 
 class _Choice(NamedTuple):
     plan: str
-    present: float  # seconds a step by the plan that the layer has
-    seconds: float  # and by this one
+    present: float  # seconds per step by the present plan
+    seconds: float  # seconds per step by this plan
 
 
 class _Watch:
-    """A forward pre-hook that notes the last training forward.
+    """A forward pre-hook that notes the layer's input in the last training forward.
 
-    Compiled code has no trace of it: there it looks while the code is made, which happens in the first step.
+    It is no part of compiled code: there it notes the input while the code is compiled, in the first step.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class _Watch:
 
         def while_compiling(context: Any) -> None:
             x = context.get_local("x").as_fake()
-            rows = [size if isinstance(size, int) else size.node.hint for size in x.shape[:-1]]  # int(size) would fix it
+            rows = [size if isinstance(size, int) else size.node.hint for size in x.shape[:-1]]  # int(size) adds a guard
             if None not in rows:
                 self.seen = math.prod(rows), x.requires_grad, context.get_local("dtype").as_python_constant()
             self.compiled = True
@@ -78,7 +78,7 @@ class _Watch:
         x = forward_input(args, kwargs)
         dtype = _product_dtype(x)
         if torch.compiler.is_compiling():
-            from torch._dynamo.comptime import comptime  # slow to import, and the compiler has
+            from torch._dynamo.comptime import comptime  # slow to import; the compiler has imported it already
 
             comptime(self._while_compiling)
         else:
@@ -91,7 +91,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 def measuring_allowed() -> bool:
-    """Whether trainings may time plans: `KRONBLOCKS_MEASURE=0` (or off) leaves it to the counts, everywhere."""
+    """Whether trainings may time plans. `KRONBLOCKS_MEASURE=0` (or off) forbids it; then counts decide."""
     return os.environ.get("KRONBLOCKS_MEASURE", "").lower() not in ("0", "off")
 
 
@@ -99,24 +99,24 @@ class Planner:
     """Chooses the plans of the layers that leave it to the library (`plan="auto"`).
 
     Args:
-        measure: by timings of this machine; False: by estimates from the counts.
+        measure: choose by timings of this machine; False: by estimates from the counts.
         rows: rows of x per step; None: those of each layer's first training step.
     """
 
     def __init__(self, *, measure: bool = True, rows: int | None = None) -> None:
         self._measure, self._rows = measure, rows
         self._traffic: dict[str, Traffic] = {}
-        self._chosen: set[str] = set()  # layers whose present plan was chosen here, and is only given up for a clearly better one
-        self._tables: Tables = {}  # the timings that decisions rested on
+        self._chosen: set[str] = set()  # layers whose present plan was chosen here: `MARGIN` applies
+        self._tables: Tables = {}  # the timings that were used
         self._watches: dict[str, tuple[_Watch, RemovableHandle]] = {}
-        self._compiled = False  # whether a layer has been seen in compiled code
-        self._changes = 0  # of compiled code so far, each of all layers together
+        self._compiled = False  # whether a layer is in compiled code
+        self._changes = 0  # how often compiled code has changed, all layers together
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_watches": {}}
 
     def watch(self, targets: Sequence[BlockTarget]) -> list[RemovableHandle]:
-        """Look, in the next training steps, what reaches the layers; returns the hooks' handles."""
+        """Hook the next training steps to note the layers' inputs; returns the hooks' handles."""
         for target in (target for target in targets if not target.is_plain):
             watch = _Watch()
             handle = target.module.register_forward_pre_hook(watch, with_kwargs=True)
@@ -124,27 +124,27 @@ class Planner:
         return [handle for _, handle in self._watches.values()]
 
     def forget_choices(self) -> None:
-        """The layers have been replaced: their plans are the constructors' choice now."""
+        """Forget which plans were chosen here, after layers were replaced and have the constructors' plans."""
         self._chosen.clear()
 
     def allows_change(self, to_come: int = 0) -> bool:
-        """Whether the model's code may change once more without coming to torch's limit of recompilations.
+        """Whether compiled code may change once more within torch's limit of recompilations.
 
         Args:
-            to_come: changes that come later whatever is decided now.
+            to_come: number of later changes that are certain.
         """
         return not self._compiled or self._changes + to_come < _most_changes()
 
     def decide(self, targets: Sequence[BlockTarget], *, changed: bool = False, to_come: int = 0) -> None:
-        """Choose every layer's plan for its present density, and let it compute so from now on.
+        """Choose every layer's plan for its present density, and switch to it.
 
-        Compiled code knows the plans: there all layers change together, if it pays, and seldom enough for torch's limit.
-        In distributed training rank 0 decides for all, since timings differ and plans must not.
+        Plans are part of compiled code. There all layers switch together, if it pays, and within torch's limit.
+        In distributed training rank 0 decides for all, since timings differ between ranks.
 
         Args:
             targets: the layers.
-            changed: they have just been replaced or made smaller, so that what is compiled has changed already.
-            to_come: such changes that come later.
+            changed: whether layers have just been replaced or made smaller, so that code is compiled again anyway.
+            to_come: number of such changes that come later.
         """
         choosers = _choosers(targets)
         lift_to_come = to_come if any(target.is_factored for target in targets) else 0  # values may stay as large as they are
@@ -170,7 +170,7 @@ class Planner:
         self._changes += self._compiled and (changed or bool(switches))
 
     def _note_traffic(self, changes: int) -> None:
-        """Read what the watches saw; `changes` of compiled code are certain."""
+        """Read what the hooks noted. `changes` is the number of certain changes of compiled code."""
         for name, (watch, handle) in list(self._watches.items()):
             if watch.seen is not None:
                 rows, input_grad, dtype = watch.seen
@@ -178,12 +178,12 @@ class Planner:
                 if watch.compiled and not self._compiled:
                     self._compiled = True
                     _warn_of_a_low_limit(self._changes + changes)
-                if not watch.compiled:  # a hook less would be another model, compiled again
+                if not watch.compiled:  # removing a hook would compile the model again
                     handle.remove()
                 del self._watches[name]
 
     def _tell_rows(self, choosers: Sequence[_Chooser]) -> None:
-        """Let the layers know how many rows of x they get, for plans that they choose themselves when they are replaced."""
+        """Tell the layers how many rows of x they get, since replaced layers choose a plan themselves."""
         for name, layer in choosers:
             layer.rows = self._rows_of(name) or layer.rows
 
@@ -192,7 +192,7 @@ class Planner:
         return self._rows or (None if traffic is None else traffic.rows)
 
     def _best_of_all(self, choosers: Sequence[_Chooser], changed: bool) -> list[str]:
-        """The plan for each layer; in compiled code the present ones, unless all changes together gain enough."""
+        """The plan for each layer. In compiled code that is the present one, unless all switches together gain enough."""
         choices = [self._best(*chooser) for chooser in choosers]
         present, best = sum(choice.present for choice in choices), sum(choice.seconds for choice in choices)
         if self._compiled and not changed and present < COMPILED_MARGIN * best:
@@ -203,7 +203,7 @@ class Planner:
     def _best(self, name: str, layer: HasPlans) -> _Choice:
         traffic, plan = self._traffic.get(name), layer.active_plan
         if traffic is None and self._rows is None:
-            return _Choice(plan, 0.0, 0.0)  # nobody knows yet what it has to do
+            return _Choice(plan, 0.0, 0.0)  # its input is not known yet
         problem = layer.problem(rows=self._rows_of(name), input_grad=traffic is None or traffic.input_grad)
         if traffic is not None:
             problem = replace(problem, dtype=getattr(torch, traffic.dtype))
@@ -220,7 +220,7 @@ class Planner:
         return _Choice(best, present, seconds[best])
 
     def state_dict(self) -> dict[str, Any]:
-        """What later decisions rest on: plain values."""
+        """What later decisions depend on, as plain values."""
         return {
             "traffic": {name: list(traffic) for name, traffic in self._traffic.items()},
             "chosen": sorted(self._chosen),
@@ -229,17 +229,17 @@ class Planner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as if this process had made the saved decisions: the same timings serve the same questions.
+        """Go on as if this process had made the saved decisions, with their timings.
 
         Raises:
-            KronblocksError: it is no state of a planner. Nothing has been changed then.
+            KronblocksError: it is no state of a planner; nothing has changed then.
         """
         self._traffic, self._chosen, self._tables, self._changes = parsed(state)
         load_tables(self._tables)
 
 
 def parsed(state: Mapping[str, Any]) -> tuple[dict[str, Traffic], set[str], Tables, int]:
-    """What `Planner.state_dict` gave: traffic by layer, the layers with chosen plans, timings, and changes of compiled code.
+    """Read what `Planner.state_dict` gave: inputs by layer, layers with chosen plans, timings, changes of compiled code.
 
     Raises:
         KronblocksError: it is something else.
@@ -248,7 +248,7 @@ def parsed(state: Mapping[str, Any]) -> tuple[dict[str, Traffic], set[str], Tabl
         traffic = {str(name): _traffic(*values) for name, values in state["traffic"].items()}
         chosen = {str(name) for name in state["chosen"]}
         tables = {str(key): dict(table) for key, table in state["tables"].items()}
-        changes = state.get("changes", 0)  # older states have none
+        changes = state.get("changes", 0)  # older states lack it
         if type(changes) is not int or changes < 0:
             raise ValueError(f"{changes!r} changes")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -257,11 +257,7 @@ def parsed(state: Mapping[str, Any]) -> tuple[dict[str, Traffic], set[str], Tabl
 
 
 def _traffic(rows: int, input_grad: bool, dtype: str) -> Traffic:
-    """One layer's, checked.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Check the traffic of one layer; ValueError if it is something else."""
     known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
     if not (known and type(rows) is int and 0 <= rows < 2**63 and isinstance(input_grad, bool)):
         raise ValueError(f"{rows!r} rows, {input_grad!r}, {dtype!r}")
@@ -273,29 +269,29 @@ def _choosers(targets: Sequence[BlockTarget]) -> list[_Chooser]:
 
 
 _WITHOUT_CHANGES, _OF_A_CHANGE = 4, 2
-"""Compilations of a model: for training and for evaluation, each first for one number of rows and then for any. Of a change, when
-it is known that rows vary: one for each of the two.
+"""Compilations of a model, and of each change of it. Training and evaluation are each compiled for a fixed number of rows, then
+for any number. Later changes are compiled for any number only.
 """
 
 
 def _most_changes() -> int:
-    """How often the code of a compiled model may change within torch's limit of recompilations."""
+    """How often a compiled model may change within torch's limit of recompilations."""
     return (_recompile_limit() - _WITHOUT_CHANGES) // _OF_A_CHANGE
 
 
 def _recompile_limit() -> int:
-    import torch._dynamo  # asked only where it has compiled something
+    import torch._dynamo  # called only if it has compiled something
 
     return torch._dynamo.config.recompile_limit
 
 
 def _warn_of_a_low_limit(changes: int) -> None:
-    """Say so if what is certain to come, `changes` of the code, is more than torch will compile."""
+    """Warn if the certain number of changes is more than torch will compile."""
     if changes > _most_changes():
         wanted = _WITHOUT_CHANGES + _OF_A_CHANGE * changes
         warnings.warn(
-            f"torch compiles this model up to {wanted} times in the training (whenever its layers are replaced, for training and "
-            f"for evaluation), and torch._dynamo.config.recompile_limit is {_recompile_limit()}: beyond that the model runs "
+            f"torch compiles this model up to {wanted} times in the training: whenever its layers are replaced, for training and "
+            f"for evaluation. But torch._dynamo.config.recompile_limit is {_recompile_limit()}, and beyond that the model runs "
             f"uncompiled. Set the limit to {wanted} or more before the training",
             KronblocksWarning,
             stacklevel=2,
@@ -303,10 +299,10 @@ def _warn_of_a_low_limit(changes: int) -> None:
 
 
 def layer_changes_to_come(schedule: SparsitySchedule, step: int, targets: Sequence[BlockTarget]) -> int:
-    """How often layers will still be replaced, or be made smaller where that is worth a compilation."""
+    """How often layers will still be replaced, or made smaller if that is worth a compilation."""
     if step >= schedule.end_step:
         return 0
-    if schedule.lift_step is not None:  # which leaves few slots to give up later
+    if schedule.lift_step is not None:  # a lift leaves few slots to free later
         return int(step < schedule.lift_step)
     shrinks = schedule.sparsity_at(schedule.end_step) > schedule.sparsity_at(step)
     return int(shrinks and any(not target.is_plain and not target.is_factored for target in targets))

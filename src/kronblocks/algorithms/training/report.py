@@ -1,4 +1,4 @@
-"""What is sparse now, counted: exact zeros, in blocks."""
+"""SparsityReport: counts of blocks that are exactly zero."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kronblocks.core.errors import KronblocksWarning
 from kronblocks.core.tables import ALL_ROWS, MOST_ROWS, listed, some, span, text_table, together
 
 STARVED = 1 / 3
-"""Below this share of the mean density a layer counts as starved, if its share would be `STARVED_FROM` blocks or more."""
+"""A layer below this share of the mean density counts as starved, if the mean density would be `STARVED_FROM` blocks or more."""
 STARVED_FROM = 10
 
 
@@ -47,16 +47,16 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """All targeted layers. Print it for a table.
+    """The counts of all targeted layers. Print it for a table.
 
-    Of more than 12 layers those that are alike share a row, with their sparsity and that of the sparsest of them:
+    With more than 12 layers, like layers share a row, with their mean sparsity and that of the sparsest one.
     `print(report.table(every_layer=True))` has a row for each.
     """
 
     layers: tuple[LayerSparsity, ...]
-    block_sparsity: float  # share of the targeted weights that lie in zero blocks; the share of blocks where all have one size
-    notes: tuple[str, ...] = ()  # what the numbers do not say: layers that are gone, a sparsifier that is not attached
-    heads: tuple[str, ...] = ()  # the layers that make the model's output, of which every block row keeps a block, once known
+    block_sparsity: float  # share of the targeted weights that lie in zero blocks
+    notes: tuple[str, ...] = ()  # remarks: replaced layers, a sparsifier that is not attached
+    heads: tuple[str, ...] = ()  # the layers that make the model's output, once known
     heads_from: Source | None = None  # how they were found; None: not yet
 
     @property
@@ -71,12 +71,12 @@ class SparsityReport:
 
     @property
     def live_blocks(self) -> int:
-        """Blocks with a value that is not zero."""
+        """Number of blocks with a value that is not zero."""
         return sum(layer.live_blocks for layer in self.layers)
 
     @property
     def total_blocks(self) -> int:
-        """All blocks of the targeted layers."""
+        """Number of blocks of the targeted layers."""
         return sum(layer.total_blocks for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class SparsityReport:
         return self.table()
 
     def table(self, *, every_layer: bool = False) -> str:
-        """What `print` shows, or with `every_layer` the same with a row for each layer."""
+        """What `print` shows; with `every_layer`, with a row for each layer."""
         groups = [[layer] for layer in self.layers]
         if shared := len(groups) > MOST_ROWS and not every_layer:
             groups = together(self.layers, lambda layer: layer.name, lambda layer: (layer.kind, layer.weight, layer.block_size))
@@ -115,7 +115,7 @@ class SparsityReport:
 
 
 def _row(layers: Sequence[LayerSparsity]) -> Sequence[str]:
-    """A row of the table, of one layer or of several that are alike: their blocks together, and the sparsest one."""
+    """A row of the table, for one layer or several like layers: all their blocks, and the sparsest layer."""
     first, live, total = layers[0], sum(layer.live_blocks for layer in layers), sum(layer.total_blocks for layer in layers)
     sparsity, most = f"{1 - live / total:.4f}", f"{max(layer.sparsity for layer in layers):.4f}"
     plans = Counter(layer.plan for layer in layers)
@@ -132,11 +132,11 @@ def _row(layers: Sequence[LayerSparsity]) -> Sequence[str]:
 
 @torch.no_grad()
 def count_blocks(targets: Sequence[BlockTarget], notes: Sequence[str] = (), heads: Heads | None = None) -> SparsityReport:
-    """Count, from the weights themselves and not from the masks, the blocks whose every value is exactly zero.
+    """Count the blocks whose values are all exactly zero, from the weights and not from the masks.
 
     Args:
         targets: the layers.
-        notes: what the numbers do not say.
+        notes: remarks for the report.
         heads: which layers make the model's output.
     """
     layers, zero, weights = [], 0, 0
@@ -161,14 +161,14 @@ def count_blocks(targets: Sequence[BlockTarget], notes: Sequence[str] = (), head
 
 
 def warn_of_starved_layers(report: SparsityReport) -> None:
-    """Name the layers that pruning has left far below the mean density, if there are any."""
+    """Warn of layers that pruning has left far below the mean density."""
     if not report.starved:
         return
     starved = [f"{layer.name} ({layer.live_blocks} of {layer.total_blocks} blocks)" for layer in report.starved]
     warnings.warn(
         f"pruning has ended, and {some(starved)} kept less than a third of the mean density, "
-        f"{1 - report.block_sparsity:.3f}: their blocks scored lowest. To give every layer the same density write "
-        'scope="layer", to leave some dense name them in exclude',
+        f"{1 - report.block_sparsity:.3f}: their blocks scored lowest. To give every layer the same density, write "
+        'scope="layer"; to leave some dense, name them in exclude',
         KronblocksWarning,
         stacklevel=2,
     )
@@ -189,7 +189,7 @@ def warn_if_missed(report: SparsityReport, schedule: SparsitySchedule, rule: str
 
 
 def warn_if_too_dense(sparsity: float, schedule: SparsitySchedule, why: str) -> None:
-    """Say so if a training that has ended is a percent or more below its target, for this reason."""
+    """Warn if a finished training is a percent or more below its target; `why` is the reason."""
     if sparsity < schedule.target_sparsity - 0.01:
         warnings.warn(
             f"after the training {100 * sparsity:.1f}% of the weights are in zero blocks, not "
@@ -200,7 +200,7 @@ def warn_if_too_dense(sparsity: float, schedule: SparsitySchedule, why: str) -> 
 
 
 def dead_share(targets: Sequence[BlockTarget]) -> float:
-    """Share of the weights that lie in dead blocks by the masks; none on the meta device, where nothing is known."""
+    """Share of the weights that lie in dead blocks by the masks; 0 on the meta device, where masks are unknown."""
     known = [target for target in targets if not target.mask.is_meta]
     dead = sum(int((~target.mask).sum()) * target.area for target in known)
     weights = sum(target.grid.weights for target in known)

@@ -1,4 +1,4 @@
-"""Ties a rule and a schedule to an optimiser: after each of its steps, decides on the grids and keeps the zeros exact."""
+"""Sparsifier: after each step of an optimiser, it applies a rule by a schedule and keeps zeros exact."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ from kronblocks.core.shards import is_sharded
 
 
 class Sparsifier:
-    """Runs one algorithm over a training, from hooks on the user's own optimiser. Made by `kronblocks.sparsify_`.
+    """Runs one algorithm during a training, by hooks on the user's optimiser. `kronblocks.sparsify_` makes it.
 
     Args:
         model: the model whose layers are targeted.
         targets: the layers, in the model's order.
         rule: the algorithm.
-        make_schedule: gives the schedule for a number of steps.
-        surgeon: replaces layers at the lift and when healing begins.
+        make_schedule: returns the schedule for a number of steps.
+        surgeon: replaces layers at the lift, and frees slots when healing begins.
         scope: one budget over all layers ("global"), or one for each ("layer").
-        planner: chooses the plans of layers that leave it open, after the first step and whenever masks change.
+        planner: chooses the plans of layers with plan "auto", after the first step and whenever masks change.
         heads: names of the targets that make the model's output; None: they are found in the first steps.
     """
 
@@ -79,10 +79,10 @@ class Sparsifier:
         self._optimizers: list[Optimizer] = []
         self._turns, self._movement = Turns((), ()), Movement()
         self._rule_state: RuleState = {}
-        self._known_steps: int | None = None  # of the training that the state is of
+        self._known_steps: int | None = None  # total_steps of the training so far
         self._awaits_penalty = False
         self._eager, self._heads = EagerSteps(), Heads([target.name for target in self.targets], heads)
-        self._handles: list[Any] = []  # of all hooks of the attachment
+        self._handles: list[Any] = []  # of all hooks since `attach`
         self._was_removed = False
         self.initial_sparsity = dead_share(self.targets)
         self._has_dead = self.initial_sparsity > 0
@@ -99,20 +99,19 @@ class Sparsifier:
         """Follow these optimisers' steps from now on.
 
         Args:
-            optimizers: one, or several; together they hold every targeted parameter. Each of those that hold some steps once per
-                training step. Optimisers in the wrappers of Accelerate and Lightning are found.
-            total_steps: optimiser steps of the whole training, what a learning-rate schedule would be given too.
-            add_penalty: add the penalty's gradient to the parameters' before each step, after clipping, for a training loop
-                whose loss is out of reach; leave `penalty()` out of the loss then.
+            optimizers: one or several, which together hold every targeted parameter. Each one that holds some steps once per
+                training step. Wrappers of Accelerate and Lightning are accepted.
+            total_steps: optimiser steps of the whole training, as for a learning-rate schedule.
+            add_penalty: add the penalty's gradient before each step, after clipping, for a training loop whose loss cannot be
+                changed. Leave `penalty()` out of the loss then.
             ddp: the DistributedDataParallel around the model; None: it is looked for, once, among all objects of the process.
 
         Returns:
-            A handle whose `remove()` undoes it.
+            A handle whose `remove()` undoes this.
 
         Raises:
-            KronblocksError: LBFGS, a targeted parameter in none of the optimisers, attached already or followed by another
-                sparsifier, another number of steps than a loaded state had, unless its mask is frozen already, or what could not
-                go on after the lift; `ddp` is not around the model.
+            KronblocksError: it is attached already; `total_steps` differs from that of a loaded state whose mask is not frozen;
+                `ddp` does not contain the model; or it cannot follow the optimisers (see `check_optimizers`).
         """
         if self._optimizers:
             raise KronblocksError("this sparsifier is attached already: call remove() on the handle of the first attach")
@@ -122,7 +121,7 @@ class Sparsifier:
         check_optimizers(optimizers, self, lifts=schedule.lift_step is not None and not self._is_sharded)
         if self._is_sharded and self.rule.has_penalty:
             raise KronblocksError(
-                'the penalty is taken from whole weights, and these are sharded: use PenaltyConfig(form="proximal"), which '
+                'the penalty needs whole weights, but these are sharded: use PenaltyConfig(form="proximal"), which '
                 "acts on the blocks after each step"
             )
         if self.targets and not schedule.prunes:
@@ -135,7 +134,7 @@ class Sparsifier:
         if is_shared():
             for target in self.targets:
                 target.share_mask_()
-        after = torch.compiler.disable(self._after_step)  # of compiled steps
+        after = torch.compiler.disable(self._after_step)  # for compiled optimiser steps
         self._handles = [optimizer.register_step_post_hook(after) for optimizer in optimizers]
         if add_penalty and self.rule.has_penalty:
             before = torch.compiler.disable(AddedPenalty(self.penalty).before_step)
@@ -149,7 +148,7 @@ class Sparsifier:
         return Attachment(self._handles, self._detach)
 
     def _schedule_for(self, total_steps: int, known: int | None, step: int, before: float) -> SparsitySchedule:
-        """The schedule, from the sparsity before any training, which a block of rounding does not put above the target."""
+        """The schedule. It starts from the sparsity before any training, but from no more than the target."""
         schedule = continued(self._make_schedule, total_steps, known, step)
         return replace(schedule, initial_sparsity=max(min(before, schedule.target_sparsity), schedule.initial_sparsity))
 
@@ -200,7 +199,7 @@ class Sparsifier:
                 self.lift_()
         if self.step == schedule.end_step and not self._is_sharded and (changed or self._planner.allows_change()):
             changed = self._compact() or changed
-        if update or self.step == 1:  # by the end of the first step every layer has seen what it has to do
+        if update or self.step == 1:  # after the first step the inputs of layers are known
             to_come = 0 if self._is_sharded else layer_changes_to_come(schedule, self.step, self.targets)
             self._planner.decide(self.targets, changed=changed, to_come=to_come)
         self._prepare_probes()
@@ -241,10 +240,10 @@ class Sparsifier:
                 target.start_probe()
 
     def lift_(self) -> None:
-        """Replace factors by free block values, in the model and in the optimisers that are followed.
+        """Replace factors by free block values, in the model and in its optimisers.
 
-        The two-phase method does this automatically at the right step. Nothing can replace sharded parameters, though: there
-        save a checkpoint when `lift_due` says so, build the model again, load, call this, and then shard it.
+        The two-phase method calls this at the right step. Sharded parameters cannot be replaced: when `lift_due` says so,
+        save a checkpoint, build the model again, load, call this, and then shard it.
 
         Raises:
             KronblocksError: the parameters are sharded.
@@ -255,7 +254,7 @@ class Sparsifier:
             self._follow_replaced()
 
     def _compact(self) -> bool:
-        """Give up the slots of dead blocks; whether there were any."""
+        """Free the slots of dead blocks. Whether there were any."""
         if compacted := self._surgeon.compact([target.name for target in self.targets], self._optimizers):
             self._follow_replaced()
         return compacted
@@ -267,10 +266,10 @@ class Sparsifier:
             self._movement.watch(self.targets, self.step)
 
     def penalty(self) -> Tensor:
-        """What the rule adds to the loss: `loss + sparsifier.penalty()`. Zero for rules that live elsewhere.
+        """The rule's term for the loss: `loss + sparsifier.penalty()`. Zero for rules without one.
 
         Raises:
-            KronblocksError: before `attach`.
+            KronblocksError: the sparsifier is not attached yet.
         """
         if self.schedule is None:
             raise KronblocksError("penalty() needs the schedule: call sparsifier.attach(optimizer, total_steps=...) first")
@@ -281,7 +280,7 @@ class Sparsifier:
 
     @property
     def phase(self) -> Phase:
-        """ "discover", "refine" or "heal"; "discover" before the first `attach`, and after a training what it ended with."""
+        """ "discover", "refine" or "heal". Before the first `attach` it is "discover", after a training the last one."""
         schedule = self.schedule
         if schedule is None and self._known_steps is not None:
             schedule = self._make_schedule(self._known_steps)
@@ -294,7 +293,7 @@ class Sparsifier:
 
     @property
     def lift_due(self) -> bool:
-        """Whether the lift waits for the parameters to be whole again, under `fully_shard`: see `lift_`."""
+        """Whether the lift is due but has to wait because parameters are sharded; see `lift_`."""
         return self._steps_to_lift is not None and self._steps_to_lift <= 0
 
     @property
@@ -304,12 +303,12 @@ class Sparsifier:
 
     @property
     def measures_growth(self) -> bool:
-        """Whether the coming step takes the dense gradient of every targeted layer, to score dead blocks."""
+        """Whether the coming step measures the dense gradient of every targeted layer, to score dead blocks."""
         return self.rule.needs_growth and self.schedule is not None and self.schedule.is_update(self.step + 1)
 
     @property
     def masks_linears(self) -> bool:
-        """Whether it keeps masks of plain nn.Linear layers, rather than work on layers that hold their own."""
+        """Whether there are plain nn.Linear targets, whose masks the sparsifier keeps."""
         return any(target.is_plain for target in self._places.now().targets)
 
     @property
@@ -318,11 +317,11 @@ class Sparsifier:
 
     @property
     def sparsity(self) -> float:
-        """Share of the targeted weights that lie in blocks of exact zeros, counted from the weights."""
+        """Share of the targeted weights in blocks of exact zeros, counted from the weights."""
         return self.report().block_sparsity
 
     def report(self) -> SparsityReport:
-        """Count the exact zeros of every targeted layer now; layers replaced after `sparsify_` are named and left out."""
+        """Count the zero blocks of every targeted layer now. Layers replaced after `sparsify_` are only named."""
         targets, gone = self._places.now()
         notes = [f"not counted, since it was replaced after sparsify_: {name} ({there})" for name, there in gone.items()]
         if not self._optimizers and self.without_attach():
@@ -330,24 +329,26 @@ class Sparsifier:
         return count_blocks([target for target in targets if target.name not in gone], notes, self._heads)
 
     def without_attach(self) -> str:
-        """What is wrong if the layers are trained while it is not attached; empty where nothing is."""
+        """Why the layers should not be trained while it is not attached; empty if they may be."""
         loses_zeros = self._has_dead and self.masks_linears
         is_over = self._was_removed or isinstance(self.rule, Fixed) or not self.targets or self.phase == "heal"
         return "" if is_over and not loses_zeros else NOT_ATTACHED + LOST * loses_zeros
 
     def warn_if_too_dense(self, why: str) -> None:
-        """Say so if a training has ended and the target is not reached, for a reason that the caller knows."""
+        """Warn if a training has ended below its target; `why` is the reason."""
         if self.schedule is not None and self.schedule.prunes and self.targets:
             warn_if_too_dense(self.sparsity, self.schedule, why)
 
     def save_with_model(self) -> CarriedState:
-        """Keep the state in `model.state_dict()` from now on, as the tensor "kronblocks_state", and restore it, layers included,
-        in `model.load_state_dict(...)`: for trainers that save and load the model only. `remove()` on the handle ends it.
+        """Keep the state in `model.state_dict()` from now on, for trainers that save and load the model only.
+
+        It is the tensor "kronblocks_state". `model.load_state_dict(...)` restores it, layers included. `remove()` on the
+        handle ends this.
         """
         return CarriedState(self.model, self)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs beside the model's and the optimiser's state: plain values and tensors."""
+        """What a resumed training needs beside the model's and the optimiser's states: plain values and tensors."""
         return {
             "version": STATE_VERSION,
             "rule": type(self.rule).__name__,
@@ -362,8 +363,9 @@ class Sparsifier:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state. Call it before the model's and the optimiser's own `load_state_dict`: it gives the model the
-        structure that it had (after the lift, other layers than `sparsify_` made).
+        """Go on from a saved state. Call this before `load_state_dict` of the model and optimiser.
+
+        It first gives the model the layers that it had: after the lift these are other ones than `sparsify_` made.
 
         Raises:
             KronblocksError: the state is of another version, algorithm, model or number of steps.
@@ -383,7 +385,7 @@ class Sparsifier:
         self._prepare_probes()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a pickled one, goes on from the same step but is not attached: torch's optimisers drop hooks when copied."""
+        """Copies and pickles go on from the same step, but are not attached: torch's optimisers drop hooks when copied."""
         return {**self.__dict__, "_optimizers": [], "_turns": Turns((), ()), "_handles": [], "schedule": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The state of a sparsifier: what of its layers is saved and loaded, and what it must be before anything of it is used."""
+"""The state of a sparsifier: save and load what belongs to its layers, and check a state before using it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PARTS = frozenset({"version", "rule", "step", "total_steps", *_DICTS})
 
 
 def layers_state(targets: Sequence[BlockTarget]) -> dict[str, dict[str, Any]]:
-    """What the model's own state_dict does not hold of its layers: plans of block layers, masks of plain ones."""
+    """What the model's state_dict lacks: plans of block layers, masks of plain ones."""
     return {
         "plans": {t.name: getattr(t.layer, "active_plan", "dense") for t in targets if not t.is_plain},
         "masks": {t.name: t.mask.clone() for t in targets if t.is_plain},
@@ -31,7 +31,7 @@ def layers_state(targets: Sequence[BlockTarget]) -> dict[str, dict[str, Any]]:
 
 
 def load_layers_state_(targets: Sequence[BlockTarget], state: Mapping[str, Any]) -> None:
-    """Give layers what `layers_state` gave. Weights are loaded by the model itself."""
+    """Restore what `layers_state` gave. The model loads its weights itself."""
     for target in targets:
         if target.is_plain:
             target.layer.set_block_mask_(state["masks"][target.name])
@@ -43,9 +43,9 @@ def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget]) -> Non
     """Refuse what is no state of a sparsifier like this one.
 
     Args:
-        state: anything.
-        rule: name of the sparsifier's algorithm.
-        targets: its layers.
+        state: what is to be loaded.
+        rule: name of the sparsifier's rule.
+        targets: the sparsifier's layers.
 
     Raises:
         KronblocksError: the state is damaged, or of another version, algorithm or model.
@@ -74,12 +74,12 @@ def _check_target(state: dict[str, Any], target: BlockTarget) -> None:
     if (mask is not None) != target.is_plain:
         forms = ("a block layer of its own", "a plain nn.Linear with a mask")
         raise KronblocksError(
-            f"of {target.name!r} the state has {forms[mask is not None]}, and here it is {forms[target.is_plain]}: use the same "
+            f"in the state {target.name!r} is {forms[mask is not None]}, but here it is {forms[target.is_plain]}: use the same "
             "method and storage"
         )
     if mask is not None and (mask.shape != target.grid.shape or mask.dtype != torch.bool):
         raise KronblocksError(
-            f"of {target.name!r} the state has a mask of {tuple(mask.shape)}, and here blocks are {target.grid.shape}: use the "
+            f"in the state {target.name!r} has a mask of {tuple(mask.shape)}, but here blocks are {target.grid.shape}: use the "
             "same block size"
         )
     if not target.is_plain:
@@ -87,7 +87,7 @@ def _check_target(state: dict[str, Any], target: BlockTarget) -> None:
 
 
 def _check_layer(state: dict[str, Any], target: BlockTarget) -> None:
-    """The layer that the state's structure has in a target's place holds the same blocks, and can compute by its plan."""
+    """Check that the state's layer in a target's place has the same blocks, and can compute by its plan."""
     layers, plan = state["structure"].get("layers"), state["plans"][target.name]
     entry = layers.get(target.name) if isinstance(layers, Mapping) else None
     if not isinstance(entry, Mapping):
@@ -95,15 +95,15 @@ def _check_layer(state: dict[str, Any], target: BlockTarget) -> None:
     block = BlockSize.parse(entry.get("block_size", target.grid.block))
     if block != target.grid.block:
         raise KronblocksError(
-            f"of {target.name!r} the state has blocks of {block}, and here they are {target.grid.block}: use the same block size"
+            f"in the state {target.name!r} has blocks of {block}, but here they are {target.grid.block}: use the same block size"
         )
-    if plan == "auto":  # what a user writes, never what a layer computes by
+    if plan == "auto":  # layers never compute by it
         raise KronblocksError(f"the state's plan of {target.name!r} is 'auto', not a chosen one: save the state again")
     check_plan(plan, entry.get("rank"))
 
 
 def _is_whole(state: dict[str, Any]) -> bool:
-    """Whether the parts of a state are of the kinds that they should be."""
+    """Whether a state has all its parts, with the right types."""
     steps = (state["step"], 0 if state["total_steps"] is None else state["total_steps"])
     return (
         all(isinstance(state[name], dict) for name in _DICTS)

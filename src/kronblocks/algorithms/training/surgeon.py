@@ -1,4 +1,4 @@
-"""What a sparsifier asks of whoever replaces layers."""
+"""Surgeon: the functions by which a sparsifier has layers replaced."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any, Protocol
 from torch.optim import Optimizer
 
 LIFT_WAITS = (
-    "the lift is due, but the parameters are sharded and cannot be replaced: training goes on with factors until you call "
-    "kronblocks.integrations.fsdp.lifted_anew, or save a checkpoint, build model and sparsifier again, load, call "
+    "the lift is due, but the parameters are sharded and cannot be replaced, so training goes on with factors. Call "
+    "kronblocks.integrations.fsdp.lifted_anew. Or save a checkpoint, build model and sparsifier again, load, call "
     "sparsifier.lift_(), and shard the model again"
 )
 
 
 class Surgeon(Protocol):
-    """Replaces layers of the model, which this package does not know how to do."""
+    """Replaces layers of the model. The room `surgery` implements it, and this room may not import that."""
 
     report: Any
 
     def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> bool:
-        """Replace Kronecker layers by layers of free block values, in the optimisers too; whether there were any."""
+        """Replace Kronecker layers by layers of free block values, in the optimisers too. Whether there were any."""
         ...
 
     def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> bool:
-        """Give up the slots of dead blocks, in the optimisers' state too; whether there were any."""
+        """Free the slots of dead blocks, in the optimisers' state too. Whether there were any."""
         ...
 
     def record(self) -> dict[str, Any]:
@@ -32,5 +32,5 @@ class Surgeon(Protocol):
         ...
 
     def restore(self, record: dict[str, Any], optimizers: Sequence[Optimizer]) -> bool:
-        """Give the model that structure again, and optimisers its parameters; whether a layer was replaced."""
+        """Give the model that structure, and the optimisers its parameters. Whether a layer was replaced."""
         ...

@@ -1,4 +1,4 @@
-"""Says so, once, when an optimiser trains the layers of a sparsifier that does not follow it: not attached, or to others."""
+"""Warn, once, when an optimiser trains layers whose sparsifier does not follow it: not attached, or attached to others."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from kronblocks.core.errors import KronblocksError, KronblocksWarning
 from kronblocks.core.tables import some
 
 NOT_ATTACHED = (
-    "layers are trained that a sparsifier targets which is not attached, so nothing is pruned: call "
-    "sparsifier.attach(optimizer, total_steps=...), of copies of model, optimiser and sparsifier the copy's"
+    "layers are trained while their sparsifier is not attached, so nothing is pruned: call "
+    "sparsifier.attach(optimizer, total_steps=...). A copied model needs its copied sparsifier and optimiser"
 )
 LOST = (
-    "; and zeros of nn.Linear layers are lost, whose masks the sparsifier keeps: attach it again after remove(), or keep block "
-    "layers, by from_pretrained(save_pretrained(model, folder, sparsifier=sparsifier))"
+    ". Zeros of nn.Linear layers are lost, since only the sparsifier has their masks: attach it again after remove(), or make "
+    "block layers by from_pretrained(save_pretrained(model, folder, sparsifier=sparsifier))"
 )
 
 STRANGER = (
-    "{kind} steps {names}, which a sparsifier follows through another optimiser: it changes blocks that are dead, and its steps "
-    "do not count. Give attach all optimisers in one list, sparsifier.attach([one, two], total_steps=...). If it takes the place "
-    "of the other, call remove() on the handle of the first attach, and attach the sparsifier to the new one"
+    "{kind} steps {names}, which a sparsifier follows through another optimiser: it changes dead blocks, and its steps "
+    "do not count. Give attach all optimisers in one list, sparsifier.attach([one, two], total_steps=...). If it replaces "
+    "the other one, call remove() on the handle of the first attach, and attach the sparsifier to the new one"
 )
 BEFORE_LIFT = ". It is an error here, because the lift is still to come, which would leave it with parameters of other shapes"
 
@@ -44,37 +44,37 @@ class _Unattached(Protocol):
 
 _WAITING: WeakSet[Any] = WeakSet()
 _ATTACHED: WeakKeyDictionary[Any, _Optimizers] = WeakKeyDictionary()
-_HANDLES: list[Any] = []  # of the one hook on all optimisers, which is there only while there are such sparsifiers
+_HANDLES: list[Any] = []  # of the one hook on all optimisers, which exists only while a sparsifier needs it
 
 
 class _Optimizers:
-    """Those that a sparsifier follows, and those that have been looked at."""
+    """The optimisers that a sparsifier follows, and those that were checked."""
 
     def __init__(self, followed: Sequence[Optimizer]) -> None:
         self.followed, self.known = WeakSet(followed), WeakSet[Optimizer]()
 
 
 def wait_for_attach(sparsifier: _Unattached) -> None:
-    """Look at optimisers' steps until the sparsifier is attached, or nobody has it any more."""
+    """Check optimisers' steps until the sparsifier is attached or freed."""
     _WAITING.add(sparsifier)
     _look()
 
 
 def is_attached(sparsifier: _Unattached, optimizers: Sequence[Optimizer]) -> None:
-    """Look from now on whether other optimisers step what it follows."""
+    """Check from now on whether other optimisers step the sparsifier's layers."""
     _WAITING.discard(sparsifier)
     _ATTACHED[sparsifier] = _Optimizers(optimizers)
     _look()
 
 
 def is_detached(sparsifier: _Unattached) -> None:
-    """Look no more."""
+    """Stop checking."""
     _ATTACHED.pop(sparsifier, None)
     _stop_if_idle()
 
 
 def attached() -> list[tuple[Any, WeakSet[Optimizer]]]:
-    """The sparsifiers that are attached now, and what each follows."""
+    """The sparsifiers that are attached now, each with the optimisers that it follows."""
     return [(each, others.followed) for each, others in _attached()]
 
 
@@ -94,7 +94,7 @@ def _stop_if_idle() -> None:
 
 
 def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
-    if torch.compiler.is_compiling():  # compiled steps are not looked at
+    if torch.compiler.is_compiling():  # compiled steps are not checked
         return
     for sparsifier, others in _attached():
         if optimizer not in others.known:
@@ -110,7 +110,7 @@ def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def _look_at(optimizer: Optimizer, sparsifier: _Unattached, others: _Optimizers) -> None:
-    """The first step of an optimiser since attach: whether it should be followed, and neither is nor is around or inside one.
+    """At an optimiser's first step: warn if it should be followed, and neither it nor its wrapper or inner optimiser is.
 
     Raises:
         KronblocksError: it should be, and the lift is still to come.
