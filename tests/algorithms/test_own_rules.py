@@ -77,7 +77,7 @@ def test_what_is_no_rule_is_refused_before_anything_is_changed(rule, says):
 @pytest.mark.parametrize("settings", [{"score": "taylor"}, {"regrow": 0.1}])
 def test_settings_that_a_rule_of_ones_own_decides_are_refused(settings):
     (name,) = settings
-    with pytest.raises(KronblocksError, match=f"^{name}: a rule= of your own decides that"):
+    with pytest.raises(KronblocksError, match=f"^{name}: your rule= decides that"):
         sparsify_(mlp(32, 24, 16), SparsityConfig(method="magnitude", block_size=4, **settings), rule=Slowest())
     with pytest.raises(KronblocksError, match="^penalty: a rule= of your own"):
         config = SparsityConfig(method="kron-l1", block_size=4, penalty=kronblocks.PenaltyConfig(strength=2.0))
@@ -89,7 +89,7 @@ def test_multipliers_and_scores_that_cannot_be_are_refused():
         def propose(self, scores, growth_scores, state, ctx):
             return [torch.ones(1, 1) for _ in scores], state
 
-    with pytest.raises(KronblocksError, match=r"Short\.propose gave .*\(1, 1\).*for each block"):
+    with pytest.raises(KronblocksError, match=r"Short\.propose returned .*\(1, 1\).*for each block"):
         Training(SparsityConfig(method="magnitude", block_size=4), rule=Short()).start().run(STEPS)
 
     class Negative(Slowest):
@@ -119,6 +119,6 @@ def test_what_no_rule_may_answer_is_refused_before_a_weight_changes(what):
             return answer(ctx.masks)
 
     training = Training(SparsityConfig(method="magnitude", block_size=4, target_sparsity=0.5), rule=Odd()).start()
-    with pytest.raises(KronblocksError, match=rf"Odd\.propose gave .*{words}"):
+    with pytest.raises(KronblocksError, match=rf"Odd\.propose returned .*{words}"):
         training.run(STEPS)
     assert all(bool(torch.isfinite(p).all()) for p in training.model.parameters())

@@ -107,7 +107,7 @@ def test_other_block_layers_and_other_sizes_are_refused():
     other = rebuild_on_load_(nn.ModuleDict({"head": nn.Linear(16, 3)}))
     other.load_state_dict(model.state_dict(), strict=False)  # what the model has no place for is left out, as torch does
     assert torch.equal(other["head"].weight, model.head.weight)
-    with pytest.raises(KronblocksError, match="wants a model"):
+    with pytest.raises(KronblocksError, match="needs a model"):
         rebuild_on_load_(model.state_dict())
 
 

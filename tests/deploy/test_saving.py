@@ -355,7 +355,7 @@ def test_what_cannot_be_loaded_into(folder):
     with pytest.raises(KronblocksError, match="on the meta device"), torch.device("meta"):
         from_pretrained(folder, dense())
     for wrong in ("model", lambda: None):
-        with pytest.raises(KronblocksError, match="wants a model"):
+        with pytest.raises(KronblocksError, match="needs a model"):
             from_pretrained(folder, wrong)
 
 

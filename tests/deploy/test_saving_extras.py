@@ -245,5 +245,5 @@ def test_a_part_of_a_model_is_saved_and_exported_in_its_place(tmp_path):
     assert export(model, x, form="packed", sparsifier=sparsifier).error < 1e-5
     average = copy.deepcopy(model)  # a copy has other layers of the same names
     assert save_pretrained(average.inner, tmp_path / "average", sparsifier=sparsifier)
-    with pytest.raises(KronblocksError, match="is no layer of this model"):
+    with pytest.raises(KronblocksError, match="is not a layer of this model"):
         save_pretrained(nn.Sequential(nn.Linear(3, 3)), tmp_path / "other", sparsifier=sparsifier)

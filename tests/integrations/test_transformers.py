@@ -172,7 +172,7 @@ def test_what_cannot_be_is_said(tmp_path):
         late.train()
     with pytest.raises(KronblocksError, match="is of one model, and model_init makes several"):
         SparsityCallback(sparsify_(bert(), config())).model_init(bert)
-    with pytest.raises(KronblocksError, match="wants a SparsityConfig, not dict"):
+    with pytest.raises(KronblocksError, match="needs a SparsityConfig, not dict"):
         Trainer(bert(), arguments(tmp_path), callbacks=[SparsityCallback({"block_size": 4})])
     Trainer(bert(), arguments(tmp_path, save_strategy="steps", save_steps=STEPS), train_dataset=data).train()
     with pytest.raises(KronblocksError, match="load weights of a dense model before sparsify_"):

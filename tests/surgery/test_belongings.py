@@ -32,8 +32,8 @@ def dispatch(layer: nn.Module) -> None:
 
 
 KEPT_DENSE = [
-    (patch, "a forward of its own"),
-    (dispatch, "a forward of its own"),
+    (patch, "a replaced forward"),
+    (dispatch, "a replaced forward"),
     (lambda layer: layer.register_buffer("scale", torch.ones(1)), "scale"),
     (lambda layer: layer.register_parameter("adapter", nn.Parameter(torch.ones(1))), "adapter"),
 ]
@@ -56,7 +56,7 @@ def test_what_a_new_layer_lacks_is_named_once(put_on, says):
     with pytest.warns(KronblocksWarning) as said:
         sparsify_(net, STATIC)
     (message,) = [str(each.message) for each in said]
-    assert f"layers were replaced, and the new ones lack what was put on the old ones (0: {says}; 2: {says})" in message
+    assert f"layers were replaced, and the new ones lack what the old ones had (0: {says}; 2: {says})" in message
     assert "after sparsify_" in message
 
 
@@ -118,7 +118,7 @@ def test_a_forward_that_was_patched_after_sparsify_is_told_of_at_the_lift():
     patch(net[2])
     optimizer = torch.optim.SGD(parameter_groups(net, lr=0.01))
     sparsifier.attach(optimizer, total_steps=20)
-    with pytest.warns(KronblocksWarning, match=r"2: a forward of its own.*the lift has replaced"):
+    with pytest.warns(KronblocksWarning, match=r"2: a replaced forward.*the lift has replaced"):
         for _ in range(20):
             optimizer.zero_grad()
             net(torch.randn(4, 32)).square().mean().backward()

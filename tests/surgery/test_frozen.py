@@ -209,7 +209,7 @@ def test_frozen_layers_and_layers_that_are_not_used(method):
 def test_a_taylor_score_of_a_frozen_or_unused_layer_says_what_to_do():
     model = mlp()
     model[0].requires_grad_(False)
-    with pytest.raises(KronblocksError, match=r"score='taylor' needs gradients, and 0 is frozen"):
+    with pytest.raises(KronblocksError, match=r"score='taylor' needs gradients, but 0 is frozen"):
         sparsify_(model, config("magnitude", score="taylor", frozen="sparsify"))
     model.add_module("unused", nn.Linear(32, 32))
     sparsifier, optimizer = started(model, config("magnitude", score="taylor"))

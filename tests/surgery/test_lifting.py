@@ -343,7 +343,7 @@ def test_tags_on_weights_reach_factors_and_values_and_hooks_on_weights_are_warne
     model = mlp(32, 32, 16)
     model[0].weight._no_weight_decay = True
     model[2].weight.register_hook(clip)
-    with pytest.warns(KronblocksWarning, match=r"lack what was put on the old ones \(2: hooks on its weight\)"):
+    with pytest.warns(KronblocksWarning, match=r"lack what the old ones had \(2: hooks on its weight\)"):
         sparsifier = sparsify_(model, SparsityConfig(block_size=4, rank=2, target_sparsity=0.75, measure_plans=False))
     assert model[0].coeff._no_weight_decay and model[0].tiles._no_weight_decay and not hasattr(model[0].bias, "_no_weight_decay")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -91,8 +91,8 @@ def test_a_layer_that_cannot_be_replaced_is_left_as_it_is(change, why, config):
             r"more than a weight and a bias \(scale\)",
         ),
         (lambda model: model[2].register_buffer("zero_point", torch.ones(32)), r"more than a weight and a bias \(zero_point\)"),
-        (forward_of_its_own, "a forward of its own"),
-        (lambda model: add_hook_to_module(model[2], AlignDevicesHook("cpu")), "a forward of its own"),
+        (forward_of_its_own, "its forward was replaced"),
+        (lambda model: add_hook_to_module(model[2], AlignDevicesHook("cpu")), "its forward was replaced"),
     ],
 )
 def test_what_a_block_layer_would_drop_stays_and_may_be_masked(change, why):

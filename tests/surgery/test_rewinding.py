@@ -62,7 +62,7 @@ def test_early_weights_come_back_under_the_final_mask(method, settings, early_at
     if method == "kron-l1" and early_at == "before sparsify_":
         before = copy_of(model)
         with pytest.raises(
-            KronblocksError, match=r"0 is made of factors now, and the state_dict holds weight of it.*after sparsify_"
+            KronblocksError, match=r"0 has factors now, but the state_dict has weight for it.*after sparsify_"
         ):
             rewind_(sparsifier, early)
         assert same(copy_of(model), before) and optimizer.state
@@ -181,5 +181,5 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing(method, change, s
     with pytest.raises(KronblocksError, match=says):
         rewind_(sparsifier, early)
     assert same(copy_of(model), before)
-    with pytest.raises(KronblocksError, match="wants the model's state_dict of an earlier step, not Sequential"):
+    with pytest.raises(KronblocksError, match="needs the model's state_dict of an earlier step, not Sequential"):
         rewind_(sparsifier, model)  # pyright: ignore[reportArgumentType]

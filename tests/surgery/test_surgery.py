@@ -289,7 +289,7 @@ def test_another_default_dtype(dtype):
 
 
 def test_wrong_kinds_of_arguments_are_one_sentence():
-    with pytest.raises(KronblocksError, match="wants a model"):
+    with pytest.raises(KronblocksError, match="needs a model"):
         sparsify_([mlp()])
     with pytest.raises(KronblocksError, match="a number from 0 on"):
         parameter_groups(mlp(), lr="1e-3")

@@ -43,7 +43,7 @@ def rebuild_on_load_(model: nn.Module) -> nn.Module:
     True
     """
     if not isinstance(model, nn.Module):
-        raise KronblocksError(f"rebuild_on_load_ wants a model, an nn.Module, not {type(model).__name__}")
+        raise KronblocksError(f"rebuild_on_load_ needs a model, an nn.Module, not {type(model).__name__}")
     model.register_load_state_dict_pre_hook(_rebuild_)
     return model
 

@@ -145,7 +145,7 @@ def from_pretrained(
             model = model() if callable(model) else model
             if not isinstance(model, nn.Module):
                 raise KronblocksError(
-                    f"from_pretrained wants a model, or a function that makes one, not {type(model).__name__}: "
+                    f"from_pretrained needs a model, or a function that makes one, not {type(model).__name__}: "
                     "from_pretrained(folder, model)"
                 )
         _load(file, model, card, folder, fill=True, as_saved=as_saved)

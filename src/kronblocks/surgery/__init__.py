@@ -1,4 +1,4 @@
-"""Model surgery: which layers become block-sparse, what takes their place, and how it changes while training."""
+"""Model surgery: select layers, replace them by block layers, and change these during a training."""
 
 from kronblocks.surgery.groups import parameter_groups
 from kronblocks.surgery.lift import lift_

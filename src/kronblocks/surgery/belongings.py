@@ -1,4 +1,4 @@
-"""What users have put on a layer that gets replaced: hooks and attributes go on on the new one, the rest is told of."""
+"""Move hooks and attributes of users from a replaced layer to the new one, and warn of what cannot be moved."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 _LOST = "not_carried_over"
-_OPTIONAL = frozenset({"bias", "gate"})  # parameters of layers that may be None, and plain attributes then
+_OPTIONAL = frozenset({"bias", "gate"})  # parameters that may be None, and are plain attributes then
 _NOT_CARRIED = _OPTIONAL | frozenset({"forward", "_hf_hook", "_old_forward", SUCCESSOR, _LOST})  # those of "hf" are accelerate's
 
 
 def carry_over_(old: nn.Module, new: nn.Module) -> None:
-    """Give a module the forward and backward hooks and the attributes that users have put on the one before it.
+    """Move the users' forward and backward hooks and attributes from an old module to the new one.
 
-    What it cannot have is noted on it, for `warn_of_lost_belongings`.
+    What cannot be moved is noted on the new one, for `warn_of_lost_belongings`.
     """
-    for hooks in _HOOKS:  # the same tables, so that handles still remove what they stand for
+    for hooks in _HOOKS:  # the same tables, so that handles still remove their hooks
         setattr(new, hooks, getattr(old, hooks))
     new._is_full_backward_hook = old._is_full_backward_hook
     usual = _usual(old)
@@ -47,30 +47,30 @@ def carry_over_(old: nn.Module, new: nn.Module) -> None:
             vars(new)[_LOST] = lost
     if (weight := old._parameters.get("weight")) is not None:
         for name, parameter in new.named_parameters(recurse=False):
-            if name not in ("weight", "bias"):  # factors or values
+            if name not in ("weight", "bias"):  # the parameters of a block layer
                 vars(parameter).update(vars(weight))
-    vars(old)[SUCCESSOR] = new  # no submodule of it, but what a sparsifier follows
+    vars(old)[SUCCESSOR] = new  # not as a submodule; a sparsifier follows this
 
 
 def warn_of_lost_belongings(layers: Mapping[str, nn.Module], instead: str) -> None:
-    """Say once what users had put on layers that the ones in their places, by name, have not got; and what to do instead."""
+    """Warn once of what the new layers, by name, lack of the old ones; `instead` says what to do."""
     found = {name: vars(layer).pop(_LOST) for name, layer in layers.items() if _LOST in vars(layer)}
     if found:
         listed = some((f"{name}: {', '.join(lost)}" for name, lost in found.items()), join="; ")
         warnings.warn(
-            f"layers were replaced, and the new ones lack what was put on the old ones ({listed}): {instead}",
+            f"layers were replaced, and the new ones lack what the old ones had ({listed}): {instead}",
             KronblocksWarning,
             stacklevel=4,
         )
 
 
 def _lost(old: nn.Module, usual: nn.Module) -> list[str]:
-    """What is on a layer, beside what every one of its kind has, and of no use on one in its place, in words."""
+    """Additions to a layer, beyond a usual one of its kind, that cannot be moved to another layer, in words."""
     lost = []
     if "_hf_hook" in vars(old):
         lost.append("accelerate's hook")
     elif "forward" in vars(old):
-        lost.append("a forward of its own")
+        lost.append("a replaced forward")
     if any(len(getattr(old, hooks)) > len(getattr(usual, hooks)) for hooks in _STATE_HOOKS):
         lost.append("state_dict hooks")
     tables = ("_parameters", "_buffers", "_modules")
@@ -83,7 +83,7 @@ def _lost(old: nn.Module, usual: nn.Module) -> list[str]:
 
 
 def _usual(module: nn.Module) -> nn.Module | None:
-    """A layer of the same kind that nobody has put anything on; None for kinds that the library does not replace by others."""
+    """A new layer of the same kind, for comparison; None for kinds that the library does not replace."""
     if is_transposed(module):
         kind: Any = type(module)
         with torch.device("meta"):

@@ -17,7 +17,7 @@ FACTOR_LR_SCALE = 1.0
 TILE_LR_SCALE = 1.0
 LIFTED_LR_SCALE = 1.5
 LIFTED = "lifted"
-_calls = itertools.count()  # of parameter_groups: groups of one call belong together, wherever an optimiser puts them
+_calls = itertools.count()  # numbers the calls of parameter_groups, since the groups of one call belong together
 
 
 def parameter_groups(
@@ -32,30 +32,29 @@ def parameter_groups(
     lifted_weight_decay: float | None = None,
     keep_empty: bool = True,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser: "dense", "no-decay" (biases, norms), "coefficients", "tiles", and "lifted", empty till the lift.
+    """Parameter groups: "dense", "no-decay" (biases, norms), "coefficients", "tiles", and "lifted", empty until the lift.
 
-    Give it the rate that suits the dense model; lifted values want a larger one (1.5 times by default; see the ablation in
-    docs/experiments.md). All five groups are always there, so that learning-rate schedules and resumed runs agree. They share a
-    number, "part": call this for each part of a model that has rates of its own, add the lists up, and lifted values join the
-    group "lifted" of their part.
+    All five groups are always there, so that learning-rate schedules and resumed runs agree. For parts of a model with rates of
+    their own, call this for each part and add the lists. Groups of one call share a number, "part", by which lifted values find
+    their group. The defaults were chosen by measurements (docs/experiments.md).
 
     Args:
         model: after `sparsify_`.
-        lr: learning rate of everything that is not sparse.
+        lr: learning rate of everything that is not sparse, as for the dense model.
         weight_decay: of the group "dense"; biases and one-dimensional parameters get none.
         factor_lr_scale: rate of `coeff`, `tiles` and `gate`, relative to `lr`.
         tile_lr_scale: rate of `tiles`, relative to that of the other factors.
         lifted_lr_scale: rate of `values`, relative to `lr`.
         factor_weight_decay: of `coeff`, `tiles` and `gate`.
-        lifted_weight_decay: of `values`; None: as factors.
-        keep_empty: False leaves groups without parameters out: torch's distributed checkpoints refuse more than one of them.
+        lifted_weight_decay: of `values`; None: that of factors.
+        keep_empty: False omits groups without parameters. Torch's distributed checkpoints refuse more than one of them.
 
     >>> model = nn.Sequential(KroneckerBlockLinear(8, 6, 2, rank=1), nn.Linear(6, 3))
     >>> [(group["name"], len(group["params"])) for group in parameter_groups(model, lr=1e-3, weight_decay=0.1)]
     [('dense', 1), ('no-decay', 2), ('coefficients', 1), ('tiles', 1), ('lifted', 0)]
     """
     if not isinstance(model, nn.Module):
-        raise KronblocksError(f"parameter_groups wants the model, not {type(model).__name__}")
+        raise KronblocksError(f"parameter_groups needs the model, not {type(model).__name__}")
     scales = {"factor_lr_scale": factor_lr_scale, "tile_lr_scale": tile_lr_scale, "lifted_lr_scale": lifted_lr_scale}
     for name, value in {"lr": lr, **scales}.items():
         number(name, value, 0, float("inf"), "a number from 0 on")

@@ -1,4 +1,4 @@
-"""The lift of factors to free block values, and the end of dead slots, in models and in the optimisers that train them."""
+"""Lift factors to free block values, and free the slots of dead blocks, in models and in their optimisers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from kronblocks.surgery.replace import replace_
 def lift_(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] = ()) -> list[str]:
     """Replace every Kronecker layer by a `BlockSparseLinear` with the same live blocks as free values, in place.
 
-    The two-phase method does this at the right step. The values join the group "lifted" that came with the factors'
-    groups (or take the factors' place) with fresh state; biases keep theirs. Where an optimiser is given, `values` is the object
-    that `coeff` was: lists of parameters go on with it, and so do hooks that were on all factors of the layer.
+    The two-phase method does this at the right step. The optimiser gets the values, with new state, in the group "lifted" of
+    their `parameter_groups` call, or in the factors' place. There `values` is the same parameter object as `coeff` was. So it
+    stays in lists of parameters, and keeps hooks that were on all factors of the layer.
 
     Args:
         model: any model.
-        optimizer: the optimiser, or all of them, that hold the factors.
+        optimizer: the optimiser or optimisers that hold the factors.
 
     Returns:
         The names of the lifted layers.
@@ -40,10 +40,10 @@ def lift_(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] = ()) -> 
 
 
 def lift_layers_(model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimizer]) -> list[str]:
-    """The same for the layers of these names, also where something has been put around one; those that are lifted stay.
+    """Lift the layers of these names, inside wrappers too. Layers that are lifted already stay.
 
     Raises:
-        KronblocksError: another layer has taken the place of one of them, or two share factors. Nothing has been changed then.
+        KronblocksError: another layer is in a place, or two layers share factors. Nothing has changed then.
     """
     layers = {}
     for name in names:
@@ -52,8 +52,8 @@ def lift_layers_(model: nn.Module, names: Iterable[str], optimizers: Sequence[Op
             layers[place] = old
         elif not isinstance(old, BlockSparseLinear):
             raise KronblocksError(
-                f"the lift is due, and {name} is now {'missing' if old is None else f'a {type(old).__name__}'}, without the "
-                "layer that sparsify_ made: leave layers in their places, or choose a method without a lift"
+                f"the lift is due, but {name} is now {'missing' if old is None else f'a {type(old).__name__}'}, not the layer "
+                "that sparsify_ made: leave layers in their places, or choose a method without a lift"
             )
     check_apart({name: old.block_parameters() for name, old in layers.items()})
     ending = {}
@@ -67,7 +67,7 @@ def lift_layers_(model: nn.Module, names: Iterable[str], optimizers: Sequence[Op
 
 
 def hand_over_(optimizers: Sequence[Optimizer], name: str, old: BlockLayer, new: BlockLayer) -> dict[str, list[ParameterHook]]:
-    """Let the parameters of a new layer take the place of those of the layer before it.
+    """Replace the parameters of an old layer by those of a new one in the optimisers.
 
     Returns:
         The hooks that ended, by the full name of their parameter.
@@ -80,9 +80,9 @@ def hand_over_(optimizers: Sequence[Optimizer], name: str, old: BlockLayer, new:
 
 
 def compact_(model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimizer]) -> bool:
-    """Give up the slots of dead blocks, in the optimisers' state too; whether there were any.
+    """Free the slots of dead blocks, in the optimisers' state too. Whether there were any.
 
-    Layers of which an optimiser remembers something without a row a slot keep their slots, and one warning says so.
+    A layer keeps its slots, with a warning, if an optimiser's state for it does not have one row per slot.
     """
     changed, left = False, {}
     for name in names:
@@ -97,7 +97,7 @@ def compact_(model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimi
     if left:
         warnings.warn(
             f"values of {some(left)} keep the slots of dead blocks, and their memory: {next(iter(left.values()))}, "
-            "which cannot be cut to the live blocks. All else goes on as it would",
+            "which cannot be cut to the live blocks. All else is as usual",
             PerformanceWarning,
             stacklevel=2,
         )
@@ -105,10 +105,10 @@ def compact_(model: nn.Module, names: Iterable[str], optimizers: Sequence[Optimi
 
 
 def _block_layer(model: nn.Module, name: str) -> tuple[str, nn.Module | None]:
-    """The block layer of a name, or inside what has been put around it there (checkpoint_wrapper, LoRA), with its place."""
+    """The block layer of this name, also inside a wrapper there (checkpoint_wrapper, LoRA), and its place."""
     try:
         found = model.get_submodule(name)
-    except AttributeError:  # something around it has been replaced
+    except AttributeError:  # a module around it has been replaced
         return name, None
     inside = [(place, each) for place, each in found.named_modules() if isinstance(each, BlockLayer)]
     if len(inside) != 1:

@@ -1,4 +1,4 @@
-"""How many Kronecker terms each layer of a trained model needs, by the spectrum of its rearranged weight."""
+"""Choose the rank of each layer of a trained model by the spectrum of its rearranged weight."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from kronblocks.ops.nearest import spectrum
 
 
 def _errors(squares: Tensor) -> list[float]:
-    """Relative error with 1, 2, ... terms."""
+    """The relative errors with 1, 2, ... terms."""
     return [math.sqrt(max(0.0, float(squares[rank:].sum()))) for rank in range(1, len(squares) + 1)]
 
 
 def _least_rank(squares: Tensor, max_error: float) -> int:
-    """The least rank within an error; rounding of the spectrum (float64, squared) is forgiven."""
+    """The least rank within an error, with a margin for rounding of the spectrum (float64, squared)."""
     return next((rank for rank, error in enumerate(_errors(squares), 1) if error <= max_error + 1e-7), len(squares))
 
 
 def _within_budget(spectra: Sequence[Tensor], costs: Sequence[int], budget: float) -> list[int]:
-    """Terms given out one by one where they remove most squared error per parameter."""
+    """Give each term in turn to the layer where it removes most squared error per parameter."""
     ranks = [1] * len(spectra)
     left = budget - sum(costs)
     if left < 0:
         raise DoesNotFit(
             f"one Kronecker term in every layer has {sum(costs)} parameters already, above the {int(budget)} that max_parameters "
-            "allows: raise it, or take larger blocks or fewer tile groups"
+            "allows: raise it, or use larger blocks or fewer tile groups"
         )
     while True:
         gains = [
@@ -48,14 +48,14 @@ def _within_budget(spectra: Sequence[Tensor], costs: Sequence[int], budget: floa
 def choose_ranks(choice: RankChoice, layers: Sequence[tuple[Tensor, BlockGrid, int]]) -> list[int]:
     """The rank of each layer.
 
-    A budget counts errors relative to each layer's own weight, so that no layer is neglected for being small.
+    A budget counts errors relative to each layer's weight, so small layers are not neglected.
 
     Args:
-        choice: by what.
-        layers: weight (out_features, in_features), how it is cut, and tile banks of each.
+        choice: the criterion.
+        layers: for each layer its weight (out_features, in_features), its grid, and its number of tile banks.
 
     Raises:
-        DoesNotFit: not even one term a layer fits the budget.
+        DoesNotFit: one term per layer already exceeds the budget.
 
     >>> import torch
     >>> from kronblocks.core.blocks import BlockSize

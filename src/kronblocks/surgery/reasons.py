@@ -1,4 +1,4 @@
-"""What cannot become sparse, and why: whole models, linear layers whatever their sizes, and weights outside linear layers."""
+"""Why models, linear layers or other weights cannot become sparse."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.unfolded import UnfoldedConv, is_transposed
 
 FUSED_ATTENTION = (
-    "nn.MultiheadAttention hands its weights to one fused function and calls no layer; write the attention with nn.Linear layers "
-    "and scaled_dot_product_attention, as transformers does, and they are taken"
+    "nn.MultiheadAttention passes its weights to one fused function and calls no layer; write the attention with nn.Linear "
+    "layers and scaled_dot_product_attention, as transformers does"
 )
-_CONVOLUTION = "a convolution: convolutions=True takes them as linear layers over patches"
+_CONVOLUTION = "a convolution: convolutions=True treats them as linear layers over patches"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_model(model: nn.Module, *, replaces: bool) -> None:
-    """Refuse models that cannot be changed in place, before anything is done.
+    """Refuse models that cannot be changed in place.
 
     Args:
-        model: any.
-        replaces: whether layers will be replaced, rather than get masks beside them.
+        model: any model.
+        replaces: whether layers will be replaced, not masked by the sparsifier.
 
     Raises:
         KronblocksError: the model is a single layer, in TorchScript, made in inference mode, or wrapped for several processes.
     """
     if isinstance(model, nn.Linear) or is_transposed(model) or is_convolution(model):
         raise KronblocksError(
-            f"the model is itself {_a(model)}, which cannot be replaced in place: wrap it in nn.Sequential(...)"
+            f"the model itself is {_a(model)}, which cannot be replaced in place: wrap it in nn.Sequential(...)"
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise KronblocksError("layers of a TorchScript module cannot be replaced: call sparsify_ on the model before torch.jit")
     for name, module in model.named_modules():
         what = f"the model is wrapped in {type(module).__name__}" + (f" (at {name!r})" if name else "")
         if replaces and isinstance(module, DistributedDataParallel):
-            raise KronblocksError(f"{what}, which would go on with the old weights: call sparsify_ first, then wrap the model")
+            raise KronblocksError(f"{what}, which would keep the old weights: call sparsify_ first, then wrap the model")
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise KronblocksError(f"{what}, which flattens weights: call sparsify_ first, then fully_shard(model)")
     if strange := [name for name, each in model.named_parameters() if is_ready(each) and each.is_inference()]:
@@ -52,14 +52,14 @@ def check_model(model: nn.Module, *, replaces: bool) -> None:
 
 
 def why_not(name: str, module: nn.Module, shared: dict[int, list[str]], *, convolutions: bool, replaces: bool) -> str:
-    """The reason for leaving a linear layer, convolution or Conv1D dense before its sizes are looked at, or "".
+    """Why a linear layer, convolution or Conv1D stays dense whatever its sizes; "" if it need not.
 
     Args:
-        name: the module's.
-        module: it.
+        name: the module's name.
+        module: the module.
         shared: what `shared_weights` found in the model.
-        convolutions: whether convolutions are wanted at all.
-        replaces: whether the layer would be replaced, rather than get a mask beside it.
+        convolutions: whether convolutions may become sparse.
+        replaces: whether the layer would be replaced, not masked by the sparsifier.
     """
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return FUSED_ATTENTION
@@ -77,23 +77,21 @@ def why_not(name: str, module: nn.Module, shared: dict[int, list[str]], *, convo
     elif replaces and (more := [each for each in (*module._parameters, *module._buffers) if each not in ("weight", "bias")]):
         return f"it holds more than a weight and a bias ({', '.join(more)}), which a block layer would drop"
     if replaces and "forward" in vars(module):
-        return (
-            "a forward of its own was put on it (as Accelerate's hooks do), which a block layer would drop: put it on afterwards"
-        )
+        return "its forward was replaced (as Accelerate's hooks do), which a block layer would drop: replace it after sparsify_"
     assert weight is not None
     return _unusual(weight) or _empty(module, weight, bias) or _tied(name, weight, shared)
 
 
 def _is_computed(module: nn.Module, name: str) -> bool:
-    """Whether a module has a tensor that is not its parameter."""
+    """Whether a module has a tensor of this name that is not its parameter."""
     return name not in module._parameters and isinstance(getattr(module, name, None), Tensor)
 
 
 def _unusual(weight: Tensor) -> str:
     if weight.dtype not in _DTYPES:
-        return f"its weight is {weight.dtype}, and blocks are compared and multiplied as real floating-point numbers"
+        return f"its weight is {weight.dtype}, but blocks need real floating-point numbers"
     if weight.layout != torch.strided:
-        return f"its weight has the layout {weight.layout}, and not one value beside the other"
+        return f"its weight has the layout {weight.layout}, not a dense one"
     kind = type(weight.data)
     return (
         "" if kind is Tensor or is_sharded(weight) else f"its weight is a {kind.__name__}, whose values a block layer cannot hold"
@@ -104,7 +102,7 @@ def _empty(module: nn.Module, weight: Tensor, bias: Tensor | None) -> str:
     if isinstance(module, nn.Linear) and 0 in (module.out_features, module.in_features):
         return f"a weight of {module.out_features}x{module.in_features} has no values"
     if weight.numel() == 0:
-        return f"its weight has no values here (sizes {tuple(weight.shape)}): DeepSpeed's ZeRO-3 leaves it so on each process"
+        return f"its weight has no values here (sizes {tuple(weight.shape)}), as under DeepSpeed's ZeRO-3"
     if isinstance(module, nn.Linear):
         found = [tuple(weight.shape), *([tuple(bias.shape)] if bias is not None else [])]
         wanted = [(module.out_features, module.in_features), (module.out_features,)][: len(found)]
@@ -120,7 +118,7 @@ def _tied(name: str, weight: Tensor, shared: dict[int, list[str]]) -> str:
 
 
 def shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the parameters that are one object, or share memory, for the id of each of them."""
+    """For the id of each parameter, the names of those that are the same object or share its memory."""
     owners: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
@@ -128,7 +126,7 @@ def shared_weights(model: nn.Module) -> dict[int, list[str]]:
             owners.setdefault(id(parameter), []).append(f"{module_name}.{name}" if module_name else name)
             parameters[id(parameter)] = parameter
     shared = {key: names for key, names in owners.items() if len(names) > 1}
-    reach, together = ("", 0), []  # how far memory is taken, and by which parameters
+    reach, together = ("", 0), []  # end of the memory so far, and the parameters in it
     for (device, start, end), key in sorted((span, key) for key, each in parameters.items() if (span := _span(each))):
         overlaps = reach[0] == device and start < reach[1]
         together, reach = [*together, key] if overlaps else [key], (device, max(end, reach[1]) if overlaps else end)
@@ -139,7 +137,7 @@ def shared_weights(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _span(parameter: nn.Parameter) -> tuple[str, int, int] | None:
-    """The device, and the addresses between which a tensor's values are; None where they are in no ordinary memory."""
+    """Device, first and last address of a tensor's values; None if they have no ordinary memory."""
     if not is_ready(parameter) or type(parameter.data) is not Tensor or parameter.is_meta:
         return None
     if parameter.layout != torch.strided or not parameter.numel():
@@ -149,28 +147,24 @@ def _span(parameter: nn.Parameter) -> tuple[str, int, int] | None:
 
 
 def check_values(name: str, module: nn.Module, *, replaces: bool) -> None:
-    """Refuse a selected layer whose values cannot be used.
-
-    Raises:
-        KronblocksError: they are not finite, or this process holds a part of them.
-    """
+    """Raise KronblocksError if a selected layer's values are not finite, or are sharded."""
     for what, tensor in module.named_parameters(recurse=False):
         if is_sharded(tensor):
             if replaces:
                 raise KronblocksError(
-                    f"this process holds a part of the {what} of {name}: call sparsify_ first, then fully_shard(model)"
+                    f"this process holds only a part of the {what} of {name}: call sparsify_ first, then fully_shard(model)"
                 )
             rows_here(tensor)  # refuses other cuts than by rows
         elif not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise KronblocksError(f"the {what} of {name} has values that are not finite (NaN or infinity): mend or reload it")
+            raise KronblocksError(f"the {what} of {name} has values that are not finite (NaN or infinity): fix or reload it")
 
 
 def outside(model: nn.Module, inside: set[str]) -> Iterator[tuple[str, nn.Module, list[nn.Parameter], str]]:
-    """Modules that hold weights of two or more dimensions in no linear layer: name, module, those weights, why they stay dense.
+    """Modules with weights of two or more dimensions outside linear layers: name, module, these weights, why they stay dense.
 
     Args:
-        model: any.
-        inside: names of modules that are looked at elsewhere, with all that is inside them.
+        model: any model.
+        inside: names of modules to skip, with their submodules.
     """
     for name, module in model.named_modules():
         parts = name.split(".")
@@ -188,29 +182,29 @@ def outside(model: nn.Module, inside: set[str]) -> Iterator[tuple[str, nn.Module
 def _why_outside(module: nn.Module, names: list[str]) -> str:
     kind = type(module).__name__
     if is_embedding(module):
-        return f"{kind}: rows of a table are looked up, not multiplied with"
+        return f"{kind}: rows of a table are looked up, not multiplied"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return f"{kind} computes with its weights itself and calls no nn.Linear"
     return f"{kind} computes with weights of its own ({', '.join(names)}), and only nn.Linear layers are reached"
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Whether a module's weight is a table."""
+    """Whether a module is an embedding."""
     return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Whether a parameter has two or more dimensions that count: no bias, no factor per channel."""
+    """Whether a parameter has two or more dimensions above 1, unlike biases and factors per channel."""
     return is_ready(parameter) and sum(size > 1 for size in parameter.shape) > 1
 
 
 def is_ready(parameter: Tensor) -> bool:
-    """Whether a parameter has sizes, which those of lazy layers get from the first batch."""
+    """Whether a parameter has sizes. Lazy layers get them from the first batch."""
     return not isinstance(parameter, nn.UninitializedParameter)
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether it is any convolution of torch."""
+    """Whether a module is any convolution of torch."""
     return isinstance(module, _ConvNd)
 
 

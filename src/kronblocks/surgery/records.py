@@ -1,4 +1,4 @@
-"""The structure record: kind and sizes of a model's block layers as plain values, replayed before weights are loaded."""
+"""The structure record: kinds and sizes of a model's block layers as plain values, to rebuild them before loading weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ KINDS: dict[str, Any] = {kind.__name__: kind for kind in (KroneckerBlockLinear, 
 
 
 def layers_of(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
-    """The modules of a kind, by name."""
+    """The modules of a class, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
-    """The kind and sizes of every block layer, as plain values: what `apply_structure_` needs before weights can be loaded."""
+    """The kind and sizes of every block layer as plain values, for `apply_structure_`."""
     layers, around = layers_of(model, BlockLayer), layers_of(model, Unfolded)
     record = {
         "version": STRUCTURE_VERSION,
@@ -37,12 +37,12 @@ def structure(model: nn.Module) -> dict[str, Any]:
 
 
 def apply_structure_(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Give a model the block layers of a record, in place; load the state_dict afterwards.
+    """Give a model the block layers of a record, in place. Load the state_dict, which has the masks, afterwards.
 
-    Layers that have the recorded structure already are left alone. The masks come with the state_dict.
+    Layers that have the recorded structure already stay.
 
     Raises:
-        KronblocksError: the record is of another version or does not fit the model. Nothing has been changed then.
+        KronblocksError: the record has another version or does not fit the model. Nothing has changed then.
     """
     with unfolding(model, unfolded_names(record)):
         for name, layer in rebuilt(model, record).items():
@@ -50,7 +50,7 @@ def apply_structure_(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 
 def unfolded_names(record: Any) -> list[str]:
-    """Names of the layers of a record that are in convolutions.
+    """Names of a record's layers that are inside convolutions.
 
     Raises:
         KronblocksError: it is no structure record.
@@ -67,16 +67,16 @@ def rebuilt(
     device: torch.device | str | None = None,
     instead: Mapping[str, nn.Linear] | None = None,
 ) -> dict[str, BlockLayer]:
-    """The layers of a record that the model does not have, by name, not yet in their places.
+    """Build the layers of a record that the model lacks, by name. They are not put into the model.
 
     Args:
-        model: what they will be put into.
+        model: the model that they are for.
         record: what `structure` gave.
-        device: where; None: where the model's layers are.
-        instead: layers that the model will have in the places of its own, by name.
+        device: of the new layers; None: that of the model's layers.
+        instead: layers, by name, that will replace the model's own.
 
     Raises:
-        KronblocksError: the record is of another version or does not fit the model.
+        KronblocksError: the record has another version or does not fit the model.
     """
     if not isinstance(record, Mapping) or not isinstance(record.get("layers"), Mapping):
         raise KronblocksError("this is no structure record: make one with kronblocks.surgery.structure(model)")
@@ -86,13 +86,13 @@ def rebuilt(
         )
     modules = {**dict(model.named_modules()), **(instead or {})}
     gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(gpus)):  # weights will be loaded, so random ones cost the user no random numbers
+    with torch.random.fork_rng(devices=list(gpus)):  # keep the user's random numbers: weights will be loaded
         new = {name: _rebuild(modules.get(name), name, entry, device) for name, entry in record["layers"].items()}
     return {name: layer for name, layer in new.items() if layer is not None}
 
 
 def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device | str | None) -> BlockLayer | None:
-    """The layer of a record's entry, None where the model has it already."""
+    """The layer of a record's entry; None if the model has it already."""
     if not isinstance(old, nn.Linear | BlockLayer):
         raise KronblocksError(
             f"the record has a layer {name!r}, but the model has {type(old).__name__} there: use the same model"
@@ -106,7 +106,7 @@ def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device 
     if (settings.get("in_features"), settings.get("out_features")) != (old.in_features, old.out_features):
         raise KronblocksError(f"the record's layer {name!r} has other sizes than the model's: use the same model")
     if flags := [flag for flag in ("gate", "bias") if not isinstance(settings.get(flag, True), bool)]:
-        raise KronblocksError(f"the record's layer {name!r} has {flags[0]}={settings[flags[0]]!r}, which is True or False")
+        raise KronblocksError(f"the record's layer {name!r} has {flags[0]}={settings[flags[0]]!r}, not True or False")
     weight = next(old.parameters(recurse=False))
     try:
         where: Any = {"device": weight.device if device is None else device, "dtype": weight.dtype}

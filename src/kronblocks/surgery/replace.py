@@ -1,4 +1,4 @@
-"""Putting modules into the places of others, in every place where they stand, and looking at models without changing them."""
+"""Replace modules in all their places, and use models without changing them."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module at every place where the one of this name stands; what users have put on the old one goes on on it.
+    """Replace the module of this name in all its places. Users' hooks and attributes move to the new one.
 
     Raises:
         KronblocksError: the model itself is the module.
     """
     old = model.get_submodule(name)
     if old is model:
-        raise KronblocksError("the model is itself the layer, which cannot be replaced in place: wrap it in nn.Sequential(...)")
+        raise KronblocksError("the model itself is the layer, which cannot be replaced in place: wrap it in nn.Sequential(...)")
     carry_over_(old, new)
     for parent in model.modules():
-        for child, module in list(parent._modules.items()):  # named_children() would leave out the second of two places
+        for child, module in list(parent._modules.items()):  # named_children() omits the second of two places
             if module is old:
                 setattr(parent, child, new)
                 initialize: Any = getattr(parent, "_initialize", None)
-                if child == "_orig_mod" and initialize is not None:  # torch.compile would go on calling the old one
+                if child == "_orig_mod" and initialize is not None:  # torch.compile would still call the old one
                     initialize()
 
 
 @contextlib.contextmanager
 def unfolding(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Module]]:
-    """Convolutions of these names become linear layers over patches, transformers' Conv1D plain ones; on an error, all back.
+    """Unfold the convolutions and Conv1D of these names; if an exception follows, put the originals back.
 
-    Gives the modules that stood there, by name.
+    Yields:
+        The original modules, by name.
 
     Raises:
-        KronblocksError: one of them is none of these.
+        KronblocksError: a module is neither a convolution nor a Conv1D.
     """
     originals: dict[str, nn.Module] = {}
     try:
@@ -57,7 +58,7 @@ def unfolding(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.M
                 continue
             new = unfolded(old, convolutions=True) if old is not None else None
             if old is None or new is None:
-                raise KronblocksError(f"{name!r} is a {type(old).__name__} in the model, and no convolution: use the same model")
+                raise KronblocksError(f"{name!r} is a {type(old).__name__} in the model, not a convolution: use the same model")
             replace_(model, name, new)
             originals[name] = old
         yield originals
@@ -67,25 +68,25 @@ def unfolding(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.M
 
 
 def to_unfold(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """Names of the modules to unfold so that a model has the linear layers of these names, as `select` gives them."""
+    """Names of the modules to unfold so that the model has the linear layers of these names, as `select` gives them."""
     there = dict(model.named_modules())
     return [name.rpartition(".")[0] for name in layers if name not in there]
 
 
 def fold_(model: nn.Module, originals: Mapping[str, nn.Module]) -> None:
-    """Put modules back where they stood."""
+    """Put the original modules back."""
     for name, old in originals.items():
         replace_(model, name, old)
 
 
 def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """The model in eval mode; afterwards each module is in its own again."""
+    """Use the model in eval mode; afterwards each module has its own mode again."""
     return in_mode(model, training=False)
 
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The model in training or eval mode; afterwards each module is in its own again."""
+    """Use the model in training or eval mode; afterwards each module has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:

@@ -1,4 +1,4 @@
-"""What `select` found: the layers that become sparse, those that stay dense and why, and how much of the model either is."""
+"""SurgeryReport: which layers become sparse, which stay dense and why, and their shares of the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kronblocks.core.blocks import BlockGrid
 from kronblocks.core.tables import MOST_ROWS, some, span, starred, together
 
 _EACH = 3
-"""Layers that differ in a number of their name only, from which on they share a line."""
+"""From this many on, layers whose names differ in a number only share a line."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Selected:
     grid: BlockGrid
     rank: int
     tile_groups: int
-    note: str = ""  # where the block size is not the one asked for
-    error: float | None = None  # |W - start| / |W| where the layer starts from a weight W that was there; None: it starts anew
+    note: str = ""  # for example, that the block size is not the one asked for
+    error: float | None = None  # |W - start| / |W| if the layer starts from an existing weight W; None: it starts from new values
 
     def __str__(self) -> str:
         return f"{self.name}: {self._words([self])}"
 
     def _words(self, alike: list[Selected]) -> str:
-        """What is to be said of layers that are alike but for their errors."""
+        """The text for layers that are alike except for their errors."""
         words = [self.note] if self.note else []
         errors = [each.error for each in alike if each.error is not None]
         if errors:
@@ -39,26 +39,26 @@ class Selected:
 
 @dataclass(frozen=True)
 class LeftDense:
-    """A layer, or another module with weights of its own, that stays dense, and why."""
+    """A layer, or another module with weights, that stays dense, and why."""
 
     name: str
     reason: str
-    share: float = 0.0  # of the model's weights that it holds; tied ones count for each of their owners
-    by_choice: bool = False  # of the user, by layers, exclude or frozen; embeddings and adapters are never wanted sparse
+    share: float = 0.0  # its share of the model's weights; tied ones count for each owner
+    by_choice: bool = False  # whether the user chose so, by layers, exclude or frozen; also for embeddings and adapters
 
 
 @dataclass(frozen=True)
 class SurgeryReport:
     """What `sparsify_` replaced or targeted, and what it left dense. Print it for a table.
 
-    Layers that are alike share a line: `print(sparsifier.surgery.table(every_layer=True))` has one for each.
+    Like layers share a line: `print(sparsifier.surgery.table(every_layer=True))` has one for each.
 
     Args:
         selected: layers that become sparse.
-        left_dense: linear layers that do not, and other modules that hold weights of two or more dimensions.
-        weights: parameters of the model, biases and all, each counted once.
-        missed: those of them that are not targeted, although nobody chose so: not what `layers`, `exclude` or `frozen` leave
-            out, no embeddings nor what is tied to them, and no vectors such as biases and norms.
+        left_dense: linear layers that do not, and other modules with weights of two or more dimensions.
+        weights: number of weights in the model, with biases, each counted once.
+        missed: number of weights that stay dense without the user having chosen so by `layers`, `exclude` or `frozen`. It
+            excludes embeddings, what is tied to them, and vectors such as biases.
     """
 
     selected: tuple[Selected, ...]
@@ -68,18 +68,18 @@ class SurgeryReport:
 
     @property
     def targeted(self) -> int:
-        """Weights of the layers that become sparse."""
+        """Number of weights in layers that become sparse."""
         return sum(each.grid.weights for each in self.selected)
 
     def most_missed(self) -> str:
-        """What stays dense without anybody having chosen so and holds most weights, in words."""
+        """The largest modules among the `missed`, in words."""
         missed = [each for each in self.left_dense if not each.by_choice]
         shares = [(sum(each.share for each in alike), _names(alike)) for alike in _by_number(missed, _reason)]
         most = [f"{name}: {100 * share:.0f}%" for share, name in sorted(shares, key=lambda pair: -pair[0]) if share >= 0.01]
         return some(most, 3)
 
     def table(self, *, every_layer: bool = False) -> str:
-        """What `print` shows, or with `every_layer` the same with a line for each layer."""
+        """What `print` shows; with `every_layer`, with a line for each layer."""
         selected, left = [[each] for each in self.selected], [[each] for each in self.left_dense]
         if not every_layer:
             selected, left = _by_number(self.selected, _kind), _by_number(self.left_dense, _reason)
@@ -120,6 +120,6 @@ def _names(alike: list[Selected] | list[LeftDense]) -> str:
 
 
 def _by_number(layers: Iterable[_Listed], key: Callable[[_Listed], Hashable]) -> list[list[_Listed]]:
-    """Layers together whose names differ in numbers only, where there are many."""
+    """Group layers whose names differ in numbers only, if there are many."""
     groups = together(layers, _name, key, siblings=False)
     return [part for group in groups for part in ([group] if len(group) >= _EACH else [[each] for each in group])]

@@ -1,4 +1,4 @@
-"""Rewinding: the weights of an earlier step under the masks of now, for lottery tickets and iterative pruning."""
+"""Rewinding: restore the weights of an earlier step but keep the masks, for lottery tickets and iterative pruning."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _BLOCKS = frozenset({"weight", "values", "coeff", "tiles", "gate", "block_mask",
 
 @torch.no_grad()
 def rewind_(sparsifier: Sparsifier, state_dict: Mapping[str, Any]) -> None:
-    """Put the weights of an earlier step back, under the masks that there are now: dead blocks stay exactly zero.
+    """Restore the weights of an earlier step, but keep the present masks: dead blocks stay exactly zero.
 
-    All of the model goes back, biases, norms and buffers included. What the attached optimisers remember is dropped, and so are
-    gradients; learning rates are left to you. After the end of pruning (`phase` is "heal") training then goes on with the mask
-    frozen; before it, pruning goes on too.
+    The whole model is restored, biases, norms and buffers included. Gradients and the state of attached optimisers are
+    dropped; learning rates stay. If pruning is over (`phase` is "heal"), training goes on with the mask frozen. Else pruning
+    goes on too.
 
     Args:
         sparsifier: of the model.
-        state_dict: of the same model at an earlier step (a copy: its tensors change in training), before `sparsify_` or after it.
-            Free values and plain layers take dense weights, free values and factors; factors take factors only. A live block
-            that was dead then starts at zero.
+        state_dict: of the same model at an earlier step, before or after `sparsify_`. Copy its tensors, since they change in
+            training. Layers of free values and plain layers accept dense weights, free values and factors. Layers of factors
+            accept factors only. A block that lives now but was dead then starts at zero.
 
     Raises:
-        KronblocksError: it is of another model, lacks a layer or has others, has dense weights for factors, or the model is
-            sharded. Nothing has been changed then.
+        KronblocksError: the state_dict is of another model, lacks a layer or has other ones, or has dense weights for factors;
+            or the model is sharded. Nothing has changed then.
 
     Source:
         Frankle, Dziugaite, Roy, Carbin, "Linear mode connectivity and the lottery ticket hypothesis", 2020.
@@ -53,7 +53,7 @@ def rewind_(sparsifier: Sparsifier, state_dict: Mapping[str, Any]) -> None:
     """
     model = sparsifier.model
     if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
-        raise KronblocksError(f"rewind_ wants the model's state_dict of an earlier step, not {type(state_dict).__name__}")
+        raise KronblocksError(f"rewind_ needs the model's state_dict of an earlier step, not {type(state_dict).__name__}")
     now = {target.name: target_now(model, target) for target in sparsifier.targets}
     check_none_replaced({t.name: stands_there(model, t) for t in sparsifier.targets if now[t.name] is None})
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
@@ -80,10 +80,10 @@ class _Early:
     def __init__(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         self._model = model
         self._left = {name: value for name, value in state.items() if name != KEY}
-        self._done: set[str] = set()  # of the new state
+        self._done: set[str] = set()  # names in the new state
 
     def blocks(self, name: str, layer: nn.Module, grid: BlockGrid) -> dict[str, Tensor]:
-        """What holds the blocks of a layer, with the values of then."""
+        """The tensors that hold the blocks of a layer, with the early values."""
         around = self._model.get_submodule(name.rpartition(".")[0])
         found = {part: self._left.pop(f"{name}.{part}") for part in _BLOCKS if f"{name}.{part}" in self._left}
         if not found and isinstance(around, Unfolded):
@@ -93,7 +93,7 @@ class _Early:
             own = {part: value for part, value in layer.state_dict().items() if part in ("coeff", "tiles", "gate")}
             if any(part not in found or found[part].shape != value.shape for part, value in own.items()):
                 raise KronblocksError(
-                    f"{name} is made of factors now, and the state_dict holds {', '.join(sorted(found)) or 'nothing'} of it: "
+                    f"{name} has factors now, but the state_dict has {', '.join(sorted(found)) or 'nothing'} for it: "
                     "give a state_dict that was made after sparsify_, with factors of the same sizes"
                 )
             return {f"{name}.{part}": found[part] for part in own}
@@ -104,10 +104,10 @@ class _Early:
         return {f"{name}.weight": weight}
 
     def rest_into(self, new: dict[str, Any]) -> None:
-        """All other tensors of the new state.
+        """Put all other tensors into the new state.
 
         Raises:
-            KronblocksError: the two do not have the same ones.
+            KronblocksError: the two states have different ones.
         """
         wanted = {name: value for name, value in new.items() if name not in self._done}
         missing, extra = sorted(wanted.keys() - self._left.keys()), sorted(self._left.keys() - wanted.keys())
@@ -125,7 +125,7 @@ class _Early:
         new.update(self._left)
 
     def _folded(self, place: str, name: str, around: Unfolded) -> dict[str, Tensor]:
-        """The weight of a convolution, or of transformers' Conv1D, as it was before `sparsify_`, as that of the linear layer."""
+        """The early weight of a convolution or Conv1D, in the layout of the linear layer inside."""
         weight = self._left.pop(f"{place}.weight", None)
         if f"{place}.bias" in self._left:
             self._left[f"{name}.bias"] = self._left.pop(f"{place}.bias")
@@ -136,7 +136,7 @@ class _Early:
         return {} if weight is None else {"weight": weight}
 
     def _dense(self, name: str, found: Mapping[str, Tensor], grid: BlockGrid) -> Tensor:
-        """The weight (m, n) that a layer had, whatever held it."""
+        """The early weight (m, n) of a layer, from whatever tensors held it."""
         weight = None
         if "weight" in found:
             weight = found["weight"]

@@ -1,4 +1,4 @@
-"""Which layers become sparse, with which blocks, and why the others stay dense."""
+"""Select the layers that become sparse, with their blocks, and say why the others stay dense."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ _BY_WEIGHT = 0
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer as the linear one that it is or, of convolutions and Conv1D, will have inside."""
+    """A linear layer of a model, or the one that a convolution or Conv1D will have inside."""
 
     name: str  # of the linear layer
-    place: str  # of the module that users know
-    module: nn.Module  # that holds the weight now
-    cols_divide: int | None = None  # what columns of blocks must divide; None: its columns
+    place: str  # name of the module that users know
+    module: nn.Module  # the module that holds the weight now
+    cols_divide: int | None = None  # a number that the columns of blocks must divide; None: the layer's columns
 
     @property
     def is_there(self) -> bool:
@@ -72,7 +72,7 @@ class _Layer:
         return [self.module.get_parameter("weight")]
 
     def weight(self) -> Tensor:
-        """The weight as the linear layer has it, (rows, columns)."""
+        """The weight in the linear layer's layout, (rows, columns)."""
         if isinstance(self.module, BlockLayer):
             return self.module.dense_weight()
         around = unfolded(self.module, convolutions=True)
@@ -80,13 +80,13 @@ class _Layer:
 
 
 class _Names:
-    """Modules with the names and types of everything around them."""
+    """The modules of a model, with the names and types of everything around them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
 
     def layers(self) -> list[_Layer]:
-        """Everything that is a linear layer, or may be made one."""
+        """All linear layers, and modules that can be made one."""
         kinds, found = (nn.Linear, BlockLayer), []
         for name, module in self.modules.items():
             around = self.modules[name.rpartition(".")[0]] if "." in name else None
@@ -100,16 +100,16 @@ class _Names:
         return found
 
     def path(self, name: str) -> list[str]:
-        """Names of the modules around one, the model not among them, and its own."""
+        """A module's name, after the names of the modules around it, without the model."""
         parts = name.split(".")
         return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
     def matches(self, layer: _Layer, pattern: str) -> bool:
-        """Whether a pattern means a layer, by its name or by that of the convolution around it."""
+        """Whether a pattern matches a layer, by its name or by that of the convolution around it."""
         return any(self.matches_name(name, pattern) for name in {layer.name, layer.place})
 
     def matches_name(self, name: str, pattern: str) -> bool:
-        """Whether a pattern means a name, or the type of a module there or around it."""
+        """Whether a pattern matches a name, or the type of a module there or around it."""
         if pattern.startswith("re:"):
             return re.fullmatch(pattern[3:], name) is not None
         if pattern.startswith("type:"):
@@ -118,7 +118,7 @@ class _Names:
         return fnmatch.fnmatchcase(name, pattern)
 
     def adapter(self, name: str) -> str:
-        """The type of the adapter (of PEFT) that a layer is a small matrix of, or ""."""
+        """The type of the PEFT adapter that a layer is a part of; "" if it is none."""
         for path in self.path(name)[1:]:
             outer, _, part = path.rpartition(".")
             own = getattr(self.modules.get(outer), "adapter_layer_names", ())
@@ -127,7 +127,7 @@ class _Names:
         return ""
 
     def check(self, what: str, patterns: Iterable[str], candidates: Sequence[str]) -> None:
-        """Refuse patterns that mean none of the candidates."""
+        """Refuse patterns that match none of the candidates."""
         for pattern in patterns:
             if pattern != "*" and not any(self.matches_name(name, pattern) for name in candidates):
                 near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.4) or candidates[:5]
@@ -139,7 +139,7 @@ def _texts(patterns: Iterable[str | type]) -> list[str]:
 
 
 class _Why(NamedTuple):
-    """Why a layer stays dense, and whether the user wanted it so."""
+    """Why a layer stays dense, and whether the user chose so."""
 
     reason: str
     by_choice: bool = False
@@ -152,7 +152,7 @@ def _fit(layer: _Layer, wanted: BlockSize, on_mismatch: str) -> tuple[BlockGrid 
         return BlockGrid(rows, in_features, wanted), ""
     fitted = BlockGrid.fit(rows, cols, wanted).block
     if fitted.area == 1:
-        return None, f"{wanted} does not divide {rows}x{cols}, and nothing above 1x1 divides both"
+        return None, f"{wanted} does not divide {rows}x{cols}, and they have no common divisor above 1x1"
     if on_mismatch == "nearest":
         return BlockGrid(rows, in_features, fitted), f"{wanted} does not divide, {fitted} does"
     return None, f"{wanted} does not divide {rows}x{cols} (on_mismatch='nearest' would take {fitted})"
@@ -204,14 +204,14 @@ def _decide(layer: _Layer, names: _Names, shared: dict[int, list[str]], config: 
         if names.matches(layer, pattern):
             return _Why(f"excluded by {pattern!r}", by_choice=True)
     if adapter := names.adapter(layer.place):
-        return _Why(f"a part of an adapter ({adapter}), which is small and stays dense", by_choice=True)
+        return _Why(f"part of an adapter ({adapter}), which is small and stays dense", by_choice=True)
     sized = _sized(layer, names, config)
     if isinstance(sized, Selected) and config.frozen == "keep" and _is_frozen(layer):
         return _Why(_FROZEN, by_choice=True)
     return sized
 
 
-_FROZEN = "frozen (requires_grad=False), so it is left as it is; frozen='sparsify' treats it as the others"
+_FROZEN = "frozen (requires_grad=False), so it stays as it is; frozen='sparsify' treats it like the others"
 
 
 def _is_frozen(layer: _Layer) -> bool:
@@ -219,7 +219,7 @@ def _is_frozen(layer: _Layer) -> bool:
 
 
 def _check_frozen(selected: Sequence[Selected], layers: dict[str, _Layer], config: SparsityConfig) -> None:
-    """Refuse methods that can do nothing with the frozen layers that are to become sparse."""
+    """Refuse methods that cannot work on frozen layers, if some are selected."""
     frozen = [each.name for each in selected if _is_frozen(layers[each.name])]
     if not frozen:
         return
@@ -228,21 +228,21 @@ def _check_frozen(selected: Sequence[Selected], layers: dict[str, _Layer], confi
         what = "factors" if config.spec.is_factored else "blocks of its weight"
         raise KronblocksError(
             f"{frozen[0]} is frozen, and method {config.method!r} would leave it with random {what} that are never trained: "
-            "write init='nearest' to start from its weight, or init='random' if that is meant"
+            "write init='nearest' to start from its weight, or init='random' if you mean that"
         )
     if config.resolved().score == "taylor":
-        raise KronblocksError(f"score='taylor' needs gradients, and {frozen[0]} is frozen: write score='norm', or frozen='keep'")
+        raise KronblocksError(f"score='taylor' needs gradients, but {frozen[0]} is frozen: write score='norm', or frozen='keep'")
 
 
 def _with_ranks(selected: list[Selected], layers: dict[str, _Layer], config: SparsityConfig) -> list[Selected]:
-    """Put the ranks in that the weights decide."""
+    """Fill in the ranks that depend on weights."""
     undecided = [each for each in selected if each.rank == _BY_WEIGHT]
     if not undecided:
         return selected
     assert isinstance(config.rank, RankChoice)
     if any(value.is_meta for each in undecided for value in layers[each.name].values):
         raise KronblocksError(
-            "RankChoice goes by the weights, and the model is on the meta device: load it first, or give a rank"
+            "RankChoice chooses by the weights, but the model is on the meta device: load it first, or give a rank"
         )
     weights = [(layers[each.name].weight(), each.grid, each.tile_groups) for each in undecided]
     ranks = dict(zip((each.name for each in undecided), choose_ranks(config.rank, weights), strict=True))
@@ -255,7 +255,7 @@ def _with_ranks(selected: list[Selected], layers: dict[str, _Layer], config: Spa
 
 
 class _Ledger:
-    """Who holds the weights of a model, each counted once, and what of them is not targeted without the user having said so."""
+    """Counts a model's weights once each: those that become sparse, and those that stay dense without the user's choice."""
 
     def __init__(self, model: nn.Module) -> None:
         sizes = {id(p): p.numel() for p in model.parameters() if is_ready(p)}
@@ -263,7 +263,7 @@ class _Ledger:
         self._left: list[tuple[str, _Why, int]] = []
 
     def target(self, parameters: Iterable[nn.Parameter], weights: int) -> None:
-        """Count a layer that becomes sparse, as so many weights."""
+        """Count a layer that becomes sparse, with this many weights."""
         keys = {id(p) for p in parameters}
         self._chosen |= keys
         self.weights += weights - sum(self._sizes[key] for key in keys)
@@ -275,25 +275,25 @@ class _Ledger:
         self._left.append((name, why, sum(self._sizes[key] for key in keys)))
 
     def report(self, selected: Sequence[Selected]) -> SurgeryReport:
-        """Everything that was counted."""
+        """The report of what was counted."""
         left = [LeftDense(name, why.reason, held / max(self.weights, 1), why.by_choice) for name, why, held in self._left]
         missed = sum(self._sizes[key] for key in self._missed - self._chosen)
         return SurgeryReport(tuple(selected), tuple(left), self.weights, missed)
 
 
 def replaces_layers(config: SparsityConfig) -> bool:
-    """Whether a method puts block layers in the places of nn.Linear, rather than masks beside them."""
+    """Whether a method replaces nn.Linear by block layers, instead of masking it."""
     return config.resolved().storage != "dense"
 
 
 def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
-    """Decide what `sparsify_` would do, without doing it.
+    """Report what `sparsify_` would do, without doing it.
 
-    Layers inside convolutions and transformers' Conv1D have the names that they will have then.
+    Layers inside convolutions and Conv1D have the names that `sparsify_` would give them.
 
     Raises:
-        KronblocksError: a pattern that matches nothing, nothing selected at all, weights that are not finite, or a model that
-            cannot be changed in place (a single layer, TorchScript, wrapped for several processes, made in inference mode).
+        KronblocksError: a pattern matches nothing; nothing is selected; weights are not finite; or the model cannot be
+            changed in place (a single layer, TorchScript, wrapped for several processes, made in inference mode).
     """
     replaces = replaces_layers(config)
     check_model(model, replaces=replaces)
@@ -336,12 +336,12 @@ def _check_expressions(what: str, patterns: Iterable[str]) -> None:
 
 
 def named_heads(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> tuple[str, ...] | None:
-    """The selected layers that match a pattern of `heads`; None where the config names none, and they are to be found.
+    """The selected layers that match the config's `heads`; None if it names none, so that they have to be found.
 
     Args:
-        model: the one that `select` saw.
-        report: what it gave.
-        config: what the user wants.
+        model: the model that `select` got.
+        report: what it returned.
+        config: the user's settings.
     """
     if not config.heads:
         return None
@@ -360,11 +360,11 @@ def _why_elsewhere(name: str, module: nn.Module, reason: str, names: _Names, con
 
 
 def _refuse_nothing(report: SurgeryReport, layers: dict[str, _Layer], frozen: list[str], config: SparsityConfig) -> None:
-    """Say why nothing was selected."""
+    """Raise an error that says why nothing was selected."""
     if frozen:
         raise KronblocksError(
             f"every layer that could become sparse is frozen ({some(frozen, 3)}: "
-            "requires_grad=False), so nothing would: unfreeze layers before sparsify_, or write frozen='sparsify'"
+            "requires_grad=False): unfreeze layers before sparsify_, or write frozen='sparsify'"
         )
     if any(config.convolutions or not is_convolution(layer.module) for layer in layers.values()):
         raise DoesNotFit(f"no layer was selected, so nothing would be sparse:\n{report}")
@@ -373,12 +373,12 @@ def _refuse_nothing(report: SurgeryReport, layers: dict[str, _Layer], frozen: li
 
 
 def warn_of_missed(report: SurgeryReport) -> None:
-    """Say so if less than half of the weights that could have been wanted become sparse: see `SurgeryReport.missed`."""
+    """Warn if more weights are `missed` (see `SurgeryReport`) than become sparse."""
     if report.targeted >= report.missed:
         return
     warnings.warn(
         f"only {100 * report.targeted / report.weights:.1f}% of the model's weights are in layers that become sparse "
-        f"({report.most_missed()} stay dense): print(sparsifier.surgery) gives the reasons, and what is to be dense can be named "
+        f"({report.most_missed()} stay dense): print(sparsifier.surgery) gives the reasons. Name what should stay dense "
         "in exclude=(...)",
         KronblocksWarning,
         stacklevel=3,

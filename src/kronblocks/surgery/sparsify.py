@@ -1,4 +1,4 @@
-"""Walk a model, replace layers, and put them back: `sparsify_`, `densify_`."""
+"""`sparsify_` and `densify_`: replace a model's layers by block layers, and back."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from kronblocks.surgery.start import (
 
 
 def schedule_of(config: SparsityConfig) -> Callable[[int], SparsitySchedule]:
-    """What gives a config's schedule for a number of steps."""
+    """A function from a number of steps to the config's schedule."""
     return functools.partial(_schedule, config)  # unlike a local function it can be pickled
 
 
@@ -59,7 +59,7 @@ def _schedule(config: SparsityConfig, total_steps: int) -> SparsitySchedule:
 
 
 class ModelSurgeon:
-    """What a `Sparsifier` asks of surgery; see `kronblocks.algorithms.training.sparsifier.Surgeon`."""
+    """The `Surgeon` of a `Sparsifier`; see `kronblocks.algorithms.training.surgeon`."""
 
     def __init__(self, model: nn.Module, report: SurgeryReport) -> None:
         self.report = report
@@ -68,7 +68,7 @@ class ModelSurgeon:
     def lift(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> bool:
         lifted = lift_layers_(self._model, names, optimizers)
         layers = {name: self._model.get_submodule(name) for name in lifted}
-        warn_of_lost_belongings(layers, "the lift has replaced factors by values, so put it on them again")
+        warn_of_lost_belongings(layers, "the lift has replaced factors by values, so add it to the new layers")
         return bool(lifted)
 
     def compact(self, names: Sequence[str], optimizers: Sequence[Optimizer]) -> bool:
@@ -91,24 +91,22 @@ class ModelSurgeon:
 
 
 def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: Rule | None = None) -> Sparsifier:
-    """Make a model's linear layers block-sparse in training, in place.
+    """Make a model's linear layers block-sparse during its training, in place.
 
     Afterwards make the optimiser (from `parameter_groups` or `model.parameters()`) and call
-    `sparsifier.attach(optimizer, total_steps=...)`; the rest happens in the optimiser's steps. `sparsifier.surgery` says which
-    layers were taken, which not, and why.
+    `sparsifier.attach(optimizer, total_steps=...)`. The rest happens in the optimiser's steps. `sparsifier.surgery` says which
+    layers become sparse, which do not, and why.
 
-    Layers that are block-sparse already go on with the blocks that they have: the schedule begins at their sparsity.
+    Layers that are block-sparse already keep their live blocks, and the schedule begins at their sparsity.
 
     Args:
         model: any module with nn.Linear layers or block layers; new or trained.
-        config: what to do; the default is two-phase with 16x16 blocks to 90% zeros.
-        rule: an algorithm of your own, which decides instead of the method's; how weights are stored, the schedule and the lift
-            stay the method's.
+        config: the settings; the default is two-phase with 16x16 blocks to 90% zeros.
+        rule: an algorithm of your own, which replaces the method's rule. Storage, schedule and lift stay the method's.
 
     Raises:
-        KronblocksError: nothing selected, unknown patterns, weights that are not finite, a sparsity that is not possible, or
-            that is below the present one; another sparsifier that is attached has yet to prune the same layers. Nothing has
-            been changed then.
+        KronblocksError: nothing is selected; a pattern is unknown; weights are not finite; the sparsity is impossible, or below
+            the present one; another attached sparsifier has yet to prune the same layers. Nothing has changed then.
 
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
     >>> sparsifier = sparsify_(model, SparsityConfig(block_size=8, rank=2, target_sparsity=0.5))
@@ -124,10 +122,10 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: R
     """
     config = config or SparsityConfig()
     if not isinstance(model, nn.Module):
-        raise KronblocksError(f"sparsify_ wants a model, an nn.Module, not {type(model).__name__}")
+        raise KronblocksError(f"sparsify_ needs a model, an nn.Module, not {type(model).__name__}")
     if not isinstance(config, SparsityConfig):
         raise KronblocksError(
-            f"sparsify_ wants a SparsityConfig, not {type(config).__name__}: SparsityConfig(block_size=16, ...)"
+            f"sparsify_ needs a SparsityConfig, not {type(config).__name__}: SparsityConfig(block_size=16, ...)"
         )
     if rule is not None:
         check_rule(rule)
@@ -148,19 +146,19 @@ def sparsify_(model: nn.Module, config: SparsityConfig | None = None, *, rule: R
 
 
 def _check_for_rule(config: SparsityConfig) -> None:
-    """Refuse settings that a rule of the user's own would leave without effect."""
+    """Refuse settings that the user's own rule would ignore."""
     if config.spec.rule is None:
         raise KronblocksError(
-            f"method {config.method!r} has no blocks for a rule: name one, such as 'magnitude' for plain nn.Linear"
+            f"method {config.method!r} has no blocks for a rule: use another one, such as 'magnitude' for plain nn.Linear"
         )
     if given := [name for name in ("score", "regrow", "penalty") if getattr(config, name) != getattr(SparsityConfig, name)]:
-        raise KronblocksError(f"{', '.join(given)}: a rule= of your own decides that, so leave it out of the config")
+        raise KronblocksError(f"{', '.join(given)}: your rule= decides that, so leave it out of the config")
 
 
 def _sparsified(
     model: nn.Module, config: SparsityConfig, report: SurgeryReport, rule: Rule, heads: tuple[str, ...] | None = None
 ) -> Sparsifier:
-    """Replace the layers of a selection, of which some have been named as heads."""
+    """Replace the selected layers, and make the sparsifier. `heads`: those that the user named."""
     check_not_followed([model.get_submodule(each.name) for each in report.selected])
     present = present_masks(model, report, config)
     if present:
@@ -185,10 +183,10 @@ def _sparsified(
 def _replace_layers(
     model: nn.Module, report: SurgeryReport, config: SparsityConfig, masks: Mapping[str, Tensor]
 ) -> SurgeryReport:
-    """Put what the method works on in the place of every selected layer.
+    """Replace every selected layer by what the method works on.
 
     Returns:
-        The report, with the errors of layers that start from the present weights.
+        The report, with the errors of layers that start from their present weights.
     """
     selected, replaced = [], {}
     for each in report.selected:
@@ -217,20 +215,20 @@ def _target(model: nn.Module, selected: Selected) -> BlockTarget:
 
 
 def pack_masked_(copy: nn.Module, model: nn.Module, sparsifier: Sparsifier) -> None:
-    """Put packed layers into a copy of a model, in the places of those plain ones that a sparsifier keeps masks of.
+    """In a copy of a model, replace the plain layers that a sparsifier masks by packed ones.
 
     Args:
         copy: of the model.
-        model: the one that the sparsifier knows, one around that, or a copy of it.
-        sparsifier: of its layers.
+        model: the sparsifier's model, a module around it, or a copy of it.
+        sparsifier: the one that masks its layers.
 
     Raises:
-        KronblocksError: it is another model's.
+        KronblocksError: the sparsifier is of another model.
     """
-    there = [target for target in sparsifier.targets if target_now(sparsifier.model, target) is not None]  # others: replaced
+    there = [target for target in sparsifier.targets if target_now(sparsifier.model, target) is not None]  # not replaced
     targets = [target for target in there if type(target.module) is nn.Linear]
     places = {id(module): name for name, module in model.named_modules()}
-    if not any(id(target.module) in places for target in targets):  # a copy itself, such as an average of weights
+    if not any(id(target.module) in places for target in targets):  # `model` is a copy, such as an average of weights
         places = {id(target.module): target.name for target in targets}
     modules = dict(copy.named_modules())
     for target in targets:
@@ -238,23 +236,21 @@ def pack_masked_(copy: nn.Module, model: nn.Module, sparsifier: Sparsifier) -> N
         linear = modules.get(place)
         if type(linear) is not nn.Linear or linear.weight.shape != target.module.weight.shape:
             raise KronblocksError(
-                f"the sparsifier follows {target.name}, which is no layer of this model: give the model that sparsify_ got, one "
-                "that it is a part of, or a copy of it"
+                f"the sparsifier follows {target.name}, which is not a layer of this model: give the model that sparsify_ got, "
+                "one that contains it, or a copy of it"
             )
         mask = target.mask.to(linear.weight.device)
         replace_(copy, place, BlockSparseLinear.from_dense(linear, block_size=target.grid.block, mask=mask))
 
 
 def weight_targets(model: nn.Module, report: SurgeryReport) -> list[BlockTarget]:
-    """The selected layers of a model that has not been changed, plain nn.Linear with a mask beside them."""
+    """The selected layers of an unchanged model, as masked nn.Linear targets."""
     return [_target(model, each) for each in report.selected]
 
 
 @torch.no_grad()
 def densify_(model: nn.Module) -> list[str]:
-    """Replace every block layer by an nn.Linear (or a convolution) of the same weight, zeros included, in place; returns their
-    names.
-    """
+    """Replace every block layer by an nn.Linear (or convolution) of the same weight, in place. Returns their names."""
     layers = layers_of(model, BlockLayer)
     for name, old in layers.items():
         replace_(model, name, plain_linear(old))

@@ -1,4 +1,4 @@
-"""What replaces a layer at first: factors or live blocks, new or from the weights that are there."""
+"""Make the first layers of a training: factors or live blocks, random or from the present weights."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from kronblocks.surgery.report import Selected, SurgeryReport
 
 
 def first_init(layer: nn.Module, config: SparsityConfig) -> Init:
-    """How the blocks of a layer start: those that are there already stay what they are, unless the config says otherwise."""
+    """How the blocks of a layer start. Those of block layers stay, unless the config sets `init`."""
     return "nearest" if config.init is None and isinstance(layer, BlockLayer) else config.resolved().init
 
 
 def first_layer(layer: nn.Module, selected: Selected, mask: Tensor, config: SparsityConfig) -> nn.Module:
-    """What replaces a layer at first: itself, where the method works on that.
+    """The layer to begin with, in place of another. It is the same one if the method works on it as it is.
 
     Args:
         layer: nn.Linear, or a block layer.
-        selected: what was decided for it.
+        selected: its block size, rank and tile banks.
         mask: (m1, n1) bool, True = live at first.
-        config: what the user wants.
+        config: the user's settings.
     """
     if config.spec.is_factored:
         return factored(layer, selected, mask, config)
@@ -47,7 +47,7 @@ def first_layer(layer: nn.Module, selected: Selected, mask: Tensor, config: Spar
 
 
 def factored(layer: Any, selected: Selected, mask: Tensor, config: SparsityConfig) -> KroneckerBlockLinear:
-    """The Kronecker layer that takes another's place, initialised as the config says; one that is there already stays."""
+    """A Kronecker layer for a layer, initialised by the config. An existing one stays."""
     if isinstance(layer, KroneckerBlockLinear):
         if config.resolved().gate and layer.gate is None:
             layer.gate = nn.Parameter(torch.ones_like(layer.coeff[..., 0]))
@@ -80,7 +80,7 @@ def factored(layer: Any, selected: Selected, mask: Tensor, config: SparsityConfi
 
 
 def packed(layer: nn.Module, selected: Selected, mask: Tensor, config: SparsityConfig) -> BlockSparseLinear:
-    """The live blocks of a layer, in one that has no others; one that is there already stays."""
+    """A packed layer of a layer's live blocks. An existing one stays."""
     if isinstance(layer, BlockLayer):
         new = BlockSparseLinear.from_kron(layer) if isinstance(layer, KroneckerBlockLinear) else layer
         assert isinstance(new, BlockSparseLinear)
@@ -110,15 +110,15 @@ def plain_linear(layer: BlockLayer) -> nn.Linear:
 
 
 def is_trained(layer: nn.Module) -> bool:
-    """Whether the weight of an nn.Linear or of a block layer is not frozen."""
+    """Whether the weight of an nn.Linear or block layer is trained, not frozen."""
     return any(p.requires_grad for name, p in layer.named_parameters(recurse=False) if name != "bias")
 
 
 def present_masks(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> list[Tensor]:
-    """The blocks of each selected layer that are live before anything is done, (m1, n1) bool: of an nn.Linear all.
+    """The blocks of each selected layer that live now, (m1, n1) bool. All blocks of an nn.Linear live.
 
     Raises:
-        KronblocksError: more are dead than the target wants, or a block layer has no weights yet.
+        KronblocksError: more are dead than the target allows, or a block layer has no weights yet.
     """
     masks = []
     for each in report.selected:
@@ -137,14 +137,14 @@ def present_masks(model: nn.Module, report: SurgeryReport, config: SparsityConfi
 
 
 def _check_target(names: list[str], masks: list[Tensor], areas: list[int], config: SparsityConfig) -> None:
-    """Refuse a target below the sparsity that one budget's layers have; it is forgiven that whole blocks die."""
+    """Refuse a target below the present sparsity of the layers in one budget, with a margin for whole blocks."""
     dead = sum(int((~mask).sum()) * area for mask, area in zip(masks, areas, strict=True))
     total = sum(mask.numel() * area for mask, area in zip(masks, areas, strict=True))
     if total and dead - max(areas) >= config.target_sparsity * total * (1 - 1e-12):
         where = names[0] if len(names) == 1 else f"the selected layers ({some(names, 3)})"
         raise KronblocksError(
             f"{100 * dead / total:.1f}% of the weights of {where} are in dead blocks already, more than target_sparsity="
-            f"{config.target_sparsity}, and no method brings back what is missing: raise it, or call densify_(model) first"
+            f"{config.target_sparsity}, and no method revives blocks: raise it, or call densify_(model) first"
         )
 
 
@@ -155,16 +155,15 @@ def first_masks(
     present: Sequence[Tensor],
     heads: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """The blocks of each layer that are live at first: of methods that are constantly sparse as many as in the end, else all
-    that are there.
+    """The blocks of each layer that live at first. Methods that start sparse keep as many as in the end, others all.
 
     Args:
-        model: before anything is replaced.
-        report: which layers.
-        config: which method.
-        present: the blocks that are there, (m1, n1) bool.
-        heads: names of the layers that make the output; None: not known yet, so none that may be one gets empty block rows that
-            it need not have.
+        model: before layers are replaced.
+        report: the selected layers.
+        config: the user's settings.
+        present: the blocks that live now, (m1, n1) bool.
+        heads: names of the layers that make the output. None: not known yet, so no possible head gets an empty block row
+            unless it must.
     """
     names = [each.name for each in report.selected]
     masks = list(present)
@@ -182,12 +181,12 @@ def first_masks(
 
 
 def _first_scores(layer: nn.Module, selected: Selected, config: SparsityConfig) -> Tensor:
-    """What the blocks are compared by that live at first, (m1, n1) from 0 on."""
+    """Scores that decide which blocks live at first, (m1, n1), from 0 on."""
     if first_init(layer, config) == "random":
         return random_scores(selected.grid.shape)
     if next(layer.parameters(recurse=False)).is_meta:
         raise KronblocksError(
-            "init='nearest' goes by the weights, and the model is on the meta device: load it first, or write init='random'"
+            "init='nearest' needs weights, but the model is on the meta device: load it first, or write init='random'"
         )
     if isinstance(layer, BlockLayer):
         return layer.block_norms().to("cpu")
@@ -197,7 +196,7 @@ def _first_scores(layer: nn.Module, selected: Selected, config: SparsityConfig) 
 
 
 def warn_of_blocks_of_zeros(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> None:
-    """Say so where a plain layer has lost blocks already, perhaps in an earlier pruning: they count as live, and would train."""
+    """Warn of zero blocks in plain layers, perhaps from an earlier pruning: they count as live, and would train."""
     if config.spec.draws_start:
         return
     for each in report.selected:
@@ -218,7 +217,7 @@ def warn_of_blocks_of_zeros(model: nn.Module, report: SurgeryReport, config: Spa
 
 @torch.no_grad()
 def relative_error(old: nn.Module, new: BlockLayer) -> float:
-    """|W - layer's weight| / |W|, Frobenius norms."""
+    """|W - new weight| / |W| in Frobenius norms, with the old layer's weight W."""
     weight = old.weight
     assert isinstance(weight, Tensor)
     weight = weight.double()
@@ -227,7 +226,7 @@ def relative_error(old: nn.Module, new: BlockLayer) -> float:
 
 
 def warn_of_dropped_weights(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> None:
-    """Say so when weights that look trained would be replaced by new random ones without the user having asked for it."""
+    """Warn if weights that look trained would be replaced by random ones, and the user has not set `init`."""
     if not config.spec.draws_start or config.init is not None or config.resolved().init != "random":
         return
     for each in report.selected:
@@ -247,8 +246,8 @@ def warn_of_dropped_weights(model: nn.Module, report: SurgeryReport, config: Spa
 def _looks_trained(weight: Tensor) -> bool:
     """Whether the largest singular value is far above that of independent random entries of the same variance.
 
-    Their edge is at sigma (sqrt(m) + sqrt(n)), and fluctuates little in large matrices (Marchenko and Pastur, 1967); small ones
-    are given the benefit of the doubt.
+    For these it is near sigma (sqrt(m) + sqrt(n)) in large matrices (Marchenko and Pastur, 1967). Small matrices count as
+    untrained.
     """
     if weight.is_meta or min(weight.shape) < 32:
         return False
@@ -261,12 +260,12 @@ def _looks_trained(weight: Tensor) -> bool:
 
 
 def warn_of_rank(report: SurgeryReport) -> None:
-    """Say so when factors save nothing."""
+    """Warn if factors have as many numbers as the weights."""
     for each in report.selected:
         if each.rank >= each.grid.block.area:
             warnings.warn(
                 f"rank {each.rank} in blocks of {each.grid.block} ({each.name}) trains as many factors as there are weights: "
-                "take a lower rank or larger blocks",
+                "use a lower rank or larger blocks",
                 PerformanceWarning,
                 stacklevel=4,
             )
