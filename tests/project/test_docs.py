@@ -38,7 +38,7 @@ def test_the_code_of_a_page_runs(page, request):
 EVERY_PAGE = sorted((ROOT / "docs").glob("*.md"))
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *EVERY_PAGE], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CHANGELOG.md", *EVERY_PAGE], ids=lambda page: page.stem)
 def test_a_page_is_easy_to_read(page):
     found = sentences(page.read_text())
     assert [each for each in found if words(each) > 35] == []

@@ -32,8 +32,8 @@ def dispatch(layer: nn.Module) -> None:
 
 
 KEPT_DENSE = [
-    (patch, "a replaced forward"),
-    (dispatch, "a replaced forward"),
+    (patch, "its forward was replaced"),
+    (dispatch, "its forward was replaced"),
     (lambda layer: layer.register_buffer("scale", torch.ones(1)), "scale"),
     (lambda layer: layer.register_parameter("adapter", nn.Parameter(torch.ones(1))), "adapter"),
 ]

@@ -147,8 +147,8 @@ def in_inference_mode() -> nn.Module:
     [
         (lambda: torch.jit.script(mlp(64, 64, 32, 16)), "TorchScript"),
         (in_inference_mode, r"0.weight was made under torch.inference_mode"),
-        (lambda: nn.Linear(16, 16), r"itself an nn.Linear.*nn.Sequential"),
-        (lambda: nn.Conv2d(16, 16, 3), r"itself a Conv2d.*nn.Sequential"),
+        (lambda: nn.Linear(16, 16), r"the model itself is an nn.Linear.*nn.Sequential"),
+        (lambda: nn.Conv2d(16, 16, 3), r"the model itself is a Conv2d.*nn.Sequential"),
         (lambda: nn.LSTM(8, 8), r"no nn.Linear layer.*\n.*LSTM computes with its weights itself"),
         (lambda: nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64)), "no layer was selected.*\n.*complex64"),
     ],
@@ -184,7 +184,7 @@ def wrapped(kind: str, mesh) -> Any:
 @pytest.mark.parametrize(
     ("kind", "says", "masks"),
     [
-        ("ddp", "wrapped in DistributedDataParallel, which would go on", True),
+        ("ddp", "wrapped in DistributedDataParallel, which would keep", True),
         ("inside", r"wrapped in DistributedDataParallel \(at 'net'\)", True),
         ("fsdp1", "wrapped in FullyShardedDataParallel, which flattens", False),
         ("fsdp2", "a part of the weight of 0", True),
