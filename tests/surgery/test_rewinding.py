@@ -61,9 +61,7 @@ def test_early_weights_come_back_under_the_final_mask(method, settings, early_at
     assert sparsifier.phase == "heal" and optimizer.state
     if method == "kron-l1" and early_at == "before sparsify_":
         before = copy_of(model)
-        with pytest.raises(
-            KronblocksError, match=r"0 has factors now, but the state_dict has weight for it.*after sparsify_"
-        ):
+        with pytest.raises(KronblocksError, match=r"0 has factors now, but the state_dict has weight for it.*after sparsify_"):
             rewind_(sparsifier, early)
         assert same(copy_of(model), before) and optimizer.state
         return
