@@ -20,7 +20,7 @@ from kronblocks_lab.bench.cases.models import CLASSES
 from kronblocks_lab.bench.cases.ways import random_mask, values_layer
 from kronblocks_lab.bench.measure.machine import begin
 from kronblocks_lab.bench.measure.results import Results, Row, significant
-from kronblocks_lab.bench.measure.timing import Timing, measure
+from kronblocks_lab.bench.measure.timing import measure
 from kronblocks_lab.bench.settings import DeploySettings
 
 COLUMNS = ("rows", "case", "forms", "bytes", "error", "ms", "ms_low", "ms_high", "speed", "speed_low", "speed_high")
@@ -94,12 +94,7 @@ def measure_rows(settings: DeploySettings, rows: int, progress: Callable[[str], 
         add(name, exported.model, _forms(exported), exact, _bytes(exported.model), _TOLERANCE)
     progress(f"{rows:,} rows, timing")
     times = measure(cases, settings.budget, seed=rows)
-    return [{**row, **_timed(times[name], times[DENSE])} for name, row in found.items()]
-
-
-def _timed(timing: Timing, dense: Timing) -> Row:
-    values = (timing.ms, *timing.spread, *timing.speed_to(dense))
-    return dict(zip(COLUMNS[-6:], map(significant, values), strict=True))
+    return [{**row, **times[name].row(times[DENSE])} for name, row in found.items()]
 
 
 def summary(results: Results) -> Table:

@@ -22,12 +22,12 @@ from kronblocks_lab.bench.measure.graphs import graphed
 from kronblocks_lab.bench.measure.machine import begin, use
 from kronblocks_lab.bench.measure.memory import PeakBytes, alone
 from kronblocks_lab.bench.measure.results import Results, Row, significant
-from kronblocks_lab.bench.measure.timing import measure
+from kronblocks_lab.bench.measure.timing import TIMES, measure
 from kronblocks_lab.bench.page.tables import roof
 from kronblocks_lab.bench.settings import StepSettings
 
 COLUMNS = (
-    *("rows", "case", "plan", "parameters", "ms", "ms_low", "ms_high", "dense_ms", "speed", "speed_low", "speed_high"),
+    *("rows", "case", "plan", "parameters", *TIMES),
     *("peak_bytes", "first_loss", "last_loss", "gflops", "macs_bound", "bytes_bound"),
 )
 KEY = ("rows", "case")
@@ -183,19 +183,12 @@ def measure_batch(
     gc.collect()
     found: dict[str, Row] = {}
     for name, timing in times.items():
-        speed, low, high = timing.speed_to(times["dense"])
         found[name] = {
             "rows": rows,
             "case": name,
             "plan": plans[name],
             "parameters": parameters[name],
-            "ms": significant(timing.ms),
-            "ms_low": significant(timing.spread[0]),
-            "ms_high": significant(timing.spread[1]),
-            "dense_ms": significant(times["dense"].ms),
-            "speed": significant(speed),
-            "speed_low": significant(low),
-            "speed_high": significant(high),
+            **timing.row(times["dense"]),
             **work[name].bounds(timing.ms, times["dense"].ms, machine),
         }
         if settings.memory:

@@ -21,13 +21,13 @@ from kronblocks_lab.bench.cases.work import Work, count_work
 from kronblocks_lab.bench.measure.machine import begin, use
 from kronblocks_lab.bench.measure.memory import PeakBytes, alone
 from kronblocks_lab.bench.measure.results import Results, Row, significant
-from kronblocks_lab.bench.measure.timing import Timing, measure
+from kronblocks_lab.bench.measure.timing import TIMES, Timing, measure
 from kronblocks_lab.bench.page.tables import roof
 from kronblocks_lab.bench.settings import ModelSettings
 from kronblocks_lab.training.models import image_transformer
 
 COLUMNS = (
-    *("direction", "case", "parameters", "ms", "ms_low", "ms_high", "dense_ms", "speed", "speed_low", "speed_high"),
+    *("direction", "case", "parameters", *TIMES),
     *("images_per_second", "peak_bytes", "first_loss", "last_loss", "gflops", "macs_bound", "bytes_bound"),
 )
 KEY = ("direction", "case")
@@ -116,10 +116,8 @@ def train_some(case: str, settings: ModelSettings) -> dict[str, Any]:
 
 
 def _timed(direction: str, case: str, timing: Timing, dense: Timing, images: int, work: Work, machine: Mapping[str, Any]) -> Row:
-    values = (timing.ms, *timing.spread, dense.ms, *timing.speed_to(dense))
-    row = dict(zip(COLUMNS[3:10], map(significant, values), strict=True))
-    row |= {"direction": direction, "case": case, "images_per_second": significant(1e3 * images / timing.ms)}
-    return {**row, **work.bounds(timing.ms, dense.ms, machine)}
+    per_second = {"images_per_second": significant(1e3 * images / timing.ms)}
+    return {"direction": direction, "case": case, **timing.row(dense), **per_second, **work.bounds(timing.ms, dense.ms, machine)}
 
 
 def measure_training(settings: ModelSettings, machine: Mapping[str, Any], progress: Callable[[str], None]) -> list[Row]:

@@ -19,11 +19,12 @@ from kronblocks.config.sparsity import Frozen
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_json
 from kronblocks.ops.costs.choice import milliseconds
+from kronblocks_lab.training.threads import ThreadSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdviseConfig(BlockSettings):
-    """Measure a model's own shapes on this machine: what to keep dense, what to factor, what to pack, and what it gains."""
+class AdviseConfig(ThreadSettings, BlockSettings):
+    """What to measure, and how."""
 
     layers: tyro.conf.Positional[tuple[str, ...]]
     """Shapes (out x in) such as 1024x1024 or 4096x1024*12, package.module:function for a model, or a .safetensors file."""
@@ -37,29 +38,19 @@ class AdviseConfig(BlockSettings):
     """What to time on: cpu, or cuda."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """The type of weights and inputs."""
-    threads: int | None = None
-    """Threads that torch uses; unset: its own choice."""
     json: Path | None = None
     """Write what was found into this file, too."""
     progress: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Show what is being timed."""
 
+    def __post_init__(self) -> None:
+        BlockSettings.__post_init__(self)
+        ThreadSettings.__post_init__(self)
+
 
 def main(config: Annotated[AdviseConfig, tyro.conf.arg(name="")]) -> None:
     """Measure a model's own shapes on this machine: what to keep dense, what to factor, what to pack, and what it gains."""
-    run(config)
-
-
-def run(config: AdviseConfig) -> None:
-    """Measure, print, and write.
-
-    Raises:
-        KronblocksError: settings that cannot be used, or a file that cannot be written.
-    """
-    if config.threads is not None:
-        if config.threads < 1:
-            raise KronblocksError(f"--threads must be at least 1, not {config.threads}")
-        torch.set_num_threads(config.threads)
+    config.use_threads()
     if config.json is not None and not config.json.expanduser().parent.is_dir():
         raise KronblocksError(f"there is no folder {config.json.parent} for --json {config.json}: make it, or choose another")
     show(_advise(config))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -18,12 +17,7 @@ from kronblocks_lab.training.settings import CompareConfig
 
 
 def main(config: Annotated[CompareConfig, tyro.conf.arg(name="")]) -> None:
-    """Run several methods and seeds of one task and make one report."""
-    say_where(compare(config))
-
-
-def compare(config: CompareConfig) -> Path:
-    """Run what is not done yet and write the report; returns its path.
+    """Run several methods and seeds of one task, as far as that is not done yet, and make one report.
 
     Raises:
         KronblocksError: the folder holds something and --resume was not given, or a training failed. What is done stays, and the
@@ -38,4 +32,4 @@ def compare(config: CompareConfig) -> Path:
         done = finished(run.out.expanduser()) is not None
         console.print(f"[{number}/{len(runs)}] {run.out.name}{': done before' if done else ''}", markup=False, highlight=False)
         train_apart(run)
-    return write_report(find_runs([run.out.expanduser() for run in runs]), out)
+    say_where(write_report(find_runs([run.out.expanduser() for run in runs]), out))

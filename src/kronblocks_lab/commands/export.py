@@ -13,12 +13,13 @@ from rich.console import Console
 from kronblocks.core.errors import KronblocksError
 from kronblocks.deploy.exporting import Exported, Form, export
 from kronblocks.integrations.onnx import save_onnx
+from kronblocks_lab.training.threads import ThreadSettings
 from kronblocks_lab.training.trained import trained_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Write a finished training's model in the form that runs fastest here, checked against the trained one."""
+class ExportConfig(ThreadSettings):
+    """Which model to write, and how."""
 
     run: tyro.conf.Positional[Path]
     """Folder of `kronblocks train`."""
@@ -30,25 +31,16 @@ class ExportConfig:
     """An ONNX file to write as well, of dense layers, checked in onnxruntime."""
     rows: int = 256
     """Images of a batch, for which forms are timed."""
-    threads: int | None = None
-    """Threads that torch uses; unset: its own choice."""
 
     def __post_init__(self) -> None:
-        for name in ("rows", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise KronblocksError(f"--{name} must be at least 1, not {value}")
+        super().__post_init__()
+        if self.rows < 1:
+            raise KronblocksError(f"--rows must be at least 1, not {self.rows}")
 
 
-def main(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> None:
-    """Write a finished training's model in the form that runs fastest here."""
-    run(config)
-
-
-def run(config: ExportConfig) -> Exported:
-    """Export, show what became of each layer, and write it."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+def main(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> Exported:
+    """Write a finished training's model in the form that runs fastest here, checked against the trained one."""
+    config.use_threads()
     model, shape = trained_model(config.run)
     example = torch.randn(config.rows, *shape, generator=torch.Generator().manual_seed(0))
     exported = export(model, example, form=config.form)

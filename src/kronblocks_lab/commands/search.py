@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from rich.console import Console
 
@@ -16,7 +15,6 @@ from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_json
 from kronblocks.search.halving import Goal, SearchConfig
 from kronblocks.search.mixture import MixtureConfig, Weights
-from kronblocks.search.report import SearchReport
 from kronblocks_lab.data.sets import limited, load_data
 from kronblocks_lab.report.search_figure import draw
 from kronblocks_lab.training.searching import search_for
@@ -26,7 +24,7 @@ from kronblocks_lab.training.versions import versions
 
 @dataclass(frozen=True, kw_only=True)
 class FindConfig(MethodChoice, BlockSettings, ModelAndData):
-    """Find the block size for a model and its data: the cheapest one that loses nothing."""
+    """What to search for, and how."""
 
     out: Path | None = None
     """Folder for the report: search.json and search.png."""
@@ -75,13 +73,7 @@ class FindConfig(MethodChoice, BlockSettings, ModelAndData):
 
 def main(config: Annotated[FindConfig, tyro.conf.arg(name="")]) -> None:
     """Find the block size for a model and its data: the cheapest one that loses nothing."""
-    run(config)
-
-
-def run(config: FindConfig) -> SearchReport:
-    """Search, show the report, and write it if asked."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    config.use_threads()
     training = config.training()
     data = limited(load_data(config.data, data_dir=config.data_dir), config.train_images, config.test_images)
     if config.criterion == "halving":
@@ -105,4 +97,3 @@ def run(config: FindConfig) -> SearchReport:
         write_json(config.out / "search.json", {**report.to_dict(), "config": training.settings(), "versions": versions()})
         draw(report, config.out / "search.png")
         console.print(f"report: {config.out.resolve()}")
-    return report

@@ -21,6 +21,7 @@ from kronblocks.core.imports import import_here
 from kronblocks.search.halving import Goal
 from kronblocks.surgery.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE
 from kronblocks_lab.training.models import TRANSFORMERS, ModelName
+from kronblocks_lab.training.threads import ThreadSettings
 
 OF_SPARSITY = tuple(name for name in get_args(Setting) if "." not in name and name != "penalty")
 """Settings of a `SparsityConfig` that only some methods have; parts of its schedule and its penalty apart."""
@@ -95,7 +96,7 @@ def part_of_a_file_name(flag: str, value: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelAndData:
+class ModelAndData(ThreadSettings):
     """What is trained, on what and how long: the settings that trainings and searches have in common."""
 
     data: DataName = "mnist5k"
@@ -117,14 +118,13 @@ class ModelAndData:
     """Learning rate of the dense parts; unset: the method's own."""
     data_dir: Path | None = None
     """Where the data set's original files are."""
-    threads: int | None = None
-    """Threads that torch uses; unset: its own choice."""
     plugins: tuple[str, ...] = ()
     """Modules to import first, seen from here, such as one that calls register_method for a method of your own."""
 
     def __post_init__(self) -> None:
         self.import_plugins()
-        for name in ("epochs", "batch_size", "threads", "train_images", "test_images"):
+        ThreadSettings.__post_init__(self)
+        for name in ("epochs", "batch_size", "train_images", "test_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise KronblocksError(f"{option(name)} must be at least 1, not {value}")

@@ -86,8 +86,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     _quiet()
     config.import_plugins()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    config.use_threads()
     data = load_data(config.data, data_dir=config.data_dir, fold=config.fold)
     data = limited(data, config.train_images, config.test_images)
     memory = accounting.PeakMemory()

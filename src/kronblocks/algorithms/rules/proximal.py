@@ -1,4 +1,4 @@
-"""What penalised rules share: shrinking by the schedule after every step, a growing term in the loss, an exact cut."""
+"""Penalised: what penalised rules share. Shrinking by the schedule after every step, a growing term in the loss, an exact cut."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kronblocks.algorithms.budget import choose_dead, keep_longest
-from kronblocks.algorithms.rules.base import RuleContext, RuleState, Strength, cut, ranked, shrink
+from kronblocks.algorithms.rules.base import Form, Rule, RuleContext, RuleState, Strength, cut, ranked, shrink
+from kronblocks.algorithms.targets import BlockTarget
 
 
 def blocks_due(scores: Sequence[Tensor], ctx: RuleContext) -> list[int]:
@@ -81,14 +82,39 @@ def proximal_step(
     return [m / (1 + ridge * threshold) for m, threshold in zip(multipliers, thresholds, strict=True)], state
 
 
-def cut_at_the_end(scores: Sequence[Tensor], ctx: RuleContext) -> list[Tensor]:
-    """Masks for penalties in the loss, which make no exact zeros: only the last update kills blocks."""
-    if ctx.is_last_update:
-        return cut(scores, ctx, ctx.sparsity)
-    return list(ctx.masks)
+class Penalised(Rule):
+    """Shrinks blocks, after every step ("proximal") or by a term in the loss ("gradient").
 
+    Args:
+        form: "proximal" or "gradient".
+        strength: of the penalty. A proximal step shrinks by strength times the learning rate, or, with "scheduled", by what
+            the schedule needs (equation 18), whatever the learning rate.
+        growth: factor by which the strength in the loss has grown at the end. It grows linearly.
+        ridge: strength of the squared score, relative to that of the score.
+    """
 
-def growing_strength(strength: Strength, growth: float, ctx: RuleContext) -> float:
-    """Weight of a penalty in the loss. It grows linearly over the training to `growth` times its first value."""
-    assert strength != "scheduled"
-    return strength * (1 + (growth - 1) * ctx.step / ctx.total_steps)
+    def __init__(
+        self, form: Form = "proximal", strength: Strength = "scheduled", growth: float = 3.0, *, ridge: float = 0.0
+    ) -> None:
+        self._strength: Strength = strength
+        self._growth, self._ridge = growth, ridge
+        self.every_step, self.has_penalty = form == "proximal", form == "gradient"
+
+    def propose(
+        self, scores: Sequence[Tensor], growth_scores: Sequence[Tensor] | None, state: RuleState, ctx: RuleContext
+    ) -> tuple[list[Tensor], RuleState]:
+        if self.every_step:
+            return proximal_step(scores, ctx, state, self._strength, ridge=self._ridge)
+        # a penalty in the loss makes no exact zeros: only the last update kills
+        return cut(scores, ctx, ctx.sparsity) if ctx.is_last_update else list(ctx.masks), state
+
+    def penalty(self, targets: Sequence[BlockTarget], ctx: RuleContext) -> Tensor | None:
+        if not self.has_penalty or ctx.phase == "heal":
+            return None
+        assert self._strength != "scheduled"
+        mean = self.mean_penalty(targets)
+        return None if mean is None else self._strength * (1 + (self._growth - 1) * ctx.step / ctx.total_steps) * mean
+
+    def mean_penalty(self, targets: Sequence[BlockTarget]) -> Tensor | None:
+        """The differentiable mean over all blocks that is penalised; None: there is nothing to penalise any more."""
+        raise NotImplementedError

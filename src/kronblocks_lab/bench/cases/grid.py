@@ -20,12 +20,11 @@ from kronblocks_lab.bench.measure.graphs import graphed
 from kronblocks_lab.bench.measure.machine import begin, copy_rate
 from kronblocks_lab.bench.measure.memory import PeakBytes
 from kronblocks_lab.bench.measure.results import Results, Row, significant
-from kronblocks_lab.bench.measure.timing import Timing, measure
+from kronblocks_lab.bench.measure.timing import TIMES, Timing, measure
 
 COLUMNS = (
     "shape", "block", "density", "rows", "case", "direction", "rank", "tile_groups", "plan",
-    "ms", "ms_low", "ms_high", "dense_ms", "speed", "speed_low", "speed_high",
-    "relative_macs", "gflops", "macs_bound", "bytes_bound",
+    *TIMES, "relative_macs", "gflops", "macs_bound", "bytes_bound",
 )  # fmt: skip
 KEY = ("shape", "block", "density", "rows", "case", "direction")
 PEAK = "peak_bytes"  # a column more on a GPU
@@ -118,7 +117,6 @@ def _compulsory_bytes(group: Group, case: Case, direction: str, itemsize: int) -
 def _row(
     group: Group, case: Case, direction: str, timing: Timing, dense: Timing, machine: Mapping[str, Any], itemsize: int
 ) -> Row:
-    speed, low, high = timing.speed_to(dense)
     dense_macs = group.rows * group.grid.weights * (3 if direction == BOTH else 1)
     macs = case.macs + (case.backward_macs if direction == BOTH else 0)
     moved = _compulsory_bytes(group, case, direction, itemsize)
@@ -129,13 +127,7 @@ def _row(
         "rank": case.rank,
         "tile_groups": case.tile_groups,
         "plan": case.plan,
-        "ms": significant(timing.ms),
-        "ms_low": significant(timing.spread[0]),
-        "ms_high": significant(timing.spread[1]),
-        "dense_ms": significant(dense.ms),
-        "speed": significant(speed),
-        "speed_low": significant(low),
-        "speed_high": significant(high),
+        **timing.row(dense),
         "relative_macs": significant(macs / dense_macs),
         "gflops": significant(2 * macs / timing.ms / 1e6),
         "macs_bound": significant(dense_macs / macs),

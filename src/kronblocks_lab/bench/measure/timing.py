@@ -12,6 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from kronblocks_lab.bench.measure.results import Row, significant
+
+TIMES = ("ms", "ms_low", "ms_high", "dense_ms", "speed", "speed_low", "speed_high")
+"""Columns of a timed row."""
+
 SAMPLE_SECONDS = 1e-4  # shorter calls are timed several at a time, so that reading the clock does not count
 _ROUNDS = 5  # visits to each case in a repeat, at most
 
@@ -37,6 +42,11 @@ class Timing:
         """How many times as fast as a reference of the same run: of the medians, and least and greatest of a repeat."""
         each = [base / own for base, own in zip(reference.repeats, self.repeats, strict=True)]
         return reference.ms / self.ms, min(each), max(each)
+
+    def row(self, dense: Timing) -> Row:
+        """`TIMES`, beside the time of dense in the same run."""
+        values = (self.ms, *self.spread, dense.ms, *self.speed_to(dense))
+        return dict(zip(TIMES, map(significant, values), strict=True))
 
 
 @dataclass(frozen=True)
