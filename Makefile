@@ -85,7 +85,7 @@ bench-gpu: $(VENV)/.experiments
 
 reliability: $(VENV)/.dev
 	KRONBLOCKS_RELIABILITY=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reliability
-	$(BIN)/python -m kronblocks_lab.pages.reliability
+	$(BIN)/python -m kronblocks_lab.pages
 
 bench: $(VENV)/.experiments
 	$(BIN)/kronblocks bench ops

@@ -91,18 +91,18 @@ def test_the_page_of_the_experiments_is_what_the_results_say(tmp_path):
 def test_tables_of_the_pages_are_what_the_results_say():
     found = tables.pages()
     for path, content in found.items():
-        assert content == path.read_text(), f"run python -m kronblocks_lab.pages.tables: {path.name} is out of date"
+        assert content == path.read_text(), f"run python -m kronblocks_lab.pages: {path.name} is out of date"
 
 
 def test_numbers_and_charts_are_what_the_results_say(tmp_path):
     for path, content in front.pages().items():
-        assert content == path.read_text(), f"run python -m kronblocks_lab.pages.front: {path.name} is out of date"
+        assert content == path.read_text(), f"run python -m kronblocks_lab.pages: {path.name} is out of date"
     front.draw(tmp_path)
     drawn = sorted(tmp_path.glob("*.svg"))
     assert len(drawn) == 6
     for path in drawn:  # the words and numbers: coordinates may differ in the last digit
         texts = [re.findall(r"<text[^>]*>([^<]*)", each.read_text()) for each in (path, front.FIGURES / path.name)]
-        assert texts[0] and texts[0] == texts[1], f"run python -m kronblocks_lab.pages.front: {path.name} is out of date"
+        assert texts[0] and texts[0] == texts[1], f"run python -m kronblocks_lab.pages: {path.name} is out of date"
 
 
 def test_the_three_numbers_are_the_lowest_over_machines():

@@ -1,4 +1,4 @@
-"""Write the numbers and charts of README and of the site's first page: `python -m kronblocks_lab.pages.front`.
+"""The numbers and charts of README and of the site's first page.
 
 All come from benchmarks/results. Where several machines were measured, numbers are the lowest.
 """
@@ -9,13 +9,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from kronblocks.config.methods import METHODS
-from kronblocks.core.files import write_text
 from kronblocks_lab.bench.measure.results import Row, read
 from kronblocks_lab.bench.page.tables import count, fill, find, table
 from kronblocks_lab.pages import ROOT
 from kronblocks_lab.pages.front_figures import Bar, Line, accuracy, between, how_it_works, speed, times
-from kronblocks_lab.reproduce.statistics import CellResult, cells
+from kronblocks_lab.reproduce.statistics import CellResult, at, cells, stale
 
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
@@ -85,16 +83,14 @@ def _study(name: str) -> tuple[dict[str, Any], list[CellResult]]:
     return data, cells(data["rows"])
 
 
-def _at(found: list[CellResult], method: str, block: str = BLOCK, sparsity: float = SPARSITY) -> CellResult:
-    place = ("", 0.0) if method == "dense" else (block, sparsity)
-    return next(cell for cell in found if (cell.method, cell.block, cell.sparsity) == (method, *place))
+def _at(found: list[CellResult], method: str, block: str = BLOCK) -> CellResult:
+    return at(found, method, block, SPARSITY)
 
 
 def _mark(found: list[CellResult]) -> list[str]:
     """A sentence where results are of earlier revisions of the methods."""
-    rows: list[Row] = [row for cell in found for row in cell.rows]
-    stale = any(row["revision"] != METHODS[row["method"]].revision for row in rows)
-    return ["These accuracies come from an earlier revision of the methods."] if stale else []
+    rows = [row for cell in found for row in cell.rows]
+    return ["These accuracies come from an earlier revision of the methods."] if stale(rows) else []
 
 
 def _picture(name: str, alt: str, folder: str) -> list[str]:
@@ -229,9 +225,3 @@ def draw(folder: Path) -> None:
     accuracy(folder / "accuracy", f"Test accuracy, {BLOCK}x{BLOCK} blocks", dense, methods, OURS)
     speed(folder / "speed", f"Speed at {100 * SPARSITY:g}% zeros in {BLOCK}x{BLOCK} blocks", speeds())
     how_it_works(folder / "how-it-works")
-
-
-if __name__ == "__main__":
-    draw(FIGURES)
-    for page, content in pages().items():
-        write_text(page, content)

@@ -1,4 +1,4 @@
-"""Writes the table of docs/limits.md from tests/in_the_field: loops, averages, wrappers, optimisers, loaders, compilers."""
+"""The table of docs/limits.md from tests/in_the_field: loops, averages, wrappers, optimisers, loaders, compilers."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def table() -> list[str]:
     return lines[:-1]
 
 
-if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE
-    target.write_text(fill(PAGE.read_text(), "field", table()))
+def pages() -> dict[Path, str]:
+    """The page with its table, as it should be."""
+    return {PAGE: fill(PAGE.read_text(), "field", table())}

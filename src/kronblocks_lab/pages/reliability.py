@@ -1,9 +1,8 @@
-"""Writes docs/reliability.md from what `make reliability` found."""
+"""docs/reliability.md, from what `make reliability` found."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from kronblocks_lab.pages import ROOT
@@ -20,15 +19,11 @@ Every run of `make test` tries each fault a few times.
 """
 
 
-def page() -> str:
+def pages() -> dict[Path, str]:
     """The whole page."""
     found = json.loads(RESULTS.read_text())
     rows = [f"| {row['fault']} | {row['tried']} | {row['happened']} |" for row in found["rows"]]
     versions = found["versions"]
     about = f"{versions['processor']}, Python {versions['python']}, torch {versions['torch']}, {found['seconds']:.0f} s."
-    return "\n".join([INTRO, about, "", "| fault | tried | what happened |", "| --- | --- | --- |", *rows]) + "\n"
-
-
-if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "reliability.md"
-    target.write_text(page())
+    text = "\n".join([INTRO, about, "", "| fault | tried | what happened |", "| --- | --- | --- |", *rows]) + "\n"
+    return {ROOT / "docs" / "reliability.md": text}

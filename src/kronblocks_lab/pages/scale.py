@@ -1,15 +1,14 @@
-"""Writes the tables of docs/scale.md: memory and traffic of a 70B model under fully_shard, on paper, from the formulas there."""
+"""The table of docs/scale.md: memory and traffic of a 70B model under fully_shard, on paper, from the formulas there."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from kronblocks_lab.bench.page.tables import fill, table
 from kronblocks_lab.pages import ROOT
 
 PAGE = ROOT / "docs" / "scale.md"
-MARK = "table: scale"
 
 
 class Layer(NamedTuple):
@@ -52,32 +51,19 @@ def blocks() -> int:
     return sum(layer.number * layer.out_features * layer.in_features // BLOCK**2 for layer in LINEAR)
 
 
-def table() -> list[str]:
+def phases() -> list[str]:
     """A row for each phase."""
-    lines = [
-        "| phase | parameters trained, linear layers | "
-        + " | ".join(f"GiB a rank, {n} ranks" for n in RANKS)
-        + " | GB a rank and step |"
-    ]
-    lines.append("| --- | ---: |" + " ---: |" * (len(RANKS) + 1))
+    columns = ["phase", "parameters trained, linear layers", *(f"GiB a rank, {n} ranks" for n in RANKS), "GB a rank and step"]
+    lines = []
     for phase in ("dense", "discover", "refine", "heal"):
         parameters = trained(phase) + OTHER
         held = [BYTES * parameters / n + (0 if phase == "dense" else blocks()) for n in RANKS]
         traffic = 6 * parameters + (0 if phase == "dense" else 12 * blocks() / 50)
-        numbers = " | ".join(f"{each / GIB:.1f}" for each in held)
-        lines.append(f"| {phase} | {trained(phase) / 1e9:.1f} B | {numbers} | {traffic / GB:.0f} |")
-    return lines
+        numbers = [f"{each / GIB:.1f}" for each in held]
+        lines.append([phase, f"{trained(phase) / 1e9:.1f} B", *numbers, f"{traffic / GB:.0f}"])
+    return table(columns, lines)
 
 
-def main() -> None:
-    """Fill the page."""
-    text = PAGE.read_text()
-    head, rest = text.split(f"<!-- begin {MARK} -->\n")
-    tail = rest.split(f"<!-- end {MARK} -->")[1]
-    Path(sys.argv[1] if len(sys.argv) > 1 else PAGE).write_text(
-        f"{head}<!-- begin {MARK} -->\n" + "\n".join(table()) + f"\n<!-- end {MARK} -->{tail}"
-    )
-
-
-if __name__ == "__main__":
-    main()
+def pages() -> dict[Path, str]:
+    """The page with its table, as it should be."""
+    return {PAGE: fill(PAGE.read_text(), "scale", phases())}

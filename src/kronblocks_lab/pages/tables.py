@@ -1,4 +1,4 @@
-"""Write the generated tables of pages in docs from benchmarks/results: `python -m kronblocks_lab.pages.tables`."""
+"""The generated tables of docs/pretrained.md and docs/choosing.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kronblocks.core.files import write_text
 from kronblocks_lab.bench.page.tables import count, fill, table
 from kronblocks_lab.pages import ROOT
 
@@ -91,8 +90,3 @@ def pages() -> dict[Path, str]:
         trained: fill(trained.read_text(), "from-trained", from_trained()),
         choosing: fill(choosing.read_text(), "scores", scores()),
     }
-
-
-if __name__ == "__main__":
-    for path, content in pages().items():
-        write_text(path, content)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import scipy.stats
 
+from kronblocks.config.methods import spec_of
+from kronblocks.core.errors import KronblocksError
 from kronblocks_lab.bench.measure.results import Row
 
 OURS = "two-phase"
@@ -96,6 +98,24 @@ class CellResult:
             "" if gap is None else str(gap),
             f"{self.to_dense('training_macs'):.2f}",
         )
+
+
+def at(found: Sequence[CellResult], method: str, block: str, sparsity: float) -> CellResult:
+    """The cell of a method at a place; dense has one for all.
+
+    Raises:
+        KronblocksError: it was not run there.
+    """
+    place = ("", 0.0) if method == "dense" else (block, sparsity)
+    for cell in found:
+        if (cell.method, cell.block, cell.sparsity) == (method, *place):
+            return cell
+    raise KronblocksError(f"{method} was not run with blocks of {block} at {100 * sparsity:g}%: run kronblocks reproduce mlp")
+
+
+def stale(rows: Iterable[Row]) -> list[str]:
+    """The methods of which rows are of an earlier revision."""
+    return list(dict.fromkeys(row["method"] for row in rows if row["revision"] != spec_of(row["method"]).revision))
 
 
 def cells(rows: Sequence[Row]) -> list[CellResult]:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kronblocks.config.methods import spec_of
 from kronblocks.core.blocks import BlockSize
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_text
@@ -17,7 +16,7 @@ from kronblocks_lab.report.costs import BYTES
 from kronblocks_lab.reproduce import searches
 from kronblocks_lab.reproduce.page.figures import draw
 from kronblocks_lab.reproduce.page.published import FOOTNOTE, PUBLISHED
-from kronblocks_lab.reproduce.statistics import OURS, CellResult, cells
+from kronblocks_lab.reproduce.statistics import OURS, CellResult, at, cells, stale
 from kronblocks_lab.reproduce.studies import has_cell
 from kronblocks_lab.reproduce.trials import words
 
@@ -78,7 +77,7 @@ def summary(results: Path, study: str = "mlp", blocks: Sequence[str] = ("4", "16
     for method in settings["methods"]:
         row = [method]
         for block in blocks:
-            own, ours = (_at(found, name, block, sparsity) for name in (method, OURS))
+            own, ours = (at(found, name, block, sparsity) for name in (method, OURS))
             best = max(cell.accuracy for cell in found if (cell.block, cell.sparsity) == (block, sparsity))
             accuracy = own.spread_of("test_accuracy")
             row += [f"**{accuracy}**" if own.block and own.accuracy == best else accuracy]
@@ -93,16 +92,8 @@ def summary(results: Path, study: str = "mlp", blocks: Sequence[str] = ("4", "16
         f"multiply-adds of training are relative to dense. Every method was tuned alike on validation, so {OURS} has rank 8 "
         f"here, where the default is 4 at 4x4. torch {data['versions']['torch']}."
     )
-    lines, stale = [*table(columns, rows), "", about], _stale(data["rows"])
-    return [*lines, "", *stale[:-1]] if stale else lines
-
-
-def _at(found: Sequence[CellResult], method: str, block: str, sparsity: float) -> CellResult:
-    place = ("", 0.0) if method == "dense" else (block, sparsity)
-    for cell in found:
-        if (cell.method, cell.block, cell.sparsity) == (method, *place):
-            return cell
-    raise KronblocksError(f"{method} was not run with blocks of {block} at {100 * sparsity:g}%: run kronblocks reproduce mlp")
+    lines, outdated = [*table(columns, rows), "", about], _stale(data["rows"])
+    return [*lines, "", *outdated[:-1]] if outdated else lines
 
 
 def _study(data: dict[str, Any]) -> list[str]:
@@ -166,11 +157,8 @@ def _variants(found: Sequence[CellResult], settings: dict[str, Any]) -> list[str
 
 def _stale(rows: Sequence[Row]) -> list[str]:
     """What is of an earlier revision of a method."""
-    methods = dict.fromkeys(row["method"] for row in rows if row["revision"] != spec_of(row["method"]).revision)
-    if not methods:
-        return []
-    names = ", ".join(f"`{method}`" for method in methods)
-    return [f"Not run again yet since the method changed (see the changelog): {names}.", ""]
+    names = ", ".join(f"`{method}`" for method in stale(rows))
+    return [f"Not run again yet since the method changed (see the changelog): {names}.", ""] if names else []
 
 
 def _comparison(here: Sequence[CellResult], settings: dict[str, Any]) -> list[str]:
