@@ -11,16 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kronblocks import KronblocksError
-from kronblocks.algorithms.budget import (
-    FLOOR,
-    blocks_to_kill,
-    check_reachable,
-    choose_dead,
-    erdos_renyi,
-    layer_adaptive,
-    random_scores,
-    strongest_masks,
-)
+from kronblocks.algorithms.budget import FLOOR, blocks_to_kill, check_reachable, choose_dead, layer_adaptive
+from kronblocks.algorithms.distribution import erdos_renyi, random_scores, strongest_masks
 
 
 def random_masks(shapes, areas, sparsity, distribution):

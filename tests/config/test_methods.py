@@ -12,7 +12,8 @@ from kronblocks import KronblocksError, PenaltyConfig, Rule, ScheduleConfig, Spa
 from kronblocks.algorithms.rules.base import cut
 from kronblocks.config import RankChoice
 from kronblocks.config.methods import METHODS, Choices, MethodSpec, register_method, spec_of
-from kronblocks_lab.training.settings import OF_SOME_METHODS, RECIPES, TrainConfig, has_setting, recipe_of
+from kronblocks_lab.training.recipes import OF_SOME_METHODS, RECIPES, has_setting, recipe_of
+from kronblocks_lab.training.settings import TrainConfig
 
 
 class Reversed(Rule):

@@ -9,7 +9,7 @@ from torch import nn
 from kronblocks.algorithms.training.report import LayerSparsity, SparsityReport
 from kronblocks.config.sparsity import SparsityConfig
 from kronblocks.core.tables import ALL_ROWS, between, listed, span, text_table, together
-from kronblocks.deploy.exporting import Exported, ExportedLayer
+from kronblocks.deploy.exported import Exported, ExportedLayer
 from kronblocks.deploy.slimming import Slimmed
 from kronblocks.surgery.selection import select
 from kronblocks_lab.commands.train import _left_dense, _sizes

@@ -15,7 +15,8 @@ from kronblocks.config import RankChoice
 from kronblocks.nn.unfolded import UnfoldedConv
 from kronblocks.ops import BlockSize
 from kronblocks.search.candidates import find_candidates
-from kronblocks.search.mixture import MixtureConfig, _MixtureTraining, _norms, find_block_size_in_mixture_
+from kronblocks.search.config import MixtureConfig
+from kronblocks.search.mixture import _MixtureTraining, _norms, find_block_size_in_mixture_
 from kronblocks.search.report import Path
 from kronblocks.search.task import SearchTask
 

@@ -18,8 +18,10 @@ from kronblocks.ops import BlockSize
 from kronblocks.ops.costs.choice import DeployedForm
 from kronblocks.search import halving
 from kronblocks.search.candidates import Candidate
-from kronblocks.search.halving import SearchConfig, _judge, _note, _Result, find_block_size, standings
-from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
+from kronblocks.search.config import MixtureConfig, SearchConfig
+from kronblocks.search.halving import _note, find_block_size
+from kronblocks.search.judging import Result, judge, standings
+from kronblocks.search.mixture import find_block_size_in_mixture_
 from kronblocks.search.report import Path, Rung, SearchReport
 from kronblocks.search.task import Trial
 
@@ -118,13 +120,13 @@ def judged(losses: dict[str, list[float]], costs: dict[str, float], **settings):
     paths = {name: Path(BlockSize.parse(name), {}, 0.0, 0.0) for name in losses}
     last = settings.pop("last", True)
     _note(history[0], paths, 50)
-    winners = _judge(history, kept, paths, SearchConfig(**settings), last=last)
+    winners = judge(history, kept, paths, SearchConfig(**settings), last=last)
     return [str(c.block) for c in winners], {name: path.why for name, path in paths.items()}
 
 
-def results(losses: dict[str, list[float]], costs: dict[str, float], steps: int = 50) -> dict[str, _Result]:
+def results(losses: dict[str, list[float]], costs: dict[str, float], steps: int = 50) -> dict[str, Result]:
     tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in losses.items()}
-    return {name: _Result(tensor, costs[name], costs[name], steps) for name, tensor in tensors.items()}
+    return {name: Result(tensor, costs[name], costs[name], steps) for name, tensor in tensors.items()}
 
 
 LOSSES = {"2x2": [1.0, 1.0, 1.0, 1.0], "4x4": [1.004, 1.004, 1.004, 1.004], "8x8": [1.5, 1.5, 1.5, 1.5]}
@@ -185,7 +187,7 @@ def test_the_table_shows_the_means_that_decided():
     for each, steps in zip(history, (30, 10), strict=True):
         _note(each, paths, steps)
     kept = [Candidate(path.block, (), {}, 0.0) for path in paths.values()]
-    assert [str(c.block) for c in _judge(history, kept, paths, SearchConfig(), last=True)] == ["2x2"]
+    assert [str(c.block) for c in judge(history, kept, paths, SearchConfig(), last=True)] == ["2x2"]
     gap = 100 * (0.75 * 0.5 / 1.0 - 0.25 * 0.1 / 0.5)
     shown = f"{gap:+.1f} ± 0.0%"
     assert paths["4x4"].cells() == ["1.2250", shown, "2500.00", "30 + 10"] and shown in paths["4x4"].why

@@ -25,7 +25,7 @@ from kronblocks import (
 from kronblocks.config import RankChoice
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.costs.timing_cache import forget_timings
-from kronblocks.search.halving import SearchConfig
+from kronblocks.search.config import SearchConfig
 from kronblocks.surgery import apply_structure_, lift_, select, structure
 
 

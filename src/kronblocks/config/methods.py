@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from kronblocks.algorithms.budget import Distribution
+from kronblocks.algorithms.distribution import Distribution
 from kronblocks.algorithms.rules.base import Form, Rule, Strength, check_rule
 from kronblocks.algorithms.rules.fixed import Fixed
 from kronblocks.algorithms.rules.group_lasso import GroupLasso

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-from kronblocks.algorithms.budget import Distribution, Scope
+from kronblocks.algorithms.budget import Scope
+from kronblocks.algorithms.distribution import Distribution
 from kronblocks.algorithms.rules.base import Form
 from kronblocks.algorithms.schedule import Shape
 from kronblocks.algorithms.targets import Score

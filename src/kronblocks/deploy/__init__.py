@@ -1,6 +1,7 @@
 """From a trained model to one that is stored, loaded and run."""
 
-from kronblocks.deploy.exporting import Exported, export
+from kronblocks.deploy.exported import Exported
+from kronblocks.deploy.exporting import export
 from kronblocks.deploy.loading import rebuild_on_load_
 from kronblocks.deploy.saving import from_pretrained, save_pretrained
 

@@ -1,7 +1,8 @@
 """Which block size: candidates, a shortlist, and criteria that judge them by what they are for."""
 
-from kronblocks.search.halving import SearchConfig, find_block_size
-from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
+from kronblocks.search.config import MixtureConfig, SearchConfig
+from kronblocks.search.halving import find_block_size
+from kronblocks.search.mixture import find_block_size_in_mixture_
 from kronblocks.search.report import SearchReport
 from kronblocks.search.task import SearchTask
 

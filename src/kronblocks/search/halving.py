@@ -6,59 +6,21 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kronblocks.config.parts import BlockSizeLike
 from kronblocks.config.sparsity import SparsityConfig
-from kronblocks.core.checks import number, one_of, whole
 from kronblocks.core.errors import Diverged
 from kronblocks.nn.base import BlockLayer
 from kronblocks.ops.costs.choice import choose_deployed
 from kronblocks.ops.problem import Problem
 from kronblocks.search.candidates import Candidate, entrants, with_block
-from kronblocks.search.report import Path, Rung, SearchReport, percent
+from kronblocks.search.config import Goal, SearchConfig
+from kronblocks.search.judging import Result, judge, mean_and_error
+from kronblocks.search.report import Path, Rung, SearchReport
 from kronblocks.search.task import SearchTask, Trial, steps_of_search
-
-Goal = Literal["step-time", "inference-time", "accuracy"]
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """How block sizes are searched for.
-
-    Args:
-        sizes: the candidates; None: squares of powers of two from 2 to 64.
-        goal: what counts among candidates that lose nothing: "step-time" (of training), "inference-time", or "accuracy" (the
-            least held-out loss, whatever it costs).
-        budget: steps of all trials together, as a share of the training that follows; None: 1, or more where that leaves a trial
-            fewer than 20.
-        rounds: after each of which about half of the candidates go. Each has other batches and factors, and what counts is a
-            candidate's mean over all its rounds: two trainings that differ in nothing else end a percent or two apart.
-        most: candidates that are tried at all.
-        tolerance: share of the best held-out loss by which another candidate may be worse and still lose nothing. The standard
-            error of the difference, over held-out examples, comes on top.
-        seed: of the batches and the factors.
-    """
-
-    sizes: tuple[BlockSizeLike, ...] | None = None
-    goal: Goal = "step-time"
-    budget: float | None = None
-    rounds: int = 3
-    most: int = 6
-    tolerance: float = 0.02
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        one_of("goal", self.goal, Goal)
-        if self.budget is not None:
-            number("budget", self.budget, 1e-300, math.inf, "steps of all trials, as a share of the training's, above 0")
-        number("tolerance", self.tolerance, 0, math.inf, "a share of the best held-out loss, from 0 on")
-        whole("rounds", self.rounds, "the number of rounds")
-        whole("most", self.most, "how many candidates are tried")
 
 
 def find_block_size(
@@ -134,7 +96,7 @@ def find_block_size(
         made += steps * len(kept)
         history.append(results)
         _note(results, paths, steps)
-        kept = _judge(history, kept, paths, search, last=turn == search.rounds - 1)
+        kept = judge(history, kept, paths, search, last=turn == search.rounds - 1)
     winner = kept[0]
     paths[str(winner.block)].why = paths[str(winner.block)].why or "won: no other candidate was left"
     seconds = time.perf_counter() - start
@@ -152,15 +114,6 @@ def _teller(progress: Callable[[str, float], None] | None, prefix: str, number: 
     return lambda text, done: progress(f"{prefix} {text}", (number + done) / rounds)
 
 
-@dataclass
-class _Result:
-    losses: Tensor  # (N,)
-    seconds_per_step: float
-    cost: float
-    steps: int
-    norms: list[tuple[int, float]] = field(default_factory=list)  # of the candidate's weights, and after which step
-
-
 _NOTES = 20  # norms that are noted in a round
 
 
@@ -173,7 +126,7 @@ def _round(
     cost: Callable[[Trial], float],
     seed: int,
     tell: _Tell,
-) -> dict[str, _Result]:
+) -> dict[str, Result]:
     """Train all candidates side by side: at each step each takes its turn with the same batch."""
     trials = {str(c.block): Trial(model, with_block(config, c.block), task, steps, seed) for c in kept}
     diverged: set[str] = set()
@@ -203,7 +156,7 @@ def _round(
     results = {}
     for name, trial in trials.items():
         losses = torch.full((1,), torch.inf, device="cpu") if name in diverged else task.judge(trial.model)
-        results[name] = _Result(losses, trial.seconds_per_step, cost(trial), steps, norms[name])
+        results[name] = Result(losses, trial.seconds_per_step, cost(trial), steps, norms[name])
     return results
 
 
@@ -226,7 +179,7 @@ def _cost(trial: Trial, goal: Goal, rows: Mapping[str, int]) -> float:
     return sum(choose_deployed(problem).seconds for problem in problems)
 
 
-def _note(results: dict[str, _Result], paths: dict[str, Path], steps: int) -> None:
+def _note(results: dict[str, Result], paths: dict[str, Path], steps: int) -> None:
     """Write a round into the candidates' paths.
 
     Raises:
@@ -238,106 +191,5 @@ def _note(results: dict[str, _Result], paths: dict[str, Path], steps: int) -> No
         raise Diverged("every candidate diverged: lower the learning rate of the task")
     for name, result in results.items():
         finite = math.isfinite(means[name])
-        gap, error = _mean_and_error(result.losses - results[best].losses) if finite else (math.inf, 0.0)
+        gap, error = mean_and_error(result.losses - results[best].losses) if finite else (math.inf, 0.0)
         paths[name].rungs.append(Rung(steps, means[name], gap, error, result.seconds_per_step, result.cost))
-
-
-def _mean_and_error(examples: Tensor) -> tuple[float, float]:
-    """Mean over (N,) examples, and its standard error."""
-    return float(examples.mean()), float(examples.std()) / math.sqrt(len(examples))
-
-
-class Standing(NamedTuple):
-    """A candidate's place after some rounds, which count by their steps.
-
-    Args:
-        gap: how much worse than the best, as a share of the best one's loss.
-        error: standard error of that, over held-out examples.
-        cost: what the goal counts, in seconds.
-    """
-
-    gap: float
-    error: float
-    cost: float
-
-    def loses_nothing(self, tolerance: float) -> bool:
-        """Whether it is as good as the best one, as far as it can be told."""
-        return self.gap <= tolerance + self.error
-
-
-def standings(history: Sequence[dict[str, _Result]], names: Sequence[str]) -> dict[str, Standing]:
-    """Where candidates that were in every round stand, the best one first."""
-    steps = [next(iter(results.values())).steps for results in history]
-    weights = [each / sum(steps) for each in steps]
-    costs = {name: sum(w * results[name].cost for w, results in zip(weights, history, strict=True)) for name in names}
-
-    def against(reference: str) -> dict[str, Standing]:
-        found = {name: Standing(math.inf, 0.0, costs[name]) for name in names}
-        for name in finite:
-            share = torch.zeros((), device="cpu")  # of each example, held out in every round alike: (N,) when summed
-            for weight, results in zip(weights, history, strict=True):
-                own, others = results[name].losses, results[reference].losses
-                share = share + weight * (own - others) / others.mean()
-            found[name] = Standing(*_mean_and_error(share), costs[name])
-        return found
-
-    finite = [name for name in names if all(torch.isfinite(results[name].losses).all() for results in history)]
-    best = min(finite, key=lambda name: against(finite[0])[name].gap)
-    found = against(best)
-    return {name: found[name] for name in sorted(names, key=lambda name: found[name].gap)}
-
-
-def _judge(
-    history: Sequence[dict[str, _Result]],
-    kept: Sequence[Candidate],
-    paths: dict[str, Path],
-    search: SearchConfig,
-    *,
-    last: bool,
-) -> list[Candidate]:
-    """The candidates that go on, the winner alone after the last round, and why the others lost."""
-    places = standings(history, [str(candidate.block) for candidate in kept])
-    best = next(iter(places))
-    fine = [name for name, place in places.items() if place.loses_nothing(search.tolerance)]
-    if last:
-        least = min(places[name].cost for name in fine)
-        cheap = [name for name in fine if places[name].cost <= least / _CLEARLY]  # the best of these comes first
-        stay = [best if search.goal == "accuracy" else cheap[0]]
-    else:
-        order = [best, *sorted(fine, key=lambda name: places[name].cost), *places]
-        ranked = [
-            name for name in dict.fromkeys(places if search.goal == "accuracy" else order) if math.isfinite(places[name].gap)
-        ]
-        stay = ranked[: max(2, math.ceil(len(places) / 2))]  # two compete to the end
-    for name, place in places.items():
-        paths[name].gap, paths[name].gap_error = (place.gap, place.error) if math.isfinite(place.gap) else (None, None)
-        if name not in stay:
-            paths[name].why = _why_lost(place, best, name in fine, stay, places[stay[0]].cost, search)
-        elif last:
-            paths[name].why = _why_won(place, search)
-    return [candidate for candidate in kept if str(candidate.block) in stay]
-
-
-_CLEARLY = 0.95  # of a measured time: less of a difference is noise
-
-
-def _worse(place: Standing) -> str:
-    return f"held-out loss {percent(place.gap, place.error)}"
-
-
-def _why_lost(place: Standing, best: str, fine: bool, stay: Sequence[str], least: float, search: SearchConfig) -> str:
-    if not math.isfinite(place.gap):
-        return "lost: its training diverged"
-    if not fine:
-        return f"lost: {_worse(place)} against {best}, more than {100 * search.tolerance:g}%"
-    if search.goal == "accuracy" or len(stay) > 1:
-        return f"lost: {_worse(place)} against {best}, and {' and '.join(stay)} are better or cheaper"
-    cheaper = f"takes {1e3 * least:.3g} ms and not {1e3 * place.cost:.3g} ms" if least < place.cost else "is as cheap and better"
-    return f"lost: loses nothing ({_worse(place)} against {best}), but {stay[0]} {cheaper}"
-
-
-def _why_won(place: Standing, search: SearchConfig) -> str:
-    if search.goal == "accuracy":
-        return "won: least held-out loss"
-    what = "a training step" if search.goal == "step-time" else "inference"
-    return f"won: the cheapest ({1e3 * place.cost:.3g} ms for {what}) of those that lose nothing ({_worse(place)} to the best)"

@@ -7,8 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,60 +15,16 @@ from torch import nn
 from kronblocks.config.methods import COMMON_RANK
 from kronblocks.config.ranks import RankChoice
 from kronblocks.config.sparsity import SparsityConfig
-from kronblocks.core.checks import number, one_of, whole
 from kronblocks.core.errors import Diverged, KronblocksError
 from kronblocks.nn.mixture import BlockMixtureLinear
 from kronblocks.search.candidates import Candidate, entrants
+from kronblocks.search.config import MixtureConfig
 from kronblocks.search.report import Path, SearchReport
 from kronblocks.search.task import SearchTask, steps_of_search
 from kronblocks.surgery.optimizers import drop_parameters_
 from kronblocks.surgery.replace import in_mode, replace_, to_unfold, unfolding
 
-Criterion = Literal["removal", "penalty"]
-Weights = Literal["time", "equal"]
-
 _USUAL_BUDGET = 0.5
-
-
-@dataclass(frozen=True)
-class MixtureConfig:
-    """How candidates of a mixture are judged.
-
-    Args:
-        criterion: "removal": at evenly spaced moments the candidate goes whose removal adds least held-out loss for the time it
-            takes. "penalty", the paper's: a growing group penalty on the norm of each candidate's weight, until one is left; with
-            it alone the candidate with most parameters tends to win, whatever the data.
-        weights: what a candidate's loss or penalty is measured against: the "time" it takes, or "equal".
-        per_layer: each layer keeps a candidate of its own; else one size for the model.
-        budget: steps, as a share of the training that follows; None: 0.5, or more where that leaves fewer than 20 before each
-            removal.
-        train_first: share of those steps before the first candidate may go.
-        strength: of the penalty at first: what it would take from a candidate over all its steps, as a multiple of the mean norm
-            of candidates. A weak one leaves several candidates, of which the one of greatest norm is kept.
-        growth: how many times its strength the penalty has at the end; it grows by the same factor at each step.
-        most: candidates in a layer.
-        seed: of batches and factors.
-    """
-
-    criterion: Criterion = "removal"
-    weights: Weights = "time"
-    per_layer: bool = False
-    budget: float | None = None
-    train_first: float = 0.4
-    strength: float = 10.0
-    growth: float = 10.0
-    most: int = 6
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        one_of("criterion", self.criterion, Criterion)
-        one_of("weights", self.weights, Weights)
-        if self.budget is not None:
-            number("budget", self.budget, 1e-300, math.inf, "a share of the training's steps, above 0")
-        number("strength", self.strength, 1e-300, math.inf, "a number above 0")
-        number("growth", self.growth, 1, math.inf, "how many times its strength the penalty has at the end, from 1 on")
-        number("train_first", self.train_first, 0, 1, "a share of the steps, from 0 to below 1")
-        whole("most", self.most, "how many candidates are tried")
 
 
 def find_block_size_in_mixture_(

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 import math
-import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from kronblocks.config.methods import own_rank
 from kronblocks.config.ranks import RankChoice
@@ -22,7 +18,7 @@ from kronblocks.core.errors import DoesNotFit, KronblocksError, KronblocksWarnin
 from kronblocks.core.tables import some
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
-from kronblocks.nn.unfolded import Unfolded, is_transposed, unfolded
+from kronblocks.surgery.patterns import Layer, Names, check_expressions, texts
 from kronblocks.surgery.ranks import choose_ranks
 from kronblocks.surgery.reasons import (
     check_model,
@@ -31,7 +27,6 @@ from kronblocks.surgery.reasons import (
     is_embedding,
     is_matrix,
     is_ready,
-    linear_sizes,
     outside,
     shared_weights,
     why_not,
@@ -42,102 +37,6 @@ _BY_WEIGHT = 0
 """The rank of a layer whose weight decides it."""
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A linear layer of a model, or the one that a convolution or Conv1D will have inside."""
-
-    name: str  # of the linear layer
-    place: str  # name of the module that users know
-    module: nn.Module  # the module that holds the weight now
-    cols_divide: int | None = None  # a number that the columns of blocks must divide; None: the layer's columns
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the linear layer is in the model already."""
-        return isinstance(self.module, nn.Linear | BlockLayer)
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """Rows and columns of the weight."""
-        if sizes := linear_sizes(self.module):
-            return sizes
-        first, *others = self.module.get_parameter("weight").shape
-        return first, math.prod(others)
-
-    @property
-    def values(self) -> list[nn.Parameter]:
-        """The parameters that hold the weight."""
-        if isinstance(self.module, BlockLayer):
-            return self.module.block_parameters()
-        return [self.module.get_parameter("weight")]
-
-    def weight(self) -> Tensor:
-        """The weight in the linear layer's layout, (rows, columns)."""
-        if isinstance(self.module, BlockLayer):
-            return self.module.dense_weight()
-        around = unfolded(self.module, convolutions=True)
-        return self.module.get_parameter("weight") if around is None else around.linear.weight
-
-
-class _Names:
-    """The modules of a model, with the names and types of everything around them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
-
-    def layers(self) -> list[_Layer]:
-        """All linear layers, and modules that can be made one."""
-        kinds, found = (nn.Linear, BlockLayer), []
-        for name, module in self.modules.items():
-            around = self.modules[name.rpartition(".")[0]] if "." in name else None
-            if isinstance(module, kinds) and isinstance(around, Unfolded):
-                found.append(_Layer(name, name.rpartition(".")[0], module, around.block_cols_divide))
-            elif isinstance(module, kinds):
-                found.append(_Layer(name, name, module))
-            elif is_transposed(module) or is_convolution(module):
-                channels = getattr(module, "in_channels", None)
-                found.append(_Layer(f"{name}.linear", name, module, channels))
-        return found
-
-    def path(self, name: str) -> list[str]:
-        """A module's name, after the names of the modules around it, without the model."""
-        parts = name.split(".")
-        return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-    def matches(self, layer: _Layer, pattern: str) -> bool:
-        """Whether a pattern matches a layer, by its name or by that of the convolution around it."""
-        return any(self.matches_name(name, pattern) for name in {layer.name, layer.place})
-
-    def matches_name(self, name: str, pattern: str) -> bool:
-        """Whether a pattern matches a name, or the type of a module there or around it."""
-        if pattern.startswith("re:"):
-            return re.fullmatch(pattern[3:], name) is not None
-        if pattern.startswith("type:"):
-            around = [self.modules[path] for path in self.path(name) if path in self.modules]
-            return any(pattern[5:] == kind.__qualname__ for module in around for kind in type(module).__mro__[:-1])
-        return fnmatch.fnmatchcase(name, pattern)
-
-    def adapter(self, name: str) -> str:
-        """The type of the PEFT adapter that a layer is a part of; "" if it is none."""
-        for path in self.path(name)[1:]:
-            outer, _, part = path.rpartition(".")
-            own = getattr(self.modules.get(outer), "adapter_layer_names", ())
-            if part in own and part != "modules_to_save":  # these are whole layers
-                return type(self.modules[outer]).__name__
-        return ""
-
-    def check(self, what: str, patterns: Iterable[str], candidates: Sequence[str]) -> None:
-        """Refuse patterns that match none of the candidates."""
-        for pattern in patterns:
-            if pattern != "*" and not any(self.matches_name(name, pattern) for name in candidates):
-                near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.4) or candidates[:5]
-                raise KronblocksError(f"{what} pattern {pattern!r} matches no nn.Linear layer; there are {', '.join(near)}, ...")
-
-
-def _texts(patterns: Iterable[str | type]) -> list[str]:
-    return [pattern for pattern in patterns if isinstance(pattern, str)]
-
-
 class _Why(NamedTuple):
     """Why a layer stays dense, and whether the user chose so."""
 
@@ -145,7 +44,7 @@ class _Why(NamedTuple):
     by_choice: bool = False
 
 
-def _fit(layer: _Layer, wanted: BlockSize, on_mismatch: str) -> tuple[BlockGrid | None, str]:
+def _fit(layer: Layer, wanted: BlockSize, on_mismatch: str) -> tuple[BlockGrid | None, str]:
     rows, in_features = layer.sizes
     cols = layer.cols_divide or in_features
     if rows % wanted.rows == 0 and cols % wanted.cols == 0:
@@ -158,7 +57,7 @@ def _fit(layer: _Layer, wanted: BlockSize, on_mismatch: str) -> tuple[BlockGrid 
     return None, f"{wanted} does not divide {rows}x{cols} (on_mismatch='nearest' would take {fitted})"
 
 
-def _settings(layer: _Layer, names: _Names, config: SparsityConfig) -> dict:
+def _settings(layer: Layer, names: Names, config: SparsityConfig) -> dict:
     choices = config.resolved()
     settings = {"block_size": config.block, "rank": choices.rank, "tile_groups": choices.tile_groups}
     for pattern, override in config.overrides.items():
@@ -167,7 +66,7 @@ def _settings(layer: _Layer, names: _Names, config: SparsityConfig) -> dict:
     return settings
 
 
-def _sized(layer: _Layer, names: _Names, config: SparsityConfig) -> Selected | _Why:
+def _sized(layer: Layer, names: Names, config: SparsityConfig) -> Selected | _Why:
     if isinstance(layer.module, KroneckerBlockLinear):
         there = layer.module
         assert there.rank is not None
@@ -193,14 +92,14 @@ def _sized(layer: _Layer, names: _Names, config: SparsityConfig) -> Selected | _
     return Selected(layer.name, grid, min(settings["rank"], grid.block.area), groups, note)
 
 
-def _decide(layer: _Layer, names: _Names, shared: dict[int, list[str]], config: SparsityConfig) -> Selected | _Why:
+def _decide(layer: Layer, names: Names, shared: dict[int, list[str]], config: SparsityConfig) -> Selected | _Why:
     name = layer.name if layer.is_there else layer.place
     replaces = replaces_layers(config) or not layer.is_there
     if reason := why_not(name, layer.module, shared, convolutions=config.convolutions, replaces=replaces):
         return _Why(reason)
-    if not any(names.matches(layer, pattern) for pattern in _texts(config.layers)):
+    if not any(names.matches(layer, pattern) for pattern in texts(config.layers)):
         return _Why("no pattern of layers matches it", by_choice=True)
-    for pattern in _texts(config.exclude):
+    for pattern in texts(config.exclude):
         if names.matches(layer, pattern):
             return _Why(f"excluded by {pattern!r}", by_choice=True)
     if adapter := names.adapter(layer.place):
@@ -214,11 +113,11 @@ def _decide(layer: _Layer, names: _Names, shared: dict[int, list[str]], config: 
 _FROZEN = "frozen (requires_grad=False), so it stays as it is; frozen='sparsify' treats it like the others"
 
 
-def _is_frozen(layer: _Layer) -> bool:
+def _is_frozen(layer: Layer) -> bool:
     return not any(parameter.requires_grad for parameter in layer.values)
 
 
-def _check_frozen(selected: Sequence[Selected], layers: dict[str, _Layer], config: SparsityConfig) -> None:
+def _check_frozen(selected: Sequence[Selected], layers: dict[str, Layer], config: SparsityConfig) -> None:
     """Refuse methods that cannot work on frozen layers, if some are selected."""
     frozen = [each.name for each in selected if _is_frozen(layers[each.name])]
     if not frozen:
@@ -234,7 +133,7 @@ def _check_frozen(selected: Sequence[Selected], layers: dict[str, _Layer], confi
         raise KronblocksError(f"score='taylor' needs gradients, but {frozen[0]} is frozen: write score='norm', or frozen='keep'")
 
 
-def _with_ranks(selected: list[Selected], layers: dict[str, _Layer], config: SparsityConfig) -> list[Selected]:
+def _with_ranks(selected: list[Selected], layers: dict[str, Layer], config: SparsityConfig) -> list[Selected]:
     """Fill in the ranks that depend on weights."""
     undecided = [each for each in selected if each.rank == _BY_WEIGHT]
     if not undecided:
@@ -297,13 +196,13 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
     """
     replaces = replaces_layers(config)
     check_model(model, replaces=replaces)
-    names, shared, ledger = _Names(model), shared_weights(model), _Ledger(model)
+    names, shared, ledger = Names(model), shared_weights(model), _Ledger(model)
     layers = {layer.name: layer for layer in names.layers()}
     elsewhere = list(outside(model, {layer.place for layer in layers.values()}))
     known = list(dict.fromkeys(name for layer in layers.values() for name in (layer.place, layer.name)))
     for what in ("layers", "exclude", "heads", "overrides"):
-        patterns = _texts(getattr(config, what))
-        _check_expressions(what, patterns)
+        patterns = texts(getattr(config, what))
+        check_expressions(what, patterns)
         if layers:
             others = [name for name, *_ in elsewhere] if what == "exclude" else []
             names.check(what, patterns, [*known, *others])
@@ -326,15 +225,6 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
     return ledger.report(_with_ranks(selected, layers, config))
 
 
-def _check_expressions(what: str, patterns: Iterable[str]) -> None:
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            try:
-                re.compile(pattern[3:])
-            except re.error as error:
-                raise KronblocksError(f"{what} pattern {pattern!r} is no regular expression: {error}") from error
-
-
 def named_heads(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> tuple[str, ...] | None:
     """The selected layers that match the config's `heads`; None if it names none, so that they have to be found.
 
@@ -345,21 +235,21 @@ def named_heads(model: nn.Module, report: SurgeryReport, config: SparsityConfig)
     """
     if not config.heads:
         return None
-    names, patterns = _Names(model), _texts(config.heads)
+    names, patterns = Names(model), texts(config.heads)
     layers = {layer.name: layer for layer in names.layers()}
     return tuple(each.name for each in report.selected if any(names.matches(layers[each.name], text) for text in patterns))
 
 
-def _why_elsewhere(name: str, module: nn.Module, reason: str, names: _Names, config: SparsityConfig) -> _Why:
-    if not any(names.matches_name(name, pattern) for pattern in _texts(config.layers)):
+def _why_elsewhere(name: str, module: nn.Module, reason: str, names: Names, config: SparsityConfig) -> _Why:
+    if not any(names.matches_name(name, pattern) for pattern in texts(config.layers)):
         return _Why(reason, by_choice=True)
-    for pattern in _texts(config.exclude):
+    for pattern in texts(config.exclude):
         if names.matches_name(name, pattern):
             return _Why(f"excluded by {pattern!r}", by_choice=True)
     return _Why(reason, by_choice=is_embedding(module))
 
 
-def _refuse_nothing(report: SurgeryReport, layers: dict[str, _Layer], frozen: list[str], config: SparsityConfig) -> None:
+def _refuse_nothing(report: SurgeryReport, layers: dict[str, Layer], frozen: list[str], config: SparsityConfig) -> None:
     """Raise an error that says why nothing was selected."""
     if frozen:
         raise KronblocksError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronblocks.algorithms.budget import random_scores, strongest_masks
+from kronblocks.algorithms.distribution import random_scores, strongest_masks
 from kronblocks.algorithms.heads import possible_heads
 from kronblocks.config.methods import Init
 from kronblocks.config.sparsity import SparsityConfig

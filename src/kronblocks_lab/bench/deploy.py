@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from kronblocks.core.blocks import BlockGrid, BlockSize
 from kronblocks.core.errors import KronblocksError
-from kronblocks.deploy.exporting import Exported, export
+from kronblocks.deploy.exported import Exported
+from kronblocks.deploy.exporting import export
 from kronblocks.surgery.sparsify import densify_
 from kronblocks_lab.bench.cases.models import CLASSES
 from kronblocks_lab.bench.cases.ways import random_mask, values_layer

@@ -11,7 +11,8 @@ import tyro
 from rich.console import Console
 
 from kronblocks.core.errors import KronblocksError
-from kronblocks.deploy.exporting import Exported, Form, export
+from kronblocks.deploy.exported import Exported
+from kronblocks.deploy.exporting import Form, export
 from kronblocks.integrations.onnx import save_onnx
 from kronblocks_lab.training.threads import ThreadSettings
 from kronblocks_lab.training.trained import trained_model

@@ -13,8 +13,7 @@ from rich.console import Console
 from kronblocks.config.parts import BlockSettings, BlockSizeLike, MethodChoice
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_json
-from kronblocks.search.halving import Goal, SearchConfig
-from kronblocks.search.mixture import MixtureConfig, Weights
+from kronblocks.search.config import Goal, MixtureConfig, SearchConfig, Weights
 from kronblocks_lab.data.sets import limited, load_data
 from kronblocks_lab.report.search_figure import draw
 from kronblocks_lab.training.searching import search_for

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from kronblocks.core.cache import users_folder
 from kronblocks.core.errors import KronblocksError, KronblocksWarning
-from kronblocks_lab.data.formats import Source, find_files, pickled_version
+from kronblocks_lab.data.formats import find_files, pickled_version
+from kronblocks_lab.data.sources import Source
 
 _TIMEOUT = 30.0  # seconds without a byte
 _LARGEST_DOWNLOAD = 1 << 28  # bytes; the largest published file has 170 MB

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from kronblocks.core.errors import KronblocksError
 from kronblocks_lab.data.downloads import locate
-from kronblocks_lab.data.formats import SOURCES, Images, read_files
+from kronblocks_lab.data.formats import Images, read_files
+from kronblocks_lab.data.sources import SOURCES
 
 DATASETS = ("mnist5k", "digits", *SOURCES)
 TEST_SPLIT_SEED = 4000  # of the sets that are published in one piece: mnist5k and digits

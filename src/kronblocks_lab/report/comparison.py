@@ -11,7 +11,7 @@ from kronblocks.core.blocks import BlockSize
 from kronblocks.search.report import SearchReport
 from kronblocks_lab.report.costs import COSTS, HEADLINE, Cost, short
 from kronblocks_lab.report.results import Run
-from kronblocks_lab.training.settings import has_setting
+from kronblocks_lab.training.recipes import has_setting
 
 
 class Row:

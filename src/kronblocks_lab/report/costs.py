@@ -55,26 +55,18 @@ def number(value: Any) -> float:
 
 PARAMETERS = Cost("trained parameters", "", 1, lambda r: r["trainable_parameters_max"])
 
-
 AT_END = Cost("trained parameters at the end", "", 1, lambda r: r["trainable_parameters_end"])
-
 
 MACS = Cost("training multiply-adds", "G", 1e9, lambda r: r["training_macs"], "More multiply-adds in training")
 
-
 INFERENCE = Cost("inference multiply-adds", "M", 1e6, lambda r: r["inference_macs_per_sample"], "More multiply-adds in inference")
-
 
 SECONDS = Cost("training seconds", "s", 1, lambda r: r["train_seconds"], "Slower", True)
 
-
 MEMORY = Cost("peak memory", "MiB", 2**20, lambda r: r["peak_memory_bytes"], "More peak memory", True)
-
 
 COUNTED_BYTES = Cost("counted bytes", "MiB", 2**20, lambda r: sum(r["bytes"][part] for part in BYTES))
 
-
 HEADLINE = (PARAMETERS, MACS, SECONDS, MEMORY)
-
 
 COSTS = (PARAMETERS, AT_END, MACS, INFERENCE, SECONDS, MEMORY, COUNTED_BYTES)

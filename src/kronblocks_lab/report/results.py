@@ -17,7 +17,8 @@ from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import read_json
 from kronblocks.search.report import SearchReport
 from kronblocks_lab.report.costs import BYTES, number
-from kronblocks_lab.training.settings import OF_SOME_METHODS, RESULT_VERSION, Recipe, has_setting
+from kronblocks_lab.training.recipes import OF_SOME_METHODS, Recipe, has_setting
+from kronblocks_lab.training.settings import RESULT_VERSION
 
 ADVICE = "train again, or leave this folder out"
 

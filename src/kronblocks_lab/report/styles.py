@@ -17,9 +17,7 @@ COLOURS = {
     "iterative": "#332288",
 }
 
-
 OTHER_COLOUR = "#56b4e9"
-
 
 MARKERS = {  # as SVG paths in a box of 14 by 14
     "o": "M7 3.5a3.5 3.5 0 1 0 .01 0z",
@@ -27,7 +25,6 @@ MARKERS = {  # as SVG paths in a box of 14 by 14
     "^": "M7 2.6 11 10H3z",
     "D": "M7 2.6 11.4 7 7 11.4 2.6 7z",
 }
-
 
 DASHES = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 

@@ -92,7 +92,7 @@ class SearchStudy:
         }
 
     def _search(self, key: Row) -> Row:
-        from kronblocks.search.mixture import MixtureConfig
+        from kronblocks.search.config import MixtureConfig
         from kronblocks_lab.data.sets import load_data
         from kronblocks_lab.training.searching import search_for
 

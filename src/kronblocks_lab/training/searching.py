@@ -13,13 +13,15 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from kronblocks.search.candidates import find_candidates
-from kronblocks.search.halving import SearchConfig, find_block_size
-from kronblocks.search.mixture import MixtureConfig, find_block_size_in_mixture_
+from kronblocks.search.config import MixtureConfig, SearchConfig
+from kronblocks.search.halving import find_block_size
+from kronblocks.search.mixture import find_block_size_in_mixture_
 from kronblocks.search.report import SearchReport
 from kronblocks.search.task import SearchTask
 from kronblocks_lab.data.sets import BatchSampler, Dataset
 from kronblocks_lab.training.models import build_model
-from kronblocks_lab.training.settings import Recipe, TrainConfig
+from kronblocks_lab.training.recipes import Recipe
+from kronblocks_lab.training.settings import TrainConfig
 
 
 def _device() -> torch.device:

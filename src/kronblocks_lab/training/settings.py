@@ -7,77 +7,32 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from kronblocks.config.methods import METHODS, Method, Setting, spec_of
+from kronblocks.config.methods import Method, spec_of
 from kronblocks.config.parts import BlockSettings, MethodChoice, MethodSettings, Mismatch
 from kronblocks.config.sparsity import PenaltyConfig, ScheduleConfig, SparsityConfig
 from kronblocks.core.blocks import BlockSize
 from kronblocks.core.checks import number
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.imports import import_here
-from kronblocks.search.halving import Goal
-from kronblocks.surgery.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE
+from kronblocks.search.config import Goal
 from kronblocks_lab.training.models import TRANSFORMERS, ModelName
+from kronblocks_lab.training.recipes import (
+    OF_FREE_VALUES,
+    OF_SOME_METHODS,
+    Recipe,
+    has_setting,
+    recipe_of,
+)
 from kronblocks_lab.training.threads import ThreadSettings
-
-OF_SPARSITY = tuple(name for name in get_args(Setting) if "." not in name and name != "penalty")
-"""Settings of a `SparsityConfig` that only some methods have; parts of its schedule and its penalty apart."""
-
-OF_FACTORS = ("factor_lr_scale", "tile_lr_scale")
-"""Optimiser settings for factors."""
-
-OF_FREE_VALUES = ("factor_weight_decay", "lifted_lr_scale", "lifted_weight_decay")
-"""Those for values of live blocks, which methods that may work on the nn.Linear itself have with storage "packed" only; the first
-one is for factors too.
-"""
-
-OF_SOME_METHODS = (*OF_SPARSITY, *OF_FACTORS, *OF_FREE_VALUES)
-
-
-def has_setting(method: str, name: str) -> bool:
-    """Whether a method has one of `OF_SOME_METHODS`, or a penalty; one that is not known here, such as another's, has none."""
-    spec = METHODS.get(method)
-    if spec is None:
-        return False
-    if name in (*OF_SPARSITY, "penalty"):
-        return name in spec.settings
-    if name in OF_FACTORS:
-        return spec.is_factored
-    return spec.is_lifted or "storage" in spec.settings or (name == "factor_weight_decay" and spec.is_factored)
-
 
 RESULT_VERSION = 2
 """Of result.json; from 2 on inference multiply-adds leave zero blocks out."""
 
 DataName = Literal["mnist5k", "fashion-mnist", "digits", "mnist", "cifar10", "cifar100"]
-
-
-class Recipe(NamedTuple):
-    """Optimiser settings of a method: AdamW, 10% linear warm-up, then cosine to 0."""
-
-    lr: float = 4e-3  # of what is not sparse
-    weight_decay: float = 0.0
-    factor_weight_decay: float = 0.0
-    factor_lr_scale: float = FACTOR_LR_SCALE  # rate of factors, relative to lr
-    tile_lr_scale: float = TILE_LR_SCALE  # rate of tiles, relative to that of the other factors
-    lifted_lr_scale: float = LIFTED_LR_SCALE  # rate of free block values, relative to lr
-    lifted_weight_decay: float | None = None  # of free block values; None: as factors
-
-
-_PLAIN = Recipe(factor_lr_scale=1.0, lifted_lr_scale=1.0)
-
-RECIPES: dict[str, Recipe] = {
-    "kron-l1": Recipe(factor_weight_decay=0.05),  # decay on A and B is what gives L1 on S its meaning (equation 15)
-}
-"""Of methods that need one of their own; the library knows no learning rates, so they are here and not in `METHODS`."""
-
-
-def recipe_of(method: str) -> Recipe:
-    """The optimiser settings that a method is trained with."""
-    return RECIPES.get(method, Recipe() if spec_of(method).is_factored else _PLAIN)
 
 
 def option(name: str) -> str:

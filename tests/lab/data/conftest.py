@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.lab.data.tiny_sets import COUNTS, tiny_idx, write
 
-from kronblocks_lab.data.formats import SOURCES
+from kronblocks_lab.data.sources import SOURCES
 
 
 @pytest.fixture(autouse=True)

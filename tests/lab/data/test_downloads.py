@@ -14,8 +14,9 @@ from tests.lab.data.tiny_sets import tiny_idx, write
 
 from kronblocks.core.errors import KronblocksError
 from kronblocks_lab.data import downloads
-from kronblocks_lab.data.formats import SOURCES, find_files
+from kronblocks_lab.data.formats import find_files
 from kronblocks_lab.data.sets import load_data
+from kronblocks_lab.data.sources import SOURCES
 
 
 class Answer(io.BytesIO):

@@ -12,8 +12,9 @@ import torch
 from tests.lab.data.tiny_sets import idx_bytes, tar_gz, tiny_cifar, tiny_idx, write
 
 from kronblocks.core.errors import KronblocksError, KronblocksWarning
-from kronblocks_lab.data.formats import SOURCES, read_idx, read_members
+from kronblocks_lab.data.formats import read_idx, read_members
 from kronblocks_lab.data.sets import load_data
+from kronblocks_lab.data.sources import SOURCES
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])

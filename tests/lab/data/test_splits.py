@@ -9,8 +9,8 @@ import torch
 from tests.lab.data.tiny_sets import COUNTS, idx_bytes, tiny_cifar, write
 
 from kronblocks.core.errors import KronblocksError
-from kronblocks_lab.data.formats import SOURCES
 from kronblocks_lab.data.sets import BatchSampler, Dataset, Split, load_data, loader, stratified_split
+from kronblocks_lab.data.sources import SOURCES
 
 
 def rows(split: Split) -> set[bytes]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kronblocks_lab.data.formats import SOURCES
+from kronblocks_lab.data.sources import SOURCES
 
 COUNTS = (40, 20)  # images of the tiny sets below, for training and for testing
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,33 +9,24 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed
 from torch.utils.hooks import RemovableHandle
 
 from kronblocks.algorithms.protocol import HasPlans, has_plans
 from kronblocks.algorithms.schedule import SparsitySchedule
 from kronblocks.algorithms.targets import BlockTarget
+from kronblocks.algorithms.training.traffic import Traffic, Watch, checked_traffic
 from kronblocks.core.errors import KronblocksError, KronblocksWarning
-from kronblocks.core.hooks import OwnHook, forward_input, rows_of
 from kronblocks.core.processes import is_shared
 from kronblocks.ops.costs.choice import plan_seconds
 from kronblocks.ops.costs.timing import candidates
 from kronblocks.ops.costs.timing_cache import Tables, load_tables
-from kronblocks.ops.operands import autocast_dtype
 
 MARGIN = 1.1
 """A layer switches plans only if the present one is this many times slower than the best."""
 
 COMPILED_MARGIN = 1.25
 """The same for all layers of a compiled model together, since each switch costs compilations."""
-
-
-class Traffic(NamedTuple):
-    """The input of a layer in a training step, as far as speed depends on it."""
-
-    rows: int
-    input_grad: bool
-    dtype: str  # of the products; autocast's, if that is on
 
 
 class _Chooser(NamedTuple):
@@ -48,46 +38,6 @@ class _Choice(NamedTuple):
     plan: str
     present: float  # seconds per step by the present plan
     seconds: float  # seconds per step by this plan
-
-
-class _Watch:
-    """A forward pre-hook that notes the layer's input in the last training forward.
-
-    It is no part of compiled code: there it notes the input while the code is compiled, in the first step.
-    """
-
-    def __init__(self) -> None:
-        self.seen: tuple[int, bool, torch.dtype] | None = None
-        self.compiled = False
-
-        def while_compiling(context: Any) -> None:
-            x = context.get_local("x").as_fake()
-            rows = [size if isinstance(size, int) else size.node.hint for size in x.shape[:-1]]  # int(size) adds a guard
-            if None not in rows:
-                self.seen = math.prod(rows), x.requires_grad, context.get_local("dtype").as_python_constant()
-            self.compiled = True
-
-        self._while_compiling = while_compiling
-
-    def __reduce__(self) -> tuple[type[OwnHook], tuple[()]]:  # a copy of the module is not looked at
-        return OwnHook, ()
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        if not (module.training and torch.is_grad_enabled()):
-            return
-        x = forward_input(args, kwargs)
-        dtype = _product_dtype(x)
-        if torch.compiler.is_compiling():
-            from torch._dynamo.comptime import comptime  # slow to import; the compiler has imported it already
-
-            comptime(self._while_compiling)
-        else:
-            self.seen = rows_of(x), x.requires_grad, dtype
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    cast = autocast_dtype(x.device.type)
-    return x.dtype if cast is None or x.dtype == torch.float64 else cast
 
 
 def measuring_allowed() -> bool:
@@ -105,10 +55,10 @@ class Planner:
 
     def __init__(self, *, measure: bool = True, rows: int | None = None) -> None:
         self._measure, self._rows = measure, rows
-        self._traffic: dict[str, Traffic] = {}
+        self.checked_traffic: dict[str, Traffic] = {}
         self._chosen: set[str] = set()  # layers whose present plan was chosen here: `MARGIN` applies
         self._tables: Tables = {}  # the timings that were used
-        self._watches: dict[str, tuple[_Watch, RemovableHandle]] = {}
+        self._watches: dict[str, tuple[Watch, RemovableHandle]] = {}
         self._compiled = False  # whether a layer is in compiled code
         self._changes = 0  # how often compiled code has changed, all layers together
 
@@ -118,7 +68,7 @@ class Planner:
     def watch(self, targets: Sequence[BlockTarget]) -> list[RemovableHandle]:
         """Hook the next training steps to note the layers' inputs; returns the hooks' handles."""
         for target in (target for target in targets if not target.is_plain):
-            watch = _Watch()
+            watch = Watch()
             handle = target.module.register_forward_pre_hook(watch, with_kwargs=True)
             self._watches[target.name] = (watch, handle)
         return [handle for _, handle in self._watches.values()]
@@ -174,7 +124,7 @@ class Planner:
         for name, (watch, handle) in list(self._watches.items()):
             if watch.seen is not None:
                 rows, input_grad, dtype = watch.seen
-                self._traffic.setdefault(name, Traffic(int(rows), bool(input_grad), str(dtype).removeprefix("torch.")))
+                self.checked_traffic.setdefault(name, Traffic(int(rows), bool(input_grad), str(dtype).removeprefix("torch.")))
                 if watch.compiled and not self._compiled:
                     self._compiled = True
                     _warn_of_a_low_limit(self._changes + changes)
@@ -188,7 +138,7 @@ class Planner:
             layer.rows = self._rows_of(name) or layer.rows
 
     def _rows_of(self, name: str) -> int | None:
-        traffic = self._traffic.get(name)
+        traffic = self.checked_traffic.get(name)
         return self._rows or (None if traffic is None else traffic.rows)
 
     def _best_of_all(self, choosers: Sequence[_Chooser], changed: bool) -> list[str]:
@@ -197,11 +147,13 @@ class Planner:
         present, best = sum(choice.present for choice in choices), sum(choice.seconds for choice in choices)
         if self._compiled and not changed and present < COMPILED_MARGIN * best:
             return [chooser.layer.active_plan for chooser in choosers]
-        self._chosen.update(chooser.name for chooser in choosers if chooser.name in self._traffic or self._rows is not None)
+        self._chosen.update(
+            chooser.name for chooser in choosers if chooser.name in self.checked_traffic or self._rows is not None
+        )
         return [choice.plan for choice in choices]
 
     def _best(self, name: str, layer: HasPlans) -> _Choice:
-        traffic, plan = self._traffic.get(name), layer.active_plan
+        traffic, plan = self.checked_traffic.get(name), layer.active_plan
         if traffic is None and self._rows is None:
             return _Choice(plan, 0.0, 0.0)  # its input is not known yet
         problem = layer.problem(rows=self._rows_of(name), input_grad=traffic is None or traffic.input_grad)
@@ -222,7 +174,7 @@ class Planner:
     def state_dict(self) -> dict[str, Any]:
         """What later decisions depend on, as plain values."""
         return {
-            "traffic": {name: list(traffic) for name, traffic in self._traffic.items()},
+            "traffic": {name: list(traffic) for name, traffic in self.checked_traffic.items()},
             "chosen": sorted(self._chosen),
             "tables": {key: dict(table) for key, table in self._tables.items()},
             "changes": self._changes,
@@ -234,7 +186,7 @@ class Planner:
         Raises:
             KronblocksError: it is no state of a planner; nothing has changed then.
         """
-        self._traffic, self._chosen, self._tables, self._changes = parsed(state)
+        self.checked_traffic, self._chosen, self._tables, self._changes = parsed(state)
         load_tables(self._tables)
 
 
@@ -245,7 +197,7 @@ def parsed(state: Mapping[str, Any]) -> tuple[dict[str, Traffic], set[str], Tabl
         KronblocksError: it is something else.
     """
     try:
-        traffic = {str(name): _traffic(*values) for name, values in state["traffic"].items()}
+        traffic = {str(name): checked_traffic(*values) for name, values in state["traffic"].items()}
         chosen = {str(name) for name in state["chosen"]}
         tables = {str(key): dict(table) for key, table in state["tables"].items()}
         changes = state.get("changes", 0)  # older states lack it
@@ -254,14 +206,6 @@ def parsed(state: Mapping[str, Any]) -> tuple[dict[str, Traffic], set[str], Tabl
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise KronblocksError(f"the state's part on plans is damaged ({error!r}): save sparsifier.state_dict() again") from error
     return traffic, chosen, tables, changes
-
-
-def _traffic(rows: int, input_grad: bool, dtype: str) -> Traffic:
-    """Check the traffic of one layer; ValueError if it is something else."""
-    known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
-    if not (known and type(rows) is int and 0 <= rows < 2**63 and isinstance(input_grad, bool)):
-        raise ValueError(f"{rows!r} rows, {input_grad!r}, {dtype!r}")
-    return Traffic(rows, input_grad, dtype)
 
 
 def _choosers(targets: Sequence[BlockTarget]) -> list[_Chooser]:

@@ -1,0 +1,129 @@
+"""What an export gives: the model, and what became of each layer, as a table and as a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import nn
+
+from kronblocks.core.errors import KronblocksError
+from kronblocks.core.files import write_json
+from kronblocks.core.tables import ALL_ROWS, MOST_ROWS, between, figureless, span, text_table, together
+from kronblocks.deploy.saving import save_pretrained
+from kronblocks.deploy.slimming import Slimmed
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """What became of a block layer."""
+
+    name: str
+    form: str  # dense, packed, factored or bsr
+    out_features: int
+    in_features: int
+    block_size: str
+    density: float
+    rows: int  # of the example's x
+    bytes: int  # of what it stores
+    why: str
+    timed: dict[str, float] = field(default_factory=dict)  # seconds at those rows on this machine, of every form that was timed
+
+    @property
+    def shape(self) -> str:
+        """The weight's shape."""
+        return f"{self.out_features}x{self.in_features}"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported model. Print it for a table.
+
+    Of more than 12 layers those that are alike share a row, with their mean and least density:
+    `print(exported.table(every_layer=True))` has a row for each.
+
+    Args:
+        model: a copy in eval mode, without gradients.
+        layers: the block layers, in the model's order.
+        slimmed: where features were removed, so that layers are narrower than the model's.
+        remark: why none could be removed, if so.
+        error: largest difference of its outputs to the model's on the example, relative to the largest output.
+    """
+
+    model: nn.Module
+    layers: tuple[ExportedLayer, ...]
+    slimmed: tuple[Slimmed, ...]
+    remark: str
+    error: float
+
+    def manifest(self) -> dict[str, Any]:
+        """What was exported, as plain values."""
+        layers, slimmed = [asdict(layer) for layer in self.layers], [asdict(each) for each in self.slimmed]
+        return {"version": 1, "error": self.error, "layers": layers, "slimmed": slimmed, "remark": self.remark}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model (see `save_pretrained`) and manifest.json into a folder.
+
+        Raises:
+            KronblocksError: a layer is in torch's BSR form, or the folder cannot be written to.
+        """
+        sparse = [layer.name for layer in self.layers if layer.form == "bsr"]
+        if sparse:
+            raise KronblocksError(
+                f"{sparse[0]} is in torch's BSR form, which has no file format of its own: export with form='packed', save that, "
+                "and call to_torch_bsr() on its layers after loading"
+            )
+        resized = dict.fromkeys(name for each in self.slimmed for name in (each.producer, each.consumer))
+        folder = save_pretrained(self.model, folder, resized=resized)
+        try:
+            write_json(folder / MANIFEST, self.manifest())
+        except OSError as error:
+            raise KronblocksError(f"cannot write into {folder}: {error.strerror}") from error
+        return folder
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, *, every_layer: bool = False) -> str:
+        """What `print` shows, or with `every_layer` the same with a row for each layer."""
+        layers, slimmed = [[layer] for layer in self.layers], [[each] for each in self.slimmed]
+        if shared := len(layers) > MOST_ROWS and not every_layer:
+            layers = together(self.layers, lambda layer: layer.name, _kind)
+            slimmed = together(self.slimmed, lambda each: f"{each.producer} -> {each.consumer}", lambda each: 0, siblings=False)
+        lines = [text_table([("layer", "form", "shape", "blocks", "density", "KiB", "why"), *map(_row, layers)])]
+        lines += map(_removed, slimmed)
+        lines += [self.remark] if self.remark else []
+        lines += [f"largest difference to the model: {self.error:.1e} of the largest output"]
+        return "\n".join([*lines, ALL_ROWS] if shared and len(layers) < len(self.layers) else lines)
+
+
+def _kind(layer: ExportedLayer) -> Hashable:
+    """What layers that share a row have in common."""
+    return layer.form, layer.shape, layer.block_size, figureless(layer.why)
+
+
+def _row(layers: Sequence[ExportedLayer]) -> Sequence[str]:
+    """A row of the table, of one layer or of several that are alike: their mean and least density, and their bytes together."""
+    first, densities = layers[0], [layer.density for layer in layers]
+    density, least = f"{fmean(densities):.3f}", f"{min(densities):.3f}"
+    return (
+        span([layer.name for layer in layers]),
+        first.form,
+        first.shape,
+        first.block_size,
+        density if least == density else f"{density}, least {least}",
+        f"{sum(layer.bytes for layer in layers) / 1024:,.1f}",
+        between([layer.why for layer in layers]),
+    )
+
+
+def _removed(pairs: Sequence[Slimmed]) -> str:
+    """What became narrower, in a line."""
+    names = span([f"{each.producer} -> {each.consumer}" for each in pairs]).replace(" layers)", " pairs)")
+    removed, left = between([str(each.removed) for each in pairs]), between([str(each.left) for each in pairs])
+    return f"{names}: {removed} dead features removed, {left} left"

@@ -1,0 +1,58 @@
+"""What methods are trained with: each one's optimiser settings, and which settings of a training it has."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, get_args
+
+from kronblocks.config.methods import METHODS, Setting, spec_of
+from kronblocks.surgery.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_SCALE
+
+OF_SPARSITY = tuple(name for name in get_args(Setting) if "." not in name and name != "penalty")
+"""Settings of a `SparsityConfig` that only some methods have; parts of its schedule and its penalty apart."""
+
+OF_FACTORS = ("factor_lr_scale", "tile_lr_scale")
+"""Optimiser settings for factors."""
+
+OF_FREE_VALUES = ("factor_weight_decay", "lifted_lr_scale", "lifted_weight_decay")
+"""Those for values of live blocks, which methods that may work on the nn.Linear itself have with storage "packed" only; the first
+one is for factors too.
+"""
+
+OF_SOME_METHODS = (*OF_SPARSITY, *OF_FACTORS, *OF_FREE_VALUES)
+
+
+def has_setting(method: str, name: str) -> bool:
+    """Whether a method has one of `OF_SOME_METHODS`, or a penalty; one that is not known here, such as another's, has none."""
+    spec = METHODS.get(method)
+    if spec is None:
+        return False
+    if name in (*OF_SPARSITY, "penalty"):
+        return name in spec.settings
+    if name in OF_FACTORS:
+        return spec.is_factored
+    return spec.is_lifted or "storage" in spec.settings or (name == "factor_weight_decay" and spec.is_factored)
+
+
+class Recipe(NamedTuple):
+    """Optimiser settings of a method: AdamW, 10% linear warm-up, then cosine to 0."""
+
+    lr: float = 4e-3  # of what is not sparse
+    weight_decay: float = 0.0
+    factor_weight_decay: float = 0.0
+    factor_lr_scale: float = FACTOR_LR_SCALE  # rate of factors, relative to lr
+    tile_lr_scale: float = TILE_LR_SCALE  # rate of tiles, relative to that of the other factors
+    lifted_lr_scale: float = LIFTED_LR_SCALE  # rate of free block values, relative to lr
+    lifted_weight_decay: float | None = None  # of free block values; None: as factors
+
+
+_PLAIN = Recipe(factor_lr_scale=1.0, lifted_lr_scale=1.0)
+
+RECIPES: dict[str, Recipe] = {
+    "kron-l1": Recipe(factor_weight_decay=0.05),  # decay on A and B is what gives L1 on S its meaning (equation 15)
+}
+"""Of methods that need one of their own; the library knows no learning rates, so they are here and not in `METHODS`."""
+
+
+def recipe_of(method: str) -> Recipe:
+    """The optimiser settings that a method is trained with."""
+    return RECIPES.get(method, Recipe() if spec_of(method).is_factored else _PLAIN)
