@@ -1,10 +1,10 @@
-// The library's C functions: they take the kernels of the best instruction set that this machine has.
+// Which build of the kernels computes: that for the best instruction set of this machine, unless another one is asked for.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 
-#include "api.h"
+#include "dispatch.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -21,7 +21,6 @@ namespace avx512 {
 extern const KernelTable table;
 }
 #endif
-
 #ifdef KRONBLOCKS_HAS_avx512bf16
 namespace avx512bf16 {
 extern const KernelTable table;
@@ -62,8 +61,10 @@ std::atomic<const KernelTable*>& chosen() {
 
 const KernelTable& table() { return *chosen().load(std::memory_order_relaxed); }
 
-template <class T>
-const Kernels<T>& kernels();
+}  // namespace
+
+namespace kronblocks {
+
 template <>
 const Kernels<float>& kernels<float>() {
   return *table().f32;
@@ -77,9 +78,8 @@ const Kernels<Bf16>& kernels<Bf16>() {
   return *table().bf16;
 }
 
-}  // namespace
+}  // namespace kronblocks
 
-EXPORT int kb_abi() { return 2; }
 EXPORT const char* kb_isa() { return table().name; }
 
 // Take the kernels of a named instruction set from now on; 0 if this machine or this build has not got them.
@@ -88,38 +88,3 @@ EXPORT int kb_use_isa(const char* name) {
   if (found) chosen().store(found);
   return found != nullptr;
 }
-
-#define FOR_TYPE(suffix, T)                                                                                                     \
-  EXPORT void kb_packed_linear_##suffix(const PackedIndex* index, const T* x, std::int64_t rows, const T* values,               \
-                                        const T* bias, T* y, int threads) {                                                     \
-    kernels<T>().packed_linear(*index, x, rows, values, bias, y, threads);                                                      \
-  }                                                                                                                             \
-  EXPORT void kb_packed_grad_input_##suffix(const PackedIndex* index, const T* dy, std::int64_t rows, const T* values, T* dx,   \
-                                            int threads) {                                                                      \
-    kernels<T>().packed_grad_input(*index, dy, rows, values, dx, threads);                                                      \
-  }                                                                                                                             \
-  EXPORT void kb_packed_grad_values_##suffix(const PackedIndex* index, const T* dy, const T* x, std::int64_t rows, T* dvalues,  \
-                                             std::int64_t capacity, int threads) {                                              \
-    kernels<T>().packed_grad_values(*index, dy, x, rows, dvalues, capacity, threads);                                           \
-  }                                                                                                                             \
-  EXPORT void kb_kron_linear_##suffix(const KronShape* shape, int tile_first, const T* x, std::int64_t rows, const T* coeff,    \
-                                      const T* tiles, const std::uint8_t* live, const T* bias, T* y, int threads) {             \
-    kernels<T>().kron_linear(*shape, tile_first, x, rows, coeff, tiles, live, bias, y, threads);                                \
-  }                                                                                                                             \
-  EXPORT void kb_kron_backward_##suffix(const KronShape* shape, int tile_first, const T* dy, const T* x, std::int64_t rows,     \
-                                        const T* coeff, const T* tiles, const std::uint8_t* live, T* dx, T* dcoeff, T* dtiles,  \
-                                        int threads) {                                                                          \
-    kernels<T>().kron_backward(*shape, tile_first, dy, x, rows, coeff, tiles, live, dx, dcoeff, dtiles, threads);               \
-  }                                                                                                                             \
-  EXPORT void kb_live_blocks_##suffix(const PackedIndex* index, const KronShape* shape, const T* coeff, const T* tiles,         \
-                                      T* values, std::int64_t capacity, int threads) {                                          \
-    kernels<T>().live_blocks(*index, *shape, coeff, tiles, values, capacity, threads);                                          \
-  }                                                                                                                             \
-  EXPORT void kb_live_blocks_backward_##suffix(const PackedIndex* index, const KronShape* shape, const T* dvalues,              \
-                                               const T* coeff, const T* tiles, T* dcoeff, T* dtiles, int threads) {             \
-    kernels<T>().live_blocks_backward(*index, *shape, dvalues, coeff, tiles, dcoeff, dtiles, threads);                          \
-  }
-
-FOR_TYPE(f32, float)
-FOR_TYPE(f64, double)
-FOR_TYPE(bf16, Bf16)

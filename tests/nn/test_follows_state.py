@@ -135,7 +135,7 @@ def test_more_live_blocks_than_compiled_code_has_room_for_are_refused(make):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     compiled(torch.randn(5, 15))
     layer.block_mask.fill_(True)
-    with pytest.raises(KronblocksError, match="was written into: it has 12 live blocks now, .* made for 7"):
+    with pytest.raises((KronblocksError, RuntimeError), match="was written into: it has 12 live blocks now, .* made for 7"):
         compiled(torch.randn(5, 15))
     x = torch.randn(5, 15)
     torch.testing.assert_close(compiled(x), layer(x))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -133,9 +132,6 @@ def test_runtimes_are_read_from_the_maps():
     sklearns, torchs = "/opt/my env/scikit_learn.libs/libgomp-e985bcbb.so.1.0.0", "/opt/my env/torch/lib/libgomp.so.1"
     assert library.openmp_runtimes(MAPS) == [sklearns, torchs]
     assert library.openmp_runtimes("") == []
-    assert library.torch_runtime([sklearns, torchs], Path("/opt/my env/torch")) == torchs
-    assert library.torch_runtime([sklearns, torchs], Path("/usr/lib/torch")) == sklearns
-    assert library.torch_runtime([], Path("/opt/my env/torch")) is None
 
 
 @pytest.mark.parametrize(
@@ -146,27 +142,45 @@ def test_names_of_runtimes(name):
     assert library.openmp_runtimes(f"7f0000000000-7f0000010000 r-xp 00000000 08:01 132   {path}\n") == [path]
 
 
-@on_linux
 @needs_library
 def test_two_runtimes_that_compete(monkeypatch):
-    both = [*library.openmp_runtimes(Path("/proc/self/maps").read_text())[:1], "/opt/lib/libiomp5.so"]
-    monkeypatch.setattr(library, "openmp_runtimes", lambda maps: both)
-    monkeypatch.setattr(library, "_torch_follows", lambda process: False)
-    with pytest.warns(OpenMPConflictWarning, match=rf"{both[0]} and {both[1]}.*LD_PRELOAD={both[0]}") as caught:
+    monkeypatch.setattr(library.Library, "shares_threads", lambda self: False)
+    with pytest.warns(OpenMPConflictWarning, match="found another OpenMP runtime than torch.*LD_PRELOAD") as caught:
         assert library.load() is not None
         assert library.load() is not None
     assert len(caught) == 1
     assert issubclass(OpenMPConflictWarning, KronblocksWarning)
 
 
-@on_linux
-def test_torch_follows_its_own_runtime_and_keeps_its_threads():
+@needs_library
+def test_it_follows_torchs_number_of_threads_and_keeps_it():
     threads = torch.get_num_threads()
-    runtime = library.torch_runtime(library.openmp_runtimes(Path("/proc/self/maps").read_text()), TORCH)
-    if runtime is None:
-        pytest.skip("this torch has no OpenMP")
-    assert library._torch_follows(ctypes.CDLL(runtime))
+    loaded = library.load()
+    assert loaded is not None and loaded.shares_threads()
     assert torch.get_num_threads() == threads
+
+
+@needs_library
+def test_python_and_the_library_define_the_same_operators():
+    loaded = library.load()
+    assert loaded is not None
+    schemas = loaded.schemas()
+    assert len(schemas) == 7
+    for schema in schemas:
+        name = schema.split("(")[0].split("::")[1]
+        assert str(getattr(torch.ops.kronblocks, name).default._schema) == schema
+
+
+@needs_library
+def test_set_aside_and_back():
+    loaded = library.load()
+    assert loaded is not None
+    operator = torch.ops.kronblocks.packed_linear.default
+    assert operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CPU)
+    with loaded.aside():
+        assert not operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CPU)
+        assert not library.is_loaded()
+    assert operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CPU)
 
 
 @pytest.mark.slow
@@ -176,36 +190,39 @@ def test_import_neither_loads_nor_warns():
 
 
 SHARED = """
-import ctypes
 {before}
 from kronblocks.ops.backends import library
-loaded = library.load()
 with open("/proc/self/maps") as file:
-    maps = file.read()
-lines = [line.split(maxsplit=5) for line in maps.splitlines()]
-address = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
-for line in lines:
-    start, end = (int(number, 16) for number in line[0].split("-"))
-    if start <= address < end:
-        print(line[5])
-print(*library.openmp_runtimes(maps), sep="\\n")
+    print(library.load().shares_threads(), *library.openmp_runtimes(file.read()), sep="\\n")
 """
 
 
 @pytest.mark.slow
 @on_linux
 @needs_library
-def test_its_openmp_is_torchs():
-    provider, *runtimes = run(SHARED.format(before="")).splitlines()
-    assert runtimes == [provider]
-    assert TORCH in Path(provider).parents or TORCH.with_suffix(".libs") in Path(provider).parents
+@pytest.mark.parametrize("before", ["", "import sklearn.datasets"])
+def test_its_openmp_is_torchs(before):
+    """Also beside a runtime that another package keeps to itself."""
+    if before:
+        pytest.importorskip("sklearn")
+    shares, *runtimes = run(SHARED.format(before=before)).splitlines()
+    assert shares == "True"
+    assert len(runtimes) == (2 if before else 1)
+
+
+WITHOUT_PYTHON = """
+import ctypes, torch
+library = ctypes.CDLL({path!r})
+assert library.kb_register(1) == 0
+x, values, index = torch.ones(2, 4), torch.ones(2, 3, 2), [torch.tensor(i, dtype=torch.int32) for i in {index}]
+print(torch.ops.kronblocks.packed_linear(x, values, None, *index).tolist())
+"""
 
 
 @pytest.mark.slow
-@on_linux
 @needs_library
-def test_a_runtime_that_another_package_keeps_to_itself_is_no_conflict():
-    pytest.importorskip("sklearn")
-    provider, *runtimes = run(SHARED.format(before="import sklearn.datasets")).splitlines()
-    assert provider in runtimes
-    assert TORCH in Path(provider).parents or TORCH.with_suffix(".libs") in Path(provider).parents
+def test_it_defines_its_operators_where_no_python_has():
+    loaded = library.load()
+    assert loaded is not None
+    index = [[0, 1, 2], [0, 1], [0, 1], [0, 1], [0, 1, 2], [0, 1]]
+    assert run(WITHOUT_PYTHON.format(path=str(loaded.path), index=index)) == str([[2.0] * 6] * 2)

@@ -49,10 +49,11 @@ ROWS = (0, 1, 2, 3, 4, 5, 15, 17, 40, 130, 300)
 
 
 def use(name: str):
-    before = native.instruction_set()
-    assert native.use_instruction_set(name), f"this build has no {name}"
+    kernels = native.loaded_library()
+    before = kernels.instruction_set()
+    assert kernels.use_instruction_set(name), f"this build has no {name}"
     yield name
-    native.use_instruction_set(before)
+    kernels.use_instruction_set(before)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS[:-1])
@@ -273,8 +274,8 @@ def test_nan_of_dead_blocks_goes_nowhere(instruction_set):
 @pytest.mark.slow
 def test_limit_by_environment():
     """KRONBLOCKS_ISA names the kernels to take; nonsense is ignored."""
-    code = "from kronblocks.ops.backends import native; print(native.instruction_set())"
-    for wanted, expected in (("baseline", "baseline"), ("nonsense", native.instruction_set())):
+    code = "from kronblocks.ops.backends import library; print(library.load().instruction_set())"
+    for wanted, expected in (("baseline", "baseline"), ("nonsense", native.loaded_library().instruction_set())):
         environment = {**os.environ, "KRONBLOCKS_ISA": wanted}
         found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert found.stdout.strip() == expected

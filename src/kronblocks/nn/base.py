@@ -66,12 +66,13 @@ class BlockLayer(WholeWeights):
     def use_plan_(self, plan: str) -> None:
         """Compute with this plan from now on. The state_dict does not depend on it."""
         check_plan(plan, self.rank)
-        self.active_plan = plan
+        self.active_plan, self._needs_index = plan, PLANS[plan].needs_live
         self.refresh_index_()
 
-    @property
-    def _needs_index(self) -> bool:
-        return PLANS[self.active_plan].needs_live
+    def _own(self, name: str) -> Any:
+        """A parameter; torch's way of finding attributes costs more than the check of all operands."""
+        own = self._parameters
+        return own[name] if name in own else getattr(self, name)
 
     def refresh_index_(self) -> None:
         """Accept the buffers as they are now, and rebuild what is derived from them."""

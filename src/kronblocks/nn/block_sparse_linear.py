@@ -175,7 +175,7 @@ class BlockSparseLinear(BlockLayer):
         if getattr(input, "layout", None) is not torch.strided or input.is_nested:
             return map_unusual(self, input)
         if self._needs_index and (index := self._index()) is not None:
-            return packed_linear(input, self.values, index, self.bias)
+            return packed_linear(input, self._own("values"), index, self._own("bias"))
         x, weight, bias = autocast(input, self.dense_weight(), self.bias)
         shape = self.grid.shape[1], self.grid.block.cols
         check_product(x, *shape, bias, self.out_features, {"values": weight}, self.block_mask)

@@ -6,6 +6,7 @@ tensors and PyTorch's operation counter. What callers use is `kronblocks.ops.kro
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,29 +14,29 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kronblocks.ops import backends
+from kronblocks.ops.backends import torch as plain
 from kronblocks.ops.index import NO_INDEX_GRADIENTS, BlockIndex
-from kronblocks.ops.pattern import up_to_date, without_dead
-from kronblocks.ops.plans import PLANS, Stages, dense
+from kronblocks.ops.operator import Operator, rows_of
+from kronblocks.ops.pattern import refresh_index, without_dead
+from kronblocks.ops.plans import DENSE, PLANS, Stages, dense
 from kronblocks.ops.problem import ProductSizes
 
 
-@torch.library.custom_op("kronblocks::kron_linear", mutates_args=())
-def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
-    """y = x W^T + bias by a factored plan; x (rows, n) -> (rows, m)."""
+def _kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: str) -> Tensor:
     backend = backends.pick(x)
-    return backend.kron_linear(x, coeff, tiles, bias, _looked_at(live, backend), PLANS[plan]).contiguous()
+    y = backend.kron_linear(rows_of(x), coeff, tiles, bias, _looked_at(live, backend), PLANS[plan]).contiguous()
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
-@torch.library.custom_op("kronblocks::kron_backward", mutates_args=())
-def kron_backward(
+def _kron_backward(
     dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: str, input_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dcoeff, dtiles; dx is empty, (0,), unless wanted."""
     backend = backends.pick(x)
     live = _looked_at(live, backend)
-    dx, dcoeff, dtiles = backend.kron_backward(dy, x, coeff, tiles, live, PLANS[plan], input_grad)
+    dx, dcoeff, dtiles = backend.kron_backward(rows_of(dy), rows_of(x), coeff, tiles, live, PLANS[plan], input_grad)
     dcoeff, dtiles = (t.to(x.dtype).contiguous() for t in (dcoeff, dtiles))  # autocast may be on in backward
-    return x.new_empty(0) if dx is None else dx.contiguous(), dcoeff, dtiles
+    return x.new_empty(0) if dx is None else dx.contiguous().view(x.shape), dcoeff, dtiles
 
 
 def _looked_at(live: Tensor | None, backend: backends.Backend) -> Tensor | None:
@@ -43,13 +44,11 @@ def _looked_at(live: Tensor | None, backend: backends.Backend) -> Tensor | None:
     return live if backend.wants_masks or not without_dead(live) else None
 
 
-@kron_linear.register_fake
-def _(x, coeff, tiles, bias, live, plan):
-    return x.new_empty(x.shape[0], coeff.shape[0] * tiles.shape[2])
+def _fake_forward(x, coeff, tiles, bias, live, plan):
+    return x.new_empty(*x.shape[:-1], coeff.shape[0] * tiles.shape[2])
 
 
-@kron_backward.register_fake
-def _(dy, x, coeff, tiles, live, plan, input_grad):
+def _fake_backward(dy, x, coeff, tiles, live, plan, input_grad):
     return x.new_empty(x.shape if input_grad else 0), coeff.new_empty(coeff.shape), tiles.new_empty(tiles.shape)
 
 
@@ -62,7 +61,7 @@ def _forward_backward(ctx, dy):
     x, coeff, tiles, live = ctx.saved_tensors
     input_grad = ctx.needs_input_grad[0]
     dx, dcoeff, dtiles = kron_backward(dy, x, coeff, tiles, live, ctx.plan, input_grad)
-    dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
+    dbias = rows_of(dy).sum(0) if ctx.needs_input_grad[3] else None
     return dx if input_grad else None, dcoeff, dtiles, dbias, None, None
 
 
@@ -88,19 +87,47 @@ def _backward_backward(ctx, *gradients):
     return *second, None, None, None
 
 
-kron_linear.register_autograd(_forward_backward, setup_context=_setup_forward)
-kron_backward.register_autograd(_backward_backward, setup_context=_setup_backward)
+kron_linear = Operator(
+    "kron_linear", _kron_linear, fake=_fake_forward, save=_setup_forward, backward=_forward_backward, differentiable=4
+)
+kron_backward = Operator(
+    "kron_backward", _kron_backward, fake=_fake_backward, save=_setup_backward, backward=_backward_backward, differentiable=4
+)
 
 
-@torch.library.custom_op("kronblocks::live_blocks", mutates_args=())
-def _live_blocks(
-    coeff: Tensor, tiles: Tensor, crow: Tensor, col: Tensor, row: Tensor, slot: Tensor, ccol: Tensor, order: Tensor
+@torch.library.custom_op("kronblocks::dense_linear", mutates_args=())
+def dense_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None) -> Tensor:
+    """`kron_linear` by the plan "dense": what the C++ kernels call, since torch's own product is the fastest."""
+    return torch.nn.functional.linear(x, dense.first(None, plain.live_only(coeff, live), tiles), bias)
+
+
+@torch.library.custom_op("kronblocks::dense_backward", mutates_args=())
+def dense_backward(
+    dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, input_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`kron_backward` by the plan "dense"."""
+    dx, dcoeff, dtiles = plain.kron_backward(rows_of(dy), rows_of(x), coeff, tiles, live, DENSE, input_grad)
+    return x.new_empty(0) if dx is None else dx.view(x.shape), dcoeff.contiguous(), dtiles.contiguous()
+
+
+def _compute_blocks(
+    coeff: Tensor,
+    tiles: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    row: Tensor,
+    slot: Tensor,
+    ccol: Tensor,
+    order: Tensor,
+    look: bool = False,
 ) -> Tensor:
-    return backends.pick(coeff).live_blocks(coeff, tiles, up_to_date(BlockIndex(crow, col, row, slot, ccol, order)))
+    if look:
+        refresh_index(crow, None)
+    index = BlockIndex(crow, col, row, slot, ccol, order)
+    return backends.pick(coeff).live_blocks(coeff, tiles, index)
 
 
-@torch.library.custom_op("kronblocks::live_blocks_backward", mutates_args=())
-def _live_blocks_backward(
+def _compute_blocks_backward(
     dvalues: Tensor,
     coeff: Tensor,
     tiles: Tensor,
@@ -116,14 +143,17 @@ def _live_blocks_backward(
     return dcoeff.to(coeff.dtype).contiguous(), dtiles.to(tiles.dtype).contiguous()
 
 
-@_live_blocks.register_fake
-def _(coeff, tiles, crow, col, *index):
+def _fake_blocks(coeff, tiles, crow, col, *index):
     return tiles.new_empty(col.shape[0], *tiles.shape[2:])
 
 
-@_live_blocks_backward.register_fake
-def _(dvalues, coeff, tiles, *index):
+def _fake_blocks_backward(dvalues, coeff, tiles, *index):
     return coeff.new_empty(coeff.shape), tiles.new_empty(tiles.shape)
+
+
+def _save_blocks(ctx, inputs, output):
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _save(ctx, inputs, output):
@@ -132,31 +162,40 @@ def _save(ctx, inputs, output):
 
 def _blocks_backward(ctx, dvalues):
     coeff, tiles, *index = ctx.saved_tensors
-    return *_live_blocks_backward(dvalues, coeff, tiles, *index), *NO_INDEX_GRADIENTS
+    return *_live_blocks_backward(dvalues, coeff, tiles, *index), *NO_INDEX_GRADIENTS, None
 
 
 def _blocks_backward_backward(ctx, ddcoeff, ddtiles):
     """The products are bilinear: values = C T, so both gradients of dcoeff = dV T' and dtiles = C' dV are such products again."""
     dvalues, coeff, tiles, *index = ctx.saved_tensors
-    ddvalues = _live_blocks(ddcoeff, tiles, *index) + _live_blocks(coeff, ddtiles, *index)
+    ddvalues = _live_blocks(ddcoeff, tiles, *index, False) + _live_blocks(coeff, ddtiles, *index, False)
     dcoeff = _live_blocks_backward(dvalues, coeff, ddtiles, *index)[0]
     dtiles = _live_blocks_backward(dvalues, ddcoeff, tiles, *index)[1]
     return ddvalues, dcoeff, dtiles, *NO_INDEX_GRADIENTS
 
 
-_live_blocks.register_autograd(_blocks_backward, setup_context=_save)
-_live_blocks_backward.register_autograd(_blocks_backward_backward, setup_context=_save)
+_live_blocks = Operator(
+    "live_blocks", _compute_blocks, fake=_fake_blocks, save=_save_blocks, backward=_blocks_backward, differentiable=2
+)
+_live_blocks_backward = Operator(
+    "live_blocks_backward",
+    _compute_blocks_backward,
+    fake=_fake_blocks_backward,
+    save=_save,
+    backward=_blocks_backward_backward,
+    differentiable=3,
+)
 
 
 def live_blocks(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
     """The live blocks of W = sum_i A_i kron B_i in the order of the index's entries, (capacity, bm, bn)."""
-    return _live_blocks(coeff, tiles, *index)
+    return _live_blocks(coeff, tiles, *index, torch.compiler.is_compiling() and not torch.compiler.is_exporting())
 
 
 def _stages(plan: str, x: Any, coeff: Any, tiles: Any) -> Stages:
     """The multiply-adds of a plan, from the shapes, all blocks live."""
     (m1, n1, rank), (groups, _, bm, bn) = coeff, tiles
-    return PLANS[plan].stages(ProductSizes(x[0], m1, n1, bm, bn, rank, groups, live=m1 * n1))
+    return PLANS[plan].stages(ProductSizes(math.prod(x[:-1]), m1, n1, bm, bn, rank, groups, live=m1 * n1))
 
 
 @register_flop_formula(torch.ops.kronblocks.kron_linear)

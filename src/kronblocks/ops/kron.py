@@ -86,9 +86,7 @@ def kron_linear(
         return _packed(x, coeff, tiles, bias, live)
     if live is not None and not isinstance(live, Tensor):
         raise KronblocksError(f'plan "{plan}" takes live as an (m1, n1) bool mask; a BlockIndex is for "packed"')
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = factored.kron_linear(rows, coeff, tiles, bias, live, plan)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], m1 * bm)
+    return factored.kron_linear(x, coeff, tiles, bias, live, plan)
 
 
 def block_norms(coeff: Tensor, tiles: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ live blocks of dy^T x. They are opaque to torch.compile and know autograd, fake 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kronblocks.core.errors import KronblocksError
 from kronblocks.ops import backends
+from kronblocks.ops.backends import native
 from kronblocks.ops.index import NO_INDEX_GRADIENTS, BlockIndex
 from kronblocks.ops.operands import autocast, check_product
-from kronblocks.ops.pattern import up_to_date
+from kronblocks.ops.operator import Operator, is_eager, rows_of
+from kronblocks.ops.pattern import refresh_index
 
 
-@torch.library.custom_op("kronblocks::packed_linear", mutates_args=())
 def _packed_linear(
     x: Tensor,
     values: Tensor,
@@ -30,38 +32,40 @@ def _packed_linear(
     slot: Tensor,
     ccol: Tensor,
     order: Tensor,
+    look: bool = False,
 ) -> Tensor:
-    index = up_to_date(BlockIndex(crow, col, row, slot, ccol, order), values)
-    return backends.pick(x).packed_linear(x, values, index, bias)
+    if look:
+        refresh_index(crow, values)
+    index = BlockIndex(crow, col, row, slot, ccol, order)
+    y = backends.pick(x).packed_linear(rows_of(x), values, index, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
-@torch.library.custom_op("kronblocks::packed_grad_input", mutates_args=())
 def _packed_grad_input(
     dy: Tensor, values: Tensor, crow: Tensor, col: Tensor, row: Tensor, slot: Tensor, ccol: Tensor, order: Tensor
 ) -> Tensor:
-    return backends.pick(dy).packed_grad_input(dy, values, BlockIndex(crow, col, row, slot, ccol, order))
+    index = BlockIndex(crow, col, row, slot, ccol, order)
+    dx = backends.pick(dy).packed_grad_input(rows_of(dy), values, index)
+    return dx.view(*dy.shape[:-1], dx.shape[-1])
 
 
-@torch.library.custom_op("kronblocks::packed_grad_values", mutates_args=())
 def _packed_grad_values(
     dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, row: Tensor, slot: Tensor, ccol: Tensor, order: Tensor
 ) -> Tensor:
-    return backends.pick(dy).packed_grad_values(dy, x, BlockIndex(crow, col, row, slot, ccol, order))
+    index = BlockIndex(crow, col, row, slot, ccol, order)
+    return backends.pick(dy).packed_grad_values(rows_of(dy), rows_of(x), index)
 
 
-@_packed_linear.register_fake
-def _(x, values, bias, crow, *index):
-    return x.new_empty(x.shape[0], (crow.shape[0] - 1) * values.shape[1])
+def _fake_linear(x, values, bias, crow, *_):
+    return x.new_empty(*x.shape[:-1], (crow.shape[0] - 1) * values.shape[1])
 
 
-@_packed_grad_input.register_fake
-def _(dy, values, crow, col, row, slot, ccol, order):
-    return dy.new_empty(dy.shape[0], (ccol.shape[0] - 1) * values.shape[2])
+def _fake_grad_input(dy, values, crow, col, row, slot, ccol, order):
+    return dy.new_empty(*dy.shape[:-1], (ccol.shape[0] - 1) * values.shape[2])
 
 
-@_packed_grad_values.register_fake
-def _(dy, x, crow, col, row, slot, ccol, order):
-    rows, cols = dy.shape[1] // (crow.shape[0] - 1), x.shape[1] // (ccol.shape[0] - 1)
+def _fake_grad_values(dy, x, crow, col, row, slot, ccol, order):
+    rows, cols = dy.shape[-1] // (crow.shape[0] - 1), x.shape[-1] // (ccol.shape[0] - 1)
     return dy.new_empty(col.shape[0], rows, cols)
 
 
@@ -70,47 +74,59 @@ def _save(ctx, inputs, output):
 
 
 def _save_linear(ctx, inputs, output):
-    x, values, _, *index = inputs
+    x, values, _, *index, _ = inputs
     ctx.save_for_backward(x, values, *index)
 
 
 def _linear_backward(ctx, dy):
     x, values, *index = ctx.saved_tensors
-    dx = _packed_grad_input(dy, values, *index) if ctx.needs_input_grad[0] else None
-    dvalues = _packed_grad_values(dy, x, *index) if ctx.needs_input_grad[1] else None
-    dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-    return dx, dvalues, dbias, *NO_INDEX_GRADIENTS
+    dx = _grad_input(dy, values, *index) if ctx.needs_input_grad[0] else None
+    dvalues = _grad_values(dy, x, *index) if ctx.needs_input_grad[1] else None
+    dbias = rows_of(dy).sum(0) if ctx.needs_input_grad[2] else None
+    return dx, dvalues, dbias, *NO_INDEX_GRADIENTS, None
 
 
 def _grad_input_backward(ctx, ddx):
     dy, values, *index = ctx.saved_tensors
-    ddy = _packed_linear(ddx, values, None, *index) if ctx.needs_input_grad[0] else None
-    dvalues = _packed_grad_values(dy, ddx, *index) if ctx.needs_input_grad[1] else None
+    ddy = _linear(ddx, values, None, *index, False) if ctx.needs_input_grad[0] else None
+    dvalues = _grad_values(dy, ddx, *index) if ctx.needs_input_grad[1] else None
     return ddy, dvalues, *NO_INDEX_GRADIENTS
 
 
 def _grad_values_backward(ctx, ddvalues):
     dy, x, *index = ctx.saved_tensors
-    ddy = _packed_linear(x, ddvalues, None, *index) if ctx.needs_input_grad[0] else None
-    dx = _packed_grad_input(dy, ddvalues, *index) if ctx.needs_input_grad[1] else None
+    ddy = _linear(x, ddvalues, None, *index, False) if ctx.needs_input_grad[0] else None
+    dx = _grad_input(dy, ddvalues, *index) if ctx.needs_input_grad[1] else None
     return ddy, dx, *NO_INDEX_GRADIENTS
 
 
+_linear = Operator(
+    "packed_linear", _packed_linear, fake=_fake_linear, save=_save_linear, backward=_linear_backward, differentiable=3
+)
+_grad_input = Operator(
+    "packed_grad_input", _packed_grad_input, fake=_fake_grad_input, save=_save, backward=_grad_input_backward, differentiable=2
+)
+_grad_values = Operator(
+    "packed_grad_values",
+    _packed_grad_values,
+    fake=_fake_grad_values,
+    save=_save,
+    backward=_grad_values_backward,
+    differentiable=2,
+)
+
+
 def _product_flops(x: Any, values: Any, *index: Any, **_: Any) -> int:
-    return 2 * x[0] * values[0] * values[1] * values[2]
+    return 2 * math.prod(x[:-1]) * values[0] * values[1] * values[2]
 
 
 def _grad_values_flops(dy: Any, x: Any, *index: Any, out_shape: Any = None, **_: Any) -> int:
-    return 2 * dy[0] * out_shape[0] * out_shape[1] * out_shape[2]
+    return 2 * math.prod(dy[:-1]) * out_shape[0] * out_shape[1] * out_shape[2]
 
 
 # so that torch's own counter does not report these products as nothing; exact where the index has no padding
 register_flop_formula([torch.ops.kronblocks.packed_linear, torch.ops.kronblocks.packed_grad_input])(_product_flops)
 register_flop_formula(torch.ops.kronblocks.packed_grad_values)(_grad_values_flops)
-
-_packed_linear.register_autograd(_linear_backward, setup_context=_save_linear)
-_packed_grad_input.register_autograd(_grad_input_backward, setup_context=_save)
-_packed_grad_values.register_autograd(_grad_values_backward, setup_context=_save)
 
 
 def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None = None) -> Tensor:
@@ -128,6 +144,11 @@ def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | N
     Raises:
         KronblocksError: shapes, dtypes or devices do not fit together.
     """
+    if isinstance(x, Tensor) and native.checks(x, values, bias, index.crow) and is_eager():
+        try:
+            return _linear.eager(x, values, bias, *index, False)
+        except RuntimeError:  # what does not fit is told below
+            pass
     x, values, bias = autocast(x, values, bias)
     (m1, n1), shape = index.grid, values.shape
     if len(shape) != 3 or shape[0] != index.slot.shape[0]:
@@ -140,7 +161,4 @@ def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | N
 
 def checked_packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None) -> Tensor:
     """`packed_linear` of operands that are known to fit together, in the dtype that autocast wants."""
-    if x.dim() == 2:
-        return _packed_linear(x, values, bias, *index)
-    rows = _packed_linear(x.reshape(-1, x.shape[-1]), values, bias, *index)
-    return rows.reshape(*x.shape[:-1], rows.shape[-1])
+    return _linear(x, values, bias, *index, torch.compiler.is_compiling() and not torch.compiler.is_exporting())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,29 @@ from kronblocks.core.errors import KronblocksError
 from kronblocks.ops.index import BlockIndex
 
 _BY_MEMORY: dict[int, weakref.ref[Pattern]] = {}  # by the addresses of what a pattern keeps alive
+
+
+class Watcher(Protocol):
+    """Kernels that look by themselves whether an index is still true, by what stands in memory."""
+
+    def watch(self, index: Tensor, mask: Tensor, position: Tensor | None) -> None:
+        """`index` is true as long as nobody writes into the other two."""
+        ...
+
+    def forget(self, index: int) -> None:
+        """The index at this address is watched no more; its sources may leave memory."""
+        ...
+
+
+_WATCHERS: list[Watcher] = []
+
+
+def add_watcher(watcher: Watcher) -> None:
+    """Tell it of every pattern that there is and will be."""
+    _WATCHERS.append(watcher)
+    for pattern in {ref() for ref in _BY_MEMORY.values()}:
+        if pattern is not None:
+            pattern._register()
 
 
 class Pattern:
@@ -163,12 +186,17 @@ class Pattern:
         addresses = [t.data_ptr() for t in kept if t is not None and type(t) is Tensor and not t.is_meta and t.numel()]
         self._addresses, self._ref = addresses, weakref.ref(self, partial(_drop, addresses=addresses))
         _BY_MEMORY.update(dict.fromkeys(addresses, self._ref))
+        if self.index is not None and self.mask is not None and self.index.crow.data_ptr() in addresses:
+            for watcher in _WATCHERS:
+                watcher.watch(self.index.crow, self.mask, self.position)
 
 
 def _drop(ref: weakref.ref[Pattern] | None, addresses: list[int]) -> None:
     for address in addresses:
         if _BY_MEMORY.get(address) is ref:
             del _BY_MEMORY[address]
+            for watcher in _WATCHERS:
+                watcher.forget(address)
 
 
 def _by_memory(tensor: Tensor) -> Pattern | None:
@@ -200,15 +228,19 @@ def _rounds_to(known: Tensor, position: Tensor) -> bool:
     return bool(((lost >= 0) & (lost <= 1 + known // 64)).all())
 
 
-def up_to_date(index: BlockIndex, values: Tensor | None = None) -> BlockIndex:
-    """The index, written again first if a pattern holds it and its mask or positions have changed since.
+@torch.library.custom_op("kronblocks::refresh_index", mutates_args=())
+def refresh_index(crow: Tensor, values: Tensor | None) -> None:
+    """Write an index again, in its place, if a pattern holds it and its mask or positions have changed since.
 
-    Operators call this, since they run at every call, also in compiled code.
+    Compiled code cannot look, so operators that are told to do it for that. Kernels in C++ call this only after a change.
+
+    Args:
+        crow: of the index, which is known by its memory.
+        values: as for `Pattern.follow_`.
     """
-    pattern = _by_memory(index.crow)
+    pattern = _by_memory(crow)
     if pattern is not None and not pattern.is_fresh():
         pattern.refresh_(values)
-    return index
 
 
 def without_dead(mask: Tensor | None) -> bool:

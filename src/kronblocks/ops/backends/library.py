@@ -1,33 +1,107 @@
 """Finds and loads the native kernels, once, when they are first asked for, and says why where there are none.
 
-The library is plain C, compiled with OpenMP but linked against no runtime of it: its calls go to the one that torch has loaded.
+The library registers our operators for the CPU with torch's dispatcher, through torch's stable ABI. It is linked against no
+runtime of OpenMP: it finds the one that torch uses behind torch's own library.
 `KRONBLOCKS_NATIVE`, read once, is `0` (do without the kernels), or the path of a library to load instead of the installed one.
 """
 
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import importlib.util
+import itertools
 import os
 import re
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_char_p, c_int64, c_void_p
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from kronblocks.core.errors import NativeFallbackWarning, OpenMPConflictWarning
+from kronblocks.ops.pattern import add_watcher
 
-ABI = 2  # what kb_abi() of the library must say; raised with every change of a signature
+ABI = 3  # what kb_abi() of the library must say; raised with every change of an operator or a function
 
 # GNU's, Intel's and LLVM's; with a hash in the name where wheels vendor it
 RUNTIME = re.compile(r"lib(g|i)?omp5?(-[0-9a-f]+)?\.(so|dylib)\b.*")
 
 
-def load() -> ctypes.CDLL | None:
+class Library:
+    """The loaded library, beside its operators, which torch's dispatcher calls.
+
+    Raises:
+        OSError: the file cannot be loaded.
+        AttributeError: it is another library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._functions = ctypes.CDLL(str(path))
+        self.abi: int = self._functions.kb_abi()
+
+    def register(self) -> bool:
+        """Let the operators compute with these kernels; whether torch agrees."""
+        self._functions.kb_isa.restype = self._functions.kb_schema.restype = c_char_p
+        self._functions.kb_watch.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_int64)
+        self._functions.kb_forget.argtypes = (c_void_p,)
+        if self._functions.kb_register(0):
+            return False
+        add_watcher(self)
+        return True
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Meanwhile the operators compute on the CPU as they would without these kernels."""
+        self._functions.kb_unregister()
+        _loader.serves = False
+        try:
+            yield
+        finally:
+            self._functions.kb_register(0)
+            _loader.serves = True
+
+    def schemas(self) -> list[str]:
+        """Of the operators, as the library would define them where no Python has."""
+        found = itertools.takewhile(bool, map(self._functions.kb_schema, itertools.count()))
+        return [text.decode() for text in found]
+
+    def instruction_set(self) -> str:
+        """ "baseline", "avx2", "avx512" or "avx512bf16": what the kernels that compute are compiled for."""
+        return self._functions.kb_isa().decode()
+
+    def use_instruction_set(self, name: str) -> bool:
+        """Compute with the kernels for another one; False if this machine or this build lacks them."""
+        return bool(self._functions.kb_use_isa(name.encode()))
+
+    def shares_threads(self) -> bool:
+        """Whether torch and the kernels use one runtime of OpenMP."""
+        return bool(self._functions.kb_shares_threads())
+
+    def watch(self, index: Tensor, mask: Tensor, position: Tensor | None) -> None:
+        """Let compiled code find out when `index` is no longer true, see `kronblocks.ops.pattern`."""
+        tensors = (index, mask) if position is None else (index, mask, position)
+        if any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
+            return
+        where, size = (None, 0) if position is None else (position.data_ptr(), position.nbytes)
+        self._functions.kb_watch(index.data_ptr(), mask.data_ptr(), mask.nbytes, where, size)
+
+    def forget(self, index: int) -> None:
+        """The index at this address is watched no more."""
+        self._functions.kb_forget(index)
+
+
+def load() -> Library | None:
     """The native library; None, with one warning per process (none with `KRONBLOCKS_NATIVE=0`), where it is not available."""
     return _loader.library(warn=True)
+
+
+def is_loaded() -> bool:
+    """Whether the kernels serve already. Loads nothing."""
+    return _loader.serves
 
 
 def unavailable_reason() -> str | None:
@@ -43,28 +117,25 @@ def openmp_runtimes(maps: str) -> list[str]:
     return [path for path in paths if RUNTIME.fullmatch(os.path.basename(path))]
 
 
-def torch_runtime(runtimes: list[str], torch_dir: Path) -> str | None:
-    """The runtime that torch brought, of those loaded; the first one where none lies with torch (conda's, the system's)."""
-    own = [path for path in runtimes if {torch_dir, torch_dir.with_suffix(".libs")} & set(Path(path).parents)]
-    return next(iter(own or runtimes), None)
-
-
 class _Loader:
     """What is known about the library: nothing before it is asked for, then either the library or the reason."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._library: ctypes.CDLL | None = None
+        self.serves = False
+        self._library: Library | None = None
         self._tried = False
         self._lock = threading.Lock()
         self._silent = False  # switched off, or already warned
 
-    def library(self, *, warn: bool) -> ctypes.CDLL | None:
+    def library(self, *, warn: bool) -> Library | None:
+        if self._tried and (self.reason is None or not warn):
+            return self._library
         conflict = None
         with self._lock:
             if not self._tried:
-                self._tried = True
                 conflict = self._try()
+                self._tried = True
             fallback = warn and self.reason is not None and not self._silent
             self._silent |= fallback
         if conflict:
@@ -90,18 +161,19 @@ class _Loader:
             self.reason = f"not built (there is no {' and no '.join(map(str, candidates))})"
             return None
         try:
-            conflict = _provide_openmp()
-            library = ctypes.CDLL(str(path))
-            abi = library.kb_abi()
+            library = Library(path)
         except OSError as error:
             self.reason = f"{path} failed to load ({error})"
         except AttributeError:
             self.reason = f"{path} is another library (it has no kb_abi)"
         else:
-            if abi == ABI:
-                self._library = library
-                return conflict
-            self.reason = f"{path} is of another version (its ABI is {abi}, this one needs {ABI})"
+            if library.abi != ABI:
+                self.reason = f"{path} is of another version (its ABI is {library.abi}, this one needs {ABI})"
+            elif not library.register():
+                self.reason = f"torch does not take the operators of {path}"
+            else:
+                self._library, self.serves = library, True
+                return None if library.shares_threads() else _conflict()
         return None
 
 
@@ -111,29 +183,14 @@ def installed_files() -> list[Path]:
     return [Path(directory) / "_native.so" for directory in (package and package.submodule_search_locations) or ()]
 
 
-def _provide_openmp() -> str | None:
-    """Let the library find torch's OpenMP runtime (the system's if torch has none); returns what is wrong where two compete."""
-    torch_dir = Path(torch.__file__).resolve().parent
+def _conflict() -> str:
     maps = Path("/proc/self/maps")
-    runtimes = openmp_runtimes(maps.read_text()) if maps.exists() else [*map(str, torch_dir.glob("lib/libomp.dylib"))]
-    runtime = torch_runtime(runtimes, torch_dir) or ctypes.util.find_library("gomp") or "libgomp.so.1"
-    ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
-    if len(runtimes) < 2 or _torch_follows(ctypes.CDLL(None)):
-        return None
+    runtimes = openmp_runtimes(maps.read_text()) if maps.exists() else []
     return (
-        f"The process has loaded {len(runtimes)} OpenMP runtimes, {' and '.join(runtimes)}, and the native kernels got "
-        f"another one than torch: their threads compete. Import kronblocks first, or start Python with LD_PRELOAD={runtime}."
+        f"The native kernels found another OpenMP runtime than torch ({' and '.join(runtimes) or 'two are loaded'}): their "
+        "threads compete. Import torch before the package that brings the other one, or start Python with LD_PRELOAD set to "
+        "torch's."
     )
-
-
-def _torch_follows(process: ctypes.CDLL) -> bool:
-    """Whether a number of threads set in the runtime that the library will find is the one that torch then reports."""
-    before = torch.get_num_threads()
-    process.omp_set_num_threads(before + 1)
-    try:
-        return torch.get_num_threads() == before + 1
-    finally:
-        process.omp_set_num_threads(before)
 
 
 _loader = _Loader()

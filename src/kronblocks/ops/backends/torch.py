@@ -110,7 +110,7 @@ def packed_grad_values(dy: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
 
 def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: Plan) -> Tensor:
     """y = x W^T + bias by a factored plan; x (rows, n) -> (rows, m)."""
-    coeff = _live_only(coeff, live)
+    coeff = live_only(coeff, live)
     y = plan.second(x, coeff, tiles, plan.first(x, coeff, tiles))
     return y if bias is None else y + bias
 
@@ -119,13 +119,14 @@ def kron_backward(
     dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: Plan, input_grad: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx (rows, n) or None, dcoeff, exactly 0 for dead blocks, and dtiles; the intermediate is computed again."""
-    coeff = _live_only(coeff, live)
+    coeff = live_only(coeff, live)
     intermediate = plan.first(x, coeff, tiles)
     dx, dcoeff, dtiles = plan.backward(dy.contiguous(), x, coeff, tiles, intermediate, input_grad)
-    return dx, _live_only(dcoeff, live), dtiles
+    return dx, live_only(dcoeff, live), dtiles
 
 
-def _live_only(coeff: Tensor, live: Tensor | None) -> Tensor:
+def live_only(coeff: Tensor, live: Tensor | None) -> Tensor:
+    """The coefficients, 0 for dead blocks."""
     return coeff if live is None else coeff.masked_fill(~live.unsqueeze(-1), 0)
 
 
