@@ -351,9 +351,10 @@ EXPORT void kb_unregister() {
   aoti_torch_delete_library_object(std::exchange(kronblocks::implementations(), nullptr));
 }
 
-// From now on the index at this address stands for a mask and positions (or null) as they are, until it is forgotten.
-EXPORT void kb_watch(const void* index, const void* mask, std::int64_t mask_bytes, const void* position, std::int64_t position_bytes) {
-  kronblocks::watched().watch(index, {{mask, mask_bytes}, {position, position_bytes}});
+// From now on the index at this address is true as long as a mask and positions (or nulls) hold what they held then.
+EXPORT void kb_watch(const void* index, const void* mask, const void* mask_then, std::int64_t mask_bytes, const void* position,
+                     const void* position_then, std::int64_t position_bytes) {
+  kronblocks::watched().watch(index, {mask, mask_then, mask_bytes}, {position, position_then, position_bytes});
 }
 
 EXPORT void kb_forget(const void* index) { kronblocks::watched().forget(index); }

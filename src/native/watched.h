@@ -9,26 +9,23 @@
 #include <mutex>
 #include <shared_mutex>
 #include <unordered_map>
-#include <vector>
+#include <utility>
 
 namespace kronblocks {
 
-struct Bytes {
-  const void* begin;
+// What an index was made from: bytes that may change, and, where they are the same still, others that do not.
+struct Source {
+  const void *now, *then;
   std::int64_t size;
+  bool same() const { return size == 0 || (then && std::memcmp(now, then, std::size_t(size)) == 0); }
 };
 
 class Watched {
  public:
-  // What is watched must stay in memory until the index is forgotten.
-  void watch(const void* index, const std::vector<Bytes>& sources) {
-    std::vector<Source> entry;
-    for (const Bytes& bytes : sources) {
-      const auto* begin = static_cast<const char*>(bytes.begin);
-      entry.push_back({begin, std::vector<char>(begin, begin + bytes.size)});
-    }
+  // The sources must stay in memory until the index is forgotten.
+  void watch(const void* index, Source mask, Source position) {
     std::unique_lock lock(mutex_);
-    entries_.insert_or_assign(index, std::move(entry));
+    entries_.insert_or_assign(index, std::make_pair(mask, position));
   }
 
   void forget(const void* index) {
@@ -40,20 +37,12 @@ class Watched {
   bool is_current(const void* index) const {
     std::shared_lock lock(mutex_);
     const auto found = entries_.find(index);
-    if (found == entries_.end()) return true;
-    for (const Source& s : found->second)
-      if (!s.then.empty() && std::memcmp(s.now, s.then.data(), s.then.size())) return false;
-    return true;
+    return found == entries_.end() || (found->second.first.same() && found->second.second.same());
   }
 
  private:
-  struct Source {
-    const char* now;
-    std::vector<char> then;
-  };
-
   mutable std::shared_mutex mutex_;
-  std::unordered_map<const void*, std::vector<Source>> entries_;
+  std::unordered_map<const void*, std::pair<Source, Source>> entries_;
 };
 
 }  // namespace kronblocks

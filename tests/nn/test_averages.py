@@ -167,7 +167,9 @@ def test_an_average_of_two_patterns_is_refused(how, tmp_path):
         "state_dict": model.state_dict,
         "mask": lambda: one.set_block_mask_(two.block_mask),
     }
-    error = (KronblocksError, RuntimeError) if how == "compiled" else KronblocksError  # from C++ the same words come as the latter
+    error = (
+        (KronblocksError, RuntimeError) if how == "compiled" else KronblocksError
+    )  # from C++ the same words come as the latter
     with pytest.raises(error, match="layers with different live blocks were averaged"):
         calls[how]()
 

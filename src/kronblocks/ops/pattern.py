@@ -19,8 +19,8 @@ _BY_MEMORY: dict[int, weakref.ref[Pattern]] = {}  # by the addresses of what a p
 class Watcher(Protocol):
     """Kernels that look by themselves whether an index is still true, by what stands in memory."""
 
-    def watch(self, index: Tensor, mask: Tensor, position: Tensor | None) -> None:
-        """`index` is true as long as nobody writes into the other two."""
+    def watch(self, index: Tensor, sources: list[tuple[Tensor, Tensor | None]]) -> None:
+        """`index` is true as long as each source is equal to the second tensor of its pair; with None it is not now."""
         ...
 
     def forget(self, index: int) -> None:
@@ -86,6 +86,7 @@ class Pattern:
 
     def moved_(self, fn: Any, mask: Tensor, position: Tensor | None) -> None:
         """The tensors went through `fn`, as a module's do, which may not have kept what they hold."""
+        _watched = self.mask, self.position, self._mask_then, self.slots  # in memory until others are watched
         self.mask, self.position, self._mask_then, self._versions = mask, position, None, None
         if self.index is not None:
             self.index = BlockIndex(*map(fn, self.index))
@@ -107,7 +108,7 @@ class Pattern:
         Raises:
             KronblocksError: the positions do not give a slot to every live block.
         """
-        made = self.index
+        made, _watched = self.index, (self._mask_then, self.slots)  # in memory until others are watched
         if not self._says(mask, position):
             if position is not None:
                 self._settle_(mask, position, values)
@@ -187,8 +188,11 @@ class Pattern:
         self._addresses, self._ref = addresses, weakref.ref(self, partial(_drop, addresses=addresses))
         _BY_MEMORY.update(dict.fromkeys(addresses, self._ref))
         if self.index is not None and self.mask is not None and self.index.crow.data_ptr() in addresses:
+            sources = [(self.mask, self._mask_then)]
+            if self.position is not None:
+                sources.append((self.position, self.slots))
             for watcher in _WATCHERS:
-                watcher.watch(self.index.crow, self.mask, self.position)
+                watcher.watch(self.index.crow, sources)
 
 
 def _drop(ref: weakref.ref[Pattern] | None, addresses: list[int]) -> None:

@@ -46,7 +46,7 @@ class Library:
     def register(self) -> bool:
         """Let the operators compute with these kernels; whether torch agrees."""
         self._functions.kb_isa.restype = self._functions.kb_schema.restype = c_char_p
-        self._functions.kb_watch.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_int64)
+        self._functions.kb_watch.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64)
         self._functions.kb_forget.argtypes = (c_void_p,)
         if self._functions.kb_register(0):
             return False
@@ -81,13 +81,14 @@ class Library:
         """Whether torch and the kernels use one runtime of OpenMP."""
         return bool(self._functions.kb_shares_threads())
 
-    def watch(self, index: Tensor, mask: Tensor, position: Tensor | None) -> None:
+    def watch(self, index: Tensor, sources: list[tuple[Tensor, Tensor | None]]) -> None:
         """Let compiled code find out when `index` is no longer true, see `kronblocks.ops.pattern`."""
-        tensors = (index, mask) if position is None else (index, mask, position)
+        tensors = [index, *(t for pair in sources for t in pair if t is not None)]
         if any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
             return
-        where, size = (None, 0) if position is None else (position.data_ptr(), position.nbytes)
-        self._functions.kb_watch(index.data_ptr(), mask.data_ptr(), mask.nbytes, where, size)
+        numbers = [(now.data_ptr(), then.data_ptr() if then is not None else None, now.nbytes) for now, then in sources]
+        mask, position = numbers[0], numbers[1] if len(numbers) > 1 else (None, None, 0)
+        self._functions.kb_watch(index.data_ptr(), *mask, *position)
 
     def forget(self, index: int) -> None:
         """The index at this address is watched no more."""
