@@ -87,7 +87,7 @@ def test_the_fastest_form_is_taken(monkeypatch):
     monkeypatch.setattr(module, "choose_deployed", lambda problem: DeployedForm(forms[problem.grid.out_features], timed))
     exported = export(sparse(), torch.randn(7, 24), slim=False)
     assert [layer.form for layer in exported.layers] == ["packed", "dense"]
-    assert exported.layers[0].why == "at 7 rows 0.4 ms, dense 3 ms; live blocks multiplied out of the factors"
+    assert exported.layers[0].why == "at 7 rows 0.4 ms, dense 3 ms; live blocks computed from the factors"
     assert exported.layers[1].why == "at 7 rows 3 ms, values 0.4 ms"
     assert exported.manifest()["layers"][0]["timed"] == timed
     forms |= {16: "coeff_first", 12: "packed"}
@@ -235,7 +235,7 @@ class Outputs(nn.Module):
 
 def test_what_is_compared():
     x = torch.randn(5, 32)
-    with pytest.raises(KronblocksError, match="no floating point tensors"):
+    with pytest.raises(KronblocksError, match="no floating-point tensors"):
         export(Outputs(lambda y: y.argmax(1)), x)
     masked = export(Outputs(lambda y: y.masked_fill(y < 0, float("-inf"))), x, form="packed", slim=False)
     assert masked.error < 1e-5

@@ -99,7 +99,7 @@ def test_a_sparsifier_that_is_carried_restores_its_own_model():
 def test_other_block_layers_and_other_sizes_are_refused():
     model = trained(method="rigl")
     factored = rebuild_on_load_(trained(method="two-phase", rank=2))
-    with pytest.raises(KronblocksError, match=r"of a BlockSparseLinear of other sizes than the KroneckerBlockLinear .* there"):
+    with pytest.raises(KronblocksError, match=r"of a BlockSparseLinear with other sizes than the model's KroneckerBlockLinear"):
         factored.load_state_dict(model.state_dict())
     wider = rebuild_on_load_(nn.ModuleDict({"up": nn.Linear(8, 32)}))
     with pytest.raises(KronblocksError, match="has other sizes than the model's"):

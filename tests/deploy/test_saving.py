@@ -151,7 +151,7 @@ def test_a_model_that_does_not_fit_is_left_as_it_was(folder):
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
     check(nn.Sequential(*dense(), nn.Linear(5, 2)), "5.weight is not in the file")
-    check(dense()[:4], "4.bias is in the file, and the model has no place for it")
+    check(dense()[:4], "4.bias is in the file, but the model has no place for it")
     check(nn.Sequential(*dense()[:4], nn.Linear(12, 6)), r"4.weight is \(5, 12\) in the file, and \(6, 12\) in the model")
     check(nn.Sequential(nn.Linear(24, 20), *dense()[1:]), "'0' has other sizes")
     check(nn.Sequential(nn.ReLU(), *dense()[1:]), "the model has ReLU there")
@@ -170,7 +170,7 @@ def edit_layer(name, **changes):
     [
         (edit(format=3), "format 3, and this kronblocks reads formats 1 to 2"),
         (edit(extras=[]), "extras is not a dict"),
-        (edit(extras={"1._extra_state": 3}), "1._extra_state is in the file, and the model has no place for it"),
+        (edit(extras={"1._extra_state": 3}), "1._extra_state is in the file, but the model has no place for it"),
         (edit(dtypes=3), "dtypes is not a dict"),
         (edit(weights="../../etc/passwd"), "no name of a weights' file"),
         (edit(weights=3), "weights is not a str"),
@@ -191,7 +191,7 @@ def edit_layer(name, **changes):
         (edit_layer("0", rank="4"), "rank"),
         (edit_layer("0", block_size="5"), "does not fit"),
         (edit_layer("0", block_size=None), "as a block size"),
-        (edit_layer("2", capacity=3), "live blocks, and the card says 3"),
+        (edit_layer("2", capacity=3), "live blocks, but the card says 3"),
         (edit_layer("2", capacity=10**12), "capacity must be"),
         (edit_layer("2", capacity=-1), "capacity must be"),
         (edit_layer("2", capacity="x"), "does not know|capacity"),
@@ -231,7 +231,7 @@ def test_damaged_weights_are_an_error_or_other_numbers(tmp_path_factory, place, 
 def test_folders_that_hold_no_model_say_so(tmp_path, folder):
     with pytest.raises(KronblocksError, match=r"holds no kronblocks\.json: name a folder"):
         from_pretrained(tmp_path / "none", dense)
-    with pytest.raises(KronblocksError, match=r"does not say how to build the model: give it"):
+    with pytest.raises(KronblocksError, match=r"does not say how to build the model: write"):
         from_pretrained(folder)
     (tmp_path / "file").write_text("")
     with pytest.raises(KronblocksError, match="cannot save the model"):

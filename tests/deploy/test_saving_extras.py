@@ -83,7 +83,7 @@ def test_what_only_a_pickle_could_hold_is_refused_before_anything_is_written(tmp
     ("extras", "says"),
     [
         ({}, "_extra_state is not in the file"),
-        ({"_extra_state": 1, "x": 2}, "x is in the file, and the model has no place for it"),
+        ({"_extra_state": 1, "x": 2}, "x is in the file, but the model has no place for it"),
         ({"_extra_state": [1]}, "damaged: '\\[1\\]' is no extra state"),
         ({"_extra_state": {"set": [1]}}, "is no extra state"),
         ({"_extra_state": {"dict": {}, "list": []}}, "is no extra state"),
@@ -144,7 +144,7 @@ def test_types_of_buffers(tmp_path):
     [
         (
             lambda: torch.eye(4).to_sparse(),
-            "graph.adjacency is a sparse_coo Tensor, which a safetensors file cannot hold: keep what",
+            "graph.adjacency is a sparse_coo Tensor, which a safetensors file cannot hold: keep its parts",
         ),
         (lambda: torch.eye(4).to_sparse_csr(), "is a sparse_csr Tensor"),
         (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "is a jagged NestedTensor"),

@@ -32,7 +32,7 @@ def test_sizes_are_taken_as_near_as_they_fit_and_those_that_make_no_difference_o
         find_candidates(nn.Sequential(nn.Linear(7, 5)), SparsityConfig(), (4,))
     with pytest.raises(KronblocksError, match="none of the block sizes fits"):
         find_candidates(nn.Sequential(nn.Linear(7, 5)), SparsityConfig())
-    with pytest.raises(KronblocksError, match="names no block size: a search wants at least two"):
+    with pytest.raises(KronblocksError, match="names no block size: a search needs at least two"):
         find_candidates(model(), SparsityConfig(), ())
 
 

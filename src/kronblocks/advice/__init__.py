@@ -1,4 +1,4 @@
-"""What block sparsity would gain: layers measured on this machine."""
+"""Measure on this machine what block sparsity would gain."""
 
 from kronblocks.advice.measuring import advise
 from kronblocks.advice.report import Advice

@@ -1,4 +1,4 @@
-"""The layers that a user names on the command line: shapes, a model by import path, a safetensors file."""
+"""Read the layers to advise on: shapes, a model by import path, or a safetensors file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kronblocks.core.errors import KronblocksError
 from kronblocks.core.imports import import_here
 
 Layers = list[tuple[nn.Module, dict[str, int]]]
-"""Models, and how many of a layer there are where that is not one."""
+"""Models, and the number of equal layers for names that stand for several."""
 
 _EXAMPLES = "shapes (out x in) such as 1024x1024 or 4096x1024*12, package.module:function, or file.safetensors"
 
 
 def linears(layers: nn.Module | str | Sequence[str]) -> Layers:
-    """The models whose nn.Linear layers are meant; those of shapes and files are on the meta device.
+    """The models whose nn.Linear layers are timed. Those of shapes and files are on the meta device.
 
     Raises:
-        KronblocksError: something that cannot be read, imported or found.
+        KronblocksError: something cannot be read, imported or found.
     """
     if isinstance(layers, nn.Module):
         return [(nn.ModuleDict({"model": layers}) if isinstance(layers, nn.Linear) else layers, {})]
@@ -41,7 +41,7 @@ def linears(layers: nn.Module | str | Sequence[str]) -> Layers:
         else:
             raise KronblocksError(f"cannot read {each!r}: write {_EXAMPLES}")
     if wrong := [name for name, *numbers in shapes if 0 in numbers]:
-        raise KronblocksError(f"{wrong[0]} is no layer: sizes and counts are whole numbers from 1 on")
+        raise KronblocksError(f"{wrong[0]} is not a layer: sizes and counts are whole numbers from 1 on")
     together, counts = nn.Module(), dict.fromkeys((name for name, *_ in shapes), 0)
     for name, outputs, inputs, count in shapes:
         if not counts[name]:
@@ -51,7 +51,7 @@ def linears(layers: nn.Module | str | Sequence[str]) -> Layers:
 
 
 def _put(model: nn.Module, name: str, layer: nn.Linear) -> None:
-    """Make a module the model's submodule of a dotted name."""
+    """Put a module into the model under a dotted name."""
     *path, last = name.split(".")
     for part in path:
         if part not in model._modules:
@@ -63,7 +63,7 @@ def _put(model: nn.Module, name: str, layer: nn.Linear) -> None:
 
 
 def _in_file(path: Path) -> list[tuple[str, int, int, int]]:
-    """The 2-D "*.weight" tensors of a safetensors file, embeddings not among them; only its header is read."""
+    """The 2-D "*.weight" tensors of a safetensors file, without embeddings. Only its header is read."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dictionary
@@ -80,7 +80,7 @@ def _in_file(path: Path) -> list[tuple[str, int, int, int]]:
 
 
 def _call(text: str) -> nn.Module:
-    """The model that "package.module:function" returns; the working folder is looked in, too."""
+    """Call "package.module:function", which returns a model. The working folder is searched, too."""
     module_name, _, function_name = text.partition(":")
     try:
         function = getattr(import_here(module_name), function_name)
@@ -91,7 +91,7 @@ def _call(text: str) -> nn.Module:
     try:
         model = function()
     except TypeError as error:
-        raise KronblocksError(f"{text!r} cannot be called ({error}): name a function that wants no arguments") from error
+        raise KronblocksError(f"{text!r} cannot be called ({error}): name a function without arguments") from error
     if not isinstance(model, nn.Module):
         raise KronblocksError(f"{text!r} returned {type(model).__name__}: name a function that returns an nn.Module")
     return model

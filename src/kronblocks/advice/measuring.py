@@ -1,4 +1,4 @@
-"""Where sparsity pays: `advise` times a model's layers on this machine, dense, factored, and packed at several sparsities."""
+"""`advise`: time a model's layers on this machine, dense, factored, and packed at several sparsities."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from kronblocks.surgery.report import LeftDense, SurgeryReport
 from kronblocks.surgery.selection import select
 
 MOST_WEIGHTS = 2**31
-"""The most weights of a layer that is timed."""
+"""Most weights that a timed layer may have."""
 
-Progress = Callable[[str, int, int], None]  # what is timed now, how many are done, of how many
+Progress = Callable[[str, int, int], None]  # what is timed, how many are done, how many there are
 
 
 def advise(
@@ -44,14 +44,13 @@ def advise(
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> Advice:
-    """Measure, on this machine, what to keep dense, what to factor and what to pack. Takes seconds for each new shape.
+    """Measure, on this machine, which layers to keep dense, factor or pack. It takes seconds for each new shape.
 
-    Linear layers are timed, and transformers' Conv1D as what they are. Convolutions and other modules with weights are not:
-    `Advice.not_timed` lists them.
+    Linear layers and transformers' Conv1D are timed. `Advice.not_timed` lists convolutions and other modules with weights.
 
     Args:
-        layers: a model, or any of: shapes "4096x1024" (out x in), "4096x1024*12" (twelve of them), "package.module:function"
-            (called, returns a model), and "file.safetensors" (its 2-D "*.weight" tensors).
+        layers: a model, or any of: "4096x1024" (out x in), "4096x1024*12" (twelve of these), "package.module:function" (which
+            returns a model), and "file.safetensors" (its 2-D "*.weight" tensors).
         rows: rows of x per step (batch, times tokens).
         sparsity: shares of zero blocks to try.
         block_size: 16, "16x4" or (16, 4), rows first.
@@ -73,7 +72,7 @@ def advise(
         tile_groups=tile_groups,
         on_mismatch=on_mismatch,
         frozen=frozen,
-        init="random",  # weights do not matter, nor do frozen ones
+        init="random",  # weights do not matter here
         rows=rows,
         target_sparsity=shares[-1],
     )
@@ -105,7 +104,7 @@ def _check(rows: int, sparsity: Sequence[float], device: torch.device | str, dty
 
 
 class _Key(NamedTuple):
-    """What makes two layers the same question."""
+    """What is equal for layers that need to be timed only once."""
 
     out_features: int
     in_features: int
@@ -114,7 +113,7 @@ class _Key(NamedTuple):
 
 
 def _distinct(found: Layers, config: SparsityConfig) -> tuple[dict[_Key, tuple[list[str], int]], tuple[str, ...]]:
-    """Distinct questions -> names of the layers, and how many there are; and what is no linear layer, with its share."""
+    """Distinct keys, with names and number of their layers; and the modules that are not linear layers, with their shares."""
     distinct: dict[_Key, tuple[list[str], int]] = {}
     others: list[LeftDense] = []
 
@@ -162,21 +161,21 @@ def _measure(key: _Key, names: list[str], count: int, problem: Problem, shares: 
 
 
 def _packed_bytes(problem: Problem) -> int:
-    """Values of the live blocks, and the index: four numbers of 4 bytes a block, and where rows and columns begin."""
+    """Bytes of the live blocks' values and of the index: four 4-byte numbers per block, and the starts of rows and columns."""
     live = max(1, round(problem.density * problem.grid.blocks))
     return live * problem.grid.block.area * problem.dtype.itemsize + 4 * (4 * live + sum(problem.grid.shape) + 2)
 
 
 class _Timings:
-    """Of a layer, in training or in inference: every way of computing it, measured in turns with dense.
+    """Timings of a layer, in training or in inference: all ways of computing it, in turns with dense.
 
-    What counts is the least of the turns, since whatever else the machine does can only add to a time.
+    The least of the turns counts, since other work of the machine can only add time.
 
     Args:
         free: the layer with free values.
         factors: the layer with factors; None: it stays dense, and only that is timed.
         densities: of packed values, ascending.
-        training: or inference.
+        training: whether to time training, not inference.
     """
 
     def __init__(self, free: Problem, factors: Problem | None, densities: list[float], training: bool) -> None:
@@ -189,15 +188,15 @@ class _Timings:
             raise KronblocksError(f"the memory of {free.device} is too small to time {free.grid} with {free.rows} rows")
 
     def dense(self) -> Speed:
-        """`F.linear`."""
+        """The time of `F.linear`."""
         return Speed(REFERENCE, min(self._reference), 1.0, 0.0)
 
     def factored(self) -> Speed:
-        """The best plan of the factors."""
+        """The time of the best factored plan."""
         return self._best(self._of_factors)
 
     def packed(self, density: float) -> Speed:
-        """The best plan of so many live blocks."""
+        """The time of the best plan at a density."""
         return self._best(self._by_density[density])
 
     def _best(self, plans: dict[str, list[float]]) -> Speed:
@@ -206,7 +205,7 @@ class _Timings:
         return Speed(best, least[best], self.dense().seconds / least[best], _spread(self._reference, plans[best]))
 
     def break_even(self) -> float | None:
-        """The least share of zero blocks at which the packed plan beats `F.linear`; None: not even with one block in 256."""
+        """The least share of zero blocks at which packed is faster than `F.linear`; None: not even with one block in 256."""
         dense = self.dense().seconds
         points = [(d, min(plans["packed"])) for d, plans in self._by_density.items() if "packed" in plans]
         pays = [(density, seconds) for density, seconds in points if seconds < dense]
@@ -221,7 +220,7 @@ class _Timings:
 
 
 def _spread(dense: list[float], way: list[float]) -> float:
-    """How far apart the answers of three thirds of the turns are, as a share of their mean: plus or minus."""
+    """The spread (plus or minus) of the ratios in three thirds of the turns, as a share of their mean."""
     parts = [(dense[third::3], way[third::3]) for third in range(3)]
     ratios = [min(one) / min(other) for one, other in parts if one and other]
     return (max(ratios) - min(ratios)) / (max(ratios) + min(ratios))

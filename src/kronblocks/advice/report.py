@@ -1,4 +1,4 @@
-"""What `advise` found: each layer's ways of being computed, what to do, and what the whole model gains."""
+"""Advice: the times of each layer dense, factored and packed, what to do, and the whole model's gain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from kronblocks.ops.costs.choice import milliseconds
 
 WORTH = 1.03
-"""How many times quicker than dense something must be to be advised, or more where its own timings vary more."""
+"""A way must be this many times as fast as dense to be advised, or more if its timings vary more."""
 
 _VERBS = {"dense": "keep dense", "factored": "factor", "packed": "pack"}
 
@@ -34,16 +34,16 @@ class Way:
     sparsity: float
     training: Speed
     inference: Speed
-    weight_bytes: int  # values, and the index where there is one
+    weight_bytes: int  # of the values, and of the index if there is one
 
     def speed(self, training: bool) -> Speed:
-        """In training or in inference."""
+        """The speed in training or in inference."""
         return self.training if training else self.inference
 
 
 @dataclass(frozen=True)
 class LayerAdvice:
-    """All layers of one shape."""
+    """The advice for all layers of one shape."""
 
     out_features: int
     in_features: int
@@ -53,23 +53,19 @@ class LayerAdvice:
     left_dense: str  # why no block size was tried; empty otherwise
     dense: Way
     factored: Way | None
-    packed: tuple[Way, ...]  # one a sparsity
+    packed: tuple[Way, ...]  # one per sparsity
     break_even_training: float | None  # least share of zero blocks at which packed beats dense; None: never
     break_even_inference: float | None
 
     def best(self, sparsity: float, *, training: bool) -> Way:
-        """The way to take at this sparsity; dense unless another is clearly quicker."""
+        """The way to use at this sparsity: dense, unless another one is clearly faster."""
         ways = [way for way in (self.factored, *self.packed) if way is not None and way.sparsity in (0.0, sparsity)]
         best = max(ways, key=lambda way: way.speed(training).relative, default=self.dense)
         speed = best.speed(training)
         return best if speed.relative >= max(WORTH, 1 + speed.spread) else self.dense
 
     def what_to_do(self, *, training: bool) -> str:
-        """In words, for all sparsities.
-
-        Returns:
-            Such as "keep dense at 50 %; pack at 90 % and 95 %".
-        """
+        """The advice in words, such as "keep dense at 50 %; pack at 90 % and 95 %"."""
         if self.left_dense:
             return f"keep dense: {self.left_dense}"
         verbs: dict[str, list[str]] = {}
@@ -83,18 +79,18 @@ class LayerAdvice:
 
 @dataclass(frozen=True)
 class Gain:
-    """The whole model's linear layers at one sparsity, each in its best way: times quicker than dense, and bytes of weights."""
+    """The gain of all linear layers at one sparsity, each in its best way: speed relative to dense, and bytes of weights."""
 
     sparsity: float
     training: float
     inference: float
     dense_bytes: int
-    weight_bytes: int  # as exported: each layer in the way that is best for inference
+    weight_bytes: int  # with each layer in the way that is best for inference
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What `advise` found; `print` it for a table, `to_dict` it for JSON."""
+    """The result of `advise`. Print it for a table; `to_dict` is for JSON."""
 
     rows: int
     rank: int | None
@@ -102,11 +98,11 @@ class Advice:
     dtype: str
     threads: int
     layers: tuple[LayerAdvice, ...]
-    gains: tuple[Gain, ...]  # one a sparsity
-    not_timed: tuple[str, ...] = ()  # modules with weights that are no linear layers, with their share of the model
+    gains: tuple[Gain, ...]  # one per sparsity
+    not_timed: tuple[str, ...] = ()  # modules with weights that are not linear layers, with their share of the model
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with the format's version."""
+        """The advice as plain values, with the format's version."""
         return {"version": 2, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
@@ -125,12 +121,12 @@ class Advice:
 
 
 def percent(share: float) -> str:
-    """A share in words."""
+    """A share as text, in percent."""
     return f"{100 * share:.4g} %"
 
 
 def ratio(speed: Speed) -> str:
-    """How quick it is against dense, and what that varies by.
+    """The speed relative to dense, and its spread.
 
     >>> ratio(Speed("packed", 0.001, 2.0, 0.04)), ratio(Speed("F.linear", 0.002, 1.0, 0.0))
     ('2.00x ±4%', '1.00x')
@@ -139,12 +135,12 @@ def ratio(speed: Speed) -> str:
 
 
 def label(way: Way) -> str:
-    """What a way is called in a table."""
+    """The name of a way in a table."""
     return f"packed, {percent(way.sparsity)}" if way.kind == "packed" else way.kind
 
 
 def title(layer: LayerAdvice) -> str:
-    """Which layers they are."""
+    """The title for layers of one shape."""
     shape = f"{layer.out_features}x{layer.in_features}"
     names = ", ".join(name for name in layer.names[:3] if name != shape) + (", ..." if len(layer.names) > 3 else "")
     blocks = f" in {layer.block_size} blocks" if layer.block_size else ""
@@ -152,7 +148,7 @@ def title(layer: LayerAdvice) -> str:
 
 
 def remarks(layer: LayerAdvice) -> list[str]:
-    """What to do, and from where on sparsity pays."""
+    """What to do, and from which sparsity on it pays."""
     todo = [layer.what_to_do(training=training) for training in (True, False)]
     lines = [f"what to do: {todo[0]}"] if todo[0] == todo[1] else [f"in training: {todo[0]}", f"in inference: {todo[1]}"]
     if not layer.left_dense:
@@ -165,7 +161,7 @@ def remarks(layer: LayerAdvice) -> list[str]:
 
 
 def summary(gain: Gain) -> str:
-    """One sparsity's gain in a line."""
+    """The gain at one sparsity, as a line."""
     return (
         f"training {gain.training:.2f}x of dense's speed, inference {gain.inference:.2f}x, "
         f"weights {gain.weight_bytes / 2**20:.1f} MiB of {gain.dense_bytes / 2**20:.1f}"

@@ -1,4 +1,4 @@
-"""From a trained model to one that is stored, loaded and run."""
+"""Save, load and export trained models."""
 
 from kronblocks.deploy.exported import Exported
 from kronblocks.deploy.exporting import export

@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class ExportedLayer:
-    """What became of a block layer."""
+    """The form of one block layer in an exported model."""
 
     name: str
     form: str  # dense, packed, factored or bsr
@@ -30,9 +30,9 @@ class ExportedLayer:
     block_size: str
     density: float
     rows: int  # of the example's x
-    bytes: int  # of what it stores
+    bytes: int  # stored
     why: str
-    timed: dict[str, float] = field(default_factory=dict)  # seconds at those rows on this machine, of every form that was timed
+    timed: dict[str, float] = field(default_factory=dict)  # seconds by form, at those rows on this machine
 
     @property
     def shape(self) -> str:
@@ -44,15 +44,15 @@ class ExportedLayer:
 class Exported:
     """An exported model. Print it for a table.
 
-    Of more than 12 layers those that are alike share a row, with their mean and least density:
+    With more than 12 layers, like layers share a row, with their mean and least density.
     `print(exported.table(every_layer=True))` has a row for each.
 
     Args:
         model: a copy in eval mode, without gradients.
         layers: the block layers, in the model's order.
-        slimmed: where features were removed, so that layers are narrower than the model's.
-        remark: why none could be removed, if so.
-        error: largest difference of its outputs to the model's on the example, relative to the largest output.
+        slimmed: the places where features were removed, so that layers are narrower than the model's.
+        remark: why no features could be removed; "" if they could.
+        error: largest difference to the model's outputs on the example, relative to the largest output.
     """
 
     model: nn.Module
@@ -62,7 +62,7 @@ class Exported:
     error: float
 
     def manifest(self) -> dict[str, Any]:
-        """What was exported, as plain values."""
+        """The forms of all layers and what was removed, as plain values."""
         layers, slimmed = [asdict(layer) for layer in self.layers], [asdict(each) for each in self.slimmed]
         return {"version": 1, "error": self.error, "layers": layers, "slimmed": slimmed, "remark": self.remark}
 
@@ -90,7 +90,7 @@ class Exported:
         return self.table()
 
     def table(self, *, every_layer: bool = False) -> str:
-        """What `print` shows, or with `every_layer` the same with a row for each layer."""
+        """What `print` shows; with `every_layer`, with a row for each layer."""
         layers, slimmed = [[layer] for layer in self.layers], [[each] for each in self.slimmed]
         if shared := len(layers) > MOST_ROWS and not every_layer:
             layers = together(self.layers, lambda layer: layer.name, _kind)
@@ -103,12 +103,12 @@ class Exported:
 
 
 def _kind(layer: ExportedLayer) -> Hashable:
-    """What layers that share a row have in common."""
+    """What must be equal for layers to share a row."""
     return layer.form, layer.shape, layer.block_size, figureless(layer.why)
 
 
 def _row(layers: Sequence[ExportedLayer]) -> Sequence[str]:
-    """A row of the table, of one layer or of several that are alike: their mean and least density, and their bytes together."""
+    """A row of the table, for one layer or several like layers: their mean and least density, and all their bytes."""
     first, densities = layers[0], [layer.density for layer in layers]
     density, least = f"{fmean(densities):.3f}", f"{min(densities):.3f}"
     return (
@@ -123,7 +123,7 @@ def _row(layers: Sequence[ExportedLayer]) -> Sequence[str]:
 
 
 def _removed(pairs: Sequence[Slimmed]) -> str:
-    """What became narrower, in a line."""
+    """A line that says what became narrower."""
     names = span([f"{each.producer} -> {each.consumer}" for each in pairs]).replace(" layers)", " pairs)")
     removed, left = between([str(each.removed) for each in pairs]), between([str(each.left) for each in pairs])
     return f"{names}: {removed} dead features removed, {left} left"

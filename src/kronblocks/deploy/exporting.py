@@ -1,4 +1,4 @@
-"""A finished model in the form that runs fastest: each block layer dense, packed, factored or torch BSR, and checked."""
+"""Export a finished model: each block layer in the form that runs fastest (dense, packed, factored or BSR), and checked."""
 
 from __future__ import annotations
 
@@ -40,22 +40,21 @@ def export(
     sparsifier: Sparsifier | None = None,
     tolerance: float | None = None,
 ) -> Exported:
-    """Copy a finished model into the form that is fastest in inference, and check the copy against the model.
+    """Copy a finished model, with each block layer in the form that is fastest for inference, and check the copy.
 
     Args:
-        model: trained; it stays as it is.
-        example: what it is called with: a tensor, a tuple of arguments, or a dict of keyword arguments. Its number of rows is
-            what forms are timed with.
-        form: "auto": for each layer the fastest on this machine, timed; or one form for all: "dense" (plain nn.Linear), "packed"
-            (live blocks), "factored" (Kronecker factors; layers of free values are packed then), "bsr" (torch's own block-sparse
-            layout).
-        slim: remove features that are constant or unread between two layers, see `kronblocks.deploy.slimming`; needs a model that
-            `torch.export` can trace.
-        sparsifier: of a method that works on nn.Linear itself, so that its layers can be packed too.
+        model: trained; it stays unchanged.
+        example: the model's input: a tensor, a tuple of arguments, or a dict of keyword arguments. Forms are timed with its
+            number of rows.
+        form: "auto": the fastest for each layer, timed on this machine. Or one for all: "dense" (nn.Linear), "packed" (live
+            blocks), "factored" (Kronecker factors; layers of free values are packed) or "bsr" (torch's block-sparse layout).
+        slim: remove features between two layers that are constant or unread (see `kronblocks.deploy.slimming`), if
+            `torch.export` can trace the model.
+        sparsifier: for methods on plain nn.Linear, to pack the layers that it masks.
         tolerance: how far outputs may differ, relative to the largest; None: 1e-4, or four roundings of a lower precision.
 
     Returns:
-        The copy, what became of each layer, and the difference.
+        The copy, the form of each layer, and the difference.
 
     Raises:
         KronblocksError: there is no block layer, or outputs differ by more than the tolerance.
@@ -77,7 +76,7 @@ def export(
         expected = list(tensors(call_or_refuse(model, example)))
         new = copy.deepcopy(bare(model)).requires_grad_(False)
     if not expected:
-        raise KronblocksError("the model gives no floating point tensors for the example, by which the copy could be checked")
+        raise KronblocksError("the model returns no floating-point tensors for the example, so the copy cannot be checked")
     if sparsifier is not None:
         pack_masked_(new, bare(model), sparsifier)
     if isinstance(new, BlockLayer):
@@ -85,8 +84,8 @@ def export(
     names = [name for name, module in new.named_modules() if isinstance(module, BlockLayer)]
     if not names:
         raise KronblocksError(
-            "the model has no block layer to export: give the model that sparsify_ made, or sparsifier= where its method works "
-            "on nn.Linear itself"
+            "the model has no block layer to export: give the model that sparsify_ made, and sparsifier= if its method works "
+            "on plain nn.Linear"
         )
     slimmed, remark = remove_dead_features_(new, *arguments(example)) if slim else ([], "")
     with rows_reaching({name: new.get_submodule(name) for name in names}) as rows:
@@ -96,14 +95,15 @@ def export(
     allowed = _tolerance(new, expected) if tolerance is None else tolerance
     if not error <= allowed:
         raise KronblocksError(
-            f"the exported model's outputs differ by {error:.1e} of the largest output, more than tolerance={allowed:.2g}: does "
-            "the model in eval mode give the same at every call? If its precision explains it, write a larger tolerance="
+            f"the exported model's outputs differ by {error:.1e} of the largest output, more than tolerance={allowed:.2g}. "
+            "Check that the model in eval mode gives equal outputs at every call. If its precision explains the difference, "
+            "write a larger tolerance="
         )
     return Exported(new, layers, tuple(slimmed), remark, error)
 
 
 def _tolerance(model: nn.Module, outputs: list[Tensor]) -> float:
-    """How far a copy may be away by rounding in the lowest precision of the model's weights and outputs."""
+    """How far a copy may differ by rounding in the lowest precision of the model's weights and outputs."""
     dtypes = {tensor.dtype for tensor in (*model.parameters(), *outputs) if tensor.is_floating_point()}
     return max(1e-4, *(4 * torch.finfo(dtype).eps for dtype in dtypes))
 
@@ -129,15 +129,15 @@ def _choose(layer: BlockLayer, rows: int, form: Form) -> _Chosen:
         return _Chosen("dense", plan, why, timed)
     if factored and _is_factored(plan):
         return _Chosen("factored", plan, f"{why}; {plan}", timed)
-    how = "; live blocks multiplied out of the factors" if plan == VALUES else ""
+    how = "; live blocks computed from the factors" if plan == VALUES else ""
     return _Chosen("packed", "packed", why + how, timed)
 
 
 def _times(choice: DeployedForm) -> str:
-    """The time of a form, and of what it was taken instead of."""
+    """The time of a form, and those of the others."""
     others = {form: seconds for form, seconds in choice.timed.items() if form != choice.form}
     if choice.form not in choice.timed or not others:
-        return "nothing else came near it by its counts"
+        return "no other form came near it by the counts"
     other = "dense" if "dense" in others else min(others, key=others.__getitem__)
     return f"{milliseconds(choice.seconds)}, {other} {milliseconds(others[other])}"
 

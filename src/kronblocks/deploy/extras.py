@@ -1,4 +1,4 @@
-"""What a state_dict holds beside weights, as modules' extra state: plain values in the card, tensors in the weights' file."""
+"""Encode modules' extra state: plain values go into the card, tensors into the weights' file."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from kronblocks.core.errors import KronblocksError
 
 
 def is_extra(name: str, value: Any) -> bool:
-    """Whether an entry of a state_dict is what a module's `get_extra_state` gives, or anything else but a tensor."""
+    """Whether an entry of a state_dict is a module's extra state, or anything else but a tensor."""
     return not isinstance(value, Tensor) or name.rpartition(".")[2] == "_extra_state"
 
 
 def encoded(name: str, value: Any, keep: Callable[[Tensor], str]) -> Any:
-    """A value as JSON. Dicts, lists and tuples are marked as such, so that they come back as what they were.
+    """Encode a value as JSON. Dicts, lists and tuples are marked, so that they keep their types.
 
     Args:
         name: of the entry.
-        value: numbers, words, truth values and None, tensors, and dicts with words for keys, lists and tuples of these.
-        keep: puts a tensor into the file and gives the name that it has there.
+        value: numbers, text, bools, None and tensors; dicts with text keys, lists and tuples of these.
+        keep: puts a tensor into the file and returns its name there.
 
     Raises:
-        KronblocksError: it holds something else, which only a pickle could store, and pickles are never written or read.
+        KronblocksError: it holds something else, which only a pickle could store. Pickles are never written or read.
     """
     kind = type(value)
     if isinstance(value, Tensor):
@@ -40,8 +40,8 @@ def encoded(name: str, value: Any, keep: Callable[[Tensor], str]) -> Any:
     if value is None or kind in (bool, int, float, str):
         return value
     raise KronblocksError(
-        f"{name} holds a {kind.__name__}, which only a pickle could store: let get_extra_state return tensors, numbers, words, "
-        "None, and dicts (with words for keys), lists and tuples of these"
+        f"{name} holds a {kind.__name__}, which only a pickle could store: let get_extra_state return tensors, numbers, text, "
+        "None, and dicts (with text keys), lists and tuples of these"
     )
 
 
@@ -49,11 +49,11 @@ def decoded(code: Any, read: Callable[[str], Tensor]) -> Any:
     """The reverse of `encoded`.
 
     Args:
-        code: what it gave.
-        read: gives the tensor of a name.
+        code: what `encoded` returned.
+        read: returns the tensor of a name.
 
     Raises:
-        KronblocksError: it never gave that.
+        KronblocksError: the code is something else.
     """
     if code is None or isinstance(code, bool | int | float | str):
         return code

@@ -1,4 +1,4 @@
-"""Plain models that load the weights of block-sparse ones: the layers that a state_dict is of, read from its own tensors."""
+"""Let plain models load block-sparse weights: the state_dict's tensors say which layers to build."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from kronblocks.surgery.reasons import is_convolution
 from kronblocks.surgery.records import STRUCTURE_VERSION, apply_structure_
 
 HINT = "call kronblocks.rebuild_on_load_(model) first"
-"""A name without weights in a trainer's checkpoints: whoever loads one into a plain model reads it in torch's error."""
+"""An empty entry of trainers' checkpoints. Torch's error shows its name if a plain model loads one."""
 
 
 def rebuild_on_load_(model: nn.Module) -> nn.Module:
-    """Let a model load block-sparse weights from now on: `load_state_dict` first builds the layers that the weights are of.
+    """Let a model load block-sparse weights: from now on `load_state_dict` first builds the block layers that they need.
 
-    For whatever calls `load_state_dict` on a model that its code has just made: Lightning's `load_from_checkpoint`, trainers
-    without a callback, skorch's `load_params`, torch.hub. Weights of plain layers are loaded as always. A model that
-    `sparsify_` has changed needs `Sparsifier.load_state_dict` instead, which knows the optimiser.
+    Use it for code that loads weights into a new model: Lightning's `load_from_checkpoint`, trainers without a callback,
+    skorch's `load_params`, torch.hub. Weights of plain layers load as usual. To resume a training use
+    `Sparsifier.load_state_dict` instead, which also knows the optimiser.
 
     Args:
-        model: the one on which `load_state_dict` will be called, or a part of it; a LightningModule's `__init__` may give self.
+        model: the model that will load, or a part of it; a LightningModule's `__init__` may pass self.
 
     Returns:
         The model.
 
     Raises:
-        KronblocksError: when loading: the weights are of layers with other sizes, or the model has other block layers already.
+        KronblocksError: at loading: the weights have other sizes, or the model has other block layers already.
 
     >>> import kronblocks
     >>> trained = nn.Sequential(kronblocks.BlockSparseLinear(8, 6, 2), nn.ReLU())
@@ -49,9 +49,9 @@ def rebuild_on_load_(model: nn.Module) -> nn.Module:
 
 
 def _rebuild_(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A function of its own, so that models with this hook can be copied and pickled."""
+    """The hook. It is a module-level function, so that models with it can be copied and pickled."""
     state_dict.pop(prefix + HINT, None)
-    if carried.is_carried(model):  # by a sparsifier, which restores layers and optimisers
+    if carried.is_carried(model):  # its sparsifier restores layers and optimisers
         return
     state_dict.pop(prefix + carried.KEY, None)
     modules, found = dict(model.named_modules()), layers_of(state_dict, prefix)
@@ -63,10 +63,10 @@ def _rebuild_(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 
 
 def layers_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
-    """The block layers that a state_dict is of, each with its kind and sizes, as in a structure record; plans are open.
+    """The block layers of a state_dict, with kinds and sizes as in a structure record; plans are "auto".
 
     Args:
-        state_dict: of a model, or of something that it is a part of.
+        state_dict: of a model, or of a module that contains it.
         prefix: of the model's names in it.
     """
     found = {}
@@ -92,17 +92,17 @@ def layers_of(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, dict
 
 
 def _is_folded(module: nn.Module | None) -> bool:
-    """Whether it is a convolution or transformers' Conv1D, which block layers may be inside of."""
+    """Whether a module is a convolution or Conv1D, in which a block layer may be."""
     return module is not None and (is_convolution(module) or is_transposed(module))
 
 
 def _is_plain(old: nn.Module | None, name: str, entry: dict[str, Any]) -> bool:
-    """Whether a plain layer is in the place of a block layer; what is nowhere, or has been seen by another name, is not."""
+    """Whether a plain layer is in the place of a block layer. False if nothing is there, or it was seen by another name."""
     if not isinstance(old, BlockLayer):
         return old is not None
     if {"kind": old.kind, **old.config(), "plan": "auto"} == entry:
         return False
     raise KronblocksError(
-        f"the weights of {name} are of a {entry['kind']} of other sizes than the {old.kind} that the model has there: load them "
+        f"the weights of {name} are of a {entry['kind']} with other sizes than the model's {old.kind}: load them "
         "into a new model, or call sparsifier.load_state_dict first if a sparsifier follows this one"
     )

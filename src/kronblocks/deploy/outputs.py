@@ -1,4 +1,4 @@
-"""Calling a model with an example, and comparing what two models give."""
+"""Call a model with an example, and compare the outputs of two models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kronblocks.core.errors import KronblocksError
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Positional and keyword arguments of an example."""
+    """The positional and keyword arguments of an example."""
     if isinstance(example, Mapping):
         return (), example
     return (example if isinstance(example, tuple) else (example,)), {}
@@ -28,15 +28,15 @@ def call(model: nn.Module, example: Any) -> Any:
 def call_or_refuse(model: nn.Module, example: Any) -> Any:
     try:
         return call(model, example)
-    except Exception as error:  # whatever the model's own code makes of what it was given
+    except Exception as error:  # the model's code may raise anything
         raise KronblocksError(
-            f"the model cannot be called with the example ({type(error).__name__}: {error}): give what its forward takes, a "
+            f"the model cannot be called with the example ({type(error).__name__}: {error}): give its forward's input, as a "
             "tensor, a tuple of arguments, or a dict of keyword arguments"
         ) from error
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
-    """The floating point tensors of whatever a model returns, in order."""
+    """The floating-point tensors in a model's output, in order."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output.detach().clone()
@@ -49,7 +49,7 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Largest difference, relative to the largest finite number of theirs; infinite where shapes, NaNs or infinities differ."""
+    """Largest difference, relative to the largest finite number of theirs; infinite if shapes, NaNs or infinities differ."""
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         return float("inf")
     largest = most = 0.0

@@ -1,7 +1,7 @@
-"""A model in a folder: safetensors with the live blocks only, and a card that says how to build the layers again.
+"""Save a model in a folder: live blocks as safetensors, and a card (kronblocks.json) that says how to build the layers.
 
-The weights' file has a name of its own for every content, and the card, which names it, is replaced last: a reader sees the old
-model or the new one, whenever the writer stops. Nothing that is read is ever executed.
+The name of the weights' file depends on its content. The card names that file and is replaced last. So readers see the old model
+or the new one, whenever the writer stops. Nothing that is read is ever executed.
 """
 
 from __future__ import annotations
@@ -47,27 +47,26 @@ def save_pretrained(
 ) -> Path:
     """Write a model into a folder: kronblocks.json, the weights as safetensors, and the JSON files of a transformers model.
 
-    Block layers are stored as live blocks only. Tied tensors are stored once. A model that is in the folder already is replaced,
-    all of it at once; other files stay. Of a compiled model, or one in DistributedDataParallel, the model inside is stored.
+    Block layers are stored as live blocks only, and tied tensors once. A model in the folder is replaced at once; other files
+    stay. If the model is compiled, or in DistributedDataParallel, the model inside is stored.
 
-    Stored are parameters and buffers in their types, what `get_extra_state` of modules gives, and a transformers model's config
-    and generation config. As in a state_dict, buffers that are not persistent, `requires_grad` and the mode are not.
+    The folder holds parameters and buffers with their dtypes, modules' extra state, and a transformers model's config and
+    generation config. As in a state_dict, non-persistent buffers, `requires_grad` and the mode are left out.
 
     Args:
-        model: with block layers or without.
-        folder: made if it is not there.
-        config: what the model was sparsified with, for whoever reads the card.
-        metadata: words of your own, such as the data and the accuracy.
-        resized: names of linear layers that have other sizes than in the model's code.
-        sparsifier: of a method that works on nn.Linear itself, so that of its layers, too, live blocks only are stored.
+        model: with or without block layers.
+        folder: made if it does not exist.
+        config: the model's SparsityConfig, for people who read the card.
+        metadata: texts of your own, such as the data and the accuracy.
+        resized: names of linear layers with other sizes than in the model's code.
+        sparsifier: for methods on plain nn.Linear, to store only live blocks of the layers that it masks.
 
     Returns:
         The folder.
 
     Raises:
-        KronblocksError: the folder cannot be written to, or is on a full disk: what was there before is still there. Tensors on
-            the meta device, or of which this process holds a part; extra state, and tensors, that JSON and safetensors cannot
-            hold.
+        KronblocksError: the folder cannot be written to, or the disk is full (what was there before stays); tensors are on the
+            meta device or sharded; or JSON and safetensors cannot hold some tensors or extra state.
 
     >>> import tempfile
     >>> from kronblocks import BlockSparseLinear
@@ -103,13 +102,13 @@ def save_pretrained(
             with replacing(folder / weights) as temporary:
                 safetensors.torch.save_file(found.tensors, temporary, {"format": "pt"})
             write_json(folder / CARD, {**card, "weights": weights})
-            for name, text in own.items():  # for whoever looks for them there: we read the card
+            for name, text in own.items():  # for other tools: we read the card
                 write_text(folder / name, text)
             for path in folder.glob("model-*.safetensors"):
                 if _WEIGHTS.fullmatch(path.name) and path.name != weights:
                     path.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        raise KronblocksError(f"cannot save the model into {folder}: {error}. What was there before is as it was") from error
+        raise KronblocksError(f"cannot save the model into {folder}: {error}. What was there before is unchanged") from error
     return folder
 
 
@@ -119,15 +118,14 @@ def from_pretrained(
     """Read a model that `save_pretrained` wrote, in eval mode.
 
     Args:
-        folder: where it is.
-        model: the same model, dense or sparse, or a function that makes it; its block layers are built, and everything is loaded
-            into it, with its own dtype and devices. None: a transformers model, built from the folder's config.json, each tensor
-            in the dtype that it was saved with.
-        verify: compare the weights with the SHA-256 that is part of their file's name. It costs one more pass over the file,
-            which matters only for files of gigabytes; False leaves it out.
+        folder: the model's folder.
+        model: the same model, dense or sparse, or a function that makes it. Its block layers are built and its tensors loaded,
+            with its own dtype and devices. None: build a transformers model from the folder, with the saved dtypes.
+        verify: compare the weights with the SHA-256 in their file's name, which reads the file once more.
 
     Raises:
-        KronblocksError: no such folder, another format, damaged files, or a model that they do not fit, which then is unchanged.
+        KronblocksError: there is no such folder; it has another format or is damaged; or it does not fit the model, which then
+            is unchanged.
     """
     folder, as_saved = Path(folder), model is None
     with _opened(folder) as (card, file):
@@ -139,7 +137,7 @@ def from_pretrained(
         if model is None:
             with torch.device("meta"):
                 outline = _from_transformers(card, folder)
-            _load(file, outline, card, folder, fill=False)  # a config may say anything: nothing is allocated before it is checked
+            _load(file, outline, card, folder, fill=False)  # a config may be hostile: check it before memory is allocated
             model = _from_transformers(card, folder)
         elif not isinstance(model, nn.Module):
             model = model() if callable(model) else model
@@ -153,11 +151,11 @@ def from_pretrained(
 
 
 def _load(file: Any, model: nn.Module, card: dict[str, Any], folder: Path, *, fill: bool, as_saved: bool = False) -> None:
-    """Check that a weights' file fits a model and then load it, or only check."""
+    """Check that a weights' file fits a model, and with `fill` load it."""
     on_meta = [name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor) and tensor.is_meta]
     if fill and on_meta:
         raise KronblocksError(
-            f"{on_meta[0]} of the model is on the meta device, where nothing can be loaded: model.to_empty(device=...) first"
+            f"{on_meta[0]} of the model is on the meta device, where nothing can be loaded: call model.to_empty(device=...) first"
         )
     with unfolding(model, unfolded_names(card["structure"])):
         resized = _resized(model, card["resized"], folder)
@@ -169,10 +167,10 @@ def _load(file: Any, model: nn.Module, card: dict[str, Any], folder: Path, *, fi
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """What kronblocks.json holds.
+    """Read kronblocks.json.
 
     Raises:
-        KronblocksError: it is missing, damaged or of another format.
+        KronblocksError: it is missing, damaged or has another format.
     """
     path = folder / CARD
     if not path.exists():
@@ -181,7 +179,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     if not isinstance(card, dict) or card.get("format") not in _READ:
         found = card.get("format") if isinstance(card, dict) else None
         raise KronblocksError(f"{path} has format {found!r}, and this kronblocks reads formats {_READ[0]} to {FORMAT}")
-    for name in ("resized", "extras", "dtypes"):  # folders of format 1 may be without
+    for name in ("resized", "extras", "dtypes"):  # folders of format 1 may lack them
         card.setdefault(name, {})
     kinds = {"weights": str} | dict.fromkeys(("structure", "aliases", "metadata", "resized", "extras", "dtypes"), dict)
     for name, kind in kinds.items():
@@ -195,12 +193,12 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def _sizes(layer: Any) -> list[int]:
-    """What `_resized` needs to make a linear layer of the same sizes."""
+    """The sizes of a linear layer, for `_resized`."""
     return [layer.out_features, layer.in_features, int(layer.bias is not None)]
 
 
 def _resized(model: nn.Module, sizes: Mapping[str, Any], folder: Path) -> dict[str, nn.Linear]:
-    """Linear layers of other sizes than the model's, on the meta device."""
+    """Make the linear layers with other sizes than the model's, on the meta device."""
     modules, layers = dict(model.named_modules()), {}
     for name, entry in sizes.items():
         old = modules.get(name)
@@ -217,7 +215,7 @@ def _resized(model: nn.Module, sizes: Mapping[str, Any], folder: Path) -> dict[s
 
 
 def _compact_structure(model: nn.Module) -> dict[str, Any]:
-    """The structure, with as many slots as there are live blocks."""
+    """The structure record, with as many slots as there are live blocks."""
     record = structure(model)
     for name, entry in record["layers"].items():
         if "capacity" in entry:
@@ -227,7 +225,7 @@ def _compact_structure(model: nn.Module) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], Any]]:
-    """The card and the weights that it names; again, where a writer has put others in their place in between."""
+    """Open the card and the weights that it names; try again if a writer replaces them meanwhile."""
     card = read_card(folder)
     while True:
         path = folder / card["weights"]
@@ -247,7 +245,7 @@ def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], Any]]:
 
 
 def _own_files(model: nn.Module) -> dict[str, str]:
-    """The JSON files of a transformers model, with all that it takes to build the model again; of any other model, none."""
+    """The JSON files of a transformers model, from which it can be built again; none for other models."""
     if not hasattr(getattr(model, "config", None), "to_json_string"):
         return {}
     own: Any = copy.deepcopy(model.config)
@@ -264,14 +262,14 @@ def _from_transformers(card: dict[str, Any], folder: Path) -> nn.Module:
     """A transformers model of the class and the sizes that the card names, not yet loaded."""
     if card.get("transformers") is None and not (folder / "config.json").exists():
         raise KronblocksError(
-            f"{folder} holds no config.json of a transformers model, so it does not say how to build the model: give it, "
-            "from_pretrained(folder, model), or a function that makes it"
+            f"{folder} holds no config.json of a transformers model, so it does not say how to build the model: write "
+            "from_pretrained(folder, model), or give a function that makes it"
         )
     try:
         import transformers
     except ImportError as error:
         raise KronblocksError("the folder holds a transformers model: pip install transformers, or give the model") from error
-    own = card.get("transformers") or read_json(folder / "config.json")  # of folders from before the card held it
+    own = card.get("transformers") or read_json(folder / "config.json")  # older folders have it there only
     if not isinstance(own, dict) or not isinstance(own.get("architectures"), list):
         raise KronblocksError(f"{folder} names no class of transformers among its architectures: give the model")
     for name, value in own.items():
@@ -280,10 +278,10 @@ def _from_transformers(card: dict[str, Any], folder: Path) -> nn.Module:
     for name in own["architectures"]:
         kind = getattr(transformers, str(name), None)
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-            try:  # whatever the classes of transformers make of what they find
+            try:  # transformers' classes may raise anything
                 config = transformers.AutoConfig.for_model(**own)
                 model: Any = kind(config)
-                if card["format"] == 1:  # it does not say of which types buffers were that are not stored
+                if card["format"] == 1:  # it lacks the dtypes of buffers that are not stored
                     model = model.to(dtype=config.dtype or torch.get_default_dtype())
                 if isinstance(generation := card.get("generation"), dict):
                     model.generation_config = transformers.GenerationConfig.from_dict(generation)
@@ -295,7 +293,7 @@ def _from_transformers(card: dict[str, Any], folder: Path) -> nn.Module:
 
 
 def _whole_numbers(value: Any) -> Iterator[int]:
-    """Those in a setting, or in a list of it."""
+    """The whole numbers in a setting, also within lists."""
     for each in value if isinstance(value, list) else [value]:
         if isinstance(each, int):
             yield each

@@ -1,4 +1,4 @@
-"""Dead features removed physically: what a layer computes from nothing, and what the next layer does not read."""
+"""Remove dead features between two layers: those that are constant, and those that the next layer does not read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kronblocks.surgery.sparsify import densify_
 
 _aten = torch.ops.aten
 _LINEAR = _aten.linear.default
-_ELEMENTWISE = {  # the same function of every feature, with further arguments that are no tensors
+_ELEMENTWISE = {  # functions of single features, whose other arguments are not tensors
     _aten.relu.default, _aten.gelu.default, _aten.silu.default, _aten.tanh.default, _aten.sigmoid.default,
     _aten.leaky_relu.default, _aten.elu.default, _aten.hardswish.default, _aten.hardtanh.default, _aten.relu6.default,
     _aten.hardsigmoid.default, _aten.softplus.default, _aten.mish.default, _aten.clone.default, _aten.dropout.default,
@@ -28,16 +28,16 @@ _ELEMENTWISE = {  # the same function of every feature, with further arguments t
 
 @dataclass(frozen=True)
 class Slimmed:
-    """Features that were removed between two layers."""
+    """How many features were removed between two layers."""
 
-    producer: str  # the layer whose output features they were
+    producer: str  # the layer that had them as outputs
     consumer: str
     removed: int
     left: int
 
 
 class _Pair(NamedTuple):
-    """A layer, the next one, and what of one feature happens in between."""
+    """A layer, the next one, and the functions of single features between them."""
 
     producer: str
     consumer: str
@@ -45,29 +45,29 @@ class _Pair(NamedTuple):
 
 
 def remove_dead_features_(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Slimmed], str]:
-    """Make layers narrower where features between them are constant or unread, in place.
+    """Remove constant or unread features between layers, in place.
 
-    Only between two linear layers of which the second alone reads the first, through functions of single features (ReLU, GELU,
-    ...). A constant feature goes into the next layer's bias. Of block layers whole block rows and columns go.
+    The first layer's output must reach the second one only, through functions of single features (ReLU, GELU, ...). A
+    constant feature moves into the next layer's bias. Block layers lose whole block rows and columns.
 
     Args:
         model: in eval mode.
-        args: what it can be called with.
-        kwargs: the same.
+        args: positional arguments for a call.
+        kwargs: keyword arguments for the call.
 
     Returns:
-        What was removed, and why nothing could be ("" if it could).
+        What was removed, and why nothing could be removed ("" if it could).
     """
     plain = copy.deepcopy(model)
     densify_(plain)
     try:
         program = torch.export.export(plain, args, dict(kwargs))
-    except Exception as error:  # whatever tracing raises: a model that cannot be traced stays as it is
+    except Exception as error:  # tracing may raise anything: then the model stays as it is
         return [], f"the model cannot be traced by torch.export ({type(error).__name__}), so no features were removed"
     pairs = list(_pairs(program))
     removed: dict[tuple[str, str], int] = {}
     changed = True
-    while changed:  # a narrower layer may leave features of the one before it unread
+    while changed:  # after a layer gets narrower, features of the one before it may be unread
         changed = False
         for pair in reversed(pairs):
             count = _narrow_(model, pair)
@@ -81,7 +81,7 @@ def _pairs(program: torch.export.ExportedProgram) -> Iterator[_Pair]:
     names = program.graph_signature.inputs_to_parameters
 
     def layer(node: fx.Node) -> str | None:
-        """The name of the layer that a linear node computes, if it is the only one of it."""
+        """The name of the layer of a linear node, if no other node is of that layer."""
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
         name = names.get(weight.name, "")
@@ -111,7 +111,7 @@ def _layer(model: nn.Module, name: str) -> Any:
 
 
 def _block(layer: nn.Module) -> tuple[int, int]:
-    """How many output and input features go together."""
+    """How many output and input features must be removed together."""
     if not isinstance(layer, BlockLayer):
         return 1, 1
     return layer.grid.block.rows, layer.grid.block.cols
@@ -119,7 +119,7 @@ def _block(layer: nn.Module) -> tuple[int, int]:
 
 @torch.no_grad()
 def _narrow_(model: nn.Module, pair: _Pair) -> int:
-    """Remove what can be between two layers; returns the number of features."""
+    """Remove features between two layers; returns their number."""
     producer, consumer = _layer(model, pair.producer), _layer(model, pair.consumer)
     linear = (nn.Linear, BlockLayer)
     if not isinstance(producer, linear) or not isinstance(consumer, linear) or producer.out_features != consumer.in_features:
@@ -131,7 +131,7 @@ def _narrow_(model: nn.Module, pair: _Pair) -> int:
     unit = math.lcm(_block(producer)[0], _block(consumer)[1])
     gone = dead.view(-1, unit).all(1)
     if gone.all():
-        gone[0] = False  # a layer keeps something
+        gone[0] = False  # a layer keeps at least one feature
     gone = gone.repeat_interleave(unit)
     if not gone.any():
         return 0
@@ -145,7 +145,7 @@ def _narrow_(model: nn.Module, pair: _Pair) -> int:
 
 
 def _constant_output(producer: Any, consumer: Any, where: Tensor, between: tuple[fx.Node, ...]) -> Tensor | None:
-    """What the consumer makes of features that are the same for every input, (its out_features,)."""
+    """The consumer's output from the constant features, (out_features,)."""
     value = producer.weight.new_zeros(producer.out_features) if producer.bias is None else producer.bias
     for node in between:
         value = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
@@ -176,7 +176,7 @@ def _kept_blocks(layer: BlockLayer, keep: Tensor, side: int) -> Tensor:
 
 def _narrow_factors(layer: KroneckerBlockLinear, keep: Tensor, side: int, bias: Tensor | None) -> KroneckerBlockLinear:
     blocks = _kept_blocks(layer, keep, side)
-    own_tiles = side == 0 and layer.tile_groups > 1  # one bank for each block row
+    own_tiles = side == 0 and layer.tile_groups > 1  # banks go with their block rows
     features = [layer.out_features, layer.in_features]
     features[side] = int(keep.sum())
     new = KroneckerBlockLinear(
@@ -188,7 +188,7 @@ def _narrow_factors(layer: KroneckerBlockLinear, keep: Tensor, side: int, bias: 
         gate=layer.gate is not None,
         bias=bias is not None,
         plan=layer.plan,
-        device="meta",  # where no random numbers are drawn
+        device="meta",  # draws no random numbers
         dtype=layer.coeff.dtype,
     ).to_empty(device=layer.coeff.device)
     new.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a weights' file of a saved model holds: of block layers the live blocks and the mask as bits, of tied tensors one copy."""
+"""The weights' file of a saved model: live blocks, masks as bits, and one copy of tied tensors."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ from kronblocks.surgery.replace import replace_
 
 
 class Stored(NamedTuple):
-    """What a model's folder holds of its state."""
+    """A model's state, as its folder holds it."""
 
-    tensors: dict[str, Tensor]  # of the weights' file, by name
-    aliases: dict[str, str]  # for other names of the same tensor, the one that it is stored under
-    extras: dict[str, Any]  # what is no tensor, as JSON
-    dtypes: dict[str, str]  # of buffers that are made with the model and not stored
+    tensors: dict[str, Tensor]  # in the weights' file, by name
+    aliases: dict[str, str]  # other names of tensors, to the name in the file
+    extras: dict[str, Any]  # what is not a tensor, as JSON
+    dtypes: dict[str, str]  # of buffers that are not stored
 
 
 def stored(model: nn.Module) -> Stored:
-    """What is to be saved of a model.
+    """Collect what is saved of a model.
 
     Raises:
-        KronblocksError: tensors without values or of which this process holds a part, tensors and extra state that the file
-            cannot hold.
+        KronblocksError: tensors have no values or are sharded; or the file cannot hold some tensors or extra state.
     """
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
             raise KronblocksError(f"{name} is on the meta device and has no values to save")
         if is_sharded(tensor):
             raise KronblocksError(
-                f"of {name} this process holds a part: save a whole model, made on one process from "
+                f"this process holds only a part of {name}: save a whole model, made on one process from "
                 "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True (docs/training.md)"
             )
     layers = {f"{prefix}.": layer for prefix, layer in model.named_modules() if isinstance(layer, BlockLayer)}
@@ -80,16 +79,16 @@ def stored(model: nn.Module) -> Stored:
 def _check_storable(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor) or tensor.is_quantized:
         raise KronblocksError(
-            f"{name} is a {_word(tensor.layout)} {type(tensor).__name__}, which a safetensors file cannot hold: keep what it is "
-            "made of as buffers of their own, such as indices and values, or register it with persistent=False"
+            f"{name} is a {_word(tensor.layout)} {type(tensor).__name__}, which a safetensors file cannot hold: keep its parts, "
+            "such as indices and values, as buffers, or register it with persistent=False"
         )
     if not _has_name(tensor.dtype):
-        raise KronblocksError(f"{name} is of {tensor.dtype}, which a safetensors file cannot hold: keep it as another type")
+        raise KronblocksError(f"{name} has dtype {tensor.dtype}, which a safetensors file cannot hold: use another one")
 
 
 @functools.cache
 def _has_name(dtype: torch.dtype) -> bool:
-    """Whether safetensors has a name for a dtype: of complex128, and of integers of less than 8 bits, it has not."""
+    """Whether safetensors has a name for a dtype. It has none for complex128 and integers of less than 8 bits."""
     try:
         safetensors.torch.save({"": torch.empty(0, dtype=dtype)})
     except KeyError:
@@ -98,7 +97,7 @@ def _has_name(dtype: torch.dtype) -> bool:
 
 
 def _as_stored(name: str, tensor: Tensor) -> Tensor:
-    """A tensor as safetensors wants it: on the CPU, in one piece that is all its own."""
+    """A tensor as safetensors needs it: on the CPU, contiguous, in memory of its own."""
     _check_storable(name, tensor)
     value = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return value if value.untyped_storage().nbytes() == value.numel() * value.element_size() else value.clone()
@@ -112,7 +111,7 @@ _POSITION = "block_position"
 
 
 def _pack(layer: BlockLayer) -> dict[str, Tensor]:
-    """What holds something for each block, of live blocks only, in row-major order; the mask as bits."""
+    """The tensors of a block layer, for live blocks only, in row-major order, and the mask as bits."""
     mask = layer.block_mask
     if isinstance(layer, BlockSparseLinear):
         position = layer.positions()
@@ -125,7 +124,7 @@ def _pack(layer: BlockLayer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _unpack_(layer: BlockLayer, read: Callable[[str], Tensor], mask: Tensor) -> None:
-    """The reverse, into a layer whose sizes fit."""
+    """The reverse of `_pack`, into a layer whose sizes fit."""
     if isinstance(layer, BlockSparseLinear):
         layer.block_position.copy_(mask.flatten().nonzero().squeeze(1))
     for name, parameter in layer.named_parameters(recurse=False):
@@ -140,7 +139,7 @@ def _unpack_(layer: BlockLayer, read: Callable[[str], Tensor], mask: Tensor) -> 
 
 
 def mask_as_bits(mask: Tensor) -> Tensor:
-    """A mask as uint8, eight blocks each, in row-major order, the first one lowest."""
+    """A mask as uint8: eight blocks per byte in row-major order, the first in the lowest bit."""
     flat = mask.flatten().to(torch.uint8)
     padded = nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
     return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
@@ -153,11 +152,11 @@ def mask_from_bits(bits: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def name_of(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
-    """A name for the weights' file that depends on nothing but what it holds.
+    """A name for the weights' file that depends on its content only.
 
     Args:
         names: of its tensors.
-        read: gives each.
+        read: returns the tensor of a name.
     """
     digest = hashlib.sha256()
     for name in sorted(names):
@@ -168,13 +167,13 @@ def name_of(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
 
 
 class WeightsReader:
-    """A weights' file beside the model that it is to be loaded into: checks everything first, then fills.
+    """Loads a weights' file into a model: checks everything first, then fills.
 
     Args:
-        file: opened safetensors.
-        model: what is loaded into.
-        layers: those that will take the places of the model's own, on the meta device.
-        card: what the folder says.
+        file: the opened safetensors file.
+        model: the model to fill.
+        layers: layers, on the meta device, that will replace the model's own.
+        card: the content of kronblocks.json.
         folder: for error messages.
     """
 
@@ -186,18 +185,18 @@ class WeightsReader:
         self._blocks: dict[str, Any] = {n: layers.get(n) or model.get_submodule(n) for n in card["structure"]["layers"]}
         self._masks: dict[str, Tensor] = {}
         self._plain = {name: layer for name, layer in layers.items() if name not in self._blocks}
-        places = {id(model.get_submodule(name)) for name in (*self._blocks, *layers)}  # a layer may stand in several
+        places = {id(model.get_submodule(name)) for name in (*self._blocks, *layers)}  # a layer may be in several places
         modules = model.named_modules(remove_duplicate=False)
         self._inside = tuple(f"{name}." for name, module in modules if id(module) in places)
 
     def _plain_tensors(self) -> list[tuple[str, Tensor]]:
-        """What of the model's state, as it will be, belongs to no block layer of the folder."""
+        """The tensors of the future model that belong to none of the folder's block layers."""
         state = self._model.state_dict(keep_vars=True)
         others = [(name, t) for name, t in state.items() if not is_extra(name, t) and not name.startswith(self._inside)]
         return others + [(f"{prefix}.{name}", p) for prefix, layer in self._plain.items() for name, p in layer.named_parameters()]
 
     def check(self) -> None:
-        """Raise unless the file holds just what the model needs, in its sizes."""
+        """Raise unless the file holds exactly what the model needs, with its sizes."""
         wanted = {name: tuple(tensor.shape) for name, tensor in self._plain_tensors()}
         for prefix, layer in self._blocks.items():
             wanted |= self._sizes_of_blocks(prefix, layer)
@@ -205,14 +204,14 @@ class WeightsReader:
             self._compare(name, shape)
         unknown = self._names - {self._stored_as(name) for name in wanted} - self._check_extras()
         if unknown:
-            raise self._wrong(f"{min(unknown)} is in the file, and the model has no place for it")
+            raise self._wrong(f"{min(unknown)} is in the file, but the model has no place for it")
 
     def _check_extras(self) -> set[str]:
-        """Raise unless there is an extra state just for those modules that have one; the names of its tensors."""
+        """Raise unless exactly the modules with extra state have one in the file; returns the names of its tensors."""
         wanted = {name for name, value in self._model.state_dict().items() if is_extra(name, value)}
         if self._knows_extras and wanted != self._codes.keys():
             name = min(wanted ^ self._codes.keys())
-            where = "not in the file" if name in wanted else "in the file, and the model has no place for it"
+            where = "not in the file" if name in wanted else "in the file, but the model has no place for it"
             raise self._wrong(f"{name} is {where}")
         used: set[str] = set()
 
@@ -224,7 +223,7 @@ class WeightsReader:
             self._extras = {name: decoded(code, read) for name, code in self._codes.items()}
         except (KronblocksError, RecursionError) as error:
             raise KronblocksError(f"{self._folder} is damaged: {error}") from error
-        old = {name for name in wanted & self._names if not self._knows_extras}  # format 1 held those that are tensors
+        old = {name for name in wanted & self._names if not self._knows_extras}  # format 1 held only tensors
         self._extras |= {name: self._read(name) for name in old}
         return used | old
 
@@ -234,10 +233,10 @@ class WeightsReader:
         mask = mask_from_bits(self._read(bits), layer.grid.shape)
         self._masks[prefix], live = mask, int(mask.sum())
         if isinstance(layer, BlockSparseLinear) and layer.capacity != live:
-            raise self._wrong(f"{prefix} has {live} live blocks, and the card says {layer.capacity}")
+            raise self._wrong(f"{prefix} has {live} live blocks, but the card says {layer.capacity}")
         sizes: dict[str, tuple[int, ...]] = {bits: (-(-layer.grid.blocks // 8),)}
         for name, parameter in layer.named_parameters(recurse=False):
-            per_block = {"values": 1, "coeff": 2, "gate": 2}.get(name)  # leading dimensions that number blocks
+            per_block = {"values": 1, "coeff": 2, "gate": 2}.get(name)  # number of leading dimensions that index blocks
             shape = tuple(parameter.shape)
             sizes[f"{prefix}.{name}"] = shape if per_block is None else (live, *shape[per_block:])
         return sizes
@@ -263,7 +262,7 @@ class WeightsReader:
         """Put the block layers into their places and load everything.
 
         Args:
-            as_saved: every tensor gets the dtype that it was saved with, and what was tied is tied; else the model's own.
+            as_saved: use the saved dtypes and ties; else those of the model.
         """
         for prefix, layer in self._new.items():
             old = self._model.get_submodule(prefix)
@@ -274,7 +273,7 @@ class WeightsReader:
             _unpack_(layer, lambda name, prefix=prefix: self._read(f"{prefix}.{name}"), self._masks[prefix])
         plain = {name: self._read(name) for name, _ in self._plain_tensors()}
         state = {name: value for name, value in self._model.state_dict().items() if name != carried.KEY}
-        self._model.load_state_dict({**state, **plain, **self._extras})  # with all hooks of modules that rebuild something
+        self._model.load_state_dict({**state, **plain, **self._extras})  # runs the modules' load hooks
 
     def _restore_types_(self) -> None:
         kept = [(name, p) for name, p in self._model.named_parameters() if self._stored_as(name) in self._names]
@@ -290,7 +289,7 @@ class WeightsReader:
             self._tie_(other, name)
 
     def _tie_(self, other: str, name: str) -> None:
-        """Let two names of the model be one parameter, as they were when it was saved."""
+        """Make two names of the model one parameter, as when it was saved."""
         (place, _, attribute), (home, _, own) = other.rpartition("."), name.rpartition(".")
         try:
             owner, parameter = self._model.get_submodule(place), self._model.get_submodule(home)._parameters[own]

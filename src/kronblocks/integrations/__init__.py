@@ -1,1 +1,1 @@
-"""Other frameworks, each imported only where it is used."""
+"""Integrations with other frameworks, one per file. Import the one that you use."""

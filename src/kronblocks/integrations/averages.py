@@ -1,4 +1,4 @@
-"""Averages of weights in Lightning, of a model whose layers are replaced and whose blocks are exchanged while it trains."""
+"""Make Lightning's averages of weights follow a model whose layers are replaced or whose blocks are exchanged."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 
 class Averages:
-    """Lets the averages among a trainer's callbacks begin again where what they hold is no longer what is trained.
+    """Restarts the averaging callbacks of a trainer when layers are replaced or blocks exchanged, and when healing begins.
 
-    That is when layers are replaced or blocks exchanged, and when healing begins, so that they end with the model's zeros.
+    So averages end with the model's zeros.
 
     Args:
         sparsifier: of the model that is averaged.
@@ -31,18 +31,18 @@ class Averages:
         self.note()
 
     def note(self) -> None:
-        """Remember what averages that begin now are of."""
+        """Note the layers and blocks of averages that begin now."""
         self._noted = self._now()
 
     def _now(self) -> tuple[bool, list[nn.Parameter], list[Tensor]]:
-        """Whether the mask is frozen, the parameters, and the places of blocks."""
+        """Whether the mask is frozen, the parameters, and the positions of blocks."""
         targets = self._sparsifier.targets
         layers = [target.module for target in targets if isinstance(target.module, BlockSparseLinear)]
         parameters = [p for target in targets for p in target.parameters()]
         return self._sparsifier.phase == "heal", parameters, [layer.block_position.clone() for layer in layers]
 
     def follow(self, trainer: Trainer, module: LightningModule) -> None:
-        """After each batch: begin again if something has changed since they began."""
+        """After each batch, begin again if something has changed."""
         if not _averages(trainer):
             return
         (was_frozen, before, were), (frozen, now, are) = self._noted, self._now()
@@ -51,7 +51,7 @@ class Averages:
             self.begin(trainer, module)
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
-        """Begin again, with the model as it is."""
+        """Restart the averages from the present model."""
         for each in _averages(trainer):
             each.setup(trainer, module, "fit")  # copies the model
             if isinstance(each, StochasticWeightAveraging) and each.n_averaged is not None:
@@ -60,11 +60,7 @@ class Averages:
 
 
 def check_order(trainer: Trainer, callback: Callback) -> None:
-    """Refuse averages that are listed before the callback that replaces layers.
-
-    Raises:
-        KronblocksError: one is, and would copy the model too early.
-    """
+    """Raise KronblocksError for averages listed before the callback, which would copy the model too early."""
     callbacks = _callbacks(trainer)
     if early := [type(each).__name__ for each in callbacks[: callbacks.index(callback)] if isinstance(each, _AVERAGES)]:
         raise KronblocksError(
@@ -74,11 +70,7 @@ def check_order(trainer: Trainer, callback: Callback) -> None:
 
 
 def check_function(trainer: Trainer) -> None:
-    """Refuse an average of buffers by a function that cannot take truth values, which masks are, before the second step fails.
-
-    Raises:
-        KronblocksError: there is one.
-    """
+    """Raise KronblocksError for averages of buffers by a function that does not accept bools, since masks are bools."""
     for each in _averages(trainer):
         if not isinstance(each, WeightAveraging) or not getattr(each, "_use_buffers", False):
             continue
@@ -90,13 +82,13 @@ def check_function(trainer: Trainer) -> None:
                 average.update_parameters(trial)
         except RuntimeError as error:
             raise KronblocksError(
-                f"{name} averages buffers too, and its function cannot average the masks of block-sparse layers: write "
+                f"{name} averages buffers too, but its function cannot average the masks of block-sparse layers: write "
                 f"{name}(use_buffers=False), which copies buffers"
             ) from error
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
-    """All of them, in their order."""
+    """All callbacks of a trainer, in order."""
     callbacks: Any = getattr(trainer, "callbacks", [])
     return callbacks
 

@@ -1,4 +1,4 @@
-"""The lift of a model under `fully_shard`, whose parameters cannot be replaced: built again, between two training steps."""
+"""The lift under `fully_shard`, where parameters cannot be replaced: the model is built again between two training steps."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ def lifted_anew(
     shard: Callable[[nn.Module], Any],
     make_optimizer: Callable[[nn.Module], Optimizer],
 ) -> tuple[nn.Module, Sparsifier, Optimizer]:
-    """The lift, when `sparsifier.lift_due` says so: gather the weights, build the model again, lift it, shard it.
+    """Lift when `sparsifier.lift_due` says so: gather the weights, build the model again, lift it, shard it.
 
-    Parameters that are still there keep their moments. Groups that `parameter_groups` made for the same part of the model, and
-    others of the same name and order, keep their learning rates and other options, so a learning-rate scheduler goes on when it
-    is made again and given the old one's state. Every rank holds the whole model in its
-    own memory for a moment. Call `attach` on the new sparsifier afterwards.
+    Parameters that still exist keep their moments. Groups of the same `parameter_groups` call, or of the same name and order,
+    keep their learning rates and other options. So a new learning-rate scheduler works with the state of the old one. Every
+    rank holds the whole model in memory for a moment. Call `attach` on the new sparsifier afterwards.
 
     Args:
         sparsifier: of the sharded model.
-        optimizer: the one in use.
-        build: makes the model and its sparsifier as at first, not sharded.
-        shard: calls `fully_shard`, as at first.
-        make_optimizer: makes the optimiser as at first.
+        optimizer: the present one.
+        build: makes the model and its sparsifier as at the start, not sharded.
+        shard: calls `fully_shard` as at the start.
+        make_optimizer: makes the optimiser as at the start.
 
     Returns:
         The model, its sparsifier and its optimiser.
@@ -45,7 +44,7 @@ def lifted_anew(
         KronblocksError: no lift is due.
     """
     if not sparsifier.lift_due:
-        raise KronblocksError("no lift is due: call this when sparsifier.lift_due is True, and not before")
+        raise KronblocksError("no lift is due: call this when sparsifier.lift_due is True, not before")
     old = sparsifier.model
     weights = {name: whole(tensor).cpu() for name, tensor in old.state_dict().items()}
     names = {id(parameter): name for name, parameter in old.named_parameters()}
@@ -66,11 +65,11 @@ def lifted_anew(
     return model, new, following
 
 
-_OWN = ("params", "param_names")  # what a group of the new optimiser keeps as it is
+_OWN = ("params", "param_names")  # options that groups of the new optimiser keep
 
 
 def _identified(optimizer: Optimizer) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Groups by part of the model, name, and place among those of the same part and name."""
+    """Groups, identified by part of the model, name, and position among those of the same part and name."""
     number_parts_([optimizer])
     kinds = [(group.get(PART), group.get("name")) for group in optimizer.param_groups]
     return [((*kind, kinds[:place].count(kind)), optimizer.param_groups[place]) for place, kind in enumerate(kinds)]
@@ -81,7 +80,7 @@ def _whole(value: Any) -> Any:
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
-    """A moment as its parameter is sharded; other state as it is."""
+    """Shard a moment like its parameter; other state is unchanged."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     moment = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""Block-sparse training in Lightning: one callback."""
+"""A Lightning callback for block-sparse training."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _KEY = "kronblocks"
 class SparsityCallback(Callback):
     """Makes a LightningModule block-sparse: `Trainer(callbacks=[SparsityCallback(SparsityConfig(...))])`.
 
-    Layers are replaced before `configure_optimizers`, which makes its optimisers as always, best from
-    `kronblocks.parameter_groups(self, lr=...)`. The penalty of methods that have one is added to what `training_step` returns.
-    "block_sparsity", counted from the weights, and "phase" (0 discover, 1 refine, 2 heal) are logged after each epoch.
-    Checkpoints hold the state; `fit(..., ckpt_path=...)` goes on to the same bits, and `test` and `predict` load them too.
-    `load_from_checkpoint`, and trainers without the callback, load them if the module's `__init__` ends with
-    `kronblocks.rebuild_on_load_(self)`. A second model, as in cross-validation, is made block-sparse like the first.
-    Averages of weights (WeightAveraging, StochasticWeightAveraging) come after this callback in `callbacks=[...]`; they begin
-    again when layers are replaced or blocks exchanged, and when healing begins, so that they end with the same zeros.
+    It replaces layers before `configure_optimizers`; make the optimiser there from `kronblocks.parameter_groups(self, lr=...)`.
+    It adds the penalty, if the method has one, to what `training_step` returns. After each epoch it logs "block_sparsity",
+    counted from the weights, and "phase" (0 discover, 1 refine, 2 heal).
+
+    Checkpoints hold the state: `fit(..., ckpt_path=...)` goes on to the same bits, and `test` and `predict` load them too.
+    For `load_from_checkpoint`, or without the callback, end the module's `__init__` with `kronblocks.rebuild_on_load_(self)`.
+    A second model, as in cross-validation, is made block-sparse like the first. List averages of weights after this callback:
+    they begin again when layers are replaced or blocks exchanged, and when healing begins, so they end with the same zeros.
 
     Args:
         config: what `sparsify_` gets.
-        total_steps: of the whole training; None: what the trainer estimates.
+        total_steps: of the whole training; None: the trainer's estimate.
 
     Attributes:
-        sparsifier: of the model that was last set up for training.
+        sparsifier: of the model that was set up last.
     """
 
     def __init__(self, config: SparsityConfig | None = None, *, total_steps: int | None = None) -> None:
@@ -51,7 +51,7 @@ class SparsityCallback(Callback):
         self._averages: Averages | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Replace the layers, once for each model."""
+        """Replace the layers, once per model."""
         if _wrap(pl_module, "on_load_checkpoint", lambda load: self._loading(pl_module, load)):
             rebuild_on_load_(pl_module)
         if stage != "fit":
@@ -69,7 +69,7 @@ class SparsityCallback(Callback):
         return self.sparsifier is not None and self.sparsifier.model is module
 
     def _loading(self, module: LightningModule, load: Callable[..., Any]) -> Callable[..., Any]:
-        """The structure comes before the weights, which are loaded after the module's own hook."""
+        """After the module's own load hook, restore the structure, so that the weights fit."""
 
         def restore(checkpoint: dict[str, Any]) -> None:
             state = checkpoint.get(_KEY)
@@ -80,7 +80,7 @@ class SparsityCallback(Callback):
             elif self.sparsifier.step != state["step"]:
                 assert self._averages is not None
                 self.sparsifier.load_state_dict(state)
-                self._averages.begin(module.trainer, module)  # of the layers that the checkpoint's averages are of
+                self._averages.begin(module.trainer, module)  # with the layers of the checkpoint's averages
             load(checkpoint)
 
         return restore
@@ -90,14 +90,14 @@ class SparsityCallback(Callback):
         assert self.sparsifier is not None and self._averages is not None
         if self.sparsifier.rule.has_penalty and not pl_module.automatic_optimization:
             raise KronblocksError(
-                "the method has a penalty, which SparsityCallback adds to what training_step returns, and manual optimisation "
+                "the method has a penalty, which SparsityCallback adds to the result of training_step, but manual optimisation "
                 "returns nothing: set automatic_optimization = True, or choose a method without a penalty"
             )
         steps = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
         if steps == float("inf"):
             raise KronblocksError(
-                "the trainer has no end (max_epochs=-1 or max_time), and the schedule needs one: set max_epochs or max_steps, or "
-                "give SparsityCallback(config, total_steps=...)"
+                "the trainer has no end (max_epochs=-1 or max_time), but the schedule needs one: set max_epochs or max_steps, or "
+                "write SparsityCallback(config, total_steps=...)"
             )
         if not trainer.optimizers:
             raise KronblocksError("configure_optimizers returned no optimiser, so there are no steps to follow")
@@ -115,18 +115,18 @@ class SparsityCallback(Callback):
         self._averages.note()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let averages of weights begin again where what they hold is no longer what is trained."""
+        """Restart averages of weights if the model has changed."""
         assert self._averages is not None
         self._averages.follow(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the optimisers go, and say so if the model is less sparse than it was meant to be."""
+        """Detach from the optimisers, and warn if the model is less sparse than its target."""
         assert self.sparsifier is not None
         self.sparsifier.warn_if_too_dense("it ended early")
         self._let_go()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let the optimisers go, so that the same model can be given to `fit` again."""
+        """Detach from the optimisers, so that the same model can be given to `fit` again."""
         self._let_go()
 
     def _let_go(self) -> None:
@@ -135,7 +135,7 @@ class SparsityCallback(Callback):
             self._attachment = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what is so."""
+        """Log sparsity and phase."""
         assert self.sparsifier is not None
         phases = ("discover", "refine", "heal")
         pl_module.log("block_sparsity", self.sparsifier.sparsity)
@@ -143,13 +143,13 @@ class SparsityCallback(Callback):
 
 
 def _with_state(sparsifier: Sparsifier, save: Callable[..., Any]) -> Callable[..., Any]:
-    """In the module's own hook, which is called where weights only are saved, too."""
+    """A save hook that also adds the state. Lightning calls it for checkpoints of weights only, too."""
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
         state = checkpoint[_KEY] = sparsifier.state_dict()
         if state["structure"]["layers"] and not any(is_sharded(p) for p in sparsifier.model.parameters()):
             weights = checkpoint["state_dict"]
-            weights[HINT] = torch.zeros(0)  # what a plain model's error names, before anything that it does not expect
+            weights[HINT] = torch.zeros(0)  # the first name in the error of a plain model that loads this
             if isinstance(weights, OrderedDict):
                 weights.move_to_end(HINT, last=False)
         save(checkpoint)
@@ -172,7 +172,7 @@ def _with_penalty(module: LightningModule, sparsifier: Sparsifier, step: Callabl
 
 
 def _wrap(module: LightningModule, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
-    """Put a function around a method of this one module, once; whether it was done now."""
+    """Wrap a method of this one module, once. Whether it was done now."""
     method = getattr(module, name)
     if getattr(method, _KEY, False):
         return False

@@ -1,4 +1,4 @@
-"""ONNX files of finished models, run in onnxruntime and compared before they are given away."""
+"""Write finished models as ONNX files, and check them in onnxruntime."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class OnnxFile(NamedTuple):
     """A file that was written."""
 
     path: Path
-    error: float  # largest difference to the model in onnxruntime, relative to the largest output
+    error: float  # largest difference to the model's outputs, relative to the largest output
 
 
 class PlainFactors(nn.Module):
-    """What a `KroneckerBlockLinear` computes, in two einsums that every exporter knows; for inference.
+    """The product of a `KroneckerBlockLinear` in two einsums, which every exporter knows; for inference.
 
     Args:
-        layer: whose factors are taken.
+        layer: the layer with the factors.
     """
 
     coeff: Tensor  # (m1, n1, r)
@@ -71,21 +71,21 @@ def save_onnx(
     dynamic_batch: bool = True,
     tolerance: float = 1e-4,
 ) -> OnnxFile:
-    """Write a finished model as ONNX, dead features removed; ONNX knows no block-sparse product, so layers are dense or factored.
+    """Write a finished model as ONNX, without dead features. ONNX has no block-sparse product: layers are dense or factored.
 
     Args:
-        model: trained, or the model of `kronblocks.export`; it stays as it is.
-        example: what it is called with, all of it tensors.
-        path: the file.
+        model: trained, or the model of `kronblocks.export`; it stays unchanged.
+        example: the model's inputs, all tensors.
+        path: of the file.
         form: "dense", or "factored" (two products with Kronecker factors, for layers that have them).
-        dynamic_batch: let the first dimension of all inputs be of any size.
+        dynamic_batch: the first dimension of all inputs may have any size.
         tolerance: how far outputs in onnxruntime may differ, relative to the largest.
 
     Returns:
         The path and the difference.
 
     Raises:
-        KronblocksError: onnx, onnxscript or onnxruntime are not installed, the model cannot be exported, outputs differ, or the
+        KronblocksError: onnx, onnxscript or onnxruntime is not installed; the model cannot be exported; outputs differ; or the
             file cannot be written.
     """
     one_of("form", form, OnnxForm)
@@ -103,7 +103,7 @@ def save_onnx(
     try:
         with _quiet():
             program = torch.onnx.export(plain, args, kwargs=dict(kwargs), dynamo=True, dynamic_shapes=shapes, verbose=False)
-    except Exception as error:  # whatever tracing and translating raise
+    except Exception as error:  # tracing and translating may raise anything
         raise KronblocksError(f"torch.onnx cannot export this model: {error}") from error
     assert program is not None
     path = Path(path)
@@ -122,7 +122,7 @@ def save_onnx(
 
 
 def _plain(model: nn.Module, example: Any, form: OnnxForm) -> nn.Module:
-    """A copy of nothing but ordinary modules."""
+    """A copy of the model with ordinary modules only."""
     if not _has_blocks(model):
         return copy.deepcopy(model).eval().requires_grad_(False)
     if form == "dense":
@@ -150,7 +150,7 @@ def _run(path: Path, inputs: list[Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's progress and its remarks on versions."""
+    """Silence the exporter's progress and its remarks on versions."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -1,7 +1,7 @@
-"""LoRA beside block-sparse layers, by PEFT's own calls: `import kronblocks.integrations.peft` is all it takes.
+"""LoRA for block-sparse layers, by PEFT's own calls: `import kronblocks.integrations.peft` enables it.
 
-The import puts one look at the model before two methods of PEFT's tuners, so that adapters find block layers whichever call makes
-or loads them, with a config from a file too. Models without block layers are none of its business.
+The import wraps two methods of PEFT's tuners, so that every call that makes or loads adapters finds block layers. Models without
+block layers are not affected.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ _WRITE_TO_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 class BlockLora(LoraLinear):
-    """A trained low-rank update of a block layer, which itself stays frozen and as sparse as it is.
+    """A trained low-rank update of a block layer: `layer(x) + B A x`. The layer stays frozen and sparse.
 
-    The two are computed one after the other, `layer(x) + B A x`. The update has no zero blocks, so merging would make the layer
-    dense: that is refused.
+    Merging is refused: the update has no zero blocks, so the layer would become dense.
     """
 
     def __init__(self, base_layer: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -36,11 +35,7 @@ class BlockLora(LoraLinear):
             super().__init__(base_layer, adapter_name, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused.
-
-        Raises:
-            KronblocksError: always.
-        """
+        """Always raise KronblocksError."""
         raise KronblocksError(
             "a LoRA update has no zero blocks, so merging it would make the block-sparse layer dense: keep it apart, or call "
             "kronblocks.densify_ on the base model before get_peft_model"
@@ -48,16 +43,16 @@ class BlockLora(LoraLinear):
 
 
 def with_block_layers(config: LoraConfig) -> LoraConfig:
-    """Let one LoraConfig take block layers, for code that calls `LoraModel` without the look that this module adds."""
+    """Make one LoraConfig accept block layers, for code that calls `LoraModel` directly."""
     config._register_custom_module({BlockLayer: BlockLora})
     return config
 
 
 def _prepare(model: nn.Module, config: Any) -> None:
-    """Let PEFT know a model's block layers, or refuse what has no form for them, before it changes anything.
+    """Register a model's block layers with PEFT, before it changes anything.
 
     Raises:
-        KronblocksError: the method, or how it is to begin, does not work on block layers.
+        KronblocksError: the method, or its start, does not work on block layers.
     """
     blocks = [name.removesuffix(".base_layer") for name, module in model.named_modules() if isinstance(module, BlockLayer)]
     if not blocks:
@@ -71,8 +66,8 @@ def _prepare(model: nn.Module, config: Any) -> None:
     targets = blocks if everything else [name for name in blocks if _is_target(config, name)]
     if targets and config.peft_type != PeftType.LORA:
         raise KronblocksError(
-            f"{config.peft_type.value} has no form for block-sparse layers, such as {targets[0]}: use LoRA, name dense layers "
-            "only in target_modules, or call kronblocks.densify_ on the model first"
+            f"{config.peft_type.value} does not support block-sparse layers, such as {targets[0]}: use LoRA, name only dense "
+            "layers in target_modules, or call kronblocks.densify_ on the model first"
         )
     if targets:
         _check_lora(config, targets[0])
@@ -83,7 +78,7 @@ def _is_target(config: Any, name: str) -> bool:
 
 
 def _heads(model: nn.Module, config: LoraConfig) -> set[str]:
-    """Names of block layers that make a transformers model's outputs: "all-linear" leaves these out, as it does dense ones."""
+    """Names of block layers that make a transformers model's outputs. "all-linear" excludes them, as it does for dense ones."""
     embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
     heads = [embeddings()]
     if heads == [None] and config.task_type == TaskType.SEQ_CLS:
@@ -92,11 +87,11 @@ def _heads(model: nn.Module, config: LoraConfig) -> set[str]:
 
 
 def _check_lora(config: LoraConfig, target: str) -> None:
-    """Refuse what needs, or changes, weights that are not there."""
+    """Refuse options that read or change the dense weights, which block layers do not have."""
     start = config.init_lora_weights
     if isinstance(start, str) and start.lower().startswith(_WRITE_TO_THE_BASE):
         raise KronblocksError(
-            f"init_lora_weights={start!r} takes its start out of the base weights, and those of {target} are block-sparse: leave "
+            f"init_lora_weights={start!r} starts from the base weights, but those of {target} are block-sparse: leave "
             'it at True, or use "gaussian", "orthogonal" or "eva"'
         )
     if config.use_dora:
@@ -105,11 +100,11 @@ def _check_lora(config: LoraConfig, target: str) -> None:
             "leave use_dora out"
         )
     if getattr(config, "kasa_config", None) is not None:
-        raise KronblocksError(f"kasa_config= changes the base weights, and those of {target} are block-sparse: leave it out")
+        raise KronblocksError(f"kasa_config= changes the base weights, but those of {target} are block-sparse: leave it out")
 
 
 def _looking_first(method: Callable[..., Any], config_of: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of PEFT's tuners behind a look at the model that it is given."""
+    """Wrap a method of PEFT's tuners, so that block layers are registered first."""
 
     @functools.wraps(method)
     def looking(tuner: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +119,7 @@ def _first_config(tuner: BaseTuner, model: nn.Module, peft_config: Any, adapter_
 
 
 def _added_config(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    """With the targets that PEFT has for a transformers model where none are named."""
+    """The config, with PEFT's default targets for a transformers model if it names none."""
     return tuner._prepare_adapter_config(tuner.peft_config[adapter_name], tuner.get_model_config(model))
 
 

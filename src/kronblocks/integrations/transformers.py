@@ -1,4 +1,4 @@
-"""Block-sparse training in transformers' Trainer: one callback, and a Trainer that learns from a trained model."""
+"""A callback for block-sparse training in transformers' Trainer, and a Trainer with distillation."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ from kronblocks.surgery.sparsify import sparsify_
 class SparsityCallback(TrainerCallback):
     """Makes a Trainer's model block-sparse: `Trainer(model, args, ..., callbacks=[SparsityCallback(SparsityConfig(...))])`.
 
-    Layers are replaced when the Trainer is made, before it makes its optimiser. The gradient of the penalty, of methods that have
-    one, is added before each optimiser step, after clipping. Checkpoints hold the state (as the tensor "kronblocks_state" among
-    the weights), so that `trainer.train(resume_from_checkpoint=...)` goes on to the same bits. Logs get "block_sparsity", counted
-    from the weights; loggers see it if they come after this callback: `report_to="none", callbacks=[SparsityCallback(...),
-    TensorBoardCallback()]`. After the training `kronblocks.save_pretrained(trainer.model, folder)` saves the model.
+    It replaces layers when the Trainer is made, before that makes its optimiser. If the method has a penalty, its gradient is
+    added before each optimiser step, after clipping. Checkpoints hold the state (the tensor "kronblocks_state" among the
+    weights): `trainer.train(resume_from_checkpoint=...)` goes on to the same bits. Logs get "block_sparsity", counted from the
+    weights. List loggers after this callback: `report_to="none", callbacks=[SparsityCallback(...), TensorBoardCallback()]`.
+    After the training, `kronblocks.save_pretrained(trainer.model, folder)` saves the model.
 
-    A Trainer that makes its models itself, as for `hyperparameter_search`, is given a function that makes them block-sparse:
+    If the Trainer makes its models, as for `hyperparameter_search`, write
     `Trainer(model_init=callback.model_init(make_model), ..., callbacks=[callback])`.
 
     Args:
-        config: what `sparsify_` gets, or a function that gives it for a trial of a hyperparameter search (None outside of one),
-            or a `Sparsifier` made for the same model: the Trainer may then be given `optimizers=`, made from
-            `kronblocks.parameter_groups`.
+        config: what `sparsify_` gets; or a function from a trial of a hyperparameter search (None outside of one) to it; or a
+            `Sparsifier` made for the same model, so that you can make the Trainer's `optimizers=` by `parameter_groups`.
 
     Attributes:
-        sparsifier: of the model that the Trainer made or was given last.
+        sparsifier: of the Trainer's last model.
     """
 
     def __init__(self, config: SparsityConfig | Callable[[Any], SparsityConfig] | Sparsifier | None = None) -> None:
@@ -45,19 +44,19 @@ class SparsityCallback(TrainerCallback):
         self._carried: Any = None
 
     def model_init(self, make: Callable[..., nn.Module]) -> Callable[[Any], nn.Module]:
-        """What `Trainer(model_init=...)` gets: each model that it makes is block-sparse before it gets an optimiser.
+        """A function for `Trainer(model_init=...)`: it makes each model block-sparse before it gets an optimiser.
 
         Args:
-            make: makes a dense model, from nothing or from the trial of a hyperparameter search, as `model_init` does.
+            make: makes a dense model, without arguments or from a trial, as for `model_init`.
 
         Raises:
-            KronblocksError: the callback was given a Sparsifier, which has one model.
+            KronblocksError: the callback was made with a Sparsifier, which has one model.
         """
         if self._given is not None:
-            raise KronblocksError("a Sparsifier is of one model, and model_init makes several: give SparsityCallback(config)")
+            raise KronblocksError("a Sparsifier has one model, but model_init makes several: give SparsityCallback(config)")
 
         def model_init(trial: Any) -> nn.Module:
-            self._forget()  # so that the memory of the model before is free for the next one
+            self._forget()  # free the memory of the previous model
             model = make(trial) if inspect.signature(make).parameters else make()
             self._sparsify(model, trial)
             return model
@@ -74,12 +73,12 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Replace the layers."""
         if self._given is None and self.sparsifier is not None and self.sparsifier.model is not model:
-            self._forget()  # the callback has been given to another Trainer, as in cross-validation
+            self._forget()  # another Trainer has the callback now, as in cross-validation
         if self.sparsifier is None:
             if kwargs.get("optimizer") is not None:
                 raise KronblocksError(
                     "the optimiser given to the Trainer holds the dense weights, which are replaced now: make the sparsifier "
-                    "first, sparsifier = kronblocks.sparsify_(model, config), then the optimiser, and give "
+                    "first, sparsifier = kronblocks.sparsify_(model, config), then the optimiser, and write "
                     "SparsityCallback(sparsifier)"
                 )
             self._sparsify(model, None)
@@ -91,12 +90,12 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Follow the optimiser."""
+        """Attach to the optimiser."""
         sparsifier = self._ready()
         if sparsifier.model is not model:
             raise KronblocksError(
                 "SparsityCallback last replaced layers of another model than the Trainer's: give the Trainer "
-                "model_init=callback.model_init(make_model), or model=, and Trainers that exist at once a callback each"
+                "model_init=callback.model_init(make_model), or model=. Trainers that exist at once need a callback each"
             )
         self._let_go()
         if (sparsifier.step == 0) != (state.global_step == 0) and sparsifier.phase != "heal":
@@ -119,7 +118,7 @@ class SparsityCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Log what is so."""
+        """Log the sparsity."""
         found = {"block_sparsity": self._ready().sparsity}
         if self._attachment is not None and logs is not None:
             logs.update(found)
@@ -127,7 +126,7 @@ class SparsityCallback(TrainerCallback):
                 state.log_history[-1].update(found)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let the optimiser go, and say so if the model is less sparse than it was meant to be."""
+        """Detach from the optimiser, and warn if the model is less sparse than its target."""
         sparsifier = self._ready()
         best = f"the best checkpoint, {state.best_model_checkpoint}, was loaded"
         sparsifier.warn_if_too_dense(best if args.load_best_model_at_end else "it ended early")
@@ -152,24 +151,24 @@ class SparsityCallback(TrainerCallback):
 
 
 class DistillingTrainer(Trainer):
-    """transformers' Trainer with a trained model in its loss: `DistillingTrainer(model, args, ..., distillation=...)`.
+    """transformers' Trainer with a teacher in its loss: `DistillingTrainer(model, args, ..., distillation=...)`.
 
-    The loss of every batch is its mean, and where gradients are accumulated the batches of a step count alike.
+    The loss of a batch is its mean, and accumulated batches of a step count equally.
 
     Args:
         distillation: made before the model's layers were replaced, so that it holds the dense model.
-        settings: what a Trainer takes, by name or in its order.
+        settings: a Trainer's arguments.
     """
 
     def __init__(self, *settings: Any, distillation: Distillation, **named: Any) -> None:
         super().__init__(*settings, **named)
         self.distillation = distillation
-        self.model_accepts_loss_kwargs = False  # which would divide the loss of labels, and it alone, by all items of a step
+        self.model_accepts_loss_kwargs = False  # True divides only the labels' loss by the number of items in a step
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:  # what the Trainer calls
-        """The loss to train on, and the outputs if wanted."""
+        """The loss to train on, and the outputs if requested."""
         loss, outputs = super().compute_loss(model, inputs, True)
         loss = self.distillation(loss, outputs, **inputs)
         return (loss, outputs) if return_outputs else loss

@@ -1,4 +1,4 @@
-"""Which block size: candidates, a shortlist, and criteria that judge them by what they are for."""
+"""Search for a block size: candidates, a shortlist, and criteria that judge them."""
 
 from kronblocks.search.config import MixtureConfig, SearchConfig
 from kronblocks.search.halving import find_block_size

@@ -1,4 +1,4 @@
-"""Candidates of a block-size search: from the layers' divisors, and a shortlist by cost and by the weights' spectrum."""
+"""Candidates of a block-size search, and a shortlist of them by cost and by the weights' spectrum."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ from kronblocks.surgery.report import Selected
 from kronblocks.surgery.selection import select
 
 SIZES = (2, 4, 8, 16, 32, 64)
-"""Sides of the square blocks that are candidates where the user names none: powers of two.
+"""Sides of the square candidates, unless the user names sizes.
 
-A layer takes the nearest that divides it. Its other divisors (12, 24 and 48 of 192) are candidates where none of these fits any
-layer; else name them.
+A layer uses the nearest that divides it. Only if none fits any layer are other divisors candidates, such as 12, 24 and 48 of 192.
 """
 
-_CLEARLY = 0.05  # of the energy: less of a difference is chance
+_CLEARLY = 0.05  # smaller differences of energy are chance
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,10 @@ class Candidate:
 
     Args:
         block: the size asked for.
-        layers: what the layers take of it: the nearest size that divides them.
-        layer_seconds: a training step of each of these layers at the target sparsity, by the counts.
-        energy: what the best mixtures of this block size keep of the weights' squares, from 0, no more than of random weights, to
-            1, everything. Of an untrained model about 0 for all sizes.
+        layers: the layers, each with the nearest size that divides it.
+        layer_seconds: estimated seconds of a training step of each layer, at the target sparsity.
+        energy: how much of the weights' squares the best mixtures of this size keep: 0 as for random weights, 1 all of it. In
+            an untrained model it is about 0 for all sizes.
     """
 
     block: BlockSize
@@ -54,7 +53,7 @@ class Candidate:
 
     @property
     def estimated_seconds(self) -> float:
-        """A training step of all of them."""
+        """Estimated seconds of a training step of all layers."""
         return sum(self.layer_seconds.values())
 
     @property
@@ -64,19 +63,19 @@ class Candidate:
 
 
 def with_block(config: SparsityConfig, block: BlockSize) -> SparsityConfig:
-    """The config with another block size, taken as near as it fits each layer."""
+    """The config with another block size, and the nearest one where it does not divide a layer."""
     return dataclasses.replace(config, block_size=block, on_mismatch="nearest")
 
 
 def excess_energy(weight: Tensor, grid: BlockGrid, rank: int, tile_groups: int = 1) -> float:
-    """How far `captured_energy` is on the way from that of a random weight of the same shape (0) to everything (1)."""
+    """`captured_energy` on a scale from that of a random weight of the same shape (0) to all energy (1)."""
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), device="cpu")
     by_chance = captured_energy(noise, grid, rank, tile_groups)
     return max(0.0, captured_energy(weight.cpu(), grid, rank, tile_groups) - by_chance) / max(1 - by_chance, 1e-9)
 
 
 def _step_seconds(layer: Selected, config: SparsityConfig, rows: int, device: str) -> float:
-    """Estimated time of one layer: half a training before the lift at half the zeros, half after it at all of them."""
+    """Estimated step time of one layer: the mean of a factored step with half the zeros and a lifted one with all of them."""
     density = 1 - config.target_sparsity
     factors = Problem(layer.grid, layer.rank, layer.tile_groups, rows, (1 + density) / 2, device=device)
     values = Problem(layer.grid, None, 1, rows, density, device=device)
@@ -89,8 +88,7 @@ def _fitting(model: nn.Module, config: SparsityConfig) -> tuple[Selected, ...]:
     """The layers that a block size fits.
 
     Raises:
-        DoesNotFit: there are none, too few blocks are left to reach the sparsity, or the factors have more parameters than
-            `RankChoice` allows.
+        DoesNotFit: it fits no layer; there are too few blocks for the sparsity; or factors exceed what `RankChoice` allows.
     """
     layers = select(model, config).selected
     shapes, areas = [layer.grid.shape for layer in layers], [layer.grid.block.area for layer in layers]
@@ -101,7 +99,7 @@ def _fitting(model: nn.Module, config: SparsityConfig) -> tuple[Selected, ...]:
 def _by_size(
     model: nn.Module, config: SparsityConfig, sizes: Iterable[BlockSizeLike]
 ) -> tuple[dict[BlockSize, tuple[Selected, ...]], str]:
-    """The layers that each size fits, and why the last of the others fits none."""
+    """The layers that each size fits, and why the last of the other sizes fits none."""
     found, why_not = {}, ""
     for block in map(BlockSize.parse, sizes):
         try:
@@ -112,7 +110,7 @@ def _by_size(
 
 
 def _divisors(model: nn.Module, config: SparsityConfig) -> list[int]:
-    """Sides from 2 to 64 of squares that divide a layer."""
+    """The sides from 2 to 64 of square blocks that divide a layer."""
     every = select(model, with_block(dataclasses.replace(config, rank=None, overrides={}), BlockSize(1, 1))).selected
     sides = {math.gcd(*layer.grid.shape) for layer in every}
     return [side for side in range(2, SIZES[-1] + 1) if any(common % side == 0 for common in sides)]
@@ -125,24 +123,23 @@ def find_candidates(
     *,
     rows: int | Callable[[nn.Module], Mapping[str, int]] = 1024,
 ) -> list[Candidate]:
-    """The block sizes that make a difference for a model, by ascending area.
+    """The block sizes that differ for a model, by ascending area.
 
-    Convolutions count as what `sparsify_` makes of them, and stand where they stood afterwards.
+    Convolutions count as `sparsify_` would unfold them; the model is unchanged afterwards.
 
     Args:
         model: dense, before `sparsify_`.
-        config: which layers, which rank; its block size does not count.
-        sizes: those to consider; None: squares of powers of two from 2 to 64, and only where none of them fits, of all sides up
-            to 64 that divide a layer.
-        rows: rows of x per step, for the estimated times: of every layer, or counted by a function of the model whose
-            convolutions are linear layers, by the layers' names.
+        config: layers and rank; its block size is ignored.
+        sizes: the sizes to consider. None: squares with sides 2, 4, ... 64. If none of these fits, squares with any side up to
+            64 that divides a layer.
+        rows: rows of x per step, for the estimates: one number, or a function from the unfolded model to rows by layer name.
 
     Raises:
-        KronblocksError: no size is named, none of them fits any layer, leaves blocks enough for the sparsity, or makes factors as
-            few as `RankChoice` allows; a layer that is block-sparse already.
+        KronblocksError: `sizes` is empty; no size fits the layers, the sparsity and `RankChoice`; or a layer is block-sparse
+            already.
     """
     if sizes is not None and not (sizes := tuple(sizes)):
-        raise KronblocksError("sizes= names no block size: a search wants at least two, such as sizes=(4, 8), or None")
+        raise KronblocksError("sizes= names no block size: a search needs at least two, such as sizes=(4, 8), or None")
     fitting, why_not = _by_size(model, config, SIZES if sizes is None else sizes)
     if sizes is None and not fitting:
         fitting, why_not = _by_size(model, config, _divisors(model, config))
@@ -163,11 +160,11 @@ def find_candidates(
 def _candidate(
     model: nn.Module, config: SparsityConfig, block: BlockSize, layers: tuple[Selected, ...], rows: Mapping[str, int]
 ) -> Candidate:
-    """What a size costs and keeps, in a model whose convolutions are linear layers."""
+    """The candidate of a size, in a model with unfolded convolutions."""
     modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
     if sparse := [name for name, module in modules.items() if not isinstance(module, nn.Linear)]:
         raise KronblocksError(
-            f"{', '.join(sparse)}: block-sparse already, and a search begins with the dense model: densify_ it first"
+            f"{', '.join(sparse)}: block-sparse already, but a search begins with the dense model: densify_ it first"
         )
     device = next(model.parameters()).device.type
     weights = [module.get_parameter("weight") for module in modules.values()]
@@ -179,10 +176,10 @@ def _candidate(
 
 
 def shortlist(candidates: Sequence[Candidate], most: int) -> tuple[list[Candidate], dict[str, str]]:
-    """Candidates worth training: none that another beats in both estimated time and energy, and at most `most`.
+    """At most `most` candidates to train, without those that another one beats in both estimated time and energy.
 
     Returns:
-        The candidates, and for every other one why it is not among them.
+        The candidates, and the reason for every other one.
     """
     reasons: dict[str, str] = {}
     for one in candidates:
@@ -196,7 +193,7 @@ def shortlist(candidates: Sequence[Candidate], most: int) -> tuple[list[Candidat
                 )
                 break
     kept = [candidate for candidate in candidates if str(candidate.block) not in reasons]
-    while len(kept) > max(1, most):  # of two neighbours the slower one goes, where they differ least in time
+    while len(kept) > max(1, most):  # of the two neighbours that differ least in time, drop the slower one
         pairs = [(abs(a.estimated_seconds - b.estimated_seconds), a, b) for a, b in itertools.pairwise(kept)]
         _, first, second = min(pairs, key=lambda pair: pair[0])
         gone = first if first.estimated_seconds > second.estimated_seconds else second
@@ -213,10 +210,7 @@ def entrants(
     most: int,
     rows: Callable[[nn.Module], Mapping[str, int]],
 ) -> tuple[list[Candidate], dict[str, Path]]:
-    """The candidates that are trained, and the paths of all, by size, with the reasons of those that are not.
-
-    See `find_candidates` and `shortlist`.
-    """
+    """The candidates to train, and the paths of all by size, with the reasons of those that are not trained."""
     everything = find_candidates(model, config, sizes, rows=rows)
     kept, reasons = shortlist(everything, most)
     paths = {

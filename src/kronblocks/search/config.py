@@ -14,19 +14,19 @@ Goal = Literal["step-time", "inference-time", "accuracy"]
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How block sizes are searched for.
+    """Settings of a search by short trainings.
 
     Args:
-        sizes: the candidates; None: squares of powers of two from 2 to 64.
-        goal: what counts among candidates that lose nothing: "step-time" (of training), "inference-time", or "accuracy" (the
-            least held-out loss, whatever it costs).
-        budget: steps of all trials together, as a share of the training that follows; None: 1, or more where that leaves a trial
+        sizes: the candidates; None: squares with sides 2, 4, ... 64.
+        goal: what to minimise among candidates that lose nothing: "step-time" (of training), "inference-time", or "accuracy"
+            (the held-out loss, whatever the cost).
+        budget: steps of all trials together, as a share of the training that follows; None: 1, or more if a trial would get
             fewer than 20.
-        rounds: after each of which about half of the candidates go. Each has other batches and factors, and what counts is a
-            candidate's mean over all its rounds: two trainings that differ in nothing else end a percent or two apart.
-        most: candidates that are tried at all.
-        tolerance: share of the best held-out loss by which another candidate may be worse and still lose nothing. The standard
-            error of the difference, over held-out examples, comes on top.
+        rounds: number of rounds. After each about half of the candidates are dropped. Rounds have other batches and factors,
+            and the mean over rounds counts, since single trainings differ by a percent or two by chance.
+        most: most candidates that are tried.
+        tolerance: a candidate loses nothing if its held-out loss is at most this share above the best, plus the standard error
+            of the difference.
         seed: of the batches and the factors.
     """
 
@@ -55,21 +55,20 @@ Weights = Literal["time", "equal"]
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """How candidates of a mixture are judged.
+    """Settings of a search in a mixture.
 
     Args:
-        criterion: "removal": at evenly spaced moments the candidate goes whose removal adds least held-out loss for the time it
-            takes. "penalty", the paper's: a growing group penalty on the norm of each candidate's weight, until one is left; with
-            it alone the candidate with most parameters tends to win, whatever the data.
-        weights: what a candidate's loss or penalty is measured against: the "time" it takes, or "equal".
-        per_layer: each layer keeps a candidate of its own; else one size for the model.
-        budget: steps, as a share of the training that follows; None: 0.5, or more where that leaves fewer than 20 before each
-            removal.
-        train_first: share of those steps before the first candidate may go.
-        strength: of the penalty at first: what it would take from a candidate over all its steps, as a multiple of the mean norm
-            of candidates. A weak one leaves several candidates, of which the one of greatest norm is kept.
-        growth: how many times its strength the penalty has at the end; it grows by the same factor at each step.
-        most: candidates in a layer.
+        criterion: "removal": at even intervals remove the candidate whose removal adds least held-out loss for its time.
+            "penalty" (the paper's): a growing group penalty on the norm of each candidate's weight, until one is left. Alone
+            it tends to keep the candidate with most parameters, whatever the data.
+        weights: divide a candidate's loss or penalty by the "time" it takes, or treat all as "equal".
+        per_layer: each layer keeps its own candidate; else one size for the model.
+        budget: steps, as a share of the training that follows; None: 0.5, or more if a removal would come after fewer than 20.
+        train_first: share of these steps before the first removal.
+        strength: of the penalty at first: how much norm it would remove over all steps, as a multiple of the candidates' mean
+            norm. If it is too weak, several candidates are left, and the one of greatest norm is kept.
+        growth: factor by which the strength has grown at the end; it grows by the same factor at each step.
+        most: most candidates in a layer.
         seed: of batches and factors.
     """
 

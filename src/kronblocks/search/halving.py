@@ -1,4 +1,4 @@
-"""Block-size search by held-out loss after equally many steps: short trainings side by side, in rounds of successive halving."""
+"""Block-size search by successive halving: short trainings side by side, compared by held-out loss."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ def find_block_size(
     search: SearchConfig | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> SearchReport:
-    """The cheapest block size that loses nothing, found by short trainings of copies of the model.
+    """Find the cheapest block size that loses nothing, by short trainings of copies of the model.
 
-    In each round every candidate left is trained from the start with the method's whole course (warm-up, pruning, lift, healing)
-    in a share of `total_steps`, all in turns on the same batches, then judged on held-out data. The better half goes on: the best
+    A round trains every candidate left from the start, all in turns on the same batches, and judges them on held-out data.
+    Each training runs the method's whole course (warm-up, pruning, lift, healing) in few steps. The better half stays: the best
     one, then those that lose nothing, the cheapest first, then the others by their loss. All rounds have equally many steps,
-    and together `budget * total_steps`.
+    together `budget * total_steps`.
 
     Args:
-        model: dense; it stays as it is.
-        config: what `sparsify_` will get; its block size does not count.
+        model: dense; it stays unchanged.
+        config: what `sparsify_` will get; its block size is ignored.
         task: data and loss.
         total_steps: of the training that follows.
         search: candidates, goal and budget.
         progress: called with a text and the share that is done.
 
     Returns:
-        The report; `report.config(config)` is the config with what was found.
+        The report; `report.config(config)` is the config with the size that was found.
 
     Raises:
-        KronblocksError: losses that are not one for each example, nothing held out, no size that fits, a model that is
-            block-sparse already, a budget too short to train anything, or every candidate diverged.
+        KronblocksError: losses are not one per example; nothing is held out; no size fits; the model is block-sparse already;
+            the budget is too short to train; or every candidate diverged.
 
     Source:
-        Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", AISTATS 2016, for
-        successive halving.
+        Successive halving: Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization",
+        AISTATS 2016.
 
     >>> from kronblocks import sparsify_
     >>> def batches(seed):
@@ -114,7 +114,7 @@ def _teller(progress: Callable[[str, float], None] | None, prefix: str, number: 
     return lambda text, done: progress(f"{prefix} {text}", (number + done) / rounds)
 
 
-_NOTES = 20  # norms that are noted in a round
+_NOTES = 20  # how many norms a round records
 
 
 def _round(
@@ -127,7 +127,7 @@ def _round(
     seed: int,
     tell: _Tell,
 ) -> dict[str, Result]:
-    """Train all candidates side by side: at each step each takes its turn with the same batch."""
+    """Train all candidates side by side: at each step, all use the same batch in turn."""
     trials = {str(c.block): Trial(model, with_block(config, c.block), task, steps, seed) for c in kept}
     diverged: set[str] = set()
     names = ", ".join(trials)
@@ -136,7 +136,7 @@ def _round(
     def note(step: int) -> None:
         noted = {name: trial.norm() for name, trial in trials.items() if name not in diverged}
         for name, norm in noted.items():
-            if math.isfinite(norm):  # else it diverges, which its next step will tell
+            if math.isfinite(norm):  # else the next step raises Diverged
                 norms[name].append((step, norm))
 
     note(0)
@@ -161,12 +161,12 @@ def _round(
 
 
 def _cost(trial: Trial, goal: Goal, rows: Mapping[str, int]) -> float:
-    """What the goal counts, in seconds; the inference of plain layers with masks is that of what `export` makes of them.
+    """The cost by the goal, in seconds. For inference, masked plain layers count as `export` would pack them.
 
     Args:
-        trial: when it is over.
+        trial: a finished one.
         goal: of the search.
-        rows: of x in a training step, by the layers' names.
+        rows: of x in a training step, by layer name.
     """
     if goal != "inference-time":
         return trial.seconds_per_step
@@ -180,11 +180,7 @@ def _cost(trial: Trial, goal: Goal, rows: Mapping[str, int]) -> float:
 
 
 def _note(results: dict[str, Result], paths: dict[str, Path], steps: int) -> None:
-    """Write a round into the candidates' paths.
-
-    Raises:
-        Diverged: every candidate did.
-    """
+    """Add a round to the candidates' paths; raise Diverged if every candidate diverged."""
     means = {name: float(result.losses.mean()) for name, result in results.items()}
     best = min(means, key=means.__getitem__)
     if not math.isfinite(means[best]):

@@ -25,17 +25,17 @@ class Result:
 
 
 def mean_and_error(examples: Tensor) -> tuple[float, float]:
-    """Mean over (N,) examples, and its standard error."""
+    """The mean over (N,) examples, and its standard error."""
     return float(examples.mean()), float(examples.std()) / math.sqrt(len(examples))
 
 
 class Standing(NamedTuple):
-    """A candidate's place after some rounds, which count by their steps.
+    """A candidate's means over some rounds, weighted by steps.
 
     Args:
-        gap: how much worse than the best, as a share of the best one's loss.
-        error: standard error of that, over held-out examples.
-        cost: what the goal counts, in seconds.
+        gap: how much worse its loss is than the best, as a share of that.
+        error: standard error of the gap, over held-out examples.
+        cost: by the goal, in seconds.
     """
 
     gap: float
@@ -43,12 +43,12 @@ class Standing(NamedTuple):
     cost: float
 
     def loses_nothing(self, tolerance: float) -> bool:
-        """Whether it is as good as the best one, as far as it can be told."""
+        """Whether its loss is within the tolerance and the error of the best."""
         return self.gap <= tolerance + self.error
 
 
 def standings(history: Sequence[dict[str, Result]], names: Sequence[str]) -> dict[str, Standing]:
-    """Where candidates that were in every round stand, the best one first."""
+    """The standings of candidates that were in every round, the best one first."""
     steps = [next(iter(results.values())).steps for results in history]
     weights = [each / sum(steps) for each in steps]
     costs = {name: sum(w * results[name].cost for w, results in zip(weights, history, strict=True)) for name in names}
@@ -56,7 +56,7 @@ def standings(history: Sequence[dict[str, Result]], names: Sequence[str]) -> dic
     def against(reference: str) -> dict[str, Standing]:
         found = {name: Standing(math.inf, 0.0, costs[name]) for name in names}
         for name in finite:
-            share = torch.zeros((), device="cpu")  # of each example, held out in every round alike: (N,) when summed
+            share = torch.zeros((), device="cpu")  # (N,) when summed: examples are the same in every round
             for weight, results in zip(weights, history, strict=True):
                 own, others = results[name].losses, results[reference].losses
                 share = share + weight * (own - others) / others.mean()
@@ -77,7 +77,7 @@ def judge(
     *,
     last: bool,
 ) -> list[Candidate]:
-    """The candidates that go on, the winner alone after the last round, and why the others lost."""
+    """The candidates that stay (after the last round only the winner); writes into `paths` why the others lost."""
     places = standings(history, [str(candidate.block) for candidate in kept])
     best = next(iter(places))
     fine = [name for name, place in places.items() if place.loses_nothing(search.tolerance)]
@@ -100,7 +100,7 @@ def judge(
     return [candidate for candidate in kept if str(candidate.block) in stay]
 
 
-_CLEARLY = 0.95  # of a measured time: less of a difference is noise
+_CLEARLY = 0.95  # ratios of measured times above this are noise
 
 
 def _worse(place: Standing) -> str:
@@ -114,7 +114,7 @@ def _why_lost(place: Standing, best: str, fine: bool, stay: Sequence[str], least
         return f"lost: {_worse(place)} against {best}, more than {100 * search.tolerance:g}%"
     if search.goal == "accuracy" or len(stay) > 1:
         return f"lost: {_worse(place)} against {best}, and {' and '.join(stay)} are better or cheaper"
-    cheaper = f"takes {1e3 * least:.3g} ms and not {1e3 * place.cost:.3g} ms" if least < place.cost else "is as cheap and better"
+    cheaper = f"takes {1e3 * least:.3g} ms, not {1e3 * place.cost:.3g} ms" if least < place.cost else "is as cheap and better"
     return f"lost: loses nothing ({_worse(place)} against {best}), but {stay[0]} {cheaper}"
 
 

@@ -1,4 +1,4 @@
-"""Block-size search in one model: all candidates trained together in each layer, losers removed for good, the last one kept."""
+"""Block-size search in one model: each layer trains all candidates together, and losers are removed until one is left."""
 
 from __future__ import annotations
 
@@ -37,34 +37,34 @@ def find_block_size_in_mixture_(
     sizes: Sequence[Any] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> SearchReport:
-    """Replace the selected layers by mixtures, train, remove candidates until one is left in each, and keep that, in place.
+    """Replace the selected layers by mixtures, train, and remove candidates until each layer has one, in place.
 
-    Afterwards the layers are `KroneckerBlockLinear` with trained factors, which `sparsify_` takes as they are.
+    Afterwards the layers are `KroneckerBlockLinear` with trained factors, which `sparsify_` accepts.
 
     Args:
         model: dense.
-        config: which layers, which rank (where none is named, 4 for all) and tile groups, with its overrides; its block size does
-            not count. Candidates begin from random factors.
-        task: data, loss and optimiser; what it says of lifted values is for the training that follows.
+        config: layers, rank (4 if unset) and tile groups, with overrides; its block size is ignored. Candidates begin from
+            random factors.
+        task: data, loss and optimiser; its settings for lifted values do not matter here.
         total_steps: of the training that follows.
         search: the criterion.
-        sizes: candidates; None: squares of powers of two from 2 to 64.
+        sizes: candidates; None: squares with sides 2, 4, ... 64.
         progress: called with a text and the share that is done.
 
     Raises:
-        KronblocksError: as `find_block_size`; a method without factors, or a start from the present weights. Nothing has been
-            changed then, unless it is the training that diverged.
+        KronblocksError: as in `find_block_size`; or the method has no factors, or the config starts from the present weights.
+            Nothing has changed then, unless the training diverged.
     """
     search, start = search or MixtureConfig(), time.perf_counter()
     if not config.spec.is_factored:
         raise KronblocksError(
-            f"candidates that are trained together are made of factors, and method {config.method!r} has none: use "
+            f"candidates that are trained together are made of factors, but method {config.method!r} has none: use "
             "find_block_size (--criterion halving), or method 'two-phase' or 'kron-l1'"
         )
     if config.init not in (None, "random") or isinstance(config.rank, RankChoice):
         raise KronblocksError(
-            "candidates trained together begin from new factors, and init='nearest', init='spectral' and RankChoice go by the "
-            "weights that are there: use find_block_size (--criterion halving), or leave init out and give rank a number"
+            "candidates trained together begin from new factors, but init='nearest', init='spectral' and RankChoice need the "
+            "present weights: use find_block_size (--criterion halving), or leave init out and give rank a number"
         )
     if config.resolved().rank == "by-area":
         config = dataclasses.replace(config, rank=COMMON_RANK)
@@ -88,7 +88,7 @@ def find_block_size_in_mixture_(
 
 
 class _MixtureTraining:
-    """The model with mixtures, its optimiser, and who is still in the running."""
+    """The model with mixtures, its optimiser, and the candidates that are left."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class _MixtureTraining:
         fits = {str(c.block): {layer.name: layer for layer in c.layers} for c in kept}
         names = [layer.name for layer in kept[0].layers if all(layer.name in found for found in fits.values())]
         if not names:
-            raise KronblocksError("no layer is fit by all candidates together: name other sizes, or search by short trainings")
+            raise KronblocksError("no layer fits all candidates: name other sizes, or search by short trainings")
         with torch.random.fork_rng(devices=[]), unfolding(model, to_unfold(model, names)):
             torch.manual_seed(search.seed)
             for name in names:
@@ -123,7 +123,7 @@ class _MixtureTraining:
         self.survivors: dict[str, str] = {}
 
     def train(self, paths: dict[str, Path], progress: Callable[[str, float], None] | None) -> None:
-        """All steps, with the removals on the way."""
+        """Make all steps, with the removals between them."""
         search, first = self._search, int(self._search.train_first * self.steps)
         count = max(len(mixture.candidates) for mixture in self._mixtures.values())
         removals = {first + round((i + 1) * (self.steps - first) / count) for i in range(count - 1)}
@@ -153,20 +153,20 @@ class _MixtureTraining:
         self._schedule.step()
 
     def _weights(self, scope: Iterable[str]) -> dict[str, float]:
-        """What each candidate's contribution to some layers is divided by, 1 on average."""
+        """Numbers to divide each candidate's contribution by, for some layers; 1 on average."""
         if self._search.weights == "equal":
             return dict.fromkeys(self._seconds, 1.0)
         seconds = {name: sum(layers[layer] for layer in scope) for name, layers in self._seconds.items()}
         return {name: own * len(seconds) / sum(seconds.values()) for name, own in seconds.items()}
 
     def _scopes(self) -> list[dict[str, BlockMixtureLinear]]:
-        """Mixtures that decide together."""
+        """Groups of mixtures that remove the same candidate together."""
         return [{name: m} for name, m in self._mixtures.items()] if self._search.per_layer else [self._mixtures]
 
     def _shrink(self, step: int, first: int, paths: dict[str, Path]) -> None:
         """The proximal step of the group penalty on whole candidates.
 
-        The learning rate does not scale it: as that falls, losers must not come to rest above 0.
+        It does not depend on the learning rate. Else losers might stay above 0 as that falls.
         """
         search = self._search
         strength = search.strength * search.growth ** ((step - first) / (self.steps - first)) / (self.steps - first)
@@ -176,7 +176,7 @@ class _MixtureTraining:
                 continue
             typical, weights = sum(norms.values()) / len(norms), self._weights(scope)
             left = {name: norm - strength * typical * weights[name] for name, norm in norms.items()}
-            most = max(norms, key=lambda name: norms[name] / weights[name])  # stays where all would go at once
+            most = max(norms, key=lambda name: norms[name] / weights[name])  # stays if all would be removed at once
             for name, norm in norms.items():
                 if left[name] > 0:
                     for mixture in scope.values():
@@ -185,7 +185,7 @@ class _MixtureTraining:
                     self._remove(scope, name, f"lost: its norm was shrunk to 0 at step {step}", paths)
 
     def _remove_worst(self, step: int, paths: dict[str, Path]) -> None:
-        """Of each scope the candidate goes that is missed least for the time it takes."""
+        """In each scope, remove the candidate that is missed least for the time it takes."""
         for scope in self._scopes():
             names = list(_norms(scope))
             if len(names) < 2:
@@ -204,7 +204,7 @@ class _MixtureTraining:
             self._remove(scope, worst, why, paths)
 
     def _without(self, scope: dict[str, BlockMixtureLinear], name: str) -> float:
-        """Mean held-out loss with a candidate's weights left out."""
+        """Mean held-out loss without a candidate's weights."""
         kept = {layer: mixture.candidates[name] for layer, mixture in scope.items()}
         saved = {layer: [p.detach().clone() for p in module.parameters()] for layer, module in kept.items()}
         for mixture in scope.values():
@@ -217,7 +217,7 @@ class _MixtureTraining:
         return loss
 
     def _remove_least(self, step: int, paths: dict[str, Path]) -> None:
-        """At the end, of each scope the candidate of least norm."""
+        """At the end, remove the candidate of least norm in each scope."""
         for scope in self._scopes():
             norms = _norms(scope)
             if len(norms) > 1:
@@ -237,7 +237,7 @@ class _MixtureTraining:
                 paths[name].history.append({"step": step, "norm": norm})
 
     def collapse(self) -> dict[str, str]:
-        """Put the last candidate in every mixture's place; the block size of each layer."""
+        """Replace every mixture by its last candidate; returns the block size of each layer."""
         chosen = {}
         for name, mixture in self._mixtures.items():
             (self.survivors[name],) = mixture.candidates
@@ -249,7 +249,7 @@ class _MixtureTraining:
 
 
 def _norms(scope: dict[str, BlockMixtureLinear]) -> dict[str, float]:
-    """Norm of each candidate over all layers of a scope that still have it."""
+    """The norm of each candidate over all layers of a scope that still have it."""
     squares: dict[str, float] = {}
     for mixture in scope.values():
         for name, norm in mixture.norms().items():

@@ -1,4 +1,4 @@
-"""What a search found: every candidate's path, and why it lost."""
+"""SearchReport: the result of a search, with every candidate's path and why it lost."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ REPORT_VERSION = 1
 
 @dataclass
 class Rung:
-    """A candidate's training in one round."""
+    """The result of a candidate in one round."""
 
     steps: int
     loss: float  # held-out, mean over examples
     gap: float  # to the best of the round, mean over examples
-    gap_error: float  # standard error of that mean
+    gap_error: float  # standard error of the gap
     seconds_per_step: float
-    cost: float  # what the goal counts, in seconds
+    cost: float  # by the goal, in seconds
 
     def to_dict(self) -> dict[str, float | None]:
-        """Plain values, for JSON: None for the infinite loss of a candidate that diverged."""
+        """Plain values, for JSON; an infinite loss (diverged) is None."""
         return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
@@ -40,18 +40,18 @@ class Rung:
 
 @dataclass
 class Path:
-    """A candidate's way through the search.
+    """A candidate's results in all rounds.
 
     Args:
         block: its size.
-        sizes: what each layer takes of it.
+        sizes: the nearest size in each layer.
         estimated_seconds: of a step, by the counts.
         energy: see `kronblocks.search.candidates.Candidate`.
-        rungs: a round each.
+        rungs: the result of each round.
         history: norm of its weights over the steps of each round.
-        why: lost, or won.
-        gap: to the best over all rounds it was in, as a share of the best one's held-out loss; None where it was not compared.
-        gap_error: standard error of that.
+        why: why it lost or won.
+        gap: to the best over its rounds, as a share of the best held-out loss; None: not compared.
+        gap_error: standard error of the gap.
     """
 
     block: BlockSize
@@ -65,11 +65,11 @@ class Path:
     gap_error: float | None = None
 
     def mean(self, name: str) -> float:
-        """Mean over its rounds, which count by their steps, of what a rung has under a name."""
+        """Mean of a field of its rungs, weighted by the steps of the rounds."""
         return sum(rung.steps * getattr(rung, name) for rung in self.rungs) / sum(rung.steps for rung in self.rungs)
 
     def cells(self) -> list[str]:
-        """What decided, for a table: held-out loss and gap to the best, milliseconds a step, means over rounds; steps of each."""
+        """Cells for a table: mean held-out loss, gap to the best, milliseconds per step, and the steps of each round."""
         if not self.rungs:
             return [""] * 4
         gap = "" if self.gap is None or self.gap_error is None else percent(self.gap, self.gap_error)
@@ -82,13 +82,13 @@ class SearchReport:
     """All candidates of a search and the winner. Print it for a table.
 
     Args:
-        criterion: how they were judged.
-        goal: what counted; by halving, among candidates that lose nothing.
+        criterion: how candidates were judged.
+        goal: what was minimised.
         paths: the candidates, by area.
         chosen: the block size of each layer.
-        winner: the winning candidate's size; None where layers got different ones.
-        seconds: that the search took.
-        steps: training steps that were made, over all candidates.
+        winner: the winning size; None if layers got different ones.
+        seconds: duration of the search.
+        steps: training steps of all candidates.
     """
 
     criterion: str
@@ -100,7 +100,7 @@ class SearchReport:
     steps: int
 
     def config(self, config: SparsityConfig) -> SparsityConfig:
-        """A config with the block sizes that were found."""
+        """The config with the block sizes that were found."""
         if self.winner is not None:
             return dataclasses.replace(config, block_size=self.winner, on_mismatch="nearest")
         overrides = {f"re:{_escaped(name)}": LayerOverride(block_size=size) for name, size in self.chosen.items()}
@@ -144,7 +144,7 @@ class SearchReport:
 
 
 def percent(gap: float, error: float) -> str:
-    """A gap to the best with its standard error, both given as shares."""
+    """A gap and its standard error in percent, both given as shares."""
     return f"{100 * gap:+.1f} ± {100 * error:.1f}%"
 
 

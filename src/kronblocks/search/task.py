@@ -1,4 +1,4 @@
-"""What a search trains on, and one short training of a candidate."""
+"""SearchTask, the data and loss of a search, and Trial, one short training of a candidate."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class SearchTask:
     """Training data, held-out data and the loss.
 
     Args:
-        batches: gives training batches for a seed, without end.
-        held_out: a list of batches that no training sees; never the test set.
-        losses: loss of every example (or token) of a batch, (N,), differentiable: no mean of them.
+        batches: gives endless training batches for a seed.
+        held_out: a list of batches that no training uses; never the test set.
+        losses: gives the loss of every example (or token) of a batch, (N,), differentiable; not their mean.
         lr: learning rate of AdamW for what is not sparse, as for `parameter_groups`.
         weight_decay: of dense weights.
         factor_weight_decay: of factors.
-        lifted_weight_decay: of free block values; None: as factors.
+        lifted_weight_decay: of free block values; None: that of factors.
         factor_lr_scale: rate of factors, relative to `lr`.
         tile_lr_scale: rate of tiles, relative to that of the other factors.
         lifted_lr_scale: rate of free block values, relative to `lr`.
@@ -59,7 +59,7 @@ class SearchTask:
         """The training batches.
 
         Raises:
-            KronblocksError: when they end.
+            KronblocksError: they end.
         """
         number = 0
         for batch in self.batches(seed):
@@ -68,10 +68,10 @@ class SearchTask:
         raise KronblocksError(f"batches(seed) ended after {number} batches: let it begin again, in a `while True:` loop")
 
     def check(self, model: nn.Module) -> None:
-        """See on one held-out batch that losses come as a search needs them; the model and the random state stay as they are.
+        """Check the losses of one held-out batch. The model and the random state stay unchanged.
 
         Raises:
-            KronblocksError: they do not, or there is nothing held out.
+            KronblocksError: losses are not one per example, or nothing is held out.
         """
         held_out: object = self.held_out
         if isinstance(held_out, Tensor | Mapping | str | Iterator) or not isinstance(held_out, Iterable):
@@ -86,25 +86,25 @@ class SearchTask:
         if not isinstance(losses, Tensor) or losses.dim() != 1:
             shape = f"of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
             raise KronblocksError(
-                f'losses(model, batch) gives one loss for each example, (N,), and this one is {shape}: write reduction="none" in '
-                "the loss function, .mean(1) or .flatten() where it has more dimensions, and no .mean() or .item()"
+                f'losses(model, batch) must give one loss for each example, (N,), not {shape}: write reduction="none" in '
+                "the loss function, .mean(1) or .flatten() if it has more dimensions, and no .mean() or .item()"
             )
         if len(losses) + len(first) - 1 < 2:
             raise KronblocksError("a search compares losses example by example: hold out at least two examples")
 
     def rows(self, model: nn.Module, seed: int) -> dict[str, int]:
-        """How many rows of x reach each linear layer in a training step; the model and the random state stay as they are.
+        """How many rows of x reach each linear layer in a training step. The model and the random state stay unchanged.
 
-        A layer that the first batch does not reach counts as the others do at most.
+        A layer that the first batch does not reach counts with the most rows of the others.
         """
         layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         with rows_reaching(layers) as rows, _same_random_state(model), torch.enable_grad(), evaluating(model):
-            self.losses(model, next(self.stream(seed)))  # without gradients, attention may go past its layers
+            self.losses(model, next(self.stream(seed)))  # without gradients, attention may bypass its layers
         most = max((sum(calls) for calls in rows.values() if calls), default=1)
         return {name: sum(calls) if calls else most for name, calls in rows.items()}
 
     def optimizer(self, model: nn.Module, steps: int) -> tuple[AdamW, OneCycleLR]:
-        """AdamW over the model's parameters at the task's rates, and one cycle of these rates over a training of some steps."""
+        """AdamW with the task's rates, and one cycle of these rates over this many steps."""
         groups = parameter_groups(
             model,
             lr=self.lr,
@@ -133,17 +133,17 @@ def _same_random_state(model: nn.Module) -> contextlib.AbstractContextManager[No
 
 
 def steps_of_search(budget: float | None, usual: float, total_steps: int, parts: float, for_what: str) -> int:
-    """Steps of a whole search, enough for each of its parts to tell candidates apart.
+    """Number of steps of a whole search, enough for each of its parts.
 
     Args:
-        budget: as a share of the training that follows; None: `usual`, or more where that is too short.
+        budget: as a share of the training that follows; None: `usual`, or more if that is too short.
         usual: share of a training that is long enough.
         total_steps: of that training.
-        parts: that share the steps evenly, and want 20 each; 0 where there is nothing to compare.
-        for_what: "each of 3 candidates in each of 3 rounds".
+        parts: number of parts that share the steps evenly, and need 20 each; 0 if there is nothing to compare.
+        for_what: for the error, such as "each of 3 candidates in each of 3 rounds".
 
     Raises:
-        KronblocksError: the budget leaves fewer.
+        KronblocksError: the budget leaves fewer steps.
     """
     least = math.ceil(_LEAST_STEPS * parts)
     if budget is None:
@@ -151,7 +151,7 @@ def steps_of_search(budget: float | None, usual: float, total_steps: int, parts:
     steps = int(budget * total_steps)
     if steps < least:
         raise KronblocksError(
-            f"{budget:g} of {total_steps} steps leaves {int(steps / parts)} for {for_what}, and {_LEAST_STEPS} "
+            f"{budget:g} of {total_steps} steps leaves {int(steps / parts)} for {for_what}, but {_LEAST_STEPS} "
             f"are needed: give a budget of {math.ceil(100 * least / total_steps) / 100:g} or more, or none, or fewer sizes"
         )
     return steps
@@ -161,20 +161,20 @@ _LEAST_STEPS = 20
 
 
 class Trial:
-    """A copy of a model, trained with one config for a given number of steps; call `step` with each batch.
+    """A copy of a model that trains with one config for a number of steps; call `step` with each batch.
 
     Args:
-        model: the dense model, which stays as it is.
+        model: the dense model, which stays unchanged.
         config: what `sparsify_` gets.
         task: optimiser and loss.
-        steps: of the whole training, over which learning rate and sparsity run their full course.
+        steps: of the whole training; learning rate and sparsity run their full course in them.
         seed: of the factors.
     """
 
     def __init__(self, model: nn.Module, config: SparsityConfig, task: SearchTask, steps: int, seed: int) -> None:
         self.model, self._task = copy.deepcopy(model).train(), task
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", PerformanceWarning)  # whether a size pays is what the search finds out
+            warnings.simplefilter("ignore", PerformanceWarning)  # the search finds out whether a size pays
             torch.manual_seed(seed)
             self.sparsifier = sparsify_(self.model, dataclasses.replace(config, measure_plans=False))
         self._optimizer, self._schedule = task.optimizer(self.model, steps)
@@ -200,7 +200,7 @@ class Trial:
 
     @property
     def seconds_per_step(self) -> float:
-        """Median time of a step in each phase, averaged over the phases as long as they were."""
+        """Median time of a step in each phase, averaged over the phases by their lengths."""
         total = sum(len(each) for each in self._seconds.values())
         if not total:
             raise KronblocksError("the trial has made no step yet")
