@@ -148,7 +148,7 @@ def test_types_of_buffers(tmp_path):
         ),
         (lambda: torch.eye(4).to_sparse_csr(), "is a sparse_csr Tensor"),
         (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "is a jagged NestedTensor"),
-        (lambda: torch.ones(2, dtype=torch.complex128), "is of torch.complex128, which a safetensors file cannot hold"),
+        (lambda: torch.ones(2, dtype=torch.complex128), "has dtype torch.complex128, which a safetensors file cannot hold"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
