@@ -48,7 +48,7 @@ def test_import_paths(tmp_path, monkeypatch):
         ("my_models:nothing", "cannot import"),
         ("no_models:make", "cannot import"),
         ("my_models:size", "is int and cannot be called"),
-        ("json:loads", "wants no arguments"),
+        ("json:loads", "a function without arguments"),
         ("os:getcwd", "returned str"),
     ):
         with pytest.raises(KronblocksError, match=says):

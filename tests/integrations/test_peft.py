@@ -156,7 +156,7 @@ def test_starts_that_change_the_base_weights_are_refused(start):
     before = model(X)
     more: dict[str, Any] = {"loftq": {"loftq_config": {"loftq_bits": 4}}, "lora_ga": {"lora_ga_config": LoraGAConfig()}}
     settings = LoraConfig(target_modules=["up"], init_lora_weights=cast("Any", start), **more.get(start, {}))
-    with pytest.raises(KronblocksError, match=f"{start}.* takes its start out of the base weights, .* up are block"):
+    with pytest.raises(KronblocksError, match=f"{start}.* starts from the base weights, .* up are block"):
         get_peft_model(model, settings)
     assert isinstance(model.up, BlockSparseLinear) and torch.equal(model(X), before)
     get_peft_model(sparse(exclude=("down",)), LoraConfig(target_modules=["down"], init_lora_weights="olora"))
@@ -190,7 +190,9 @@ def test_starts_that_leave_them_alone_change_no_output(start):
 )
 def test_other_methods_are_refused_by_name_and_work_on_dense_layers(config):
     model = sparse(exclude=("down",))
-    with pytest.raises(KronblocksError, match=rf"^{config.peft_type.value} has no form for block-sparse layers, such as up: use"):
+    with pytest.raises(
+        KronblocksError, match=rf"^{config.peft_type.value} does not support block-sparse layers, such as up: use"
+    ):
         get_peft_model(model, config)
     assert isinstance(model.up, BlockSparseLinear)
     adapted = get_peft_model(sparse(exclude=("down",)), LoraConfig(target_modules=["up"]))

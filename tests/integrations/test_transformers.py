@@ -170,7 +170,7 @@ def test_what_cannot_be_is_said(tmp_path):
     late.add_callback(SparsityCallback(config()))
     with pytest.raises(KronblocksError, match=r"callbacks=\[\.\.\.\]"):
         late.train()
-    with pytest.raises(KronblocksError, match="is of one model, and model_init makes several"):
+    with pytest.raises(KronblocksError, match="has one model, but model_init makes several"):
         SparsityCallback(sparsify_(bert(), config())).model_init(bert)
     with pytest.raises(KronblocksError, match="needs a SparsityConfig, not dict"):
         Trainer(bert(), arguments(tmp_path), callbacks=[SparsityCallback({"block_size": 4})])

@@ -54,16 +54,16 @@ def advise(
         rows: rows of x per step (batch, times tokens).
         sparsity: shares of zero blocks to try.
         block_size: 16, "16x4" or (16, 4), rows first.
-        rank: number of Kronecker terms; None: what a training takes, a quarter of a block's weights, 2 to 8.
-        tile_groups: "per-row", or the number of tile banks; None: what a training takes, "per-row".
-        on_mismatch: a block size that does not divide a layer: leave it "dense", or take the "nearest" that does.
-        frozen: of a model, layers with requires_grad=False: "keep" them dense, as a training does, or "sparsify" them too.
-        device: what to time on.
+        rank: number of Kronecker terms; None: a quarter of a block's weights, from 2 to 8, as in a training.
+        tile_groups: number of tile banks, or "per-row"; None: "per-row", as in a training.
+        on_mismatch: what to do if the block size does not divide a layer: leave it "dense", or use the "nearest" that does.
+        frozen: what to do with a model's layers with requires_grad=False: "keep" them dense, as a training does, or "sparsify".
+        device: to time on.
         dtype: of weights and inputs.
-        progress: told what is timed, before each time.
+        progress: called before each timing.
 
     Raises:
-        KronblocksError: a layer, size or device that cannot be read, had or timed; says what to write instead.
+        KronblocksError: a layer, size or device cannot be read, found or timed; the message says what to write instead.
     """
     shares = _check(rows, sparsity, device, dtype)
     config = SparsityConfig(

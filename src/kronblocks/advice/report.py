@@ -15,15 +15,12 @@ _VERBS = {"dense": "keep dense", "factored": "factor", "packed": "pack"}
 
 
 class Speed(NamedTuple):
-    """One way of computing a layer: the best plan for it, and its time beside dense's, of the same turns.
-
-    All rows of a layer were timed together, so that `relative` is the quotient of the seconds that stand in the table.
-    """
+    """The best plan for one way of computing a layer, and its time relative to dense in the same turns."""
 
     plan: str
     seconds: float  # for all rows, the least of the turns
-    relative: float  # how many times quicker than dense
-    spread: float  # of relative, plus or minus, as a share: what thirds of the turns would have said
+    relative: float  # how many times as fast as dense
+    spread: float  # of `relative` between thirds of the turns, plus or minus, as a share
 
 
 @dataclass(frozen=True)
