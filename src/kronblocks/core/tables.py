@@ -63,6 +63,16 @@ def together(
     return [sorted(group, key=lambda each: places[id(each)]) for group in groups]
 
 
+def rows_of(
+    layers: Sequence[_T], name: Callable[[_T], str], key: Callable[[_T], Hashable], *, every_layer: bool
+) -> tuple[list[list[_T]], list[str]]:
+    """The layers of each row of a table, where many share rows as in `together`, and the remark below it if any do."""
+    if every_layer or len(layers) <= MOST_ROWS:
+        return [[layer] for layer in layers], []
+    groups = together(layers, name, key)
+    return groups, [ALL_ROWS] if len(groups) < len(layers) else []
+
+
 def _with_siblings(groups: list[list[_T]], name: Callable[[_T], str], key: Callable[[_T], Hashable]) -> list[list[_T]]:
     joined: list[tuple[_Group, list[_T], set[int]]] = []
     for layers in groups:

@@ -12,7 +12,7 @@ from torch import nn
 
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_json
-from kronblocks.core.tables import ALL_ROWS, MOST_ROWS, between, figureless, span, text_table, together
+from kronblocks.core.tables import between, figureless, rows_of, span, text_table, together
 from kronblocks.deploy.saving import save_pretrained
 from kronblocks.deploy.slimming import Slimmed
 
@@ -91,15 +91,15 @@ class Exported:
 
     def table(self, *, every_layer: bool = False) -> str:
         """What `print` shows; with `every_layer`, with a row for each layer."""
-        layers, slimmed = [[layer] for layer in self.layers], [[each] for each in self.slimmed]
-        if shared := len(layers) > MOST_ROWS and not every_layer:
-            layers = together(self.layers, lambda layer: layer.name, _kind)
+        layers, hint = rows_of(self.layers, lambda layer: layer.name, _kind, every_layer=every_layer)
+        slimmed = [[each] for each in self.slimmed]
+        if hint:
             slimmed = together(self.slimmed, lambda each: f"{each.producer} -> {each.consumer}", lambda each: 0, siblings=False)
         lines = [text_table([("layer", "form", "shape", "blocks", "density", "KiB", "why"), *map(_row, layers)])]
         lines += map(_removed, slimmed)
         lines += [self.remark] if self.remark else []
         lines += [f"largest difference to the model: {self.error:.1e} of the largest output"]
-        return "\n".join([*lines, ALL_ROWS] if shared and len(layers) < len(self.layers) else lines)
+        return "\n".join([*lines, *hint])
 
 
 def _kind(layer: ExportedLayer) -> Hashable:

@@ -198,6 +198,10 @@ class BlockLayer(WholeWeights):
 
     def config(self) -> dict:
         """The constructor's arguments as plain values, for a structure record."""
+        sizes = {"in_features": self.in_features, "out_features": self.out_features, "block_size": str(self.grid.block)}
+        return {**sizes, **self._own_config(), "bias": self.bias is not None, "plan": self.plan}
+
+    def _own_config(self) -> dict:
         raise NotImplementedError
 
     def extra_repr(self) -> str:

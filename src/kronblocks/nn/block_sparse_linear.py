@@ -276,12 +276,5 @@ class BlockSparseLinear(BlockLayer):
         self.refresh_index_()
         return kept
 
-    def config(self) -> dict:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "block_size": str(self.grid.block),
-            "capacity": self.capacity,
-            "bias": self.bias is not None,
-            "plan": self.plan,
-        }
+    def _own_config(self) -> dict:
+        return {"capacity": self.capacity}

@@ -223,14 +223,5 @@ class KroneckerBlockLinear(BlockLayer):
         multipliers = multipliers[rows].to(target.dtype)
         target.mul_(multipliers.unsqueeze(-1) if self.gate is None else multipliers)
 
-    def config(self) -> dict:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "block_size": str(self.grid.block),
-            "rank": self.rank,
-            "tile_groups": self.tile_groups,
-            "gate": self.gate is not None,
-            "bias": self.bias is not None,
-            "plan": self.plan,
-        }
+    def _own_config(self) -> dict:
+        return {"rank": self.rank, "tile_groups": self.tile_groups, "gate": self.gate is not None}

@@ -7,8 +7,12 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from kronblocks_lab.bench import deploy, infer, ops, step, train, whole_model
 from kronblocks_lab.bench.cases.grids import InferSettings, OpsSettings
-from kronblocks_lab.bench.settings import DeploySettings, ModelSettings, StepSettings, TablesSettings, TrainSettings
+from kronblocks_lab.bench.deploy import DeploySettings
+from kronblocks_lab.bench.settings import StepSettings, TablesSettings
+from kronblocks_lab.bench.train import TrainSettings
+from kronblocks_lab.bench.whole_model import ModelSettings
 
 Bench = (
     Annotated[OpsSettings, tyro.conf.subcommand("ops")]
@@ -26,39 +30,25 @@ def main(settings: tyro.conf.OmitSubcommandPrefixes[Annotated[Bench, tyro.conf.a
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # tables into a file or a log
+    table = None
     match settings:
         case OpsSettings():
-            from kronblocks_lab.bench import ops
-
             results = ops.run(settings)
         case InferSettings():
-            from kronblocks_lab.bench import infer
-
             results = infer.run(settings)
         case StepSettings():
-            from kronblocks_lab.bench import step
-
-            results = step.run(settings)
-            console.print(step.summary(results))
+            table = step.summary(results := step.run(settings))
         case DeploySettings():
-            from kronblocks_lab.bench import deploy
-
-            results = deploy.run(settings)
-            console.print(deploy.summary(results))
+            table = deploy.summary(results := deploy.run(settings))
         case ModelSettings():
-            from kronblocks_lab.bench import whole_model
-
-            results = whole_model.run(settings)
-            console.print(whole_model.summary(results))
+            table = whole_model.summary(results := whole_model.run(settings))
         case TrainSettings():
-            from kronblocks_lab.bench import train
-
-            results = train.run(settings)
-            console.print(train.summary(results))
+            table = train.summary(results := train.run(settings))
         case TablesSettings():
-            from kronblocks_lab.bench.page import page
+            from kronblocks_lab.bench.page import page  # matplotlib draws its figures
 
-            written = page.write(settings.results, settings.page)
-            console.print(f"page: {written}", soft_wrap=True, highlight=False)
+            console.print(f"page: {page.write(settings.results, settings.page)}", soft_wrap=True, highlight=False)
             return
+    if table is not None:
+        console.print(table)
     console.print(f"results: {results.path}, {len(results.rows):,} rows", soft_wrap=True, highlight=False)

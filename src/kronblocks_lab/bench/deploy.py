@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -19,15 +19,53 @@ from kronblocks.deploy.exporting import export
 from kronblocks.surgery.sparsify import densify_
 from kronblocks_lab.bench.cases.models import CLASSES
 from kronblocks_lab.bench.cases.ways import random_mask, values_layer
-from kronblocks_lab.bench.measure.machine import begin
+from kronblocks_lab.bench.measure.machine import begin, told
 from kronblocks_lab.bench.measure.results import Results, Row, significant
 from kronblocks_lab.bench.measure.timing import measure
-from kronblocks_lab.bench.settings import DeploySettings
+from kronblocks_lab.bench.settings import TimedSettings
 
 COLUMNS = ("rows", "case", "forms", "bytes", "error", "ms", "ms_low", "ms_high", "speed", "speed_low", "speed_high")
 KEY = ("rows", "case")
 DENSE, INT8 = "dense", "dense, int8 (torch, dynamic)"
 _TOLERANCE = 1e-4  # of the largest output, in fp32 against float64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeploySettings(TimedSettings):
+    """Time a whole MLP as `export` ships it, beside the dense one and PyTorch's int8 form of that."""
+
+    rows: tuple[int, ...] | None = None
+    """Batch sizes; unset: 1 16 256 2048, and 256 with --quick."""
+    width: int = 1024
+    """Inputs, and size of the hidden layers."""
+    layers: int = 3
+    """Block-sparse layers; a dense one of 10 outputs follows."""
+    blocks: tuple[int, ...] = (4, 16, 64)
+    """Block sizes."""
+    sparsity: float = 0.9
+
+    kind = "deploy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device != "cpu" or self.dtype != "fp32" or self.compiled:
+            raise KronblocksError("bench deploy measures on a CPU in fp32: leave --device, --dtype and --compiled out")
+        if min(self.batches, default=0) < 1 or self.layers < 1:
+            raise KronblocksError("--rows and --layers are numbers from 1 on")
+        if min(self.blocks, default=0) < 1 or any(self.width % block for block in self.blocks):
+            raise KronblocksError(f"--blocks {self.blocks} must divide --width {self.width}")
+        if not 0 <= self.sparsity < 1:
+            raise KronblocksError(f"--sparsity is a share from 0 to below 1, not {self.sparsity}")
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes."""
+        return self.rows if self.rows is not None else ((256,) if self.quick else (1, 16, 256, 2048))
+
+    def shared(self) -> dict[str, Any]:
+        """What all rows of a file have in common."""
+        own = {"width": self.width, "layers": self.layers, "blocks": list(self.blocks), "sparsity": self.sparsity}
+        return {**super().shared(), **own}
 
 
 def sparse_mlp(settings: DeploySettings, block: int) -> nn.Sequential:
@@ -113,9 +151,8 @@ def summary(results: Results) -> Table:
 def run(settings: DeploySettings) -> Results:
     """Measure what is missing, and write it; a number of rows whose every case is there is done."""
     results = begin(settings, COLUMNS, KEY)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
+    with told() as show:
         for rows in settings.batches:
             if results.missing([{"rows": rows, "case": DENSE}]):
-                results.add(measure_rows(settings, rows, lambda text: progress.update(task, description=text)))
+                results.add(measure_rows(settings, rows, show))
     return results

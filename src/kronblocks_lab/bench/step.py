@@ -8,8 +8,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -19,7 +17,7 @@ from kronblocks_lab.bench.cases.models import CLASSES, QUICK, Mlp, Place, StepMo
 from kronblocks_lab.bench.cases.work import Work, count_work
 from kronblocks_lab.bench.measure.check import dense_weight
 from kronblocks_lab.bench.measure.graphs import graphed
-from kronblocks_lab.bench.measure.machine import begin, use
+from kronblocks_lab.bench.measure.machine import begin, told, use
 from kronblocks_lab.bench.measure.memory import PeakBytes, alone
 from kronblocks_lab.bench.measure.results import Results, Row, significant
 from kronblocks_lab.bench.measure.timing import TIMES, measure
@@ -218,10 +216,9 @@ def run(settings: StepSettings) -> Results:
     """Measure what is missing, and write it; a batch size whose every case is there is done."""
     kinds = _chosen(settings)
     results = begin(settings, COLUMNS, KEY)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
+    with told() as show:
         for rows in settings.batches:
             if results.missing([{"rows": rows, "case": kind.name} for kind in kinds]):
                 machine = results.head["machine"]
-                results.add(measure_batch(settings, kinds, rows, machine, lambda text: progress.update(task, description=text)))
+                results.add(measure_batch(settings, kinds, rows, machine, show))
     return results

@@ -5,26 +5,28 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kronblocks.config.methods import Method
+from kronblocks.config.sparsity import SparsityConfig
+from kronblocks.core.errors import KronblocksError
 from kronblocks.deploy.exporting import export
 from kronblocks.surgery.groups import parameter_groups
 from kronblocks.surgery.sparsify import densify_, sparsify_
 from kronblocks_lab.bench.cases.work import Work, count_work
-from kronblocks_lab.bench.measure.machine import begin, use
+from kronblocks_lab.bench.measure.machine import begin, told, use
 from kronblocks_lab.bench.measure.memory import PeakBytes, alone
 from kronblocks_lab.bench.measure.results import Results, Row, significant
 from kronblocks_lab.bench.measure.timing import TIMES, Timing, measure
 from kronblocks_lab.bench.page.tables import roof
-from kronblocks_lab.bench.settings import ModelSettings
-from kronblocks_lab.training.models import image_transformer
+from kronblocks_lab.bench.settings import TimedSettings
+from kronblocks_lab.training.models import TransformerName, image_transformer
 
 COLUMNS = (
     *("direction", "case", "parameters", *TIMES),
@@ -42,6 +44,61 @@ DENSE, COMPILED, FACTORS, BLOCKS = (
 _STEPS = 3  # of the process whose peak memory counts
 _TOLERANCES = {"fp32": 1e-4, "tf32": 5e-2, "bf16": 5e-2}  # of exported outputs, which rounding alone moves by so much
 _MANY = 10**6  # steps that a sparsifier is told of, so that nothing is pruned while the clock runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(TimedSettings):
+    """Time training steps and inference of a whole vision transformer, dense and block-sparse, with their peak memory.
+
+    With --dtype bf16 training keeps weights in fp32 and takes products under autocast; inference has bf16 weights.
+    """
+
+    model: TransformerName = "vit-tiny"
+    image_size: int = 224
+    """Pixels of a side."""
+    batch_size: int | None = None
+    """Images a step; unset: 16, and 2 with --quick."""
+    block_size: str = "16"
+    sparsity: float = 0.9
+
+    kind = "model"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < 1:
+            raise KronblocksError(f"--batch-size must be at least 1, not {self.batch_size}")
+        if self.graphs:
+            raise KronblocksError("bench model takes whole models as they are trained: leave --graphs out")
+        self.sparse("static")
+
+    @property
+    def name(self) -> str:
+        """Of the file, without its ending."""
+        return super().name.replace(self.kind, f"{self.kind}-{self.model}", 1)
+
+    @property
+    def images(self) -> int:
+        """Of a step."""
+        return self.batch_size if self.batch_size is not None else (2 if self.quick else 16)
+
+    def sparse(self, method: Method) -> SparsityConfig:
+        """What the block-sparse models are made by.
+
+        Raises:
+            KronblocksError: a block size or sparsity that cannot be.
+        """
+        return SparsityConfig(
+            method=method,
+            block_size=self.block_size,
+            target_sparsity=self.sparsity,
+            on_mismatch="nearest",
+            exclude=("*classifier",),
+        )
+
+    def shared(self) -> dict[str, Any]:
+        """What all rows of a file have in common."""
+        own = {"model": self.model, "image_size": self.image_size, "batch_size": self.images}
+        return {**super().shared(), **own, "block_size": self.block_size, "sparsity": self.sparsity}
 
 
 class Training:
@@ -199,12 +256,7 @@ def summary(results: Results) -> Table:
 def run(settings: ModelSettings) -> Results:
     """Measure what is missing, and write it."""
     results = begin(settings, COLUMNS, KEY)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
-
-        def show(text: str) -> None:
-            progress.update(task, description=text)
-
+    with told() as show:
         if results.missing([{"direction": TRAINING, "case": case} for case in cases(settings)]):
             results.add(measure_training(settings, results.head["machine"], show))
         if results.missing([{"direction": INFERENCE, "case": DENSE}]):

@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from kronblocks.core.tables import MOST_ROWS, listed, span, starred, together
+from kronblocks.core.tables import listed, rows_of, span, starred
 from kronblocks_lab.training.settings import TrainConfig
 from kronblocks_lab.training.train import train
 
@@ -41,9 +41,7 @@ def _summary(config: TrainConfig, result: dict[str, Any]) -> Table:
 
 def _left_dense(layers: list[dict[str, str]]) -> str:
     """The layers that stay dense, with the reason of each."""
-    groups = [[each] for each in layers]
-    if len(layers) > MOST_ROWS:
-        groups = together(layers, lambda each: each["name"], lambda each: starred(each["reason"]))
+    groups, _ = rows_of(layers, lambda each: each["name"], lambda each: starred(each["reason"]), every_layer=False)
     return "; ".join(f"{span([each['name'] for each in alike])}: {alike[0]['reason']}" for alike in groups)
 
 

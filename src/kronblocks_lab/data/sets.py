@@ -146,22 +146,19 @@ class BatchSampler(Sampler[Tensor]):
         batch_size: images in a batch; the last one is smaller where it does not divide `n`.
         seed: of the order, at least 0.
         shuffle: False for 0, 1, 2, ... in every epoch.
-        drop_last: leave the smaller last batch out.
 
     Raises:
-        KronblocksError: a number is not whole or too small, or `drop_last` would leave no batch.
+        KronblocksError: a number is not whole or too small.
 
     >>> [batch.tolist() for batch in BatchSampler(5, 2, seed=0, shuffle=False)]
     [[0, 1], [2, 3], [4]]
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, *, shuffle: bool = True, drop_last: bool = False) -> None:
+    def __init__(self, n: int, batch_size: int, seed: int, *, shuffle: bool = True) -> None:
         for argument, value, least in (("n", n, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise KronblocksError(f"{argument} must be a whole number, at least {least}, not {value!r}")
-        if drop_last and batch_size > n:
-            raise KronblocksError(f"drop_last=True leaves no batch of {batch_size} out of {n} images: use at most {n}")
-        self.n, self.batch_size, self.seed, self.shuffle, self.drop_last = n, batch_size, seed, shuffle, drop_last
+        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -169,10 +166,10 @@ class BatchSampler(Sampler[Tensor]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+        return -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        yield from self._order().split(self.batch_size)[: len(self)]
+        yield from self._order().split(self.batch_size)
 
     def _order(self) -> Tensor:
         if not self.shuffle:

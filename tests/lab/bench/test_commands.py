@@ -18,7 +18,8 @@ from kronblocks_lab.bench.cases import peers
 from kronblocks_lab.bench.cases.grids import Group, InferSettings, OpsSettings
 from kronblocks_lab.bench.cases.models import step_models
 from kronblocks_lab.bench.measure.results import read
-from kronblocks_lab.bench.settings import StepSettings, TrainSettings
+from kronblocks_lab.bench.settings import StepSettings
+from kronblocks_lab.bench.train import TrainSettings
 from kronblocks_lab.training.train import train
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from kronblocks.algorithms.heads import Heads, Source
 from kronblocks.algorithms.schedule import SparsitySchedule
 from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.core.errors import KronblocksWarning
-from kronblocks.core.tables import ALL_ROWS, MOST_ROWS, listed, some, span, text_table, together
+from kronblocks.core.tables import listed, rows_of, some, span, text_table
 
 STARVED = 1 / 3
 """A layer below this share of the mean density counts as starved, if the mean density would be `STARVED_FROM` blocks or more."""
@@ -96,12 +96,9 @@ class SparsityReport:
 
     def table(self, *, every_layer: bool = False) -> str:
         """What `print` shows; with `every_layer`, with a row for each layer."""
-        groups = [[layer] for layer in self.layers]
-        if shared := len(groups) > MOST_ROWS and not every_layer:
-            groups = together(self.layers, lambda layer: layer.name, lambda layer: (layer.kind, layer.weight, layer.block_size))
+        groups, hint = rows_of(self.layers, lambda layer: layer.name, _kind, every_layer=every_layer)
         rows = [("layer", "kind", "weight", "block", "live / total", "sparsity", "plan"), *map(_row, groups)]
         total = f"{self.live_blocks} of {self.total_blocks} blocks live, {self.block_sparsity:.4f} of the weights in zero blocks"
-        hint = [ALL_ROWS] if shared and len(groups) < len(self.layers) else []
         return "\n".join([text_table(rows), total, *self._remarks(), *self.notes, *hint])
 
     def _remarks(self) -> list[str]:
@@ -112,6 +109,10 @@ class SparsityReport:
         if self.starved:
             remarks.append(f"far below the mean density: {listed([layer.name for layer in self.starved])}")
         return remarks
+
+
+def _kind(layer: LayerSparsity) -> Hashable:
+    return layer.kind, layer.weight, layer.block_size
 
 
 def _row(layers: Sequence[LayerSparsity]) -> Sequence[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from kronblocks.core.errors import KronblocksError
 from kronblocks.ops import backends
@@ -84,6 +87,14 @@ def roofline(settings: TimedSettings) -> dict[str, Any]:
         "kind": _kind(device),
         "backend": backends.backend_key(device, dtype),
     }
+
+
+@contextmanager
+def told() -> Iterator[Callable[[str], None]]:
+    """A line on the terminal that says what is measured now."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda text: progress.update(task, description=text)
 
 
 def copy_rate(machine: Mapping[str, Any], moved: float) -> float:
