@@ -127,7 +127,7 @@ def test_strided_weight():
 def test_refuses_what_is_not_finite(value):
     weight = torch.randn(12, 15)
     weight[5, 7] = value
-    with pytest.raises(KronblocksError, match=r"not finite .*mend or reinitialise"):
+    with pytest.raises(KronblocksError, match=r"not finite .*fix or reinitialise"):
         nearest_kronecker_sum(weight, GRID, 2)
 
 

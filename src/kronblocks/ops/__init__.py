@@ -1,4 +1,4 @@
-"""Operators: tensors in, tensors out. Kronecker and block-sparse products, and what they cost. No modules, no state."""
+"""Operators on tensors: Kronecker and block-sparse products, and their costs. There are no modules and no state here."""
 
 from kronblocks.core.blocks import BlockGrid, BlockSize
 from kronblocks.ops.costs.choice import PlanChoice, choose_plan

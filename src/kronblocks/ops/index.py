@@ -1,4 +1,4 @@
-"""Where the live blocks of a grid are, as the packed products read it."""
+"""BlockIndex: where the live blocks of a grid are, for the packed products."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from kronblocks.core.errors import KronblocksError
 class BlockIndex(NamedTuple):
     """Where the live blocks of an (m1, n1) grid are; all tensors int32.
 
-    Entries `0 .. crow[-1]-1` are the live blocks in row-major order; what stands behind them is padding, so that an index can
-    shrink while its shapes stay. `order` lists the entries column by column: the transpose, made once.
+    Entries `0 .. crow[-1]-1` are the live blocks in row-major order. The rest is padding, so that shapes stay when an index
+    shrinks. `order` lists the entries column by column, for transposed products.
     """
 
     crow: Tensor  # (m1 + 1,)  first entry of each block row
     col: Tensor  # (capacity,) block column of an entry
     row: Tensor  # (capacity,) block row of an entry
-    slot: Tensor  # (capacity,) which of `values` an entry is
-    ccol: Tensor  # (n1 + 1,)  first place in `order` of each block column
+    slot: Tensor  # (capacity,) the slot of an entry in `values`
+    ccol: Tensor  # (n1 + 1,)  first position in `order` of each block column
     order: Tensor  # (capacity,) entries sorted by block column
 
     @classmethod
     def from_mask(cls, mask: Tensor, position: Tensor | None = None) -> BlockIndex:
-        """Index of the live blocks of a mask.
+        """Make the index of the live blocks of a mask.
 
         Args:
             mask: (m1, n1) bool, True = live.
-            position: (capacity,) row-major block number of each slot of `values`; without it the slots are the live blocks in
-                row-major order and the capacity is their number.
+            position: (capacity,) row-major block number of each slot of `values`. None: the slots are the live blocks in
+                row-major order.
         """
         m1, n1 = mask.shape
         live = mask.flatten()
@@ -57,7 +57,7 @@ class BlockIndex(NamedTuple):
 
     @classmethod
     def blank(cls, grid: tuple[int, int] | torch.Size, position: Tensor | None) -> BlockIndex:
-        """One of the right sizes on the meta device."""
+        """An index of the right sizes on the meta device."""
         (m1, n1), capacity = grid, 0 if position is None else len(position)
         sizes = (m1 + 1, capacity, capacity, capacity, n1 + 1, capacity)
         return cls(*(torch.empty(size, dtype=torch.int32, device="meta") for size in sizes))
@@ -69,4 +69,4 @@ class BlockIndex(NamedTuple):
 
 
 NO_INDEX_GRADIENTS = (None,) * len(BlockIndex._fields)
-"""What a backward returns for an operator's index."""
+"""The gradients that a backward returns for an operator's index."""

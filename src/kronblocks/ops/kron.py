@@ -34,7 +34,7 @@ def kron_weight(coeff: Tensor, tiles: Tensor) -> Tensor:
 
 
 def _packed(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | BlockIndex | None) -> Tensor:
-    """The packed plan: build the blocks, keep the live ones, multiply with those."""
+    """The packed plan: build the live blocks, then multiply by them."""
     if live is None:
         raise KronblocksError('plan "packed" multiplies live blocks only: give live=, or use another plan')
     index = live if isinstance(live, BlockIndex) else BlockIndex.from_mask(live)
@@ -61,9 +61,9 @@ def kron_linear(
         coeff: (m1, n1, r), multiplied by the gate if there is one.
         tiles: (g, r, bm, bn), g divides m1.
         bias: (m1*bm,) or None.
-        plan: how to compute it: "dense", "tile_first", "coeff_first" or "packed"; `choose_plan` names the cheapest.
-        live: (m1, n1) bool, or its `BlockIndex`. None: full gradients. Given: dead blocks count as zero and the gradients of
-            their coefficients are exactly 0. "packed" needs it.
+        plan: "dense", "tile_first", "coeff_first" or "packed"; `choose_plan` names the fastest.
+        live: (m1, n1) bool, or its `BlockIndex`. Dead blocks count as zero, and gradients of their coefficients are exactly 0.
+            None: full gradients. "packed" needs it.
 
     Returns:
         (..., m1*bm).
@@ -92,8 +92,8 @@ def kron_linear(
 def block_norms(coeff: Tensor, tiles: Tensor) -> Tensor:
     """Frobenius norm of every block of W, (m1, n1), at least in fp32, without building W (equation 10 in docs/math.md).
 
-    A QR of each group's flattened tiles gives R with norm = |R u| for the block's coefficients u. The Gram matrix would square
-    the condition number and cancel where tiles are nearly parallel.
+    A QR of each group's flattened tiles gives R, and |R u| is the norm for the block's coefficients u. A Gram matrix would
+    square the condition number, and cancel for nearly parallel tiles.
 
     Args:
         coeff: (m1, n1, r), multiplied by the gate if there is one.

@@ -11,7 +11,7 @@ from kronblocks.ops.operands import check_factors
 
 
 def _signs(tiles: Tensor) -> Tensor:
-    """+1 or -1 per tile, (g, r, 1), so that times it the entry of largest magnitude is positive; tiles (g, r, area)."""
+    """+1 or -1 per tile, (g, r, 1): the sign of its entry of largest magnitude; tiles (g, r, area)."""
     largest = tiles.gather(2, tiles.abs().argmax(2, keepdim=True))
     return torch.where(largest < 0, -1.0, 1.0).to(tiles.dtype)
 
@@ -19,12 +19,12 @@ def _signs(tiles: Tensor) -> Tensor:
 def nearest_kronecker_sum(weight: Tensor, grid: BlockGrid, rank: int, *, tile_groups: int = 1) -> tuple[Tensor, Tensor, float]:
     """The coefficients and tiles whose sum of Kronecker products is nearest to a weight (equation 11 in docs/math.md).
 
-    Exact when the rank suffices (at the latest at `bm*bn`). The result is in canonical form: orthonormal tiles, norms in the
-    coefficients, ordered by singular value; terms beyond the possible rank are zero.
+    It is exact if the rank suffices, at the latest at `bm*bn`. The result is in canonical form: orthonormal tiles, norms in the
+    coefficients, ordered by singular value. Terms beyond the possible rank are zero.
 
     Args:
         weight: (out_features, in_features).
-        grid: how it is cut.
+        grid: how the weight is cut into blocks.
         rank: number of Kronecker terms, at least 1.
         tile_groups: number of tile banks; divides the block rows.
 
@@ -40,7 +40,7 @@ def nearest_kronecker_sum(weight: Tensor, grid: BlockGrid, rank: int, *, tile_gr
     if tuple(weight.shape) != (grid.out_features, grid.in_features):
         raise KronblocksError(f"the weight is {tuple(weight.shape)}, but the grid is for {grid}")
     if not torch.isfinite(weight).all():
-        raise KronblocksError("the weight has values that are not finite (NaN or infinity): mend or reinitialise it first")
+        raise KronblocksError("the weight has values that are not finite (NaN or infinity): fix or reinitialise it first")
     (m1, n1), (bm, bn) = grid.shape, grid.block
     if rank < 1 or tile_groups < 1 or m1 % tile_groups:
         raise KronblocksError(
@@ -64,7 +64,7 @@ def nearest_kronecker_sum(weight: Tensor, grid: BlockGrid, rank: int, *, tile_gr
 def spectrum(weight: Tensor, grid: BlockGrid, tile_groups: int) -> Tensor:
     """Squared error that each Kronecker term removes, largest first, as shares of |W|^2; (at most bm*bn,) float64.
 
-    From the eigenvalues of each group's second moments, (bm*bn, bm*bn): no SVD of the whole weight.
+    Computed from eigenvalues of each group's second moments, (bm*bn, bm*bn), without an SVD of the whole weight.
     """
     blocks = grid.to_blocks(weight.detach()).reshape(tile_groups, -1, grid.block.area).double()
     wide = blocks.shape[1] < blocks.shape[2]
@@ -81,9 +81,9 @@ def captured_energy(weight: Tensor, grid: BlockGrid, rank: int, tile_groups: int
 
 
 def canonical_form(coeff: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """The same W with orthonormal tiles per group, norms in the coefficients, largest term first (equation 12).
+    """Factors of the same W with orthonormal tiles per group, norms in the coefficients, largest term first (equation 12).
 
-    Not for the middle of a training: the optimiser's moments would no longer fit.
+    Do not use it in the middle of a training: the optimiser's moments would no longer fit.
 
     Raises:
         KronblocksError: the rank is above bm*bn, where no orthonormal tiles exist, or the shapes do not fit together.

@@ -1,4 +1,4 @@
-"""What every product asks of its operands: autocast's dtype, and shapes, dtypes and devices that fit together."""
+"""Check the operands of products (shapes, dtypes, devices), and cast them under autocast."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ from kronblocks.core.errors import KronblocksError
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype in which autocast takes products on a device type; None where it is off."""
+    """The dtype of products under autocast on a device type; None if it is off."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 
 
 def check_tensor(x: Any) -> None:
-    """Refuse an input that is no tensor; proxies of torch.fx stand for one.
-
-    Raises:
-        KronblocksError: it is a list, a NumPy array, None or anything else.
-    """
+    """Raise KronblocksError for an input that is not a tensor. Proxies of torch.fx are accepted."""
     if not isinstance(x, Tensor) and not isinstance(x, fx.Proxy):
         raise KronblocksError(
             f"the input must be a tensor, not {type(x).__name__}: write torch.as_tensor(x, dtype=..., device=...) with the "
@@ -31,10 +27,10 @@ def check_tensor(x: Any) -> None:
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors in the dtype that autocast asks for on the first one's device, unchanged where it is off.
+    """Cast tensors to autocast's dtype on the first one's device; unchanged if autocast is off.
 
     Raises:
-        KronblocksError: the first one is no tensor.
+        KronblocksError: the first one is not a tensor.
     """
     check_tensor(tensors[0])
     dtype = autocast_dtype(tensors[0].device.type)
@@ -64,12 +60,12 @@ def check_product(
 
     Args:
         x: (..., columns * width).
-        columns: block columns.
-        width: of a block.
+        columns: number of block columns.
+        width: columns of a block.
         bias: (out_features,) or None.
         out_features: rows of the weight.
-        weights: by name.
-        where: what says which blocks live, if anything does.
+        weights: tensors of the weight, by name.
+        where: a tensor of the mask or index, if there is one.
     """
     shape = x.shape
     features = shape[-1] if shape else 0

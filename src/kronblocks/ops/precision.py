@@ -1,4 +1,4 @@
-"""How precisely a GPU takes float32 products, as torch is set."""
+"""The precision of float32 products on a GPU, by torch's settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 def float32_products() -> str:
     """ "tf32" where operands may be rounded to TF32, else "ieee".
 
-    From the setting in which both of torch's ways to say so end: `torch.get_float32_matmul_precision` raises once the newer of
-    them, `torch.backends.cuda.matmul.fp32_precision`, was used.
+    It reads the setting that both of torch's interfaces write. `torch.get_float32_matmul_precision` raises once the newer
+    interface, `torch.backends.cuda.matmul.fp32_precision`, was used.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,4 +1,4 @@
-"""One layer's product, as far as its cost depends on it."""
+"""Problem: what the cost of a layer's product depends on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from kronblocks.core.blocks import BlockGrid
 
 ASSUMED_ROWS = 1024
-"""Rows of x that `plan="auto"` assumes where nobody has said how many there will be."""
+"""Rows of x that `plan="auto"` assumes if the number is unknown."""
 
 
 class ProductSizes(NamedTuple):
-    """What the multiply-adds of a product depend on."""
+    """The sizes that the multiply-adds of a product depend on."""
 
     rows: int  # of x
     m1: int  # block rows and columns
@@ -23,12 +23,12 @@ class ProductSizes(NamedTuple):
     bn: int
     rank: int  # 0: free block values instead of factors
     groups: int
-    live: int  # blocks
+    live: int  # number of live blocks
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer's product y = x W^T, as far as its cost depends on it."""
+    """What the cost of a layer's product y = x W^T depends on."""
 
     grid: BlockGrid
     rank: int | None  # None: free block values instead of factors
@@ -53,6 +53,6 @@ class Problem:
 
     @property
     def sizes(self) -> ProductSizes:
-        """What the multiply-adds depend on."""
+        """The sizes that the multiply-adds depend on."""
         (m1, n1), (bm, bn) = self.grid.shape, self.grid.block
         return ProductSizes(self.rows, m1, n1, bm, bn, self.rank or 0, self.tile_groups, self.live_blocks)

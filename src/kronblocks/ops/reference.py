@@ -1,4 +1,4 @@
-"""The formulas written out: slow, plain, and the oracle of every test. Run it in float64."""
+"""The formulas written out: slow, plain, and what every test compares with. Run it in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def kron_weight(coeff: Tensor, tiles: Tensor) -> Tensor:
 
 
 def kron_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None = None, live: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias with dead blocks left out (equation 3); x (..., n) -> (..., m)."""
+    """y = x W^T + bias without dead blocks (equation 3); x (..., n) -> (..., m)."""
     if live is not None:
         coeff = coeff * live.unsqueeze(-1)
     y = x @ kron_weight(coeff, tiles).T

@@ -1,4 +1,4 @@
-"""What a backend has. Each is a module: `torch`, `native` and the package `triton`."""
+"""Backend: the functions of a backend. Each backend is a module: `torch`, `native` and the package `triton`."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from kronblocks.ops.plans import Plan
 from kronblocks.ops.problem import Problem
 
 CALL_SECONDS = 5e-5
-"""Roughly what a call of one of our operators takes before it computes."""
+"""Rough overhead of one call of our operators, in seconds."""
 
 
 class Backend(Protocol):
-    """Products of tensors, and how fast they are expected to be."""
+    """The products of a backend, and how fast they are expected to be."""
 
     name: str
 
     wants_masks: bool
-    """Whether products with factors are given a mask in which no block is dead; False: None is given instead."""
+    """Whether products with factors get a mask even if no block is dead. False: they get None then."""
 
     def serves(self, device: str, dtype: torch.dtype, *, warn: bool) -> bool:
-        """Whether it computes for a device type and dtype here, with a warning (once) where it should, and cannot."""
+        """Whether it computes for a device type and dtype here. With `warn`, warn once if it should, but cannot."""
         ...
 
     def build(self) -> str:
-        """The version of the kernels, or "": timings of another one do not count."""
+        """The version of the kernels, or "". It is a part of the keys of timings."""
         ...
 
     def efficiency(self, problem: Problem, plan: Plan) -> float:
-        """Share of a dense product's rate that a plan's products are expected to reach; of "dense" nobody asks: it is 1."""
+        """Expected rate of a plan's products, as a share of a dense product's rate. Not called for "dense", where it is 1."""
         ...
 
     def keeps_on_chip(self, problem: Problem, plan: Plan) -> bool:
-        """Whether what stands between a plan's two stages never reaches the device's memory."""
+        """Whether the intermediate between a plan's two stages never reaches the device's memory."""
         ...
 
     def call_seconds(self, problem: Problem, plan: Plan) -> float:
-        """What the calls of one step take before they compute."""
+        """Overhead of the calls of one step, in seconds."""
         ...
 
     def packed_linear(self, x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None = None) -> Tensor:
@@ -68,7 +68,7 @@ class Backend(Protocol):
         ...
 
     def live_blocks(self, coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
-        """The live blocks of W in the order of the entries, (capacity, bm, bn); 0 behind them."""
+        """The live blocks of W in the order of the index's entries, (capacity, bm, bn); the rest is 0."""
         ...
 
     def live_blocks_backward(self, dvalues: Tensor, coeff: Tensor, tiles: Tensor, index: BlockIndex) -> tuple[Tensor, Tensor]:

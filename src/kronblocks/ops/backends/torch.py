@@ -1,7 +1,7 @@
-"""The backend that is always there: plain PyTorch on any device and dtype.
+"""The backend that always works: plain PyTorch on any device and dtype.
 
-The factored plans are einsums (see `ops/plans`), which cannot skip single dead blocks; the packed products below loop over
-block rows, one matrix product each, and do exactly the multiply-adds of the live blocks.
+The factored plans are einsums (see `ops/plans`), which cannot skip single dead blocks. The packed products below make one matrix
+product per block row, with exactly the multiply-adds of the live blocks.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _PRODUCT_SECONDS = 2e-5  # to launch one of those thin products
 
 
 def serves(device: str, dtype: torch.dtype, *, warn: bool) -> bool:
-    """Everything."""
+    """Whether it serves: always."""
     return True
 
 
 def build() -> str:
-    """No version of its own: timings name torch's anyway."""
+    """ "": keys of timings have torch's version anyway."""
     return ""
 
 
 def efficiency(problem: Problem, plan: Plan) -> float:
-    """Share of a dense product's rate, measured on 2 CPU cores."""
+    """Rate of a plan as a share of a dense product's, measured on 2 CPU cores."""
     if plan is PACKED:
         return min(_MOST_PACKED, _PACKED_EFFICIENCY * min(problem.grid.block))
     return _EINSUM_EFFICIENCY
 
 
 def keeps_on_chip(problem: Problem, plan: Plan) -> bool:
-    """Never: an einsum's result is a tensor."""
+    """Whether intermediates stay on chip: never, since an einsum's result is a tensor."""
     return False
 
 
@@ -131,13 +131,13 @@ def live_only(coeff: Tensor, live: Tensor | None) -> Tensor:
 
 
 def _groups(index: BlockIndex, groups: int) -> Iterator[tuple[int, slice]]:
-    """The entries whose blocks are made of each group's tiles: they stand together, since entries go row by row."""
+    """The entries of each group of block rows, which are adjacent, since entries are in row-major order."""
     ends = index.crow[:: index.grid[0] // groups].tolist()
     return enumerate(slice(*pair) for pair in itertools.pairwise(ends))
 
 
 def live_blocks(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
-    """The live blocks of W in the order of the entries, (capacity, bm, bn); 0 behind them."""
+    """The live blocks of W in the order of the index's entries, (capacity, bm, bn); the rest is 0."""
     own = coeff[index.row, index.col]
     values = tiles.new_zeros(len(own), *tiles.shape[2:])
     for g, entries in _groups(index, len(tiles)):

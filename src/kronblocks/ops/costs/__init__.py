@@ -1,1 +1,1 @@
-"""What a product costs: counts and estimates, timings of this machine, and the plan that is chosen by them."""
+"""Costs of a product: counts and estimates, timings of this machine, and the choice of a plan by them."""

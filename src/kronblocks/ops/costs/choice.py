@@ -1,4 +1,4 @@
-"""Which plan to take: `choose_plan`, from counted costs, or from timings of this machine."""
+"""`choose_plan`: choose a plan by counted costs, or by timings of this machine."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from kronblocks.ops.problem import Problem
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """The plan to use, the backend that runs it, the reason in words, every plan's cost, and timings if there were any."""
+    """A chosen plan, its backend, the reason in words, every plan's cost, and timings if there are any."""
 
     plan: str
     backend: str
     why: str
     costs: Mapping[str, Cost] = field(repr=False)
-    seconds: Mapping[str, float] | None = None  # measured, a step; plain `F.linear` among them; None: only estimated
+    seconds: Mapping[str, float] | None = None  # measured, per step, also of `F.linear`; None: only estimated
 
 
 def plan_seconds(problem: Problem, *, measure: bool, record: Tables | None = None) -> dict[str, float]:
-    """Seconds a step of the plans that come into question, measured or estimated; empty where nothing could be measured.
+    """Seconds per step of the candidate plans, measured or estimated; empty if nothing could be measured.
 
     Args:
         problem: the layer's product.
-        measure: time the plans on this machine (or take what is known of it), instead of estimating from the counts.
+        measure: use timings of this machine, known or new, instead of estimates from the counts.
         record: gets the tables of timings that were used.
     """
     names = possible_plans(problem.rank)
@@ -47,8 +47,8 @@ def choose_plan(problem: Problem, *, measure: bool = False) -> PlanChoice:
 
     Args:
         problem: the layer's product.
-        measure: False: estimate from the counts, always the same. True: time the plans that the estimate leaves in the running,
-            unless this machine's timings are known already (`ops/timing_cache.py`).
+        measure: False: estimate from the counts, which is the same everywhere. True: time the plans that the estimate does not
+            rule out, or use known timings of this machine (`ops/costs/timing_cache.py`).
 
     >>> from kronblocks.core.blocks import BlockGrid, BlockSize
     >>> choose_plan(Problem(BlockGrid(1024, 1024, BlockSize(16, 16)), rank=1)).plan in ("tile_first", "coeff_first")
@@ -71,18 +71,18 @@ def choose_plan(problem: Problem, *, measure: bool = False) -> PlanChoice:
 VALUES = "values"
 """The form of a finished factored layer whose live blocks are stored as free values, for packed products."""
 
-_DEPLOY_GAIN = 1.05  # a block-sparse form must be measured this much faster than a plain weight to be taken instead of it
-_FEW_ROWS, _FEW_ROWS_GAIN = 4, 1.25  # and this much for so few rows, whose timings depend on what the caches hold
+_DEPLOY_GAIN = 1.05  # a block-sparse form is used only if it is this many times as fast as a plain weight
+_FEW_ROWS, _FEW_ROWS_GAIN = 4, 1.25  # for up to so few rows, whose timings depend on the caches, this many times
 
 
 @dataclass(frozen=True)
 class DeployedForm:
-    """How to store a finished layer, and the seconds of one inference in this and in every other form that was timed.
+    """How to store a finished layer, and the seconds of one inference in every form that was timed.
 
     Args:
-        form: a plan that computes from what the layer stores; "values" for factors that are better multiplied out into free
-            values of the live blocks; "dense" for a plain `nn.Linear`, whose weight is built once and not at every call.
-        timed: seconds by form; empty where nothing could be timed.
+        form: a plan that computes from what the layer stores. "values": compute free values of the live blocks from the
+            factors. "dense": a plain `nn.Linear`, whose weight is built only once.
+        timed: seconds by form; empty if nothing could be timed.
     """
 
     form: str
@@ -90,7 +90,7 @@ class DeployedForm:
 
     @property
     def seconds(self) -> float:
-        """The time of the form itself; NaN where it could not be timed."""
+        """The time of the form itself; NaN if it could not be timed."""
         return self.timed.get(self.form, math.nan)
 
 
@@ -113,7 +113,7 @@ def _deployed_forms(problem: Problem) -> dict[str, float]:
     if problem.rank is not None:
         free = dataclasses.replace(problem, rank=None, tile_groups=1, gate=False)
         values, beside = plan_seconds(free, measure=True), timings(free).get(REFERENCE)
-        if "packed" in values:  # measured at another time, and so relative to the F.linear beside it
+        if "packed" in values:  # measured at another time: use its ratio to the F.linear of that time
             forms[VALUES] = values["packed"] * (reference / beside if reference and beside else 1.0)
     forms.pop("dense", None)
     return forms if reference is None else {**forms, "dense": reference}
@@ -145,7 +145,7 @@ def _about(problem: Problem) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """A time in words.
+    """A time as text.
 
     >>> milliseconds(0.00041), milliseconds(2.5)
     ('0.41 ms', '2.50 s')

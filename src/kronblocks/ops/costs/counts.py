@@ -1,8 +1,8 @@
-"""What each plan costs for a layer: counted exactly, and estimated in seconds.
+"""Exact counts of what each plan costs for a layer, and estimates of its time.
 
-The counts are exact for what the backends compute (equation 9 in docs/math.md). The estimate turns them into
-time by a rough roofline: multiply-adds over a rate, plus bytes over a bandwidth, plus what calls take. How much of a dense
-product's rate a plan reaches, the backend says. `ops/choice.py` chooses by it, or by timings.
+The counts are those of what the backends compute (equation 9 in docs/math.md). The estimate is a rough roofline: multiply-adds
+over a rate, plus bytes over a bandwidth, plus the overhead of calls. The backend knows which share of a dense product's rate
+a plan reaches. `ops/costs/choice.py` chooses by these estimates, or by timings.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Cost:
 
     forward_macs: int
     backward_macs: int  # 0 unless training
-    parameters: int  # values that are stored and trained, bias not counted
+    parameters: int  # values that are stored and trained, without the bias
     parameter_bytes: int
-    saved_bytes: int  # kept from forward to backward, x included, parameters not
-    moved_bytes: int  # read or written in all, a rough count
+    saved_bytes: int  # kept from forward to backward, with x, without parameters
+    moved_bytes: int  # read or written in total, a rough count
 
     @property
     def macs(self) -> int:
@@ -75,8 +75,8 @@ _EINSUM_PASSES = 3  # over the intermediate at each use: an einsum reads it, and
 def _passes(plan: Plan, training: bool) -> int:
     """How often the bytes between the stages are read or written.
 
-    A factored intermediate is used once forward, and in training three more times: made again, and for two gradients. Built
-    blocks are written and read once forward, and in training once more each.
+    Forward uses a factored intermediate once. Training uses it three more times: it is computed again, and used for two
+    gradients. Built blocks are written and read once in forward, and once more each in training.
     """
     if plan.is_factored:
         return (4 if training else 1) * _EINSUM_PASSES
@@ -84,9 +84,9 @@ def _passes(plan: Plan, training: bool) -> int:
 
 
 def intermediate_bytes(problem: Problem, plan: str) -> int:
-    """Bytes of memory between a plan's two stages: the built W or blocks, or the first stage's result for all rows.
+    """Bytes of a plan's intermediate: the built W or blocks, or the first stage's result for all rows.
 
-    0 where the backend keeps it on chip.
+    0 if the backend keeps it on chip.
     """
     way = plan_named(plan, problem.rank)
     on_chip = backends.expected(problem.device, problem.dtype).keeps_on_chip(problem, way)
@@ -95,9 +95,9 @@ def intermediate_bytes(problem: Problem, plan: str) -> int:
 
 # Bytes per second inside and outside the cache; only ratios matter: 2 CPU cores, one large GPU
 _BANDWIDTHS = {"cpu": (20e9, 8e9), "cuda": (4e12, 2e12)}
-_CACHE_BYTES = 16e6  # up to which an intermediate is taken to stay in the cache
-# Multiply-adds per second of a dense product: measured on 2 CPU cores; of a GPU about 60% of what an H100 is specified for, and
-# 75% of its float32
+_CACHE_BYTES = 16e6  # smaller intermediates are assumed to stay in the cache
+# Multiply-adds per second of a dense product: measured on 2 CPU cores; for a GPU about 60% of an H100's specification, and 75% of
+# that for float32
 _CPU_RATE = 65e9
 _GPU_HALF_RATE, _GPU_TF32_RATE, _GPU_FLOAT32_RATE = 300e12, 150e12, 25e12
 

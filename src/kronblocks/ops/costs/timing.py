@@ -1,7 +1,7 @@
-"""Times one problem on this machine: seconds a step of every plan that could be the best one, and of plain `F.linear`.
+"""Time one problem on this machine: seconds per step of every plan that could be the best one, and of `F.linear`.
 
-Counts first: only plans whose estimated time is near the least are run. They take turns, warm, and drop out when they are clearly
-slower. Nothing of the caller's leaks in (autocast, grad or inference mode), and torch's own random numbers are not touched.
+Only plans with an estimated time near the least are run. They take turns, after warm-up, and drop out when they are clearly
+slower. The caller's autocast, grad and inference modes do not matter, and torch's random state does not change.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from kronblocks.ops.plans import PLANS, possible_plans
 from kronblocks.ops.problem import Problem
 
 REFERENCE = "F.linear"
-"""Name, among the plans, of the plain dense layer of the same sizes."""
+"""The name of the plain dense layer of the same sizes, among the plans."""
 
 BUDGET = 0.15
 """Seconds after which a measurement ends, once every plan still in the running has had three turns."""
 
-_NEAR = 5.0  # times the least estimated time: the estimates are no better than that
-_MOST_BYTES = 2**31  # of an intermediate: what would not fit beside a model is no choice
+_NEAR = 5.0  # plans up to this many times the least estimate are timed: estimates are no better than that
+_MOST_BYTES = 2**31  # of an intermediate: larger ones would not fit beside a model
 _LEAST_ROWS = 256  # rows that are timed
 _MOST_ROWS, _MOST_ROWS_ELSEWHERE = {"cpu": 4096}, 2**15  # more take longer in proportion, on a CPU; a GPU has to be filled
 _MOST_MACS, _MOST_MACS_ELSEWHERE = {"cpu": 2e9}, 1e12  # of one dense product, so that a turn takes tens of milliseconds
@@ -49,14 +49,14 @@ def affordable(problem: Problem, plan: str) -> bool:
 
 
 def candidates(problem: Problem) -> tuple[str, ...]:
-    """The plans worth timing: affordable, and by the counts not hopelessly slower than the best."""
+    """The plans worth timing: affordable, and not estimated to be far slower than the best."""
     seconds = {plan: estimated_seconds(problem, plan) for plan in possible_plans(problem.rank) if affordable(problem, plan)}
     least = min(seconds.values())
     return tuple(plan for plan, value in seconds.items() if value <= _NEAR * least)
 
 
 def measured_rows(problem: Problem) -> int:
-    """How many rows are timed in place of the problem's own."""
+    """How many rows are timed instead of the problem's number."""
     most = _MOST_MACS.get(problem.device, _MOST_MACS_ELSEWHERE) / problem.grid.weights
     rows = _MOST_ROWS.get(problem.device, _MOST_ROWS_ELSEWHERE)
     return max(1, min(problem.rows, rows, max(_LEAST_ROWS, 2 ** int(most).bit_length())))
@@ -68,7 +68,7 @@ def measure(problem: Problem) -> dict[str, float]:
     A step is a forward, and in training a backward too: gradients of the weights, the bias, and x if the problem says so.
 
     Returns:
-        Seconds a step for all of the problem's rows. A plan that ran out of the device's memory is missing.
+        Seconds per step for all of the problem's rows. A plan that ran out of the device's memory is missing.
     """
     few = dataclasses.replace(problem, rows=measured_rows(problem))
     with _plain(few):
@@ -80,15 +80,15 @@ def measure(problem: Problem) -> dict[str, float]:
 def measure_together(problems: Sequence[Problem]) -> tuple[list[float], list[dict[str, list[float]]]]:
     """Time the candidate plans of several problems of one layer beside one `F.linear`, all in turns.
 
-    So what is compared was measured under the same load of the machine. A plan that is hopeless, four times slower than
-    `F.linear` in the first turn, has no further ones.
+    So all plans are measured under the same load of the machine. A plan that is four times slower than `F.linear` in the first
+    turn has no further turns.
 
     Args:
         problems: of one shape, rows, dtype, device, and all of training or all of inference; at least one.
 
     Returns:
-        Seconds a step for all of the rows, turn by turn: of `F.linear`, and of each problem's plans. A plan that ran out of
-        the device's memory is missing.
+        Seconds per step for all rows, turn by turn, of `F.linear` and of each problem's plans. A plan that ran out of the
+        device's memory is missing.
     """
     few = [dataclasses.replace(problem, rows=measured_rows(problem)) for problem in problems]
     device, calls = few[0].device, 1 if few[0].device == "cpu" else _MOST_CALLS
@@ -116,7 +116,7 @@ def measure_together(problems: Sequence[Problem]) -> tuple[list[float], list[dic
 
 @contextlib.contextmanager
 def _plain(problem: Problem) -> Iterator[None]:
-    """The modes in which a layer is timed, whatever the caller's are: it may be an optimiser's hook or an inference."""
+    """Set the modes for timing, whatever the caller's are: that may be an optimiser's hook or an inference."""
     device = problem.device.split(":")[0]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -177,7 +177,7 @@ def _runs(problem: Problem) -> Runs:
 
 
 def _once(run: Callable[[], object], synchronize: Callable[[], None], calls: int = 1) -> float:
-    """Seconds a call."""
+    """Seconds per call."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -186,13 +186,13 @@ def _once(run: Callable[[], object], synchronize: Callable[[], None], calls: int
 
 
 def _turn(run: Callable[[], object], synchronize: Callable[[], None], most_calls: int) -> float:
-    """Seconds a call, of as many as fill a turn, after the operands have been brought into the caches."""
+    """Seconds per call, over as many calls as fill a turn, after a call that warms the caches."""
     first = _once(run, synchronize)
     return first if first > _SHORT else _once(run, synchronize, min(most_calls, 1 + int(_SHORT / first)))
 
 
 def _that_fit(runs: dict[Name, Callable[[], object]], synchronize: Callable[[], None]) -> list[Name]:
-    """The runs for which the memory suffices, run once: libraries and memory are fetched, which is not counted."""
+    """The runs that fit into memory. Each is run once here, so that loading libraries is not timed."""
     fitting = []
     for name, run in runs.items():
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -202,10 +202,10 @@ def _that_fit(runs: dict[Name, Callable[[], object]], synchronize: Callable[[], 
 
 
 def _interleaved(runs: Runs, synchronize: Callable[[], None], most_calls: int = 1) -> dict[str, float]:
-    """Least seconds of each, taking turns; whoever is clearly slower than the best has no further turns.
+    """The least seconds of each run, taking turns. Runs that are clearly slower than the best drop out.
 
-    The least, since whatever else the machine does can only add to a time. A turn of a short one is as many calls as fill it, up
-    to `most_calls`, before the device is waited for: as in a training, where launching goes on while it computes.
+    The least counts, since other work of the machine can only add time. A turn of a short run has several calls, up to
+    `most_calls`, before it waits for the device: as in a training, where launches go on while it computes.
     """
     running = _that_fit(runs, synchronize)
     taken: dict[str, list[float]] = {name: [] for name in running}

@@ -1,6 +1,6 @@
-"""Timings of this machine, kept: in the process, and in the user's cache folder (`ops/kept.py`).
+"""Keep timings of this machine in the process, and in the user's cache folder (`core/cache.py`).
 
-What does not look like timings is measured again.
+Damaged entries are measured again.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from kronblocks.ops.precision import float32_products
 from kronblocks.ops.problem import Problem
 
 Tables = dict[str, dict[str, float]]
-"""What timings depend on, as JSON text -> plan -> seconds a step."""
+"""What timings depend on, as JSON text -> plan -> seconds per step."""
 
 _VERSION = 4
 _memo: Tables = {}
 
 
 def timings(problem: Problem, record: Tables | None = None) -> dict[str, float]:
-    """Seconds a step of the plans worth timing and of `F.linear`, known or measured now.
+    """Seconds per step of the plans worth timing and of `F.linear`, known or measured now.
 
-    Measured at densities 1, 1/2, 1/4, ... only, so that a training measures each shape a few times; between two of them time is
-    taken to be linear in the density, and beyond the most rows that are timed, proportional to the rows.
+    Only densities 1, 1/2, 1/4, ... are measured, so a training measures each shape a few times. Between two of them, time is
+    assumed to be linear in the density. Above the most rows that are timed, it is assumed to be proportional to the rows.
 
     Args:
         problem: the layer's product.
@@ -47,18 +47,18 @@ def timings(problem: Problem, record: Tables | None = None) -> dict[str, float]:
     def table(density: float) -> dict[str, float]:
         return _table(dataclasses.replace(problem, rows=rows, density=density, gate=False), record)
 
-    if min(share, 1 - share) < 0.05:  # as good as one of the two: the other need not be measured
+    if min(share, 1 - share) < 0.05:  # near one of the two: the other need not be measured
         times = dict(table(denser if share > 0.5 else sparser))
     else:
         many, few = table(denser), table(sparser)
-        # timed on one side only, since hopeless on the other: a bound from above, in proportion or constant
+        # timed at one density only, since it was far too slow at the other: an upper bound, proportional or constant
         times = {name: value * density / sparser for name, value in few.items()} | many
         times |= {name: share * many[name] + (1 - share) * few[name] for name in many if name in few}
     return {name: value * max(1, problem.rows) / rows for name, value in times.items()}
 
 
 def load_tables(tables: Mapping[str, object]) -> None:
-    """Know the timings of an earlier run, whatever the folder holds; entries that are no timings are passed over."""
+    """Use the timings of an earlier run before those of the folder. Entries that are not timings are ignored."""
     for key, seconds in tables.items():
         checked = _checked(seconds)
         if checked is not None:
@@ -66,7 +66,7 @@ def load_tables(tables: Mapping[str, object]) -> None:
 
 
 def forget_timings() -> None:
-    """Forget what this process knows; the files stay."""
+    """Forget the timings of this process; the files stay."""
     _memo.clear()
 
 
@@ -84,7 +84,7 @@ def _table(problem: Problem, record: Tables | None) -> dict[str, float]:
 
 def _measure(problem: Problem, key: str) -> dict[str, float]:
     seconds = measure(problem)
-    other = _read(key)  # of a process that was quicker: both had better use the same
+    other = _read(key)  # another process may have been first: use its timings
     if other is None and len(seconds) > 1:
         _write(key, seconds)
     return other or seconds
@@ -131,7 +131,7 @@ def _write(key: str, seconds: dict[str, float]) -> None:
 
 
 def _checked(seconds: object) -> dict[str, float] | None:
-    """The timings, if they are some: finite positive numbers of seconds, of plans that exist."""
+    """The timings, if they are finite positive seconds of existing plans; else None."""
     if not isinstance(seconds, dict) or len(seconds) < 2 or not seconds.keys() <= {REFERENCE, *PLAN_NAMES}:
         return None
     if not all(isinstance(value, float) and 0 < value < 1e6 for value in seconds.values()):

@@ -1,6 +1,6 @@
-"""The coefficients on the blocks of x, then the tiles (equation 6): multiply-adds r(1/bm + 1/n1) of dense.
+"""Multiply x by the coefficients, then by the tiles (equation 6): r(1/bm + 1/n1) of dense's multiply-adds.
 
-Tiles of its own for every block row (`tile_groups = m1`) cost nothing here: each block row meets only its own group's.
+More tile banks (up to `tile_groups = m1`) cost nothing here, since each block row uses only its group's tiles.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from kronblocks.ops.problem import ProductSizes
 
 
 def first(x: Tensor, coeff: Tensor, tiles: Tensor) -> Tensor:
-    """U = the mixtures of x's blocks, (rows, g, m1/g, r, bn)."""
+    """U, the mixtures of x's blocks, (rows, g, m1/g, r, bn)."""
     u = torch.einsum("pqi,tqb->tpib", coeff, x.unflatten(1, (coeff.shape[1], -1)))
     return u.unflatten(1, (tiles.shape[0], -1))
 
 
 def second(x: Tensor, coeff: Tensor, tiles: Tensor, u: Tensor) -> Tensor:
-    """y = the tiles on U, (rows, m)."""
+    """y, the product of U with the tiles, (rows, m)."""
     return torch.einsum("giab,tgpib->tgpa", tiles, u).flatten(1)
 
 
 def backward(dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, u: Tensor, input_grad: bool):
-    """Two products of the second stage's size, and one of the first's, or two with dx."""
+    """All gradients: two products of the second stage's size, and one of the first's, or two with dx."""
     groups, _, bm, _ = tiles.shape
     blocks = x.unflatten(1, (coeff.shape[1], -1))  # (t, q, b)
     dy = dy.view(dy.shape[0], groups, coeff.shape[0] // groups, bm)  # (t, g, p, a)
@@ -36,7 +36,7 @@ def backward(dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, u: Tensor, inp
 
 
 def stages(sizes: ProductSizes) -> Stages:
-    """Mix the live blocks; then every tile of a group on its mixtures."""
+    """Count: mix the live blocks, then multiply every mixture by its tile."""
     mixtures = sizes.rows * sizes.m1 * sizes.rank * sizes.bn
     return Stages(sizes.rows * sizes.live * sizes.bn * sizes.rank, mixtures * sizes.bm, mixtures)
 

@@ -1,4 +1,4 @@
-"""Build W, then one dense product (equation 4): multiply-adds 1 + r/T of dense. The intermediate is W, (m, n)."""
+"""Build W, (m, n), then one dense product (equation 4): 1 + r/T of dense's multiply-adds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def second(x: Tensor, coeff: Tensor, tiles: Tensor, weight: Tensor) -> Tensor:
 
 
 def backward(dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, weight: Tensor, input_grad: bool):
-    """dW = dy^T x, and from its blocks the factors' gradients."""
+    """All gradients: dW = dy^T x, then those of the factors from its blocks."""
     (m1, n1, _), (groups, rank, bm, bn) = coeff.shape, tiles.shape
     dx = dy @ weight if input_grad else None
     dweight = (dy.t() @ x).view(m1, bm, n1, bn).transpose(1, 2).reshape(groups, -1, bm * bn)
@@ -37,7 +37,7 @@ def backward(dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, weight: Tensor
 
 
 def stages(sizes: ProductSizes) -> Stages:
-    """Build W from its factors, where it has any; one dense product."""
+    """Count: build W from its factors, if there are any, then one dense product."""
     weights = sizes.m1 * sizes.n1 * sizes.bm * sizes.bn
     return Stages(sizes.rank * weights, sizes.rows * weights, weights)
 

@@ -1,6 +1,6 @@
-"""Live blocks only (equation 7): multiply-adds d(1 + r/T) of dense, d the density. On factors the live blocks are built first.
+"""Multiply by live blocks only (equation 7): d(1 + r/T) of dense's multiply-adds, with density d. Factors are expanded first.
 
-Its stages are operators of their own: `live_blocks` in `ops/factored.py`, `packed_linear` in `ops/packed.py`.
+Its stages are separate operators: `live_blocks` in `ops/factored.py`, `packed_linear` in `ops/packed.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from kronblocks.ops.problem import ProductSizes
 
 
 def stages(sizes: ProductSizes) -> Stages:
-    """Build the live blocks, where there are factors; one product with them."""
+    """Count: build the live blocks, if there are factors, then one product with them."""
     weights = sizes.live * sizes.bm * sizes.bn
     return Stages(sizes.rank * weights, sizes.rows * weights, weights if sizes.rank else 0)
 

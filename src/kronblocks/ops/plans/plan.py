@@ -1,4 +1,4 @@
-"""What is true of a plan, whatever computes it."""
+"""Plan: the properties of a plan, independent of the backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kronblocks.ops.problem import ProductSizes
 
 
 class Stages(NamedTuple):
-    """What a plan computes for y = x W^T, dead blocks skipped (equation 9 in docs/math.md)."""
+    """The counts of a plan for y = x W^T, without dead blocks (equation 9 in docs/math.md)."""
 
     first: int  # multiply-adds of each stage
     second: int
@@ -20,7 +20,7 @@ class Stages(NamedTuple):
 
 
 def _of_operators(*_: Any) -> Any:
-    raise AssertionError("this plan is made of operators of its own, see `ops/packed.py`")
+    raise AssertionError("this plan has separate operators, see `ops/packed.py`")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +31,10 @@ class Plan:
 
     Args:
         name: "dense", "tile_first", "coeff_first" or "packed".
-        is_factored: it multiplies by factors, never by blocks of W. So a layer of free block values has no such plan, and the
-            intermediate grows with the rows of x.
-        needs_live: it multiplies live blocks only, so it has to know which ones live.
-        keeps_blocks: the blocks that it builds from factors are kept from forward to backward.
+        is_factored: it multiplies by factors, never by blocks of W. Layers of free values cannot use it, and its intermediate
+            grows with the rows of x.
+        needs_live: it multiplies by live blocks only, so it needs the mask or index.
+        keeps_blocks: it keeps the blocks that it builds from factors until backward.
         stages: counts one forward.
         backward_macs: counts one backward, from the stages and whether dx is wanted.
         first: the first stage in plain PyTorch; this and the next two as in `kronblocks.ops.plans`.

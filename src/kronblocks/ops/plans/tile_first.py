@@ -1,4 +1,4 @@
-"""Every tile on every block of x, then the coefficients (equation 5): multiply-adds r(g/m1 + 1/bn) of dense."""
+"""Multiply x by all tiles, then by the coefficients (equation 5): r(g/m1 + 1/bn) of dense's multiply-adds."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def _grouped(coeff: Tensor, tiles: Tensor) -> Tensor:
 
 
 def first(x: Tensor, coeff: Tensor, tiles: Tensor) -> Tensor:
-    """Z = tiles on the blocks of x, (rows, n1, g, r, bm)."""
+    """Z, the products of x's blocks with the tiles, (rows, n1, g, r, bm)."""
     return torch.einsum("tqb,giab->tqgia", x.unflatten(1, (coeff.shape[1], -1)), tiles)
 
 
 def second(x: Tensor, coeff: Tensor, tiles: Tensor, z: Tensor) -> Tensor:
-    """y = the mixture of Z that each block row wants, (rows, m)."""
+    """y, the mixture of Z for each block row, (rows, m)."""
     return torch.einsum("gpqi,tqgia->tgpa", _grouped(coeff, tiles), z).flatten(1)
 
 
 def backward(dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, z: Tensor, input_grad: bool):
-    """Two products of the second stage's size, and one of the first's, or two with dx."""
+    """All gradients: two products of the second stage's size, and one of the first's, or two with dx."""
     grouped = _grouped(coeff, tiles)
     dy = dy.view(dy.shape[0], *grouped.shape[:2], tiles.shape[2])  # (t, g, p, a)
     dcoeff = torch.einsum("tgpa,tqgia->gpqi", dy, z)
@@ -36,7 +36,7 @@ def backward(dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, z: Tensor, inp
 
 
 def stages(sizes: ProductSizes) -> Stages:
-    """Every tile on every block; then mix what the live blocks want."""
+    """Count: multiply every block by every tile, then mix for the live blocks."""
     tiled = sizes.rows * sizes.n1 * sizes.groups * sizes.rank * sizes.bm
     return Stages(tiled * sizes.bn, sizes.rows * sizes.live * sizes.bm * sizes.rank, tiled)
 
