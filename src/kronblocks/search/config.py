@@ -49,7 +49,6 @@ class SearchConfig:
 
 Criterion = Literal["removal", "penalty"]
 
-
 Weights = Literal["time", "equal"]
 
 

@@ -22,7 +22,6 @@ from kronblocks_lab.training.settings import RESULT_VERSION
 
 ADVICE = "train again, or leave this folder out"
 
-
 _NUMBERS = (
     "test_accuracy", "block_sparsity", "live_blocks", "total_blocks", "train_seconds", "peak_memory_bytes",
     "trainable_parameters_start", "trainable_parameters_max", "trainable_parameters_end",
