@@ -48,10 +48,6 @@ def encoded(name: str, value: Any, keep: Callable[[Tensor], str]) -> Any:
 def decoded(code: Any, read: Callable[[str], Tensor]) -> Any:
     """The reverse of `encoded`.
 
-    Args:
-        code: what `encoded` returned.
-        read: returns the tensor of a name.
-
     Raises:
         KronblocksError: the code is something else.
     """

@@ -152,12 +152,7 @@ def mask_from_bits(bits: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def name_of(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
-    """A name for the weights' file that depends on its content only.
-
-    Args:
-        names: of its tensors.
-        read: returns the tensor of a name.
-    """
+    """A name for the weights' file that depends on its content only."""
     digest = hashlib.sha256()
     for name in sorted(names):
         tensor = read(name)

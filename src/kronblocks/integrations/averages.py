@@ -21,9 +21,6 @@ class Averages:
     """Restarts the averaging callbacks of a trainer when layers are replaced or blocks exchanged, and when healing begins.
 
     So averages end with the model's zeros.
-
-    Args:
-        sparsifier: of the model that is averaged.
     """
 
     def __init__(self, sparsifier: Sparsifier) -> None:

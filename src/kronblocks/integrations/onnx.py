@@ -35,11 +35,7 @@ class OnnxFile(NamedTuple):
 
 
 class PlainFactors(nn.Module):
-    """The product of a `KroneckerBlockLinear` in two einsums, which every exporter knows; for inference.
-
-    Args:
-        layer: the layer with the factors.
-    """
+    """The product of a `KroneckerBlockLinear` in two einsums, which every exporter knows; for inference."""
 
     coeff: Tensor  # (m1, n1, r)
     tiles: Tensor  # (r, bm, bn), or (m1, r, bm, bn)

@@ -226,13 +226,7 @@ def select(model: nn.Module, config: SparsityConfig) -> SurgeryReport:
 
 
 def named_heads(model: nn.Module, report: SurgeryReport, config: SparsityConfig) -> tuple[str, ...] | None:
-    """The selected layers that match the config's `heads`; None if it names none, so that they have to be found.
-
-    Args:
-        model: the model that `select` got.
-        report: what it returned.
-        config: the user's settings.
-    """
+    """The selected layers that match the config's `heads`; None if it names none, so that they have to be found."""
     if not config.heads:
         return None
     names, patterns = Names(model), texts(config.heads)

@@ -30,12 +30,7 @@ def keep_zeros_(targets: Sequence[BlockTarget], optimizer: Optimizer) -> None:
 
 
 class Turns:
-    """Which optimisers the present training step waits for. Each one that holds blocks steps once in it.
-
-    Args:
-        optimizers: all that are followed.
-        targets: the layers.
-    """
+    """Which optimisers the present training step waits for. Each one that holds blocks steps once in it."""
 
     def __init__(self, optimizers: Sequence[Optimizer], targets: Sequence[BlockTarget]) -> None:
         self._optimizers, self._warned = list(optimizers), False

@@ -133,13 +133,7 @@ def _row(layers: Sequence[LayerSparsity]) -> Sequence[str]:
 
 @torch.no_grad()
 def count_blocks(targets: Sequence[BlockTarget], notes: Sequence[str] = (), heads: Heads | None = None) -> SparsityReport:
-    """Count the blocks whose values are all exactly zero, from the weights and not from the masks.
-
-    Args:
-        targets: the layers.
-        notes: remarks for the report.
-        heads: which layers make the model's output.
-    """
+    """Count the blocks whose values are all exactly zero, from the weights and not from the masks."""
     layers, zero, weights = [], 0, 0
     for target in targets:
         live, grid = int(target.layer.nonzero_blocks().sum()), target.grid

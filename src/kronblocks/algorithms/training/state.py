@@ -42,11 +42,6 @@ def load_layers_state_(targets: Sequence[BlockTarget], state: Mapping[str, Any])
 def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget]) -> None:
     """Refuse what is no state of a sparsifier like this one.
 
-    Args:
-        state: what is to be loaded.
-        rule: name of the sparsifier's rule.
-        targets: the sparsifier's layers.
-
     Raises:
         KronblocksError: the state is damaged, or of another version, algorithm or model.
     """
