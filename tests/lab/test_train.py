@@ -160,8 +160,8 @@ def test_a_folder_of_an_earlier_version_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"method": "kron-l1", "lifted_lr_scale": 2.0}, "'kron-l1' has no parameters that --lifted-lr-scale is for"),
-        ({"method": "dense", "factor_weight_decay": 0.1}, "'dense' has no parameters that --factor-weight-decay is for"),
+        ({"method": "kron-l1", "lifted_lr_scale": 2.0}, "'kron-l1' has no parameters for --lifted-lr-scale"),
+        ({"method": "dense", "factor_weight_decay": 0.1}, "'dense' has no parameters for --factor-weight-decay"),
         ({"method": "magnitude", "lifted_weight_decay": 0.1}, "add --storage packed"),
         ({"method": "group-lasso", "factor_lr_scale": 2.0}, "leave it out"),
         ({"block_size": "auto", "candidates": ()}, "--candidates names no block size"),
@@ -242,7 +242,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, setting
 
 
 def test_settings_that_do_not_fit_the_model_leave_no_folder(tmp_path):
-    with pytest.raises(KronblocksError, match="lenet5 wants"):
+    with pytest.raises(KronblocksError, match="lenet5 needs"):
         training.train(config(tmp_path / "run", model="lenet5"))
     with pytest.raises(KronblocksError, match="without a live block"):
         training.train(config(tmp_path / "run", model="linear", block_size="10x64"))
@@ -338,7 +338,7 @@ def test_search_on_the_command_line(tmp_path, capsys, criterion):
 def test_a_search_wants_two_sizes(capsys, sizes):
     with pytest.raises(SystemExit):
         main(f"search --data digits {sizes}".split())
-    assert "a search wants at least two, such as 4 8 16x4" in capsys.readouterr().err
+    assert "a search needs at least two, such as 4 8 16x4" in capsys.readouterr().err
 
 
 def test_the_strength_of_a_penalty_is_refused_where_there_is_none(capsys):

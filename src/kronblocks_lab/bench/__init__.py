@@ -1,1 +1,1 @@
-"""Benchmarks: `kronblocks bench ops|step|infer|train` measure into JSON, `kronblocks bench tables` writes the page from it."""
+"""Benchmarks: `kronblocks bench ops|step|infer|train|...` write JSON, and `kronblocks bench tables` writes the page from it."""

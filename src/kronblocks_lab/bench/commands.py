@@ -1,4 +1,4 @@
-"""The subcommands of `kronblocks bench`: they measure, write JSON, and show what was found."""
+"""The subcommands of `kronblocks bench`: they measure, write JSON, and show the results."""
 
 from __future__ import annotations
 

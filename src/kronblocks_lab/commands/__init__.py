@@ -1,7 +1,7 @@
-"""The subcommands of `kronblocks`: each reads settings, calls, prints.
+"""The subcommands of `kronblocks`: each reads settings, calls the library and prints.
 
-A subcommand is imported when it is called, so that `advise`, `export` and `inspect` need no package of the laboratory, and
-`kronblocks --help` answers without torch.
+A subcommand is imported when it is called. So `advise`, `export` and `inspect` need no package of the laboratory, and
+`kronblocks --help` does not import torch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("kronblocks_lab.commands.train", "train one model and show what came out", _RESUME),
+    "train": Command("kronblocks_lab.commands.train", "train one model and show the result", _RESUME),
     "compare": Command(
         "kronblocks_lab.commands.compare", "run several methods and seeds of one task and make one report", _RESUME
     ),
-    "report": Command("kronblocks_lab.commands.report", "make the report of finished trainings again"),
+    "report": Command("kronblocks_lab.commands.report", "write the report of finished trainings again"),
     "search": Command("kronblocks_lab.commands.search", "find the block size for a model and its data"),
     "advise": Command(
         "kronblocks_lab.commands.advise",
@@ -43,10 +43,10 @@ COMMANDS = {
 
 
 def run(args: list[str]) -> None:
-    """Do what a command line says, the subcommand first.
+    """Run a command line, which begins with the subcommand.
 
     Raises:
-        KronblocksError: there is no such subcommand, or it cannot do what it is asked for.
+        KronblocksError: there is no such subcommand, or it failed.
     """
     import tyro
 
@@ -62,9 +62,9 @@ def run(args: list[str]) -> None:
 
 
 def usage() -> str:
-    """What there is, a line each."""
+    """The list of subcommands, one per line."""
     lines = "".join(f"  {name:<10} {command.what}\n" for name, command in COMMANDS.items())
     return (
         "usage: kronblocks COMMAND ...\n\nNeural networks with block-sparse weights: train, compare, search, export, measure.\n\n"
-        f"{lines}\nkronblocks COMMAND --help says what each one takes.\n"
+        f"{lines}\nkronblocks COMMAND --help lists its settings.\n"
     )

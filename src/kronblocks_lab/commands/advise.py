@@ -24,7 +24,7 @@ from kronblocks_lab.training.threads import ThreadSettings
 
 @dataclass(frozen=True, kw_only=True)
 class AdviseConfig(ThreadSettings, BlockSettings):
-    """What to measure, and how."""
+    """Settings of `kronblocks advise`."""
 
     layers: tyro.conf.Positional[tuple[str, ...]]
     """Shapes (out x in) such as 1024x1024 or 4096x1024*12, package.module:function for a model, or a .safetensors file."""
@@ -33,13 +33,13 @@ class AdviseConfig(ThreadSettings, BlockSettings):
     sparsity: tuple[float, ...] = (0.8, 0.9, 0.95)
     """Shares of zero blocks to try."""
     frozen: Frozen = "keep"
-    """Layers of a model with requires_grad=False: keep them dense, as a training does, or sparsify them too."""
+    """What to do with a model's layers with requires_grad=False: keep them dense, as a training does, or sparsify them."""
     device: str = "cpu"
-    """What to time on: cpu, or cuda."""
+    """The device to time on: cpu, or cuda."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """The type of weights and inputs."""
     json: Path | None = None
-    """Write what was found into this file, too."""
+    """Also write the results into this JSON file."""
     progress: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Show what is being timed."""
 
@@ -49,7 +49,7 @@ class AdviseConfig(ThreadSettings, BlockSettings):
 
 
 def main(config: Annotated[AdviseConfig, tyro.conf.arg(name="")]) -> None:
-    """Measure a model's own shapes on this machine: what to keep dense, what to factor, what to pack, and what it gains."""
+    """Measure a model's shapes on this machine: which layers to keep dense, factor or pack, and the gain."""
     config.use_threads()
     if config.json is not None and not config.json.expanduser().parent.is_dir():
         raise KronblocksError(f"there is no folder {config.json.parent} for --json {config.json}: make it, or choose another")
@@ -80,7 +80,7 @@ def _advise(config: AdviseConfig) -> Advice:
 
 
 def show(advice: Advice) -> None:
-    """Print a table a shape, and the whole model's gain."""
+    """Print a table for each shape, and the whole model's gain."""
     console = Console()
     for layer in advice.layers:
         console.print(_table(layer))
@@ -98,8 +98,8 @@ def show(advice: Advice) -> None:
     rank = "of a training" if advice.rank is None else advice.rank
     console.print(
         f"{advice.rows} rows, rank {rank}, {advice.dtype}, {advice.device}, {advice.threads} threads; "
-        "the least of turns that all ways took together; x: times as quick as dense, ± what thirds of the turns "
-        "would have said; MiB: of weights; only nn.Linear layers are counted",
+        "times are the least of several turns. x: speed relative to dense, ± its spread between thirds of the turns. "
+        "MiB: of weights. Only nn.Linear layers are counted.",
         style="dim",
         highlight=False,
     )

@@ -1,4 +1,4 @@
-"""How settings of the library's own types are written on a command line."""
+"""Read settings with the library's types from a command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _terms(text: str) -> int | None:
     return None if text == "None" else int(text)
 
 
-_WRITTEN: dict[Any, tuple[str, Callable[[str], Any]]] = {  # how help calls it, and what reads it; the settings check it
+_WRITTEN: dict[Any, tuple[str, Callable[[str], Any]]] = {  # its name in the help, and its parser; the settings check values
     BlockSizeLike: ("SIZE", str),
     Rank: ("{None}|INT", _terms),
     Method: (f"{{{','.join(METHODS)}}}", str),  # or one that a module of --plugins registers

@@ -1,4 +1,4 @@
-"""Several trainings of one task, each in a process of its own, and one report."""
+"""`kronblocks compare`: several trainings of one task, each in its own process, and one report."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from kronblocks_lab.training.settings import CompareConfig
 
 
 def main(config: Annotated[CompareConfig, tyro.conf.arg(name="")]) -> None:
-    """Run several methods and seeds of one task, as far as that is not done yet, and make one report.
+    """Run several methods and seeds of one task, if they are not finished yet, and write one report.
 
     Raises:
-        KronblocksError: the folder holds something and --resume was not given, or a training failed. What is done stays, and the
-            same command with --resume goes on from there.
+        KronblocksError: the folder is not empty and --resume was not given; or a training failed. Finished trainings stay, and
+            the same command with --resume goes on from there.
     """
     out = config.out.expanduser()
     if not config.resume and out.is_dir() and any(out.iterdir()):

@@ -1,4 +1,4 @@
-"""`kronblocks export`: a finished training as a model to run."""
+"""`kronblocks export`: write the model of a finished training for inference."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from kronblocks_lab.training.trained import trained_model
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(ThreadSettings):
-    """Which model to write, and how."""
+    """Settings of `kronblocks export`."""
 
     run: tyro.conf.Positional[Path]
     """Folder of `kronblocks train`."""
     out: Path
     """Folder for the exported model and its manifest.json."""
     form: Form = "auto"
-    """For every layer the fastest (auto), or one for all."""
+    """The form of the layers: the fastest for each (auto), or one for all."""
     onnx: Path | None = None
-    """An ONNX file to write as well, of dense layers, checked in onnxruntime."""
+    """Also write this ONNX file, with dense layers, checked in onnxruntime."""
     rows: int = 256
-    """Images of a batch, for which forms are timed."""
+    """Number of images in the batch with which forms are timed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +40,7 @@ class ExportConfig(ThreadSettings):
 
 
 def main(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> Exported:
-    """Write a finished training's model in the form that runs fastest here, checked against the trained one."""
+    """Write a finished training's model in the form that runs fastest here, and check it against the trained one."""
     config.use_threads()
     model, shape = trained_model(config.run)
     example = torch.randn(config.rows, *shape, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""`kronblocks inspect`: what a saved model holds."""
+"""`kronblocks inspect`: show what a saved model holds."""
 
 from __future__ import annotations
 

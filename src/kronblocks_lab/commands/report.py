@@ -1,4 +1,4 @@
-"""`kronblocks report`: the page of finished trainings, made again."""
+"""`kronblocks report`: write the report of finished trainings again."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kronblocks_lab.report.results import find_runs
 
 
 def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
-    """Make the report of finished trainings again.
+    """Write the report of finished trainings again.
 
     Args:
-        folders: folders of trainings, or folders that hold such folders.
-        out: where report.html and report.md go; unset: the first folder.
+        folders: folders of trainings, or folders that contain such folders.
+        out: folder for report.html and report.md; unset: the first folder.
     """
     if not folders:
         raise KronblocksError("name at least one folder: kronblocks report runs/demo")
@@ -25,5 +25,5 @@ def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = Non
 
 
 def say_where(report: Path) -> None:
-    """Print a report's path, in one line that can be clicked."""
+    """Print a report's path on one line, so that terminals make it a link."""
     Console().print(f"report: {report.resolve()}", soft_wrap=True, highlight=False)

@@ -23,40 +23,40 @@ from kronblocks_lab.training.versions import versions
 
 @dataclass(frozen=True, kw_only=True)
 class FindConfig(MethodChoice, BlockSettings, ModelAndData):
-    """What to search for, and how."""
+    """Settings of `kronblocks search`."""
 
     out: Path | None = None
     """Folder for the report: search.json and search.png."""
     block_size: tyro.conf.SuppressFixed[tyro.conf.Fixed[BlockSizeLike]] = "auto"
     sizes: tuple[str, ...] | None = None
-    """Candidates, such as 4 8 16x4; unset: squares of powers of two from 2 to 64."""
+    """Candidates, such as 4 8 16x4; unset: squares with sides 2, 4, ... 64."""
     goal: Goal = "step-time"
-    """What counts among candidates that lose nothing."""
+    """What to minimise among candidates that lose nothing."""
     criterion: Literal["halving", "removal", "penalty"] = "halving"
-    """How candidates are judged: short trainings side by side, or all in one model by removal or by the paper's penalty."""
+    """How candidates are judged: short trainings side by side (halving), or in one model by removal or by the paper's penalty."""
     per_layer: bool = False
-    """A size for each layer; with --criterion removal or penalty."""
+    """Find a size for each layer, not one for all; with --criterion removal or penalty."""
     weights: Weights = "time"
-    """What a candidate is measured against with --criterion removal or penalty: its time, or equal; equal is the paper's own."""
+    """Divide a candidate's loss or penalty by its time, or treat all as equal (as the paper); not with --criterion halving."""
     strength: float | None = None
-    """Strength of the penalty at first, with --criterion penalty; unset: 10. It ends at 10 times that."""
+    """Strength of the penalty at the start, with --criterion penalty; unset: 10. It ends at 10 times that."""
     budget: float | None = None
-    """Steps of the search, as a share of the training's; unset: 1 with --criterion halving, 0.5 with the others, or the least."""
+    """Steps of the search, as a share of the training's; unset: 1 with --criterion halving, else 0.5, or more if needed."""
     tolerance: float = SearchConfig.tolerance
-    """Share of the best held-out loss that counts as nothing; with --criterion halving."""
+    """A candidate loses nothing if its held-out loss is at most this share above the best; with --criterion halving."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         ModelAndData.__post_init__(self)
         if self.sizes is not None and len(self.sizes) < 2:
             given = f"names {self.sizes[0]} alone" if self.sizes else "names no block size"
-            raise KronblocksError(f"--sizes {given}: a search wants at least two, such as 4 8 16x4, or leave it out")
+            raise KronblocksError(f"--sizes {given}: a search needs at least two, such as 4 8 16x4, or leave it out")
         if self.per_layer and self.criterion == "halving":
-            raise KronblocksError("--per-layer wants --criterion removal or penalty: halving tries one size for the whole model")
+            raise KronblocksError("--per-layer needs --criterion removal or penalty: halving tries one size for the whole model")
         if self.weights != "time" and self.criterion == "halving":
             raise KronblocksError("--weights is for --criterion removal or penalty: halving has --goal")
         if self.strength is not None and self.criterion != "penalty":
-            raise KronblocksError(f"--strength is of the penalty of --criterion penalty: {self.criterion} has none")
+            raise KronblocksError(f"--strength is for --criterion penalty: {self.criterion} has no penalty")
         if self.tolerance != SearchConfig.tolerance and self.criterion != "halving":
             raise KronblocksError(f"--tolerance is for --criterion halving, not {self.criterion}")
         if self.goal != "step-time" and self.criterion != "halving":

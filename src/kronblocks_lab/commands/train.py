@@ -1,4 +1,4 @@
-"""`kronblocks train`: one training, and what came out of it."""
+"""`kronblocks train`: run one training, and show the result."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kronblocks_lab.training.train import train
 
 
 def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Train one model and show what came out.
+    """Train one model and show the result.
 
-    Of many layers those that are alike are shown together: result.json in the folder lists each of them.
+    In large models like layers share a row; result.json in the folder lists each of them.
     """
     Console().print(_summary(config, train(config)))
 
@@ -40,13 +40,13 @@ def _summary(config: TrainConfig, result: dict[str, Any]) -> Table:
 
 
 def _left_dense(layers: list[dict[str, str]]) -> str:
-    """The layers that stay dense, with the reason of each."""
+    """The layers that stay dense, with reasons."""
     groups, _ = rows_of(layers, lambda each: each["name"], lambda each: starred(each["reason"]), every_layer=False)
     return "; ".join(f"{span([each['name'] for each in alike])}: {alike[0]['reason']}" for alike in groups)
 
 
 def _sizes(result: dict[str, Any]) -> str:
-    """The block sizes that the layers really have."""
+    """The block sizes that the layers have."""
     layers: dict[str, list[str]] = {}
     for layer in result["layers"]:
         layers.setdefault(layer["block_size"], []).append(layer["name"])

@@ -1,1 +1,1 @@
-"""Data sets: where their files are, and how they are read."""
+"""Data sets: find their files, and read them."""

@@ -1,4 +1,4 @@
-"""Where the files of a data set are: a folder of the user's, an installed package, the cache, or the network."""
+"""Find the files of a data set in the user's folder, an installed package or the cache, or download them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def data_folder() -> Path:
 
 
 def locate(source: Source, data_dir: Path | None, download: bool) -> dict[str, Path]:
-    """Paths of the files of a set, downloaded if they are nowhere."""
+    """Paths of the files of a set, downloaded if there are none."""
     if data_dir is not None and (found := find_files(source, data_dir)):
         return found
     cache = data_folder()
@@ -63,7 +63,7 @@ def locate(source: Source, data_dir: Path | None, download: bool) -> dict[str, P
 
 
 def _download(source: Source, folder: Path) -> None:
-    """Fetch what is missing of a set, each file from the first mirror that gives it."""
+    """Download the missing files of a set, each from the first mirror that has it."""
     for name, md5 in source.downloads.items():
         if (folder / name).is_file():
             continue
@@ -81,7 +81,7 @@ def _download(source: Source, folder: Path) -> None:
 
 
 def _fetch(url: str, target: Path, md5: str) -> None:
-    """Download one file: it appears whole and checked under its name, or not at all."""
+    """Download one file and check it. It gets its name only when it is complete."""
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     digest, size = hashlib.md5(usedforsecurity=False), 0
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:

@@ -1,6 +1,6 @@
-"""The published files of the image sets: what they are called, where they are looked for, and how they are read.
+"""The published files of the image sets: their names, folders and formats.
 
-Files are read whole and checked against the published sizes; nothing is unpickled and nothing is unpacked to disk.
+Files are read whole and checked against the published sizes. Nothing is unpickled, or unpacked to disk.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
 def read_members(path: Path, lengths: dict[str, int]) -> dict[str, bytes]:
     """The contents of the wanted files, name -> length in bytes, of a .tar.gz, whatever folder they are in.
 
-    The archive is walked by its plain headers, so that nothing but wanted files of the right length is ever held in memory
-    and no path in it has a meaning.
+    It reads the plain headers of the archive. So only wanted files of the right length are held in memory, and paths in the
+    archive do not matter.
 
     Raises:
         KronblocksError: a wanted file is missing or of another length, the archive is damaged.

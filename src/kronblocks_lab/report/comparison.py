@@ -1,4 +1,4 @@
-"""Trainings beside each other: rows that differ in the seed alone, tasks whose rows may be compared."""
+"""Compare trainings: a row has those that differ in the seed only, and a task has the rows that may be compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kronblocks_lab.training.recipes import has_setting
 
 
 class Row:
-    """Trainings that differ in nothing but the seed; a seed that was run twice counts once, with its mean."""
+    """Trainings that differ in the seed only. A seed that was run twice counts once, with its mean."""
 
     def __init__(self, name: str, runs: Sequence[Run]) -> None:
         self.name, self.runs, self.method = name, tuple(runs), runs[0].method
@@ -47,7 +47,7 @@ class Row:
         return f"{100 * (self.accuracy - dense.accuracy):+.2f}".replace("-", "\N{MINUS SIGN}")
 
     def complaints(self, dense: Row | None) -> list[str]:
-        """What a reader must not miss: worse than dense, target missed, losses that are not finite."""
+        """Warnings about a row: worse than dense, target missed, losses that are not finite."""
         found = []
         if dense and self.method != "dense":
             if self.accuracy < dense.accuracy:
@@ -96,7 +96,7 @@ class Task:
             return f"dense: {text}; there is no sparse training to compare with it."
         several = len(self.sparse) > 1
         choice = f"The most accurate of {len(self.sparse)} sparse settings on the test images is " if several else ""
-        text = f"{choice}{row.name}, {100 * row.sparsity:.1f} % of the weights in zero blocks: {text}"
+        text = f"{choice}{row.name}, with {100 * row.sparsity:.1f} % of the weights in zero blocks: {text}"
         if not self.dense:
             return f"{text}; there is no dense training to compare it with."
         ratios = [(cost.name, r) for cost in HEADLINE if (r := self.ratio(row, cost)) is not None]
@@ -105,7 +105,7 @@ class Task:
 
     @property
     def notices(self) -> list[tuple[str, list[str]]]:
-        """Warnings: whom or what they are about, and what they say."""
+        """Warnings: their subjects and texts."""
         found = []
         if not self.dense:
             found.append(("No dense training", ["Nothing can be compared with dense: add one with --method dense."]))
@@ -116,7 +116,7 @@ class Task:
 
 
 def conditions(results: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """What measurements depend on, and every value that it had."""
+    """The conditions that measurements depend on, and every value that each had."""
     since = {True: "the start of the training", False: "the start of the process"}
     each = [{"threads": r["threads"], "memory since": since[bool(r.get("peak_memory_exact"))], **r["versions"]} for r in results]
     return {name: sorted({str(other.get(name)) for other in each}) for one in each for name in one}

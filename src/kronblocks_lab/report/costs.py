@@ -1,4 +1,4 @@
-"""What a training costs, and what to say where that is more than dense."""
+"""The costs of a training, and warnings where they are higher than dense's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BYTES = {"parameters": "#1f3a5f", "gradients": "#4f7cac", "optimizer_state": "#9
 
 
 class Cost(NamedTuple):
-    """Something that a training costs, and what to say where that is more than dense ("": nothing)."""
+    """A cost of a training, and the warning if it is higher than dense's ("": none)."""
 
     name: str
     unit: str

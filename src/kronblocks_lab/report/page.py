@@ -1,4 +1,4 @@
-"""Reads finished trainings and writes one page about them, report.html, and the same without figures, report.md."""
+"""Write the report of finished trainings: report.html, and report.md without figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kronblocks_lab.report.results import Run
 
 
 def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse training, compared") -> Path:
-    """Write report.html, one file that needs no other, and report.md into a folder; returns the path of the former.
+    """Write report.html, a single self-contained file, and report.md into a folder. Returns the path of report.html.
 
     Raises:
         KronblocksError: there are no runs, or the folder cannot be written to.

@@ -1,4 +1,4 @@
-"""Finished trainings, as their folders hold them."""
+"""Read finished trainings from their folders."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def _losses(report: SearchReport, axes: Axes) -> None:
 def _norms(report: SearchReport, axes: Axes) -> None:
     """Norm of every candidate's weights over the steps of the search; a line ends where the candidate was removed.
 
-    Where candidates begin again in each round, rounds are drawn one after the other.
+    If candidates begin again in each round, rounds are drawn one after the other.
     """
     starts = _starts(report)
     for colour, path in zip(COLOURS, report.paths, strict=False):

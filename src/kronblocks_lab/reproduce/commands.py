@@ -43,8 +43,8 @@ class ReproduceConfig:
     """
 
     what: tyro.conf.Positional[What]
-    """Which: a model of the paper, our own MLP, what the default method is made of and the forms of penalties (ablation), whether
-    the block-size search finds what it should (search), or all; tables: write the page."""
+    """The study: a model of the paper, the MLP, settings of the default method and forms of penalties (ablation), the block-size
+    search (search), or all of them. tables: write the page."""
     out: Path = Path("benchmarks/results")
     """Folder of the results files."""
     page: Path = Path("docs/experiments.md")

@@ -26,15 +26,14 @@ from kronblocks.surgery.replace import evaluating
 
 
 class MacCounter:
-    """Multiply-adds of one step of a model, from the plan and density that each layer has at that moment.
+    """Counts the multiply-adds of one step of a model, by the present plan and density of each layer.
 
-    Linear, convolution and block layers are counted, and products outside them: those of activations in attention. As is usual,
-    products only: no activation functions, no optimiser arithmetic. A layer whose input needs no gradient does not compute one,
-    and is not charged for it.
+    It counts the products of linear, convolution and block layers, and those of activations in attention. As usual, activation
+    functions and optimiser arithmetic do not count. A layer whose input needs no gradient computes none.
 
     Args:
         model: the model.
-        example: (N, ...) a batch, to see how many rows reach each layer.
+        example: (N, ...) a batch, to count the rows that reach each layer.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A training in a process of its own."""
+"""Run a training in its own process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kronblocks_lab.training.settings import TrainConfig
 
 
 def train_apart(config: TrainConfig) -> None:
-    """Train in a process of its own, so that neither memory nor threads of one training reach the next.
+    """Train in a separate process, so that memory and threads of one training do not affect the next.
 
     Raises:
         KronblocksError: the training failed; it has said why on stderr.

@@ -1,4 +1,4 @@
-"""The models of the experiments, dense: `sparsify_` does the rest."""
+"""The dense models of the experiments."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def lenet5(image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
     """
     channels, height, width = image_shape
     if min(height, width) < 28:
-        raise KronblocksError(f"lenet5 wants images of at least 28x28, not {height}x{width}: use --model mlp or another data set")
+        raise KronblocksError(f"lenet5 needs images of at least 28x28, not {height}x{width}: use --model mlp or another data set")
     padding = 2 if height < 32 else 0
     rows, cols = (((side + 2 * padding - 4) // 2 - 4) // 2 for side in (height, width))
     return nn.Sequential(

@@ -1,4 +1,4 @@
-"""The folder of one training: who may write into it, what it holds, and how to go on."""
+"""The folder of one training: its lock, its content, and how to resume from it."""
 
 from __future__ import annotations
 

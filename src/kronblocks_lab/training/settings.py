@@ -1,4 +1,4 @@
-"""What a training is: the settings of `kronblocks train`, and each method's recipe."""
+"""The settings of `kronblocks train` and `compare`, and each method's recipe."""
 
 from __future__ import annotations
 
@@ -30,29 +30,25 @@ from kronblocks_lab.training.recipes import (
 from kronblocks_lab.training.threads import ThreadSettings
 
 RESULT_VERSION = 2
-"""Of result.json; from 2 on inference multiply-adds leave zero blocks out."""
+"""Version of result.json. From 2 on, inference multiply-adds do not count zero blocks."""
 
 DataName = Literal["mnist5k", "fashion-mnist", "digits", "mnist", "cifar10", "cifar100"]
 
 
 def option(name: str) -> str:
-    """How a setting is called on the command line."""
+    """The name of a setting on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
 def part_of_a_file_name(flag: str, value: str) -> None:
-    """Refuse what a file's name cannot hold, or should not.
-
-    Raises:
-        KronblocksError: it names the flag.
-    """
+    """Raise KronblocksError for a value that a file's name should not contain."""
     if not re.fullmatch(r"[a-zA-Z0-9_][a-zA-Z0-9_-]*", value):
-        raise KronblocksError(f"{flag} becomes part of a file's name: letters, digits, - and _, not {value!r}")
+        raise KronblocksError(f"{flag} becomes part of a file's name: write letters, digits, - and _, not {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAndData(ThreadSettings):
-    """What is trained, on what and how long: the settings that trainings and searches have in common."""
+    """The settings that trainings and searches share: model, data and duration."""
 
     data: DataName = "mnist5k"
     """Data set; mnist5k and digits need no download."""
@@ -62,19 +58,19 @@ class ModelAndData(ThreadSettings):
     image_size: int | None = None
     """Pixels of a side to which vit-tiny, vit-base and swin-tiny scale the images; unset: 224."""
     train_images: int | None = None
-    """Train on so many of the training images only."""
+    """Number of training images to use; unset: all."""
     test_images: int | None = None
-    """Validate and test on so many of those images only."""
+    """Number of validation images, and of test images, to use; unset: all."""
     sparsity: float = SparsityConfig.target_sparsity
     """Share of the weights that ends in blocks of exact zeros."""
     epochs: int = 8
     batch_size: int = 256
     lr: float | None = None
-    """Learning rate of the dense parts; unset: the method's own."""
+    """Learning rate of the dense parts; unset: the method's default."""
     data_dir: Path | None = None
-    """Where the data set's original files are."""
+    """Folder with the data set's original files."""
     plugins: tuple[str, ...] = ()
-    """Modules to import first, seen from here, such as one that calls register_method for a method of your own."""
+    """Modules to import first, for example one that calls register_method for a method of yours."""
 
     def __post_init__(self) -> None:
         self.import_plugins()
@@ -87,12 +83,12 @@ class ModelAndData(ThreadSettings):
             if getattr(self, name, None) is not None:  # searches have the learning rate only
                 number(option(name), getattr(self, name), 0, math.inf, "a number from 0 on")
         if self.model != "mlp" and self.widths != ModelAndData.widths:
-            raise KronblocksError(f"--widths are the hidden layers of --model mlp, and {self.model} has none to choose")
+            raise KronblocksError(f"--widths are the hidden layers of --model mlp: {self.model} has none to choose")
         if self.model not in TRANSFORMERS and self.image_size is not None:
-            raise KronblocksError(f"--image-size is for {', '.join(TRANSFORMERS)}: {self.model} takes the images as they are")
+            raise KronblocksError(f"--image-size is for {', '.join(TRANSFORMERS)}: {self.model} uses the images as they are")
 
     def import_plugins(self) -> None:
-        """Import what the user names, in each process of a training."""
+        """Import the user's modules, in each process of a training."""
         for name in self.plugins:
             try:
                 import_here(name)
@@ -102,33 +98,33 @@ class ModelAndData(ThreadSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(MethodSettings, BlockSettings, ModelAndData):
-    """What `train` and `compare` have in common, beside the parts of a `SparsityConfig` that a command line can give."""
+    """The settings that `train` and `compare` share."""
 
     out: Path
     """Folder for the results; must be new or empty, unless --resume."""
     fold: int | None = None
-    """Cross-validation: which fifth of the training images validates, 0 to 4; unset: a tenth, the same in every run."""
+    """Cross-validation: which fifth of the training images is for validation, 0 to 4; unset: a fixed tenth of them."""
     candidates: tuple[str, ...] | None = None
-    """Of --block-size auto, such as 4 8 16x4; unset: squares of powers of two from 2 to 64."""
+    """Candidates of --block-size auto, such as 4 8 16x4; unset: squares with sides 2, 4, ... 64."""
     goal: Goal = "step-time"
-    """Of --block-size auto: what counts among candidates that lose nothing."""
+    """With --block-size auto: what to minimise among candidates that lose nothing."""
     weight_decay: float | None = None
-    """Of dense weights; unset: the method's own."""
+    """Weight decay of dense weights; unset: the method's default."""
     factor_weight_decay: float | None = None
-    """Of factors, and of free block values; unset: the method's own."""
+    """Weight decay of factors, and of free block values; unset: the method's default."""
     factor_lr_scale: float | None = None
-    """Learning rate of factors, relative to --lr; unset: the method's own."""
+    """Learning rate of factors, relative to --lr; unset: the method's default."""
     tile_lr_scale: float | None = None
     """Learning rate of tiles, relative to that of the other factors; unset: 1."""
     lifted_lr_scale: float | None = None
-    """Learning rate of free block values, relative to --lr; unset: the method's own."""
+    """Learning rate of free block values, relative to --lr; unset: the method's default."""
     lifted_weight_decay: float | None = None
-    """Of free block values; unset: as --factor-weight-decay."""
-    on_mismatch: Mismatch = "nearest"  # digits of 10 outputs have no blocks of 16 rows
+    """Weight decay of free block values; unset: --factor-weight-decay."""
+    on_mismatch: Mismatch = "nearest"  # 10 outputs cannot have blocks of 16 rows
     start_from: Path | None = None
-    """Start from the weights of a finished training: its folder; unset, --init is nearest then."""
+    """Folder of a finished training, to start from its weights. The default of --init is then nearest."""
     distill: float | None = None
-    """Share of the distance to that model's outputs in the loss, 0 to 1; unset: learn from the labels only."""
+    """Share of the distance to that model's outputs in the loss, 0 to 1; unset: use the labels only."""
     resume: bool = False
     """Go on from the last checkpoint in the folder."""
     progress: Annotated[bool, tyro.conf.FlagConversionOff] = True
@@ -149,7 +145,7 @@ class TaskConfig(MethodSettings, BlockSettings, ModelAndData):
         for size in self.candidates or ():
             BlockSize.parse(size)
         if self.start_from is not None and self.block_size == "auto":
-            raise KronblocksError("--block-size auto searches with new models: with --start-from name a size")
+            raise KronblocksError("--block-size auto searches with new models: name a size with --start-from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +153,7 @@ class TrainConfig(MethodChoice, TaskConfig):
     """Train one model on one data set with one method, and write result.json and a checkpoint every epoch."""
 
     seed: int = 0
-    """Of the initial weights and the order of the images."""
+    """Seed of the initial weights and the order of the images."""
 
     def __post_init__(self) -> None:
         TaskConfig.__post_init__(self)
@@ -170,18 +166,18 @@ class TrainConfig(MethodChoice, TaskConfig):
             if getattr(self, name) is None:
                 continue
             if not has_setting(self.method, name):
-                raise KronblocksError(f"method {self.method!r} has no parameters that {option(name)} is for: leave it out")
+                raise KronblocksError(f"method {self.method!r} has no parameters for {option(name)}: leave it out")
             if is_dense and name in OF_FREE_VALUES:
                 raise KronblocksError(f"{option(name)} is for values of live blocks: leave it out, or add --storage packed")
 
     @property
     def recipe(self) -> Recipe:
-        """The method's recipe with what the user changed."""
+        """The method's recipe, with the user's changes."""
         changed = {name: getattr(self, name) for name in Recipe._fields if getattr(self, name) is not None}
         return recipe_of(self.method)._replace(**changed)
 
     def sparsity_config(self) -> SparsityConfig:
-        """What `sparsify_` is given."""
+        """The config for `sparsify_`."""
         names = {f.name for f in dataclasses.fields(SparsityConfig)} & {f.name for f in dataclasses.fields(self)}
         settings: dict[str, Any] = {name: getattr(self, name) for name in names} | {"target_sparsity": self.sparsity}
         if self.init is None and self.start_from and spec_of(self.method).draws_start:
@@ -189,7 +185,7 @@ class TrainConfig(MethodChoice, TaskConfig):
         return SparsityConfig(**settings)
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result, as plain values: everything but where it is written and how it is shown."""
+        """The settings that decide the result, as plain values."""
         data = dataclasses.asdict(self)
         for name in ("out", "resume", "progress", "data_dir", "plugins"):
             del data[name]
@@ -202,7 +198,7 @@ class TrainConfig(MethodChoice, TaskConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(TaskConfig):
-    """Run several methods and seeds of one task, each in a process of its own, and make one report."""
+    """Run several methods and seeds of one task, each in its own process, and write one report."""
 
     methods: tuple[Method, ...] = ("dense", "two-phase")
     seeds: tuple[int, ...] = (0,)
@@ -214,10 +210,10 @@ class CompareConfig(TaskConfig):
         self.runs()
 
     def runs(self) -> list[TrainConfig]:
-        """The trainings, one for each seed and method; settings that only some methods have go to those.
+        """The trainings, one for each seed and method. Methods get only the settings that they have.
 
         Raises:
-            KronblocksError: a setting that none of the methods has.
+            KronblocksError: none of the methods has a setting.
         """
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TaskConfig)}
         runs = []
@@ -232,11 +228,11 @@ class CompareConfig(TaskConfig):
                 free = name in OF_FREE_VALUES and any("storage" in spec_of(method).settings for method in self.methods)
                 packed = ", or add --storage packed" if free else ""
                 methods = " ".join(self.methods)
-                raise KronblocksError(f"none of --methods {methods} has what you set of {name}: leave it out{packed}")
+                raise KronblocksError(f"none of --methods {methods} uses {name}: leave it out{packed}")
         return runs
 
     def _without_foreign(self, method: Method) -> dict[str, Any]:
-        """Shared settings that mean nothing to a method, at their defaults."""
+        """The shared settings that a method does not have, with their defaults."""
         default = {f.name: f.default for f in dataclasses.fields(TaskConfig)}
         foreign = [name for name in OF_SOME_METHODS if not has_setting(method, name)]
         if "storage" in spec_of(method).settings and (self.storage or spec_of(method).defaults.storage) == "dense":

@@ -1,4 +1,4 @@
-"""`--choices`: what "auto" means, chosen again by the present rule and timings of now; what was measured stays."""
+"""`--choices`: choose again what "auto" means, by the present rule and new timings. Measurements stay."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kronblocks_lab.bench.measure.results import Results, Row
 
 
 def choose_again(settings: GridSettings, ways_of: Callable[[Group], Ways]) -> Results:
-    """Give every "auto" of finished groups the row of the case that it comes down to now, and write the file.
+    """Give every "auto" of finished groups the row of the case that it chooses now, and write the file.
 
-    A choice whose case was not measured stays as it was.
+    A choice stays if its new case was not measured.
 
     Args:
         settings: the grid.

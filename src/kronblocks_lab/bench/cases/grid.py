@@ -1,4 +1,4 @@
-"""What `bench ops` and `bench infer` share: groups of cases on the same operands, checked, timed in turns, written row by row."""
+"""What `bench ops` and `bench infer` share: groups of cases on the same operands, checked, timed in turns, and written."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ COLUMNS = (
     *TIMES, "relative_macs", "gflops", "macs_bound", "bytes_bound",
 )  # fmt: skip
 KEY = ("shape", "block", "density", "rows", "case", "direction")
-PEAK = "peak_bytes"  # a column more on a GPU
+PEAK = "peak_bytes"  # one more column on a GPU
 
 
 def columns_of(settings: GridSettings) -> tuple[str, ...]:
-    """What a row holds."""
+    """The columns of a row."""
     return (*COLUMNS, PEAK) if settings.device == "cuda" else COLUMNS
 
 
 @dataclass(frozen=True)
 class Auto:
-    """What plan "auto" is for one direction: the case that it comes down to, which is timed under its own name."""
+    """What plan "auto" chooses for one direction: a case, which is timed under its own name."""
 
     name: str
     direction: str
@@ -59,7 +59,7 @@ class Ways:
 
 
 class Operands:
-    """Input and gradient of the output for one shape and number of rows, and what float64 makes of them."""
+    """Input and output gradient for one shape and number of rows, with the float64 results."""
 
     def __init__(self, group: Group, settings: GridSettings, *, inference: bool) -> None:
         generator = torch.Generator().manual_seed(group.rows)
@@ -73,7 +73,7 @@ class Operands:
         self._inference = inference
 
     def call(self, case: Case, direction: str) -> Callable[[], Any]:
-        """What is timed."""
+        """The function to time."""
         if direction == BOTH:
             assert case.trained is not None
             inputs = [self._leaf, *case.trained.parameters()]
@@ -89,11 +89,7 @@ class Operands:
         return forward
 
     def check(self, cases: Sequence[Case], *, gradients: bool) -> None:
-        """Refuse cases that compute something else.
-
-        Raises:
-            KronblocksError: one does.
-        """
+        """Raise KronblocksError for a case with other results."""
         expected = {id(case.source): self._truth.expect(case.source, gradients=gradients) for case in unique_sources(cases)}
         for case in cases:
             self._truth.check_output(case.name, self.call(case, FORWARD)(), expected[id(case.source)])
@@ -157,7 +153,7 @@ def _recorded(calls: Mapping[str, Callable[[], Any]], skipped: dict[str, str]) -
 def time_group(
     group: Group, ways: Ways, operands: Operands, settings: GridSettings, results: Results, *, train: bool
 ) -> list[Row]:
-    """Check, then time, then describe. Dense is timed in every group, and written where it is the group's own."""
+    """Check, time and describe a group. Dense is timed in every group, but written only for its own."""
     operands.check(ways.cases, gradients=train)
     rows: list[Row] = []
     for direction in (FORWARD, BOTH) if train else (FORWARD,):
@@ -189,7 +185,7 @@ def _unfinished(settings: GridSettings, results: Results) -> list[Group]:
 
 
 def _work(group: Group) -> float:
-    """About how long a group takes, in some unit."""
+    """Roughly how long a group takes, in any unit."""
     return 1 + 2e-8 * group.rows * group.grid.weights
 
 
@@ -201,7 +197,7 @@ def run_grid(
     training_rows: int | None = None,
     show: Callable[[Console, Group, list[Row]], None] | None = None,
 ) -> Results:
-    """Measure what the file does not hold yet; it is written after every group.
+    """Measure what the file lacks. It is written after every group.
 
     Args:
         settings: the grid.

@@ -1,5 +1,5 @@
-"""What a model's step has to do at least: its products' floating-point operations, and bytes that must be moved. And how fast
-the machine would do that, by the products and copies measured in the same run.
+"""The least work of a model's step (floating-point operations of products, bytes that must move), and the machine's speed at it,
+by products and copies measured in the same run.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _PASSES = 10  # over the parameters of a step with Adam: read twice, gradient wr
 
 
 class Work(NamedTuple):
-    """Of one step, or one call."""
+    """The work of one step or call."""
 
     flops: int
     moved: int  # bytes
 
     def bounds(self, ms: float, dense_ms: float, machine: Mapping[str, Any]) -> Row:
-        """What a time reaches: GFLOP/s, and the ratios to dense that the machine's products and its copies allow."""
+        """For a time: its GFLOP/s, and the ratios to dense that the machine's products and copies allow."""
         product = self.flops / (1e6 * machine["product_gflops"])
         copies = 1e3 * self.moved / copy_rate(machine, self.moved)
         return {
@@ -36,14 +36,16 @@ class Work(NamedTuple):
 
 
 def count_work(model: nn.Module, run: Callable[[], object], itemsize: int, *, training: bool) -> Work:
-    """Run something with a model, and count: operations by torch's counter, and bytes if each input and output of its linear
-    layers, and in training each gradient of these, is read or written once, and the parameters as often as one needs them.
+    """Run a step, and count its operations (by torch's counter) and bytes.
+
+    Each input and output of a linear layer, and in training each of their gradients, counts once. Parameters count as often as
+    they are needed.
 
     Args:
-        model: whose layers are looked at.
+        model: the model with the layers.
         run: a forward, or a forward and backward.
         itemsize: bytes of an input's value.
-        training: whether `run` is a whole training step but for the optimiser's.
+        training: whether `run` is a training step without the optimiser's.
     """
     ends = 0
 

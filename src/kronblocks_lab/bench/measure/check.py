@@ -1,9 +1,8 @@
-"""Nothing is timed that is wrong: outputs and gradients of the very operands, against float64.
+"""Check outputs and gradients against float64, on the operands that are timed, before any timing.
 
-Outputs are checked whole, by Freivalds' method ("Probabilistic machines can use less running time", 1977): y = x W^T is compared
-as y V = x (W^T V) with a few random signs V, which in fp32 no wrong y survives except by a chance beyond hope; in tf32 and bf16,
-whose rounding is larger than one wrong number among thousands, outputs are compared number by number, as gradients of parameters
-are everywhere.
+In fp32 outputs are checked by Freivalds' method ("Probabilistic machines can use less running time", 1977): y V = x (W^T V) with
+a few columns V of random signs. A wrong y practically never passes. In tf32 and bf16 rounding is larger than one wrong number
+among thousands. There outputs are compared number by number, and so are gradients of parameters in every precision.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Truth:
     Args:
         x: (rows, n).
         dy: (rows, m).
-        precision: "fp32", "tf32" or "bf16": how products are taken that are checked.
+        precision: of the products to check: "fp32", "tf32" or "bf16".
     """
 
     def __init__(self, x: Tensor, dy: Tensor, precision: str = "fp32") -> None:
@@ -93,21 +92,13 @@ class Truth:
         return Expected(weight.detach(), exact.get_parameter("bias").detach(), found)
 
     def check_output(self, name: str, y: Tensor, expected: Expected) -> None:
-        """Refuse y if it is not x W^T + bias.
-
-        Raises:
-            KronblocksError: it is not.
-        """
+        """Raise KronblocksError if y is not x W^T + bias."""
         m = self._dy.shape[1]
         wanted = self._product(self._x, expected.weight.t(), m) + self._seen(expected.bias, m)
         self._compare(name, "output", y, self._dy.shape, wanted)
 
     def check_gradients(self, name: str, dx: Tensor, gradients: Mapping[str, Tensor], expected: Expected) -> None:
-        """Refuse gradients that are not those of <dy, y>.
-
-        Raises:
-            KronblocksError: they are not.
-        """
+        """Raise KronblocksError if the gradients are not those of <dy, y>."""
         wanted = self._product(self._dy, expected.weight, self._x.shape[1])
         self._compare(name, "gradient of the input", dx, self._x.shape, wanted)
         for parameter, gradient in gradients.items():

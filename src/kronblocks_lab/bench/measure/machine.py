@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured in the same run: a large dense product and plain copies. A roofline."""
+"""The machine's roofline, measured in the same run: a large dense product, and plain copies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COPIES = (1, 8, 64, 256)  # MiB read, and as many written
 
 
 def use(settings: TimedSettings) -> None:
-    """Set the threads and the precision of products, see that the device is there, and ask for its kernels.
+    """Set the threads and the precision of products, check the device, and enable its kernels.
 
     Raises:
         KronblocksError: there is no such device.
@@ -56,8 +56,8 @@ def begin(settings: TimedSettings, columns: Sequence[str], key: Sequence[str]) -
         results.head.update(machine=roofline(settings))
     elif (known := results.head["machine"]["kind"]) != (own := _kind(settings.device)):
         raise KronblocksError(
-            f"{results.path} was measured on {known}, and this machine has {own}: write --label {own.replace(' ', '-')} "
-            "for a file beside it, or --fresh to measure everything again"
+            f"{results.path} was measured on {known}, but this machine has {own}: write --label {own.replace(' ', '-')} "
+            "for another file, or --fresh to measure everything again"
         )
     return results
 

@@ -1,4 +1,4 @@
-"""Something done in a process of its own, and the peak memory of it."""
+"""Run functions in their own process, and measure peak memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PeakBytes:
 def free_at_once() -> None:
     """Let this process give freed memory above 1 MiB back to the system at once, so that a peak is what was in use.
 
-    Else glibc keeps freed tensors for later, and how many depends on their order: 30 MiB more or less in a peak of 200.
+    Otherwise glibc keeps freed tensors, depending on their order: that changes a peak of 200 MiB by 30.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)

@@ -1,4 +1,4 @@
-"""The JSON file of a benchmark: settings, versions, the machine, and one short row for each case. Measuring can go on in it."""
+"""The JSON file of a benchmark: settings, versions, the machine, and one row for each case. Later runs add to it."""
 
 from __future__ import annotations
 
