@@ -114,6 +114,11 @@ class Advice:
             lines += [f"  {line}" for line in remarks(layer)] + [""]
         lines += [f"whole model at {percent(gain.sparsity)} zeros: {summary(gain)}" for gain in self.gains]
         lines += [f"not timed: {line}" for line in self.not_timed]
+        rank = "of a training" if self.rank is None else self.rank
+        lines += [
+            f"{self.rows} rows, rank {rank}, {self.dtype}, {self.device}, {self.threads} threads. Only nn.Linear layers count.",
+            "Times are the least of several turns. x: speed relative to dense, ± its spread between thirds of the turns.",
+        ]
         return "\n".join(lines)
 
 

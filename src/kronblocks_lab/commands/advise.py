@@ -10,15 +10,13 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from kronblocks.advice.measuring import advise
-from kronblocks.advice.report import Advice, LayerAdvice, Way, label, percent, ratio, remarks, summary, title
+from kronblocks.advice.report import Advice
 from kronblocks.config.parts import BlockSettings
 from kronblocks.config.sparsity import Frozen
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_json
-from kronblocks.ops.costs.choice import milliseconds
 from kronblocks_lab.training.threads import ThreadSettings
 
 
@@ -53,7 +51,7 @@ def main(config: Annotated[AdviseConfig, tyro.conf.arg(name="")]) -> None:
     config.use_threads()
     if config.json is not None and not config.json.expanduser().parent.is_dir():
         raise KronblocksError(f"there is no folder {config.json.parent} for --json {config.json}: make it, or choose another")
-    show(_advise(config))
+    Console(soft_wrap=True, highlight=False).print(str(_advise(config)), markup=False)
 
 
 def _advise(config: AdviseConfig) -> Advice:
@@ -77,42 +75,3 @@ def _advise(config: AdviseConfig) -> Advice:
         except OSError as error:
             raise KronblocksError(f"cannot write {config.json}: {error.strerror}; choose another --json") from error
     return advice
-
-
-def show(advice: Advice) -> None:
-    """Print a table for each shape, and the whole model's gain."""
-    console = Console()
-    for layer in advice.layers:
-        console.print(_table(layer))
-        for line in remarks(layer):
-            console.print(line, markup=False, highlight=False)
-        console.print()
-    total = Table(
-        title="whole model, each layer in its best way", title_justify="left", show_header=False, box=None, pad_edge=False
-    )
-    for gain in advice.gains:
-        total.add_row(f"{percent(gain.sparsity)} zeros", summary(gain))
-    console.print(total)
-    for line in advice.not_timed:
-        console.print(f"not timed: {line}", markup=False, highlight=False)
-    rank = "of a training" if advice.rank is None else advice.rank
-    console.print(
-        f"{advice.rows} rows, rank {rank}, {advice.dtype}, {advice.device}, {advice.threads} threads; "
-        "times are the least of several turns. x: speed relative to dense, ± its spread between thirds of the turns. "
-        "MiB: of weights. Only nn.Linear layers are counted.",
-        style="dim",
-        highlight=False,
-    )
-
-
-def _table(layer: LayerAdvice) -> Table:
-    table = Table(title=title(layer), title_justify="left", box=None, pad_edge=False)
-    for name in ("", "training", "", "inference", "", "MiB"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    ways: list[Way | None] = [layer.dense, layer.factored, *layer.packed]
-    for way in filter(None, ways):
-        cells = [label(way)]
-        for speed in (way.training, way.inference):
-            cells += [f"{speed.plan} {milliseconds(speed.seconds):>8s}", ratio(speed)]
-        table.add_row(*cells, f"{way.weight_bytes / 2**20:.2f}")
-    return table
