@@ -19,6 +19,13 @@ settings.register_profile("kronblocks", deadline=None, derandomize=True, max_exa
 settings.load_profile("kronblocks")
 
 
+@pytest.hookimpl(trylast=True)  # after tests/processes.py, whose processes begin as any others do
+def pytest_collection_finish():
+    """Searches for garbage, which tests ask for, leave out the million objects that are there for good."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Threads waiting for each other take longer than these small products (and pytest-xdist has its own)."""

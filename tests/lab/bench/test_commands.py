@@ -38,9 +38,10 @@ def without_fastkron():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The files of all benchmarks, each run once; the trainings in this process, which is faster."""
-    folder = tmp_path_factory.mktemp("results")
+    """The files of all benchmarks, each run once; the trainings in this process, and no C++ compiled, which is faster."""
+    folder, compiled = tmp_path_factory.mktemp("results"), torch.compile
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda run, dynamic: compiled(run, dynamic=dynamic, backend="aot_eager"))
         patch.setattr(trainings, "train_apart", train)
         patch.setattr(whole_model, "alone", lambda device, function, *arguments: function(*arguments))
         for line in (
