@@ -12,7 +12,7 @@ from hypothesis import settings
 os.environ["KRONBLOCKS_MEASURE"] = os.environ["KRONBLOCKS_CACHE"] = "off"
 os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU; it must be known before triton is imported
 
-pytest_plugins = ["tests.needs", "tests.processes", "pytester"]
+pytest_plugins = ["tests.interpreter", "tests.needs", "tests.processes", "pytester"]
 
 # no deadline: nothing here is a timed assertion; derandomised: a failure is the same on every machine
 settings.register_profile("kronblocks", deadline=None, derandomize=True, max_examples=60)

@@ -149,7 +149,7 @@ def test_products_with_factors(case, plan, monkeypatch):  # float64 in every sec
         exact, magnitude = both(
             lambda dy, x, c, t: plain.kron_backward(dy, x, c, t, live, PLANS[plan], True), dy, x, coeff, tiles
         )
-        for input_grad in (True, False):
+        for input_grad in (True, False) if dtype == torch.float32 else (True,):
             found = backend.kron_backward(dy, x, coeff, tiles, live, PLANS[plan], input_grad)
             assert (found[0] is not None) == input_grad
             for own, other, scale in zip(found, exact, magnitude, strict=True):

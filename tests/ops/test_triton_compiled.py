@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("triton")]
 
 COMPILE = """
-import os, re, subprocess, sys, torch, triton
+import re, subprocess, tempfile, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kronblocks.ops import BlockIndex
@@ -38,27 +39,30 @@ def compiled(kernel, programs, *arguments, **settings):
     }
     constants = {name: given[name] for name, kind in signature.items() if kind == "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    result = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
-    room = {80: 163, 90: 227}[int(sys.argv[1])] * 1024  # of an A100 and an H100; others take fewer loads ahead if they have to
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    room = {80: 163, 90: 227}[capability] * 1024  # of an A100 and an H100; others take fewer loads ahead if they have to
     assert result.metadata.shared <= room, (kernel.__name__, constants, result.metadata.shared)
-    binary = os.path.join(os.environ["TRITON_CACHE_DIR"], "binary")
-    with open(binary, "wb") as file:
-        file.write(result.asm["cubin"])
-    tool = triton.knobs.nvidia.cuobjdump.path
-    usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    print(kernel.__name__, "wgmma" in result.asm["ptx"], re.search("STACK:([0-9]+)", usage)[1])
+    stack = stack_of(result.asm["cubin"]) if (capability, part) == (90, "some") else 0
+    print(capability, part, kernel.__name__, "wgmma" in result.asm["ptx"], stack)
+
+
+def stack_of(code):
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(code)
+        file.flush()
+        tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    return re.search("STACK:([0-9]+)", usage)[1]
 
 
 for module in (fused, packed, weights):
     module.launch = compiled
 single, half = torch.float32, torch.bfloat16
-cases = [(dtype, shape) for dtype in (single, half) for shape in ((16, 16, 1), (64, 64, 2), (8, 8, 1))]
-if sys.argv[2] == "others":
-    cases = [(single, (128, 128, 1)), (half, (24, 48, 1)), (single, (4, 4, 2)), (half, (16, 64, 1))]
-if sys.argv[2] == "every second":
-    cases = cases[::2]
-for dtype, (bm, bn, groups) in cases:
-    index = BlockIndex.from_mask(torch.ones(64, 48, dtype=torch.bool))
+index = BlockIndex.from_mask(torch.ones(64, 48, dtype=torch.bool))
+suited = packed._product_sizes
+
+
+def launches(dtype, bm, bn, groups):
     with torch.device("meta"):  # without memory, and cuBLAS' products, which are not compiled here, take no time
         x, dy = torch.empty(4096, 48 * bn, dtype=dtype), torch.empty(4096, 64 * bm, dtype=dtype)
         values, coeff = torch.empty(64 * 48, bm, bn, dtype=dtype), torch.empty(64, 48, 4, dtype=dtype)
@@ -73,22 +77,32 @@ for dtype, (bm, bn, groups) in cases:
     for plan in ("coeff_first", "tile_first"):
         backend.kron_linear(x, coeff, tiles, bias, live, PLANS[plan])
         backend.kron_backward(dy, x, coeff, tiles, live, PLANS[plan], True)
-packed._product_sizes = lambda *args: tuning.Sizes(32, 32, 16, 4, 3, terms=8)  # block rows in pieces
-backend.packed_linear(torch.empty(64, 48 * 32, device="meta"), torch.empty(64 * 48, 32, 32, device="meta"), index, None)
+
+
+some = [(dtype, *shape) for dtype in (single, half) for shape in ((16, 16, 1), (64, 64, 2), (8, 8, 1))]
+others = [(single, 128, 128, 1), (half, 24, 48, 1), (single, 4, 4, 2), (half, 16, 64, 1)]
+for capability, part, cases in ((90, "some", some), (90, "others", others), (80, "some", some[::2])):
+    for case in cases:
+        launches(*case)
+    packed._product_sizes = lambda *args: tuning.Sizes(32, 32, 16, 4, 3, terms=8)  # block rows in pieces
+    backend.packed_linear(torch.empty(64, 48 * 32, device="meta"), torch.empty(64 * 48, 32, 32, device="meta"), index, None)
+    packed._product_sizes = suited
 """
 
 
-@pytest.mark.parametrize(("capability", "cases"), [(80, "every second"), (90, "some"), (90, "others")])
-def test_kernels_compile_for_a_gpu(capability, cases, tmp_path):
-    """To machine code: a kernel that the interpreter runs may still be none that a GPU can."""
+def test_kernels_compile_for_a_gpu(pytestconfig):
+    """To machine code: a kernel that the interpreter runs may still be none that a GPU can. Triton keeps what it has compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", COMPILE, str(capability), cases]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    environment["TRITON_CACHE_DIR"] = str(pytestconfig.cache.mkdir("triton"))
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    launches = [(kernel, uses == "True", int(stack)) for kernel, uses, stack in map(str.split, done.stdout.splitlines())]
+    compiled: dict[str, list[tuple[str, bool, int]]] = defaultdict(list)
+    for capability, part, kernel, uses, stack in map(str.split, done.stdout.splitlines()):
+        compiled[f"{capability} {part}"].append((kernel, uses == "True", int(stack)))
     on_warp_groups = {"product", "mix_then_tile", "tile_then_mix", "mix_gradient"}  # large products
-    assert {kernel for kernel, *_ in launches} >= {*on_warp_groups, "grad_values", "tiles_gradient", "join"}
-    if capability == 90 and cases == "some":
-        assert all(uses for kernel, uses, _ in launches[:-2] if kernel in on_warp_groups), done.stdout
-        assert max(stack for *_, stack in launches) <= 128, done.stdout  # bytes a thread that did not fit its registers
+    assert compiled.keys() == {"90 some", "90 others", "80 some"}
+    for launches in compiled.values():
+        assert {kernel for kernel, *_ in launches} >= {*on_warp_groups, "grad_values", "tiles_gradient", "join"}
+    launches = compiled["90 some"]
+    assert all(uses for kernel, uses, _ in launches[:-2] if kernel in on_warp_groups), done.stdout
+    assert max(stack for *_, stack in launches) <= 128, done.stdout  # bytes a thread that did not fit its registers
