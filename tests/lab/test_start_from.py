@@ -30,7 +30,7 @@ def dense(tmp_path_factory) -> tuple[Path, dict]:
 def test_it_starts_from_the_trained_weights(dense, tmp_path, method):
     settings = {"lr": 1e-12, "epochs": 1} | ({"sparsity": 0.0} if method != "dense" else {})
     if method == "two-phase":
-        settings |= {"rank": 64, "tile_groups": "1"}
+        settings |= {"rank": 64, "tile_groups": 1}
     result = training.train(config(tmp_path / "run", method=method, start_from=dense[0], **settings))
     assert result["test_accuracy"] == pytest.approx(dense[1]["test_accuracy"], abs=1e-6)
 
