@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from kronblocks.ops.backends import backend_key
 from kronblocks_lab.__main__ import main
 from kronblocks_lab.bench import ops, whole_model
 from kronblocks_lab.bench import step as steps
@@ -116,7 +117,8 @@ def test_the_authors_benchmark(results):
 
 def test_other_precisions_and_compiled_peers(results):
     data = read(results / "bench-ops-large-bf16.json")
-    assert data["settings"]["dtype"] == "bfloat16" and data["settings"]["compiled"] and data["machine"]["backend"] == "torch"
+    assert data["settings"]["dtype"] == "bfloat16" and data["settings"]["compiled"]
+    assert data["machine"]["backend"] == backend_key("cpu", torch.bfloat16)
     both = {row["case"] for row in data["rows"] if row["direction"] == "forward+backward"}
     assert {"dense, compiled", "authors build W r=2, compiled", "authors loop r=2", "factors r=2 tile_first"} <= both
     assert "SciPy BSR" not in {row["case"] for row in data["rows"]}
