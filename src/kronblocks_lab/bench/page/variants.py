@@ -115,10 +115,10 @@ def _model(rows: Sequence[Row], settings: dict[str, Any]) -> list[str]:
         cells = [ms(row["ms"]), f"{row['images_per_second']:.1f}", spread(row), *([roof(row)] if counted else []), share, memory]
         lines.append([row["direction"], row["case"], *cells])
     about = (
-        f"{settings['model']} on {size}x{size} images, {count(settings['batch_size'], 'image')} a step, AdamW; blocks of "
+        f"{settings['model']} on {size}x{size} images, {count(settings['batch_size'], 'image')} a step, AdamW. Blocks of "
         f"{settings['block_size']} or the nearest size that divides, {100 * settings['sparsity']:g}% zeros, a dense classifier. "
-        "two-phase is timed in both of its states: factors with all blocks alive, as at the start, and random live blocks at the "
-        "final density, as after the lift. Peak memory is that of three steps in a process of its own."
+        "two-phase is timed in two states: with factors and all blocks alive, as at the start, and with random live blocks at the "
+        "final density, as after the lift. Peak memory is that of three steps in a separate process."
     )
     columns = ["what", "model", "ms", "images a second", "ratio to dense", *(["roof"] if counted else [])]
     return [about, "", *table([*columns, "parameters to dense", "peak memory, to dense"], lines, left=2), ""]

@@ -1,9 +1,9 @@
 """Kernels for NVIDIA GPUs, written in Triton: float32, float16 and bfloat16 with sums in float32 (float64 in its interpreter).
 
-`packed.py` multiplies with live blocks, `fused.py` with factors, `weights.py` builds blocks or W from factors; each launches the
-kernels of the module beside it whose name ends in `_kernels`. Nothing is added atomically: results are the same from run to run.
+`packed.py` multiplies by live blocks, `fused.py` by factors, and `weights.py` builds blocks or W from factors. Each launches the
+kernels of its `*_kernels` module. There are no atomic additions, so results are the same from run to run.
 
-With TRITON_INTERPRET=1 set before the kernels are loaded they run on a CPU, which is how they are tested without a GPU.
+With TRITON_INTERPRET=1, set before the kernels are loaded, they run on a CPU. Tests without a GPU do that.
 """
 
 from __future__ import annotations

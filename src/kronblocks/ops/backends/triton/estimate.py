@@ -1,7 +1,4 @@
-"""How fast the kernels are expected to be, from what they load and the instructions they were compiled to.
-
-Nothing is measured: no GPU has been asked.
-"""
+"""Estimate the kernels' speed from what they load and the instructions that they compile to. Nothing was measured on a GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Products with factors. The factored plans are fused: their intermediate never reaches the device's memory.
 
-"coeff_first" mixes input blocks and then applies tiles, "tile_first" the other way round. A backward has two forms as well, one
-along each plan, and takes the one with fewer multiply-adds: both are the exact gradient.
+"coeff_first" mixes input blocks and then applies tiles, "tile_first" the other way round. Backward has two forms as well, one for
+each plan. Both give the exact gradient, and the one with fewer multiply-adds is used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Kernels of the factored plans: the intermediate lives in registers and shared memory only.
 
-All of them see blocks of inputs `s`, blocks of outputs `o`, terms i of a sum, and tiles of C x D weights that turn an input block
-into an output block; forward and gradients differ in what plays these parts. With `coeff` seen as (term, o, s),
+All of them work on input blocks `s`, output blocks `o`, terms i of a sum, and tiles of C x D weights that turn an input block
+into an output block. Forward and gradients assign different tensors to these roles. With `coeff` as (term, o, s),
 
     y[t, o] = sum over s and i of coeff[i, o, s] tile[bank, i] x[t, s]
 
@@ -9,8 +9,8 @@ is computed by mixing input blocks and then applying tiles, or the other way rou
 block (BANK_OF_OUTPUT) or to the input block. A program has BO output blocks of one bank, or of all, and takes BT rows of x at a
 time. Of the input blocks it takes BK at a time: all, or if LISTED those in `sources` that any of its outputs is alive with.
 
-Products on tensor cores want 16 terms of a sum: of tiles with fewer columns SIDE rows are taken side by side, times a matrix with
-SIDE copies of the tile on its diagonal. BC and BD are C and D padded to powers of two. Sums have a fixed order.
+Products on tensor cores need 16 terms of a sum. For tiles with fewer columns, SIDE rows are joined and multiplied by a matrix
+with SIDE copies of the tile on its diagonal. BC and BD are C and D padded to powers of two. Sums have a fixed order.
 """
 
 # pyright: reportOperatorIssue=false

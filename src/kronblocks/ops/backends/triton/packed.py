@@ -1,4 +1,4 @@
-"""Products with live blocks. Blocks from 16 to 128 go through tensor cores; for others W is built, and cuBLAS multiplies."""
+"""Products with live blocks. Blocks with sides from 16 to 128 use tensor cores; for others W is built, and cuBLAS multiplies."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Sizes that suit the fused kernels without a measurement, and what else to try.
+"""Default sizes for the fused kernels, and other sizes to try.
 
-They follow from what the kernels are compiled to for compute capability 9.0; no GPU has been asked. There four warps take 64 rows
-of a product together. Where another product follows in the loop, Triton stacks all warps that way: eight compute a product of 64
-rows twice, hence as many warps as it has rows for. float32 is multiplied in two parts, which take more registers.
+They follow from the machine code for compute capability 9.0; nothing was measured on a GPU. There four warps compute 64 rows of a
+product together. If another product follows in the loop, Triton stacks all warps along the rows, so eight warps would compute 64
+rows twice. Hence there are only as many warps as rows allow. float32 is multiplied in two parts, which need more registers.
 """
 
 from __future__ import annotations

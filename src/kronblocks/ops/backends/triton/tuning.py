@@ -1,8 +1,8 @@
-"""Sizes of launches: a sane choice without a measurement, the quickest of several with one.
+"""Sizes of launches: a default, or with tuning the fastest of several.
 
-KRONBLOCKS_TUNE=1 tries them when a kernel first meets a shape, and keeps the winner in the user's cache folder. Sizes decide how
-sums are rounded, so that results may differ from those of a machine that tuned otherwise; under
-`torch.use_deterministic_algorithms(True)` nothing is tuned and nothing that was tuned is used.
+KRONBLOCKS_TUNE=1 times them when a kernel first gets a shape, and keeps the fastest in the user's cache folder. Sizes decide how
+sums are rounded, so results may differ between machines that were tuned differently. Under
+`torch.use_deterministic_algorithms(True)` nothing is tuned, and tuned sizes are not used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Kernels that build blocks from factors, and their gradients; blocks stand in slots, or at their places in W.
+"""Kernels that build blocks from factors, and their gradients. Blocks are in slots, or at their places in W.
 
-Entry k is the block (p, q). Of a list they come from a `BlockIndex`, block k is the k-th of `values`; of the WHOLE grid k counts
-all blocks, row by row, `values` is W, and `live` (or nothing) says which count. A block is H x W, AREA weights.
+Entry k is the block (p, q). In a list, entries come from a `BlockIndex`, and block k is the k-th of `values`. For the WHOLE grid,
+k counts all blocks row by row, `values` is W, and `live` (or nothing) says which blocks count. A block is H x W, AREA weights.
 """
 
 # pyright: reportArgumentType=false
