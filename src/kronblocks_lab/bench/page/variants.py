@@ -117,8 +117,8 @@ def _model(rows: Sequence[Row], settings: dict[str, Any]) -> list[str]:
     about = (
         f"{settings['model']} on {size}x{size} images, {count(settings['batch_size'], 'image')} a step, AdamW. Blocks of "
         f"{settings['block_size']} or the nearest size that divides, {100 * settings['sparsity']:g}% zeros, a dense classifier. "
-        "two-phase is timed in two states: with factors and all blocks alive, as at the start, and with random live blocks at the "
-        "final density, as after the lift. Peak memory is that of three steps in a separate process."
+        "two-phase is timed in two states: with factors and all blocks alive, as at the start, and with random live blocks at "
+        "the final density, as after the lift. Peak memory is that of three steps in a separate process."
     )
     columns = ["what", "model", "ms", "images a second", "ratio to dense", *(["roof"] if counted else [])]
     return [about, "", *table([*columns, "parameters to dense", "peak memory, to dense"], lines, left=2), ""]
