@@ -34,7 +34,7 @@ def seen_in_a_training(config: SparsityConfig, rate: Callable[[float], float] = 
     return seen
 
 
-STEPS = 300
+STEPS = 160
 LASSO = SparsityConfig(method="group-lasso", block_size=4, target_sparsity=0.8)
 WARM_UP = {
     "constant rate": lambda done: 1.0,

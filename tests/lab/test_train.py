@@ -366,7 +366,7 @@ def test_compare_gives_new_settings_to_the_methods_that_have_them(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit-tiny", "swin-tiny"])
 def test_a_short_training_of_the_papers_transformers(tmp_path, name):
-    few = {"image_size": 32, "train_images": 48, "test_images": 20, "epochs": 2, "batch_size": 8, "measure_plans": False}
+    few = {"image_size": 32, "train_images": 32, "test_images": 20, "epochs": 2, "batch_size": 8, "measure_plans": False}
     schedule = ScheduleConfig(update_every=2)
     result = training.train(config(tmp_path / "run", model=name, block_size="16", sparsity=0.8, schedule=schedule, **few))
     dense = sum(parameter.numel() for parameter in build_model(name, (1, 8, 8), 10, (), 32).parameters())
