@@ -87,7 +87,7 @@ def test_a_layer_that_was_wrapped_after_sparsify_is_lifted_inside():
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
     sparsifier.attach(optimizer, total_steps=STEPS)
     model[0] = nn.Linear(32, 32)
-    with pytest.raises(KronblocksError, match="0 is now a Linear, without the layer"):
+    with pytest.raises(KronblocksError, match="0 is now a Linear, not the layer"):
         lift_layers_(model, ["2", "0"], [optimizer])
     assert not isinstance(model[2], BlockSparseLinear)
 
