@@ -3,13 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUNS := runs
+ARM := aarch64-linux-gnu
 HAS_COMPILER := echo 'int main() {}' | $(CXX) -fopenmp -x c++ - -o /dev/null 2>/dev/null
 # what `make test` must have tested: it fails if tests of these were skipped
 MUST_RUN ?= onnx $(if $(filter Linux,$(shell uname)),triton) $(shell if $(HAS_COMPILER); then echo native; fi)
 NATIVE := $(wildcard src/native/*.cpp src/native/*.h src/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-gpu bench-gpu lint format bench docs reliability clean
+.PHONY: help demo quick test test-arm test-gpu bench-gpu lint format bench docs reliability clean
 
 help:
 	@echo "make demo   train dense and two-phase side by side on real data and write a report"
@@ -17,6 +18,7 @@ help:
 	@echo "make quick  the same without types and slow tests, in two minutes"
 	@echo "make lint   the first three of these"
 	@echo "make reliability  try every fault many times (half an hour), write docs/reliability.md"
+	@echo "make test-arm  check the C++ kernels as compiled for ARM, under an emulator"
 	@echo "make docs   build the site into build/site, every link checked"
 	@echo "make bench  measure speed and memory against dense (hours), write benchmarks/results/ and docs/benchmarks.md"
 	@echo "make test-gpu, make bench-gpu  tests and benchmarks on an NVIDIA GPU, in a venv whose torch has CUDA"
@@ -70,6 +72,14 @@ format: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	TRITON_INTERPRET=0 KRONBLOCKS_TRITON=1 $(BIN)/python -m pytest tests/gpu
+
+# the kernels as an ARM machine compiles them, emulated, against plain loops (Debian: g++-aarch64-linux-gnu, qemu-user)
+test-arm:
+	@mkdir -p build
+	$(ARM)-g++ -std=gnu++17 -O2 -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Wno-psabi -DKRONBLOCKS_ISA=baseline \
+		-Isrc/native src/native/kernels.cpp tests/native/check_kernels.cpp -o build/check-kernels-arm
+	$(ARM)-g++ -std=gnu++17 -fopenmp -fsyntax-only -Wall -Wextra src/native/dispatch.cpp src/native/operators.cpp
+	qemu-aarch64 -L /usr/$(ARM) build/check-kernels-arm
 
 bench-gpu: $(VENV)/.experiments
 	for dtype in fp32 tf32 bf16; do \
