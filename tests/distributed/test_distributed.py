@@ -112,7 +112,7 @@ def test_a_full_checkpoint_of_a_sharded_model_is_one_of_one_process(two, method,
 
 def test_ranks_that_train_apart_are_an_error(two):
     for rank in range(2):
-        assert "wrap the model in DistributedDataParallel" in (two / f"unwrapped-{rank}.txt").read_text()
+        assert "Wrap the model in DistributedDataParallel" in (two / f"unwrapped-{rank}.txt").read_text()
 
 
 def test_a_wrapper_of_another_model_is_refused(two):
