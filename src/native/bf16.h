@@ -23,9 +23,11 @@ constexpr bool kPairProducts = true;  // products of pairs take one instruction
 constexpr bool kPairProducts = false;
 #endif
 
-// What products of T are summed in, and how many numbers of a row or column an element of T has
+// Sum: what products of T are summed in. Wide: what numbers of type T are computed in, one by one. kNumbers: those in a T.
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, Word>, float, T>;
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, Bf16>, float, T>;
 template <class T>
 constexpr int kNumbers = std::is_same_v<T, Word> ? 2 : 1;
 
@@ -47,8 +49,11 @@ inline Bf16 rounded(float number) {
   return {std::uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
-inline Vec<Word> rounded_high(Vec<float> numbers) {
-  const Vec<Word> bits = (Vec<Word>)numbers, nan = (Vec<Word>)(numbers != numbers);
+// the same in the upper halves of words
+template <int Bytes = kVectorBytes>
+inline Vec<Word, Bytes> rounded_high(Vec<float, Bytes> numbers) {
+  using Words = Vec<Word, Bytes>;
+  const Words bits = (Words)numbers, nan = (Words)(numbers != numbers);
   return ((bits + 0x7fff + (bits >> 16 & 1)) & ~nan) | ((bits | 0x400000) & nan);
 }
 
@@ -62,7 +67,7 @@ inline Vec<Word> rounded_pairs(Vec<float> first, Vec<float> second) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
   return (Vec<Word>)_mm512_permutexvar_epi16((__m512i)places, both);
 #else
-  return rounded_high(first) >> 16 | (rounded_high(second) & 0xffff0000u);
+  return rounded_high<>(first) >> 16 | (rounded_high<>(second) & 0xffff0000u);
 #endif
 }
 
@@ -95,25 +100,43 @@ inline Vec<Word> load_halves(const Bf16* from) {
   return __builtin_convertvector(load<Vec<std::uint16_t, kVectorBytes / 2>>(from), Vec<Word>);
 }
 
-inline void widen(const Bf16* from, std::int64_t count, float* to) {
-  constexpr int n = kLanes<float>;
-  std::int64_t i = 0;
-  for (; i + n <= count; i += n) store(to + i, low(load_halves(from + i)));
-  for (; i < count; ++i) to[i] = widened(from[i]);
+// numbers of one type to another, in whole vectors and then in ever narrower ones
+template <int Bytes = kVectorBytes>
+inline void convert(const Bf16* from, std::int64_t count, float* to) {
+  constexpr int n = Bytes / 4;
+  if constexpr (n > 2) {
+    for (; count >= n; count -= n, from += n, to += n)
+      store(to, __builtin_convertvector(load<Vec<std::uint16_t, 2 * n>>(from), Vec<Word, Bytes>) << 16);
+    if (count) convert<Bytes / 2>(from, count, to);
+  } else {
+    for (; count > 0; --count) *to++ = widened(*from++);
+  }
 }
 
-inline void round_to(const float* from, std::int64_t count, Bf16* to) {
-  using Halves = Vec<std::uint16_t, kVectorBytes / 2>;
-  constexpr int n = kLanes<float>;
-  std::int64_t i = 0;
-  for (; i + n <= count; i += n)
-    store(to + i, __builtin_convertvector(rounded_high(load<Vec<float>>(from + i)) >> 16, Halves));
-  for (; i < count; ++i) to[i] = rounded(from[i]);
+template <int Bytes = kVectorBytes>
+inline void convert(const float* from, std::int64_t count, Bf16* to) {
+  constexpr int n = Bytes / 4;
+  if constexpr (n > 2) {
+    for (; count >= n; count -= n, from += n, to += n) {
+#if defined(__AVX512BF16__)
+      if constexpr (Bytes == 64) {
+        store(to, _mm512_cvtneps_pbh(load<__m512>(from)));
+        continue;
+      }
+#endif
+      store(to, __builtin_convertvector(rounded_high<Bytes>(load<Vec<float, Bytes>>(from)) >> 16, Vec<std::uint16_t, 2 * n>));
+    }
+    if (count) convert<Bytes / 2>(from, count, to);
+  } else {
+    for (; count > 0; --count) *to++ = rounded(*from++);
+  }
 }
 
 template <class T>
-void round_to(const T* from, std::int64_t count, T* to) {
-  std::copy_n(from, count, to);
+inline void convert(const T* from, std::int64_t count, T* to) {
+  constexpr int n = kLanes<T>;
+  for (; count >= n; count -= n, from += n, to += n) store(to, load<Vec<T>>(from));
+  for (; count > 0; --count) *to++ = *from++;
 }
 
 // pairs (first[i], second[i]); without a second row its numbers are 0

@@ -15,9 +15,9 @@
 
 namespace KRONBLOCKS_ISA {
 
-template <class T, int V>
-void kron_forward_group(const Sides<T>& f, const MixLists<T>& lists, bool tile_first, const T* x, std::int64_t count, const T* tiles_t,
-                        const T* bias, T* y, std::int64_t inputs, std::int64_t outputs, std::int64_t y_first, int threads) {
+template <class T, int V, class X>
+void kron_forward_group(const Sides<T>& f, const MixLists<T>& lists, bool tile_first, const X* x, std::int64_t count, const T* tiles_t,
+                        const T* bias, X* y, std::int64_t inputs, std::int64_t outputs, std::int64_t y_first, int threads) {
   const std::size_t per_row = sizeof(T) * std::size_t(tile_first ? f.outer * f.spread() : f.sources * f.m_width + lists.width * f.m_width);
   const int rows = tile_rows(count, per_row, threads, f.m_width, Tile<T, V>::size);
   const std::int64_t tiles = (count + rows - 1) / rows;
@@ -28,11 +28,17 @@ void kron_forward_group(const Sides<T>& f, const MixLists<T>& lists, bool tile_f
     for (std::int64_t number = own.begin; number < own.end; ++number) {
       const std::int64_t first = number * rows;
       tile.rows = int(std::min<std::int64_t>(rows, count - first));
-      const T* from = x + first * inputs;
-      T* to = y + first * outputs + y_first;
+      const X* from = x + first * inputs;
+      X* to = y + first * outputs + y_first;
       if (tile_first) {
-        for (std::int64_t o = 0; o < f.outer; ++o)
-          tile.spread(o, from + o * f.n_width, inputs, o * f.rank, f.spread_rows());
+        for (std::int64_t o = 0; o < f.outer; ++o) {
+          if constexpr (std::is_same_v<T, X>) {
+            tile.spread(o, from + o * f.n_width, inputs, o * f.rank, f.spread_rows());
+          } else {
+            copy_rows(tile.rows, f.n_width, from + o * f.n_width, inputs, tile.block, f.n_width);
+            tile.spread(o, tile.block, f.n_width, o * f.rank, f.spread_rows());
+          }
+        }
         tile.collect(lists, bias, to, outputs);
         continue;
       }
@@ -47,10 +53,14 @@ void kron_forward_group(const Sides<T>& f, const MixLists<T>& lists, bool tile_f
   }
 }
 
-template <class T>
-void kron_linear(const KronShape& k, bool tile_first, const T* x, std::int64_t count, const T* coeff, const T* tiles,
-                 const std::uint8_t* live, const T* bias, T* y, int threads) {
+template <class X>
+void kron_linear(const KronShape& k, bool tile_first, const X* x, std::int64_t count, const X* own_coeff, const X* tiles,
+                 const std::uint8_t* live, const X* own_bias, X* y, int threads) {
+  using T = Wide<X>;
   if (count == 0) return;
+  static thread_local Scratch coeff_scratch, bias_scratch;
+  const T* coeff = wide_copy(own_coeff, k.m1 * k.n1 * k.rank, coeff_scratch);
+  const T* bias = wide_copy(own_bias, k.m1 * k.bm, bias_scratch);
   const std::vector<T> arranged = arranged_tiles(k, tiles, tile_first, false);
   const std::vector<T> arranged_t = tile_first ? std::vector<T>() : arranged_tiles(k, tiles, tile_first, true);
   for (std::int64_t group = 0; group < (tile_first ? k.groups : 1); ++group) {
@@ -64,11 +74,11 @@ void kron_linear(const KronShape& k, bool tile_first, const T* x, std::int64_t c
   }
 }
 
-// One bank's gradients (tile_first) or all (coeff_first); dtiles is arranged as f.tiles is. Each thread sums for itself; the sums
+// One bank's gradients (tile_first) or all (coeff_first); dtiles is arranged as f.tiles is; it and dcoeff are added to. Each thread sums for itself; the sums
 // are added in the order of the threads, so that results are the same from run to run.
-template <class T, int V>
-void kron_backward_group(const KronShape& k, const Sides<T>& f, bool tile_first, std::int64_t group, const T* dy, const T* x,
-                         std::int64_t count, const T* tiles_t, T* dx, T* dcoeff, T* dtiles, int threads) {
+template <class T, int V, class X, class DX>
+void kron_backward_group(const KronShape& k, const Sides<T>& f, bool tile_first, std::int64_t group, const X* dy, const X* x,
+                         std::int64_t count, const T* tiles_t, DX* dx, T* dcoeff, T* dtiles, int threads) {
   const double density = f.density();
   const MixLists<T> mixes = mix_lists(f, false, density);
   const MixLists<T> collects = !tile_first && dx ? mix_lists(f, true, density) : MixLists<T>();
@@ -89,10 +99,10 @@ void kron_backward_group(const KronShape& k, const Sides<T>& f, bool tile_first,
     for (std::int64_t number = own.begin; number < own.end; ++number) {
       const std::int64_t first = number * rows;
       tile.rows = int(std::min<std::int64_t>(rows, count - first));
-      const T* x_rows = x + first * inputs;
-      const T* dy_rows = dy + first * outputs;
-      const T* m_rows = tile_first ? dy_rows + f.first_source * k.bm : x_rows;
-      const T* n_rows = tile_first ? x_rows : dy_rows;
+      const X* x_rows = x + first * inputs;
+      const X* dy_rows = dy + first * outputs;
+      const X* m_rows = tile_first ? dy_rows + f.first_source * k.bm : x_rows;
+      const X* n_rows = tile_first ? x_rows : dy_rows;
       const std::int64_t m_step = tile_first ? outputs : inputs, n_step = tile_first ? inputs : outputs;
       pack_pieces(tile.pieces, tile.rows, f.sources, f.panel_rows(), m_rows, m_step, tile.panel);
       for (std::int64_t g = 0; g < mixes.groups(); ++g) {
@@ -123,41 +133,70 @@ void kron_backward_group(const KronShape& k, const Sides<T>& f, bool tile_first,
     add_up(dcoefs.data(), mixes.coefs.size());
     add_up(dbanks.data(), tiles_size);
   }
-  std::copy(dbanks.begin(), dbanks.begin() + tiles_size, dtiles);
+  for (std::size_t i = 0; i < tiles_size; ++i) dtiles[i] += dbanks[i];
   for (std::int64_t g = 0; g < mixes.groups(); ++g)
     for (std::int32_t e = mixes.starts[g]; e < mixes.starts[g + 1]; ++e)
       for (int j = 0; j < mixes.per_group && g * mixes.per_group + j < f.outer; ++j) {
         const std::int64_t o = g * mixes.per_group + j;
         if (!f.alive(o, mixes.source[e])) continue;
-        std::copy_n(dcoefs.data() + std::int64_t(e) * mixes.width + j * f.rank, f.rank, dcoeff + f.at(o, mixes.source[e]) * f.rank);
+        const T* from = dcoefs.data() + std::int64_t(e) * mixes.width + j * f.rank;
+        T* to = dcoeff + f.at(o, mixes.source[e]) * f.rank;
+        for (int i = 0; i < f.rank; ++i) to[i] += from[i];
       }
 }
 
-template <class T>
-void kron_backward(const KronShape& k, bool tile_first, const T* dy, const T* x, std::int64_t count, const T* coeff, const T* tiles,
-                   const std::uint8_t* live, T* dx, T* dcoeff, T* dtiles, int threads) {
-  const std::size_t tiles_size = std::size_t(k.groups * k.rank * k.bm * k.bn);
-  std::fill_n(dcoeff, k.m1 * k.n1 * k.rank, T(0));
-  std::fill_n(dtiles, tiles_size, T(0));
-  if (count == 0) return;
-  const std::vector<T> arranged = arranged_tiles(k, tiles, tile_first, false);
-  const std::vector<T> arranged_t = tile_first ? arranged_tiles(k, tiles, tile_first, true) : std::vector<T>();
-  std::vector<T> darranged(tiles_size);
+// All gradients of some rows, added to dcoeff and to the arranged dtiles; dx is written.
+template <class T, class X, class DX>
+void kron_backward_rows(const KronShape& k, bool tile_first, const X* dy, const X* x, std::int64_t count, const T* coeff,
+                        const std::vector<T>& tiles, const std::vector<T>& tiles_t, const std::uint8_t* live, DX* dx, T* dcoeff,
+                        T* dtiles, int threads) {
   for (std::int64_t group = 0; group < (tile_first ? k.groups : 1); ++group) {
-    const Sides<T> f = sides(k, tile_first, group, coeff, live, arranged.data());
+    const Sides<T> f = sides(k, tile_first, group, coeff, live, tiles.data());
     const std::int64_t bank = group * k.rank * k.bm * k.bn;
     with_pieces<T>(widest_piece<T>((count + threads - 1) / threads, f.m_width), [&](auto v) {
-      kron_backward_group<T, decltype(v)::value>(k, f, tile_first, group, dy, x, count, arranged_t.data() + (tile_first ? bank : 0), dx,
-                                                 dcoeff, darranged.data() + bank, threads);
+      kron_backward_group<T, decltype(v)::value>(k, f, tile_first, group, dy, x, count, tiles_t.data() + (tile_first ? bank : 0), dx,
+                                                 dcoeff, dtiles + bank, threads);
     });
   }
+}
+
+template <class X>
+void kron_backward(const KronShape& k, bool tile_first, const X* dy, const X* x, std::int64_t count, const X* own_coeff,
+                   const X* tiles, const std::uint8_t* live, X* dx, X* own_dcoeff, X* dtiles, int threads) {
+  using T = Wide<X>;
+  constexpr bool same = std::is_same_v<T, X>;
+  static thread_local Scratch coeff_scratch, dcoeff_scratch, dx_scratch;
+  const std::int64_t coeffs = k.m1 * k.n1 * k.rank, inputs = k.n1 * k.bn, outputs = k.m1 * k.bm;
+  const T* coeff = wide_copy(own_coeff, coeffs, coeff_scratch);
+  T* dcoeff;
+  if constexpr (same)
+    dcoeff = own_dcoeff;
+  else
+    dcoeff = dcoeff_scratch.take<T>(coeffs);
+  std::fill_n(dcoeff, coeffs, T(0));
+  const std::vector<T> arranged = arranged_tiles(k, tiles, tile_first, false);
+  const std::vector<T> arranged_t = tile_first ? arranged_tiles(k, tiles, tile_first, true) : std::vector<T>();
+  std::vector<T> darranged(arranged.size());
+  if (!same && tile_first && dx && k.groups > 1) {  // every bank adds to dx: some rows at a time wait for all of them
+    const std::int64_t most = std::min<std::int64_t>(count, std::int64_t(threads) * 128);
+    T* sums = dx_scratch.take<T>(most * inputs);
+    for (std::int64_t first = 0; first < count; first += most) {
+      const std::int64_t here = std::min(most, count - first);
+      kron_backward_rows(k, tile_first, dy + first * outputs, x + first * inputs, here, coeff, arranged, arranged_t, live, sums, dcoeff,
+                         darranged.data(), threads);
+      convert(sums, here * inputs, dx + first * inputs);
+    }
+  } else if (count > 0) {
+    kron_backward_rows(k, tile_first, dy, x, count, coeff, arranged, arranged_t, live, dx, dcoeff, darranged.data(), threads);
+  }
+  if constexpr (!same) convert(dcoeff, coeffs, own_dcoeff);
   const std::int64_t n_width = tile_first ? k.bn : k.bm, m_width = tile_first ? k.bm : k.bn;
   for (std::int64_t g = 0; g < k.groups; ++g)
     for (std::int64_t n = 0; n < n_width; ++n)
       for (std::int64_t i = 0; i < k.rank; ++i)
         for (std::int64_t m = 0; m < m_width; ++m) {
           const std::int64_t a = tile_first ? m : n, q = tile_first ? n : m, base = g * k.rank * k.bm * k.bn;
-          dtiles[base + (i * k.bm + a) * k.bn + q] = darranged[base + n * k.rank * m_width + i * m_width + m];
+          convert(&darranged[base + n * k.rank * m_width + i * m_width + m], 1, &dtiles[base + (i * k.bm + a) * k.bn + q]);
         }
 }
 

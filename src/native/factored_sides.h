@@ -6,7 +6,8 @@
 #include <vector>
 
 #include "api.h"
-#include "simd.h"
+#include "bf16.h"
+#include "scratch.h"
 
 namespace KRONBLOCKS_ISA {
 
@@ -99,11 +100,24 @@ MixLists<T> mix_lists(const Sides<T>& f, bool transposed, double density) {
   return lists;
 }
 
+// The numbers themselves, or a wider copy of them in work memory; null stays null
+template <class X>
+const Wide<X>* wide_copy(const X* numbers, std::int64_t count, Scratch& memory) {
+  if constexpr (std::is_same_v<X, Wide<X>>) {
+    return numbers;
+  } else {
+    if (!numbers) return nullptr;
+    Wide<X>* copy = memory.take<Wide<X>>(std::size_t(count));
+    convert(numbers, count, copy);
+    return copy;
+  }
+}
+
 // (g, r, bm, bn) -> banks of (rows, r * cols) for the side whose N has bm (coeff_first) or bn (tile_first) columns
-template <class T>
-std::vector<T> arranged_tiles(const KronShape& k, const T* tiles, bool transposed, bool inner_first) {
+template <class X>
+std::vector<Wide<X>> arranged_tiles(const KronShape& k, const X* tiles, bool transposed, bool inner_first) {
   const std::int64_t n_width = transposed ? k.bn : k.bm, m_width = transposed ? k.bm : k.bn;
-  std::vector<T> out(std::size_t(k.groups * k.rank * k.bm * k.bn));
+  std::vector<Wide<X>> out(std::size_t(k.groups * k.rank * k.bm * k.bn));
   for (std::int64_t g = 0; g < k.groups; ++g)
     for (std::int64_t i = 0; i < k.rank; ++i)
       for (std::int64_t a = 0; a < k.bm; ++a)
@@ -111,13 +125,14 @@ std::vector<T> arranged_tiles(const KronShape& k, const T* tiles, bool transpose
           const std::int64_t n = transposed ? q : a, m = transposed ? a : q;
           const std::int64_t base = g * k.rank * k.bm * k.bn;
           const std::int64_t at = inner_first ? (i * m_width + m) * n_width + n : n * k.rank * m_width + i * m_width + m;
-          out[base + at] = tiles[base + (i * k.bm + a) * k.bn + q];
+          convert(&tiles[base + (i * k.bm + a) * k.bn + q], 1, &out[base + at]);
         }
   return out;
 }
 
+// Not inlined: GCC 12.2 vectorises the two widths with -mavx512f so that in a loop over groups all but the first get 0.
 template <class T>
-Sides<T> sides(const KronShape& k, bool tile_first, std::int64_t group, const T* coeff, const std::uint8_t* live, const T* tiles) {
+[[gnu::noinline]] Sides<T> sides(const KronShape& k, bool tile_first, std::int64_t group, const T* coeff, const std::uint8_t* live, const T* tiles) {
   const std::int64_t per_group = k.m1 / k.groups;
   const int bm = int(k.bm), bn = int(k.bn), rank = int(k.rank);
   if (tile_first)

@@ -24,6 +24,7 @@ struct Tile {
   T* mixed;     // Q of one group: [o in group, i][running index]
   T* by_rows;   // E or Q of one o: [t][i, c]
   T* block;     // N of one o: [t][n_width]
+  T* applied;   // N of one o before it is rounded: [t][n_width]
 
   // Q of a group of o, into `mixed`
   void mix(const MixLists<T>& lists, std::int64_t group) {
@@ -69,7 +70,8 @@ struct Tile {
   }
 
   // M = sum of C E, to rows of M, plus bias; needs all of `spreads`
-  void collect(const MixLists<T>& lists, const T* bias, T* out, std::ptrdiff_t out_step) {
+  template <class X>
+  void collect(const MixLists<T>& lists, const T* bias, X* out, std::ptrdiff_t out_step) {
     alignas(64) T sums[kMixRows * size];
     for (std::int64_t piece = 0; piece < pieces.count(); ++piece) {
       const T* in = spreads + piece * f.spread_rows() * size;
@@ -81,17 +83,16 @@ struct Tile {
         else
           weighted_sums_of<T, V, false>(lists.per_group, lists, group, 0, f.rank, in, size, sums, size);
         with_width(size % f.m_width ? 0 : f.m_width, [&](auto w) {
+          constexpr int width = decltype(w)::value <= size ? decltype(w)::value : 0;
           for (std::int64_t at = first; at < end;) {
             const std::int64_t t = at / f.m_width;
             const int c = int(at % f.m_width), length = int(std::min<std::int64_t>(f.m_width - c, end - at));
             for (int k = 0; k < here; ++k) {
               const std::int64_t feature = (group * lists.per_group + k) * f.m_width + c;
-              const T* from = sums + k * size + (at - first);
-              T* to = out + t * out_step + feature;
+              T* from = sums + k * size + (at - first);
               if (bias)
-                for (int j = 0; j < length; ++j) to[j] = from[j] + bias[feature + j];
-              else
-                copy_run<decltype(w)::value>(to, from, length);
+                for (int j = 0; j < length; ++j) from[j] += bias[feature + j];
+              copy_run<width>(out + t * out_step + feature, from, length);
             }
             at += length;
           }
@@ -101,14 +102,20 @@ struct Tile {
   }
 
   // N_o = Q_o B^T, stored in or added to rows of N; tiles_t: banks of (rank * m_width, n_width)
-  void apply(std::int64_t o, const T* mixture, const T* tiles_t, const T* bias, T* out, std::ptrdiff_t out_step, bool add) {
-    T* to = out + o * f.n_width;
-    if (bias) {
-      for (int t = 0; t < rows; ++t) std::memcpy(to + t * out_step, bias + o * f.n_width, f.n_width * sizeof(T));
-      add = true;
+  template <class X>
+  void apply(std::int64_t o, const T* mixture, const T* tiles_t, const T* bias, X* out, std::ptrdiff_t out_step, bool add) {
+    X* to = out + o * f.n_width;
+    if constexpr (std::is_same_v<T, X>) {
+      if (bias) {
+        for (int t = 0; t < rows; ++t) std::memcpy(to + t * out_step, bias + o * f.n_width, f.n_width * sizeof(T));
+        add = true;
+      }
+      small_gemm<T>(rows, f.n_width, f.spread(), {mixture, f.spread(), 1}, tiles_t + f.bank_number(o) * f.n_width * f.spread(),
+                    f.n_width, to, out_step, add);
+    } else {
+      apply(o, mixture, tiles_t, bias, applied - o * f.n_width, f.n_width, false);
+      copy_rows(rows, f.n_width, applied, f.n_width, to, out_step);
     }
-    small_gemm<T>(rows, f.n_width, f.spread(), {mixture, f.spread(), 1}, tiles_t + f.bank_number(o) * f.n_width * f.spread(),
-                  f.n_width, to, out_step, add);
   }
 
   // dC of a group from its E and the panel of M, added to dcoefs as the lists order them
@@ -141,7 +148,7 @@ inline int tile_rows(std::int64_t count, std::size_t bytes_per_row, int threads,
 // Work memory of one thread for tiles of the given rows
 template <class T, int V>
 Tile<T, V> make_tile(const Sides<T>& f, int rows, int per_group, bool all_spreads) {
-  static thread_local Scratch panel, spreads, mixed, by_rows, block;
+  static thread_local Scratch panel, spreads, mixed, by_rows, block, applied;
   const Pieces pieces{rows, f.m_width, Tile<T, V>::size};
   const std::size_t length = std::size_t(pieces.count()) * pieces.size;
   return {f,
@@ -151,7 +158,8 @@ Tile<T, V> make_tile(const Sides<T>& f, int rows, int per_group, bool all_spread
           spreads.take<T>(length * (all_spreads ? f.spread_rows() : f.rank * per_group) + per_group * f.rank * pieces.size),
           mixed.take<T>(length * f.rank * per_group),
           by_rows.take<T>(std::size_t(rows) * f.spread()),
-          block.take<T>(std::size_t(rows) * f.n_width)};
+          block.take<T>(std::size_t(rows) * f.n_width),
+          applied.take<T>(std::size_t(rows) * f.n_width)};
 }
 
 template <class T>

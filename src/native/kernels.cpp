@@ -17,8 +17,7 @@ constexpr Kernels<T> kernels() {
 }
 
 extern const Kernels<Bf16> bf16_kernels;
-const Kernels<Bf16> bf16_kernels = {
-    packed_linear<Bf16>, packed_grad_input<Bf16>, packed_grad_values<Bf16>, nullptr, nullptr, nullptr, nullptr};
+const Kernels<Bf16> bf16_kernels = kernels<Bf16>();
 
 #ifndef KRONBLOCKS_SAME_FLOATS
 extern const Kernels<float> f32_kernels;

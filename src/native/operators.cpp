@@ -27,17 +27,14 @@ Watched& watched() {
   return all;
 }
 
-// The type in which kernels compute, as torch names it. They compute in float64, float32 and, where there are such, bfloat16;
-// what they do not is widened to float32, and its results are rounded.
-std::int32_t computed_in(std::int32_t dtype, bool has_bf16) {
-  if (dtype == aoti_torch_dtype_float64() || (has_bf16 && dtype == aoti_torch_dtype_bfloat16())) return dtype;
-  require(dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_float16() || dtype == aoti_torch_dtype_bfloat16(),
+// The type that kernels are called for, as torch names it: there are some for float64, float32 and bfloat16; float16 is widened to
+// float32, and its results are rounded.
+std::int32_t computed_in(std::int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float16()) return aoti_torch_dtype_float32();
+  require(dtype == aoti_torch_dtype_float64() || dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_bfloat16(),
           "operands must be float64, float32, bfloat16 or float16");
-  return aoti_torch_dtype_float32();
+  return dtype;
 }
-
-std::int32_t packed_in(std::int32_t dtype) { return computed_in(dtype, true); }
-std::int32_t factored_in(std::int32_t dtype) { return computed_in(dtype, false); }
 
 template <class Compute>
 void in_type(std::int32_t type, Compute compute) {
@@ -118,7 +115,7 @@ void packed_linear(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const PackedIndex where = index.of(values.size(1), values.size(2));
   require(x.dim() >= 1 && x.size(-1) == where.n1 * where.bn, "x must have as many features as the index's columns");
   require(!bias || (bias.dim() == 1 && bias.size(0) == where.m1 * where.bm), "bias must be (out_features,)");
-  const std::int32_t dtype = x.dtype(), type = packed_in(dtype);
+  const std::int32_t dtype = x.dtype(), type = computed_in(dtype);
   prepare(dtype, type, x, values, bias);
   const int64_t rows = rows_of(x);
   Tensor y = empty(with_last(x, where.m1 * where.bm), type);
@@ -138,7 +135,7 @@ void packed_grad_input(StableIValue* stack, std::uint64_t, std::uint64_t) {
   require(values.dim() == 3 && values.size(0) == index.capacity(), "values must be (capacity, bm, bn)");
   const PackedIndex where = index.of(values.size(1), values.size(2));
   require(dy.dim() >= 1 && dy.size(-1) == where.m1 * where.bm, "dy must have as many features as the index's rows");
-  const std::int32_t dtype = dy.dtype(), type = packed_in(dtype);
+  const std::int32_t dtype = dy.dtype(), type = computed_in(dtype);
   prepare(dtype, type, dy, values);
   const int64_t rows = rows_of(dy);
   Tensor dx = empty(with_last(dy, where.n1 * where.bn), type);
@@ -159,7 +156,7 @@ void packed_grad_values(StableIValue* stack, std::uint64_t, std::uint64_t) {
   require(dy.dim() >= 1 && x.dim() >= 1 && dy.size(-1) % m1 == 0 && x.size(-1) % n1 == 0 && rows_of(dy) == rows_of(x),
           "dy and x must have the features of the index's blocks, and equally many rows");
   const PackedIndex where = index.of(dy.size(-1) / m1, x.size(-1) / n1);
-  const std::int32_t dtype = dy.dtype(), type = packed_in(dtype);
+  const std::int32_t dtype = dy.dtype(), type = computed_in(dtype);
   prepare(dtype, type, dy, x);
   const int64_t rows = rows_of(x);
   Tensor dvalues = empty({index.capacity(), where.bm, where.bn}, type);
@@ -200,7 +197,7 @@ void kron_linear(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const KronShape shape = kron_shape(coeff, tiles);
   require(x.dim() >= 1 && x.size(-1) == shape.n1 * shape.bn, "x must have as many features as the weight has columns");
   require(!bias || (bias.dim() == 1 && bias.size(0) == shape.m1 * shape.bm), "bias must be (out_features,)");
-  const std::int32_t dtype = x.dtype(), type = factored_in(dtype);
+  const std::int32_t dtype = x.dtype(), type = computed_in(dtype);
   prepare(dtype, type, x, coeff, tiles, bias);
   live = std::move(live).contiguous();
   Tensor y = empty(with_last(x, shape.m1 * shape.bm), type);
@@ -231,7 +228,7 @@ void kron_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
   require(dy.dim() >= 1 && x.dim() >= 1 && x.size(-1) == shape.n1 * shape.bn && dy.size(-1) == shape.m1 * shape.bm &&
               rows_of(dy) == rows_of(x),
           "dy and x must have the weight's features, and equally many rows");
-  const std::int32_t dtype = x.dtype(), type = factored_in(dtype);
+  const std::int32_t dtype = x.dtype(), type = computed_in(dtype);
   prepare(dtype, type, dy, x, coeff, tiles);
   live = std::move(live).contiguous();
   Tensor dx = empty(input_grad ? with_last(x, x.size(-1)) : Sizes{0}, type);
@@ -256,7 +253,7 @@ void live_blocks(StableIValue* stack, std::uint64_t, std::uint64_t) {
   if (arguments.flag()) index.look(Tensor());
   const KronShape shape = kron_shape(coeff, tiles);
   require(index.block_rows() == shape.m1 && index.block_cols() == shape.n1, "the index must be of coeff's grid");
-  const std::int32_t dtype = tiles.dtype(), type = factored_in(dtype);
+  const std::int32_t dtype = tiles.dtype(), type = computed_in(dtype);
   prepare(dtype, type, coeff, tiles);
   Tensor values = empty({index.capacity(), shape.bm, shape.bn}, type);
   in_type(type, [&](auto zero) {
@@ -275,7 +272,7 @@ void live_blocks_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const KronShape shape = kron_shape(coeff, tiles);
   require(index.block_rows() == shape.m1 && index.block_cols() == shape.n1, "the index must be of coeff's grid");
   require(dvalues.numel() == index.capacity() * shape.bm * shape.bn, "dvalues must be (capacity, bm, bn)");
-  const std::int32_t dtype = tiles.dtype(), type = factored_in(dtype);
+  const std::int32_t dtype = tiles.dtype(), type = computed_in(dtype);
   prepare(dtype, type, dvalues, coeff, tiles);
   Tensor dcoeff = empty({shape.m1, shape.n1, shape.rank}, type);
   Tensor dtiles = empty({shape.groups, shape.rank, shape.bm, shape.bn}, type);

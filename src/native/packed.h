@@ -183,7 +183,7 @@ void packed_product(const PackedIndex& index, const Bf16* x, std::int64_t count,
   static thread_local Scratch copies_scratch, bias_scratch;
   const std::int64_t bm = index.bm, bn = index.bn, outputs = index.m1 * bm, live = index.crow[index.m1];
   float* wide_bias = bias ? bias_scratch.take<float>(outputs) : nullptr;
-  if (bias) widen(bias, outputs, wide_bias);
+  if (bias) convert(bias, outputs, wide_bias);
   auto run = [&](auto* copies, auto copy_block) {
     const auto blocks = blocks_of<Transposed>(index, copies, nullptr);
     multiply(blocks, x, count, wide_bias, y, threads, [&](int team, int self) {
@@ -205,7 +205,7 @@ void packed_product(const PackedIndex& index, const Bf16* x, std::int64_t count,
         for (std::int64_t a = 0; a < bm; a += 2, from += 2 * bn, to += bn) interleave(from, from + bn, int(bn), to);
       });
   }
-  run(copies_scratch.take<float>(live * bm * bn), [&](const Bf16* from, float* to) { widen(from, bm * bn, to); });
+  run(copies_scratch.take<float>(live * bm * bn), [&](const Bf16* from, float* to) { convert(from, bm * bn, to); });
 }
 
 template <class T>

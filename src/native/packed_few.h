@@ -43,12 +43,6 @@ void few_block_row(const PackedIndex& index, int bn, std::int64_t row, const T* 
   }
 }
 
-inline float wide(Bf16 number) { return widened(number); }
-template <class T>
-T wide(T number) {
-  return number;
-}
-
 // false: this block size or so many rows want the other way
 template <class X>
 bool packed_few(const PackedIndex& index, const X* x, std::int64_t count, const X* own_values, const X* bias, X* y, int threads) {
@@ -81,9 +75,10 @@ bool packed_few(const PackedIndex& index, const X* x, std::int64_t count, const 
       for (std::int64_t t = 0; t < count; ++t)
         for (int a = 0; a < bm; ++a) {  // the values of row a stand together, whatever vectors they are in
           const Sum<T>* own_sums = sums + t * vectors * n + a * bn;
-          Sum<T> total = bias ? wide(bias[row * bm + a]) : Sum<T>(0);
+          Sum<T> total(0);
+          if (bias) convert(bias + row * bm + a, 1, &total);
           for (int q = 0; q < bn; ++q) total += own_sums[q];
-          round_to(&total, 1, y + t * outputs + row * bm + a);
+          convert(&total, 1, y + t * outputs + row * bm + a);
         }
     }
   }

@@ -119,10 +119,8 @@ struct ByRows {
         T* block = to + c * to_step + std::int64_t(t / kNumbers<T>) * width;
         if constexpr (kNumbers<T> == 2)
           interleave(from + c, t + 1 < rows ? from + step + c : nullptr, width, block);
-        else if constexpr (!std::is_same_v<X, T>)
-          widen(from + c, width, block);
         else
-          std::memcpy(block, from + c, width * sizeof(T));
+          convert(from + c, width, block);
       }
   }
 
@@ -189,7 +187,7 @@ void grad_values(const PackedIndex& index, const X* dy, const X* x, std::int64_t
             } else {
               Sum<T>* block = sums + (chunks > 1 ? entry : self) * area;
               sum_up(block);
-              if (chunk + 1 == chunks) round_to(block, area, to);
+              if (chunk + 1 == chunks) convert(block, area, to);
             }
           }
         }
@@ -210,7 +208,7 @@ void packed_grad_values(const PackedIndex& index, const X* dy, const X* x, std::
     else
       grad_values<ByFeatures<Word>>(index, dy, x, count, dvalues, threads);
   } else {
-    using T = std::conditional_t<std::is_same_v<X, Bf16>, float, X>;
+    using T = Wide<X>;
     if (index.bn % (2 * kLanes<T>) == 0)  // with one vector along a block, measured: now faster, now much slower
       grad_values<ByRows<T>>(index, dy, x, count, dvalues, threads);
     else

@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "bf16.h"
 #include "factored_sides.h"
 
 namespace KRONBLOCKS_ISA {
@@ -43,35 +44,31 @@ inline void with_width(int width, Body body) {
   }
 }
 
-template <int W, class T>
-inline void copy_run(T* to, const T* from, int length) {
-  if constexpr (W > 0) {
-    (void)length;
+template <int W, class T, class X>
+inline void copy_run(T* to, const X* from, int length) {
+  if constexpr (W > 0 && std::is_same_v<T, X>)
     std::memcpy(to, from, W * sizeof(T));
-  } else {
-    constexpr int n = kLanes<T>;
-    for (; length >= n; length -= n, from += n, to += n) store(to, load<Vec<T>>(from));
-    for (; length > 0; --length) *to++ = *from++;
-  }
+  else
+    convert(from, W > 0 ? W : length, to);
 }
 
 // runs of so many numbers, `rows` of them, from one spacing to another
-template <class T>
-inline void copy_rows(int rows, int width, const T* from, std::ptrdiff_t from_step, T* to, std::ptrdiff_t to_step) {
+template <class T, class X>
+inline void copy_rows(int rows, int width, const X* from, std::ptrdiff_t from_step, T* to, std::ptrdiff_t to_step) {
   with_width(width, [&](auto w) {
     for (int t = 0; t < rows; ++t) copy_run<decltype(w)::value>(to + t * to_step, from + t * from_step, width);
   });
 }
 
 // panel[piece][s][number] from rows of M, whose row has row_step numbers; what no row fills becomes 0
-template <class T>
-void pack_pieces(const Pieces& p, int rows, std::int64_t sources, std::int64_t panel_rows, const T* from, std::ptrdiff_t row_step,
+template <class T, class X>
+void pack_pieces(const Pieces& p, int rows, std::int64_t sources, std::int64_t panel_rows, const X* from, std::ptrdiff_t row_step,
                  T* panel) {
   const std::int64_t piece_step = panel_rows * p.size, filled = std::int64_t(rows) * p.width, all = p.count() * p.size;
   with_width(p.size % p.width ? 0 : p.width, [&](auto w) {
     for_runs(p, rows, [&](int t, int c, std::int64_t piece, int inside, int length) {
       T* to = panel + piece * piece_step + inside;
-      const T* source = from + t * row_step + c;
+      const X* source = from + t * row_step + c;
       for (std::int64_t s = 0; s < sources; ++s) copy_run<decltype(w)::value>(to + s * p.size, source + s * p.width, length);
     });
   });

@@ -148,7 +148,17 @@ def check_packed(threads, cases) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ("coeff_first", "tile_first"))
 def test_factored(instruction_set, threads, plan):
-    for block, rows, grid, dtype, mask, count, pick in cases(1, 200):
+    check_factored(threads, plan, cases(1, 200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ("coeff_first", "tile_first"))
+def test_factored_in_bf16(bf16_instruction_set, threads, plan):
+    check_factored(threads, plan, cases(1, 80, (torch.bfloat16,)))
+
+
+def check_factored(threads, plan, cases) -> None:
+    for block, rows, grid, dtype, mask, count, pick in cases:
         if block == (128, 128):
             continue
         (m1, n1), (bm, bn) = grid, block
@@ -178,7 +188,15 @@ def test_factored(instruction_set, threads, plan):
 
 
 def test_live_blocks(instruction_set, threads):
-    for block, rows, grid, dtype, mask, count, pick in cases(2, 60):
+    check_live_blocks(threads, cases(2, 60))
+
+
+def test_live_blocks_in_bf16(bf16_instruction_set, threads):
+    check_live_blocks(threads, cases(2, 30, (torch.bfloat16,)))
+
+
+def check_live_blocks(threads, cases) -> None:
+    for block, rows, grid, dtype, mask, count, pick in cases:
         (m1, _), (bm, bn) = grid, block
         threads(count)
         rank, groups = pick((1, 2, 4, 5)), pick([g for g in range(1, m1 + 1) if m1 % g == 0])
