@@ -35,9 +35,20 @@ struct Kernels {
                                T* dtiles, int threads);
 };
 
+// x and y float32 or bfloat16, values int8; scales, one for each output, and the bias float32
+template <class X>
+using PackedLinearInt8 = void (*)(const PackedIndex&, const X* x, std::int64_t rows, const std::int8_t* values, const float* scales,
+                                  const float* bias, X* y, int threads);
+
+struct Int8Kernels {
+  PackedLinearInt8<float> f32;
+  PackedLinearInt8<Bf16> bf16;
+};
+
 struct KernelTable {
   const char* name;
   const Kernels<float>* f32;
   const Kernels<double>* f64;
   const Kernels<Bf16>* bf16;
+  const Int8Kernels* int8;
 };

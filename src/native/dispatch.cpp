@@ -21,6 +21,11 @@ namespace avx512 {
 extern const KernelTable table;
 }
 #endif
+#ifdef KRONBLOCKS_HAS_avx512vnni
+namespace avx512vnni {
+extern const KernelTable table;
+}
+#endif
 #ifdef KRONBLOCKS_HAS_avx512bf16
 namespace avx512bf16 {
 extern const KernelTable table;
@@ -36,8 +41,12 @@ const KernelTable* find(const char* name) {
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
   if (!std::strcmp(name, "avx512") && has_avx512) return &avx512::table;
 #endif
+#ifdef KRONBLOCKS_HAS_avx512vnni
+  const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+  if (!std::strcmp(name, "avx512vnni") && has_vnni) return &avx512vnni::table;
+#endif
 #ifdef KRONBLOCKS_HAS_avx512bf16
-  if (!std::strcmp(name, "avx512bf16") && has_avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512bf16::table;
+  if (!std::strcmp(name, "avx512bf16") && has_vnni && __builtin_cpu_supports("avx512bf16")) return &avx512bf16::table;
 #endif
 #ifdef KRONBLOCKS_HAS_avx2
   if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::table;
@@ -49,7 +58,7 @@ const KernelTable* find(const char* name) {
 const KernelTable* choose() {
   const char* wanted = std::getenv("KRONBLOCKS_ISA");
   if (const KernelTable* named = find(wanted ? wanted : "")) return named;
-  for (const char* name : {"avx512bf16", "avx512", "avx2"})
+  for (const char* name : {"avx512bf16", "avx512vnni", "avx512", "avx2"})
     if (const KernelTable* found = find(name)) return found;
   return &baseline::table;
 }
@@ -76,6 +85,15 @@ const Kernels<double>& kernels<double>() {
 template <>
 const Kernels<Bf16>& kernels<Bf16>() {
   return *table().bf16;
+}
+
+template <>
+PackedLinearInt8<float> int8_kernel<float>() {
+  return table().int8->f32;
+}
+template <>
+PackedLinearInt8<Bf16> int8_kernel<Bf16>() {
+  return table().int8->bf16;
 }
 
 }  // namespace kronblocks

@@ -4,6 +4,7 @@
 #include "live_blocks.h"
 #include "packed.h"
 #include "packed_gradient.h"
+#include "packed_int8.h"
 
 namespace KRONBLOCKS_ISA {
 
@@ -16,27 +17,41 @@ constexpr Kernels<T> kernels() {
           kron_backward<T>, live_blocks<T>,       live_blocks_backward<T>};
 }
 
+// An instruction set that adds nothing for a type of numbers has the kernels of another one: KRONBLOCKS_FLOATS and so on name it.
+extern const Kernels<float> f32_kernels;
+extern const Kernels<double> f64_kernels;
 extern const Kernels<Bf16> bf16_kernels;
-const Kernels<Bf16> bf16_kernels = kernels<Bf16>();
+extern const Int8Kernels int8_kernels;
 
-#ifndef KRONBLOCKS_SAME_FLOATS
-extern const Kernels<float> f32_kernels;
+#ifndef KRONBLOCKS_FLOATS
+#define KRONBLOCKS_FLOATS KRONBLOCKS_ISA
 const Kernels<float> f32_kernels = kernels<float>();
-extern const Kernels<double> f64_kernels;
 const Kernels<double> f64_kernels = kernels<double>();
-#else
-}
-// this instruction set adds nothing for float and double
-namespace KRONBLOCKS_SAME_FLOATS {
-extern const Kernels<float> f32_kernels;
-extern const Kernels<double> f64_kernels;
-}
-namespace KRONBLOCKS_ISA {
-using KRONBLOCKS_SAME_FLOATS::f32_kernels;
-using KRONBLOCKS_SAME_FLOATS::f64_kernels;
+#endif
+#ifndef KRONBLOCKS_BF16
+#define KRONBLOCKS_BF16 KRONBLOCKS_ISA
+const Kernels<Bf16> bf16_kernels = kernels<Bf16>();
+#endif
+#ifndef KRONBLOCKS_INT8
+#define KRONBLOCKS_INT8 KRONBLOCKS_ISA
+const Int8Kernels int8_kernels = {packed_linear_int8<float>, packed_linear_int8<Bf16>};
 #endif
 
-extern const KernelTable table;
-const KernelTable table = {KRONBLOCKS_NAME(KRONBLOCKS_ISA), &f32_kernels, &f64_kernels, &bf16_kernels};
+}  // namespace KRONBLOCKS_ISA
 
+namespace KRONBLOCKS_FLOATS {
+extern const Kernels<float> f32_kernels;
+extern const Kernels<double> f64_kernels;
+}
+namespace KRONBLOCKS_BF16 {
+extern const Kernels<Bf16> bf16_kernels;
+}
+namespace KRONBLOCKS_INT8 {
+extern const Int8Kernels int8_kernels;
+}
+
+namespace KRONBLOCKS_ISA {
+extern const KernelTable table;
+const KernelTable table = {KRONBLOCKS_NAME(KRONBLOCKS_ISA), &KRONBLOCKS_FLOATS::f32_kernels, &KRONBLOCKS_FLOATS::f64_kernels,
+                           &KRONBLOCKS_BF16::bf16_kernels, &KRONBLOCKS_INT8::int8_kernels};
 }  // namespace KRONBLOCKS_ISA

@@ -7,103 +7,12 @@
 #include <iterator>
 
 #include "dispatch.h"
-#include "torch_abi.h"
-#include "watched.h"
+#include "operands.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace kronblocks {
 namespace {
-
-using std::int64_t;
-using Sizes = std::vector<int64_t>;
-
-void require(bool fine, const char* what) {
-  if (!fine) throw std::runtime_error(std::string("kronblocks: ") + what);
-}
-
-Watched& watched() {
-  static Watched all;
-  return all;
-}
-
-// The type that kernels are called for, as torch names it: there are some for float64, float32 and bfloat16; float16 is widened to
-// float32, and its results are rounded.
-std::int32_t computed_in(std::int32_t dtype) {
-  if (dtype == aoti_torch_dtype_float16()) return aoti_torch_dtype_float32();
-  require(dtype == aoti_torch_dtype_float64() || dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_bfloat16(),
-          "operands must be float64, float32, bfloat16 or float16");
-  return dtype;
-}
-
-template <class Compute>
-void in_type(std::int32_t type, Compute compute) {
-  if (type == aoti_torch_dtype_float64())
-    compute(double());
-  else if (type == aoti_torch_dtype_bfloat16())
-    compute(Bf16());
-  else
-    compute(float());
-}
-
-// Operands, all of one dtype, become contiguous, and of the type in which they are computed with
-template <class... Tensors>
-void prepare(std::int32_t dtype, std::int32_t type, Tensors&... operands) {
-  for (Tensor* each : {&operands...}) {
-    require(!*each || each->dtype() == dtype, "operands must be of one dtype");
-    *each = std::move(*each).to(type).contiguous();
-  }
-}
-
-// How many threads a product of so many multiply-adds is worth; starting a second one takes about two microseconds
-int threads_for(int64_t multiply_adds) {
-  constexpr int64_t kWorthwhile = 1 << 16;
-  return int(std::max<int64_t>(1, std::min<int64_t>(threads(), multiply_adds / kWorthwhile)));
-}
-
-Sizes with_last(const Tensor& like, int64_t last) {
-  Sizes sizes(like.sizes(), like.sizes() + like.dim());
-  sizes.back() = last;
-  return sizes;
-}
-
-int64_t rows_of(const Tensor& x) {
-  int64_t rows = 1;
-  for (int d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
-  return rows;
-}
-
-// Where the live blocks are: the six tensors of BlockIndex, held as long as their numbers are read.
-class Index {
- public:
-  explicit Index(Arguments& arguments) {
-    for (Tensor& t : tensors_) {
-      t = arguments.tensor();
-      require(t.dtype() == aoti_torch_dtype_int32() && t.dim() == 1, "the tensors of an index must be int32, of one dimension");
-      t = std::move(t).contiguous();
-    }
-  }
-
-  PackedIndex of(int64_t bm, int64_t bn) const {
-    return {part(0), part(1), part(2), part(3), part(4), part(5), block_rows(), block_cols(), bm, bn};
-  }
-
-  int64_t block_rows() const { return tensors_[0].numel() - 1; }
-  int64_t block_cols() const { return tensors_[4].numel() - 1; }
-  int64_t capacity() const { return tensors_[3].numel(); }
-
-  // Write the index again if it is of a mask or positions that have changed since; `values` may be none.
-  void look(const Tensor& values) const {
-    if (watched().is_current(part(0))) return;
-    StableIValue stack[2] = {tensors_[0].again().release(), optional_value(values ? values.again() : Tensor())};
-    check(torch_call_dispatcher("kronblocks::refresh_index", "", stack, kBuiltFor));
-  }
-
- private:
-  const std::int32_t* part(int i) const { return tensors_[i].data<std::int32_t>(); }
-
-  Tensor tensors_[6];
-};
 
 // (Tensor x, Tensor values, Tensor? bias, *index, bool look) -> Tensor
 void packed_linear(StableIValue* stack, std::uint64_t, std::uint64_t) {
@@ -124,6 +33,39 @@ void packed_linear(StableIValue* stack, std::uint64_t, std::uint64_t) {
     kernels<T>().packed_linear(where, x.data<T>(), rows, values.data<T>(), bias.data<T>(), y.data<T>(),
                                threads_for(rows * values.numel()));
   });
+  stack[0] = std::move(y).to(dtype).release();
+}
+
+// (Tensor x, Tensor values, Tensor scales, Tensor? bias, *index) -> Tensor: values int8, scales and bias float32
+void packed_linear_int8(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  Arguments arguments(stack);
+  Tensor x = arguments.tensor(), values = arguments.tensor(), scales = arguments.tensor(), bias = arguments.optional_tensor();
+  const Index index(arguments);
+  require(values.dtype() == aoti_torch_dtype_int8() && values.dim() == 3 && values.size(0) == index.capacity(),
+          "values must be int8, (capacity, bm, bn)");
+  const PackedIndex where = index.of(values.size(1), values.size(2));
+  const int64_t outputs = where.m1 * where.bm, inputs = where.n1 * where.bn;
+  require(x.dim() >= 1 && x.size(-1) == inputs, "x must have as many features as the index's columns");
+  require(inputs <= 1 << 17, "sums of more than 131072 products of int8 may not fit into int32");
+  require(scales.dim() == 1 && scales.size(0) == outputs, "scales must be (out_features,)");
+  require(!bias || (bias.dim() == 1 && bias.size(0) == outputs), "bias must be (out_features,)");
+  const std::int32_t dtype = x.dtype(), f32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16();
+  const std::int32_t type = computed_in(dtype) == bf16 ? bf16 : f32;
+  x = std::move(x).to(type).contiguous();
+  values = std::move(values).contiguous();
+  scales = std::move(scales).to(f32).contiguous();
+  bias = std::move(bias).to(f32).contiguous();
+  const int64_t rows = rows_of(x);
+  Tensor y = empty(with_last(x, outputs), type);
+  auto run = [&](auto zero) {
+    using X = decltype(zero);
+    int8_kernel<X>()(where, x.data<X>(), rows, values.data<std::int8_t>(), scales.data<float>(),
+                                        bias.data<float>(), y.data<X>(), threads_for(rows * values.numel() / 4));
+  };
+  if (type == bf16)
+    run(Bf16());
+  else
+    run(float());
   stack[0] = std::move(y).to(dtype).release();
 }
 
@@ -295,6 +237,7 @@ struct Operator {
 
 constexpr Operator kOperators[] = {
     {"packed_linear", "(Tensor x, Tensor values, Tensor? bias, " INDEX ", bool look=False) -> Tensor", packed_linear},
+    {"packed_linear_int8", "(Tensor x, Tensor values, Tensor scales, Tensor? bias, " INDEX ") -> Tensor", packed_linear_int8},
     {"packed_grad_input", "(Tensor dy, Tensor values, " INDEX ") -> Tensor", packed_grad_input},
     {"packed_grad_values", "(Tensor dy, Tensor x, " INDEX ") -> Tensor", packed_grad_values},
     {"kron_linear", "(Tensor x, Tensor coeff, Tensor tiles, Tensor? bias, Tensor? live, str plan) -> Tensor", kron_linear},
@@ -314,7 +257,7 @@ TorchLibraryHandle& implementations() {
 }  // namespace kronblocks
 
 // Which interface this is: what Python calls by name, and what an operator takes
-EXPORT int kb_abi() { return 3; }
+EXPORT int kb_abi() { return 4; }
 
 // The schema of the operator with this number, or null behind the last one
 EXPORT const char* kb_schema(int number) {

@@ -21,6 +21,7 @@ std::int32_t aoti_torch_dtype_float16();
 std::int32_t aoti_torch_dtype_float32();
 std::int32_t aoti_torch_dtype_float64();
 std::int32_t aoti_torch_dtype_int32();
+std::int32_t aoti_torch_dtype_int8();
 std::int32_t aoti_torch_device_type_cpu();
 std::int32_t aoti_torch_memory_format_contiguous_format();
 std::int32_t aoti_torch_get_data_ptr(AtenTensorHandle, void**);

@@ -26,7 +26,7 @@ INSTRUCTION_SETS = (
     "baseline",
     needs_cpu("avx2", "avx2", "fma3"),
     needs_cpu("avx512", *AVX512),
-    needs_cpu("avx512bf16", *AVX512, "avx512_bf16"),
+    needs_cpu("avx512bf16", *AVX512, "avx512_vnni", "avx512_bf16"),
 )
 
 BLOCKS = (

@@ -7,6 +7,7 @@ from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.kron import block_norms, kron_linear, kron_weight
 from kronblocks.ops.nearest import canonical_form, nearest_kronecker_sum
 from kronblocks.ops.packed import packed_linear
+from kronblocks.ops.packed_int8 import packed_linear_int8
 from kronblocks.ops.problem import Problem
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "kron_weight",
     "nearest_kronecker_sum",
     "packed_linear",
+    "packed_linear_int8",
 ]

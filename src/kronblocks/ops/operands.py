@@ -54,7 +54,15 @@ def check_factors(coeff: Tensor, tiles: Tensor) -> None:
 
 
 def check_product(
-    x: Tensor, columns: int, width: int, bias: Tensor | None, out_features: int, weights: dict[str, Tensor], where: Tensor | None
+    x: Tensor,
+    columns: int,
+    width: int,
+    bias: Tensor | None,
+    out_features: int,
+    weights: dict[str, Tensor],
+    where: Tensor | None,
+    *,
+    one_dtype: bool = True,
 ) -> None:
     """Refuse an x or a bias that does not fit the weights, in shape, dtype or device.
 
@@ -66,6 +74,7 @@ def check_product(
         out_features: rows of the weight.
         weights: tensors of the weight, by name.
         where: a tensor of the mask or index, if there is one.
+        one_dtype: whether all must have the dtype of x.
     """
     shape = x.shape
     features = shape[-1] if shape else 0
@@ -77,7 +86,7 @@ def check_product(
     if where is not None and where.device != device:
         raise _devices_differ(device, {**weights, "block_mask": where})
     for tensor in weights.values() if bias is None else (*weights.values(), bias):
-        if tensor.dtype != dtype:
+        if one_dtype and tensor.dtype != dtype:
             found = ", ".join(f"{name} {t.dtype}" for name, t in {**weights, "bias": bias}.items() if t is not None)
             raise KronblocksError(
                 f"x is {dtype}, but {found}: convert the model or the input with .to(dtype), or use torch.autocast"

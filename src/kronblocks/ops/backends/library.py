@@ -24,7 +24,7 @@ from torch import Tensor
 from kronblocks.core.errors import NativeFallbackWarning, OpenMPConflictWarning
 from kronblocks.ops.pattern import add_watcher
 
-ABI = 3  # what kb_abi() of the library must say; raised with every change of an operator or a function
+ABI = 4  # what kb_abi() of the library must say; raised with every change of an operator or a function
 
 # GNU's, Intel's and LLVM's; with a hash in the name where wheels vendor it
 RUNTIME = re.compile(r"lib(g|i)?omp5?(-[0-9a-f]+)?\.(so|dylib)\b.*")
@@ -70,7 +70,7 @@ class Library:
         return [text.decode() for text in found]
 
     def instruction_set(self) -> str:
-        """ "baseline", "avx2", "avx512" or "avx512bf16": what the kernels that compute are compiled for."""
+        """ "baseline", "avx2", "avx512", "avx512vnni" or "avx512bf16": what the kernels that compute are compiled for."""
         return self._functions.kb_isa().decode()
 
     def use_instruction_set(self, name: str) -> bool:
