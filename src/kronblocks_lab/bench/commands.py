@@ -7,7 +7,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from kronblocks_lab.bench import deploy, infer, ops, step, train, whole_model
+from kronblocks_lab.bench import account, deploy, infer, ops, step, train, whole_model
+from kronblocks_lab.bench.account import AccountSettings
 from kronblocks_lab.bench.cases.grids import InferSettings, OpsSettings
 from kronblocks_lab.bench.deploy import DeploySettings
 from kronblocks_lab.bench.settings import StepSettings, TablesSettings
@@ -20,6 +21,7 @@ Bench = (
     | Annotated[InferSettings, tyro.conf.subcommand("infer")]
     | Annotated[DeploySettings, tyro.conf.subcommand("deploy")]
     | Annotated[ModelSettings, tyro.conf.subcommand("model")]
+    | Annotated[AccountSettings, tyro.conf.subcommand("account")]
     | Annotated[TrainSettings, tyro.conf.subcommand("train")]
     | Annotated[TablesSettings, tyro.conf.subcommand("tables")]
 )
@@ -42,6 +44,8 @@ def main(settings: tyro.conf.OmitSubcommandPrefixes[Annotated[Bench, tyro.conf.a
             table = deploy.summary(results := deploy.run(settings))
         case ModelSettings():
             table = whole_model.summary(results := whole_model.run(settings))
+        case AccountSettings():
+            table = account.summary(results := account.run(settings))
         case TrainSettings():
             table = train.summary(results := train.run(settings))
         case TablesSettings():

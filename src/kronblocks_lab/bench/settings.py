@@ -38,17 +38,26 @@ class BenchSettings:
     """Threads that torch uses."""
     fresh: bool = False
     """Measure everything again, instead of what the file does not hold yet."""
+    label: str | None = None
+    """Added to the file's name, such as AVX2: a second machine's results beside the first one's."""
 
     kind = ""
 
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise KronblocksError(f"--threads must be at least 1, not {self.threads}")
+        if self.label is not None:
+            part_of_a_file_name("--label", self.label)
 
     @property
     def name(self) -> str:
         """Of the file, without its ending."""
-        return f"bench-{self.kind}"
+        return "-".join(["bench", self.kind, *self.variant, *([self.label] if self.label else [])])
+
+    @property
+    def variant(self) -> list[str]:
+        """What else tells files of this benchmark apart."""
+        return []
 
     @property
     def path(self) -> Path:
@@ -71,13 +80,9 @@ class TimedSettings(BenchSettings):
     seconds: float | None = None
     """Of measuring per case and repeat; unset: 0.04, and 0.02 with --quick."""
     repeats: int = 3
-    label: str | None = None
-    """Added to the file's name, such as AVX2: a second machine's results beside the first one's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.label is not None:
-            part_of_a_file_name("--label", self.label)
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise KronblocksError(f"--seconds is the time to measure each case in each repeat, above 0, not {self.seconds}")
         if self.repeats < 1:
@@ -88,10 +93,10 @@ class TimedSettings(BenchSettings):
                     raise KronblocksError(f"{name} is for a GPU: add --device cuda, or leave it out")
 
     @property
-    def name(self) -> str:
-        """Of the file, without its ending: each device and precision has its own."""
-        parts = [super().name, *(["cuda"] if self.device == "cuda" else []), *([self.dtype] if self.dtype != "fp32" else [])]
-        return "-".join([*parts, *(["graphs"] if self.graphs else []), *([self.label] if self.label else [])])
+    def variant(self) -> list[str]:
+        """Each device and precision has its own file."""
+        told = {"cuda": self.device == "cuda", self.dtype: self.dtype != "fp32", "graphs": self.graphs}
+        return [name for name, is_told in told.items() if is_told]
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -101,7 +101,8 @@ class TrainSettings(BenchSettings):
         """What all rows of a file have in common."""
         config = self.trainings(data)[0].settings()
         names = ("data", "widths", "block_size", "sparsity", "epochs", "batch_size", "threads")
-        return {**{name: config[name] for name in names}, "quick": self.quick}
+        label = {"label": self.label} if self.label else {}
+        return {**{name: config[name] for name in names}, "quick": self.quick, **label}
 
 
 def _data(settings: TrainSettings) -> DataName:

@@ -10,6 +10,7 @@ from typing import Any
 from kronblocks.core.blocks import BlockSize
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_text
+from kronblocks_lab.bench.account import STEP
 from kronblocks_lab.bench.cases.ways import BOTH, FORWARD
 from kronblocks_lab.bench.measure.results import read
 from kronblocks_lab.bench.ops import FACTOR_DENSITIES, PEER_DENSITY, PEER_MACS, TRAINING_ROWS
@@ -28,6 +29,7 @@ from kronblocks_lab.bench.page.tables import (
     find,
     inference_table,
     kept,
+    ms,
     ratio,
     step_tables,
     table,
@@ -36,7 +38,7 @@ from kronblocks_lab.bench.page.tables import (
 )
 from kronblocks_lab.bench.page.variants import other_part, others
 
-KINDS = ("ops", "step", "infer", "deploy", "train")
+KINDS = ("ops", "step", "infer", "deploy", "train", "account")
 
 
 def _load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -71,10 +73,9 @@ def _step_part(data: dict[str, Any], figures: Path) -> list[str]:
     return [*text, *step_tables(rows)]
 
 
-def _train_part(data: dict[str, Any]) -> list[str]:
-    settings, medians = data["settings"], _train_medians(data["rows"])
-    widths = "-".join(map(str, settings["widths"]))
-    lines = []
+def _training_rows(data: dict[str, Any]) -> list[str]:
+    """All methods, medians over seeds."""
+    medians, lines = _train_medians(data["rows"]), []
     for method, middle in medians.items():
         own = find(data["rows"], method=method)
         times = [row["train_seconds"] for row in own]
@@ -86,7 +87,12 @@ def _train_part(data: dict[str, Any]) -> list[str]:
         lines.append([method, *cells])
     relative = ["time", "memory", "multiply-adds", "parameters"] if "dense" in medians else []
     columns = ["method", "seconds", "test accuracy %", "zero blocks %", "peak MiB", *(f"{name}, to dense" for name in relative)]
-    seeds = len({row["seed"] for row in data["rows"]})
+    return [where(data), "", *table(columns, lines), ""]
+
+
+def _train_part(data: dict[str, Any]) -> list[str]:
+    settings, seeds = data["settings"], len({row["seed"] for row in data["rows"]})
+    widths = "-".join(map(str, settings["widths"]))
     return [
         "## Whole trainings",
         "",
@@ -96,31 +102,38 @@ def _train_part(data: dict[str, Any]) -> list[str]:
         "than dense. Every method has its defaults, untuned: accuracies with settings of their own are on "
         "[the experiments' page](experiments.md).",
         "",
-        where(data),
-        "",
-        *table(columns, lines),
-        "",
+        *_training_rows(data),
     ]
 
 
-def _train_steps(folder: Path) -> list[str]:
-    """Trainings on other machines that were added up from timed steps."""
-    text = []
-    for data in map(read, sorted(folder.glob("bench-train-*.json"))):
-        if data["kind"] != "train-steps":
-            continue
-        shares = ["" if row["share_of_steps"] is None else f"{100 * row['share_of_steps']:.0f}" for row in data["rows"]]
-        times = ["" if row["time_to_dense"] is None else ratio(row["time_to_dense"]) for row in data["rows"]]
-        names = [f"{row['method']}, {row['part']}" for row in data["rows"]]
-        text += [
-            "On another machine the same training was added up from timed steps, and the measuring of plans.",
-            "",
-            where(data),
-            "",
-            *table(["part", "steps %", "time, to dense"], zip(names, shares, times, strict=True)),
-            "",
-        ]
-    return text
+def _other_trainings(folder: Path) -> list[str]:
+    """The same on other machines."""
+    files = [read(path) for path in sorted(folder.glob("bench-train-*.json"))]
+    return [line for data in files if data["kind"] == "train" for line in _training_rows(data)]
+
+
+def _account_part(data: dict[str, Any]) -> list[str]:
+    settings = data["settings"]
+    sizes = "-".join(map(str, settings["widths"]))
+    dense = find(data["rows"], phase="dense", part=STEP)[0]["ms"]
+    lines = []
+    for row in data["rows"]:
+        whole = row["part"] == STEP
+        share = f"{ratio(row['ms'] / dense)} of dense" if whole else f"{100 * row['share']:.0f}%"
+        reached = "" if row["bound_ms"] is None else f"{100 * row['bound_ms'] / row['ms']:.0f}%"
+        lines.append([f"**{row['phase']}**" if whole else row["part"], ms(row["ms"]), share, reached, row["bound"] or ""])
+    return [
+        "## Where a step's time goes",
+        "",
+        f"MLP {sizes}, {count(settings['rows'], 'row')} a step, Adam, {BlockSize.parse(settings['block_size'])} blocks, "
+        f"{100 * settings['sparsity']:g}% zeros at the end. Each phase of `two-phase` was timed in turns with dense. "
+        "Parts come from torch's profiler, whose own time counts in them.",
+        "",
+        where(data),
+        "",
+        *table(["phase, or part", "ms", "of the step", "of its bound", "bound"], lines),
+        "",
+    ]
 
 
 def _shapes(rows: Sequence[Row]) -> list[str]:
@@ -219,7 +232,9 @@ def write(folder: Path, page: Path) -> Path:
     if "step" in parts:
         text += _step_part(parts["step"], figures)
     if "train" in parts:
-        text += _train_part(parts["train"]) + _train_steps(folder)
+        text += _train_part(parts["train"]) + _other_trainings(folder)
+    if "account" in parts:
+        text += _account_part(parts["account"])
     if "deploy" in parts:
         text += _deploy_part(parts["deploy"])
     if "ops" in parts:
