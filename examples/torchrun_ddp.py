@@ -16,8 +16,7 @@ def make() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
-def main(folder: str) -> None:
-    distributed.init_process_group("gloo")
+def train(folder: str) -> None:
     rank, world = distributed.get_rank(), distributed.get_world_size()
     images, labels = (torch.tensor(values) for values in load_digits(return_X_y=True))
     images = images.float() / 16
@@ -41,9 +40,10 @@ def main(folder: str) -> None:
         accuracy = (model(images[1400:]).argmax(1) == labels[1400:]).float().mean().item()
         print(f"{100 * sparsifier.sparsity:.1f}% of the weights in zero blocks, test accuracy {accuracy:.3f}")
         kronblocks.save_pretrained(model, folder)
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "runs/saved")
+    distributed.init_process_group("gloo")
+    train(sys.argv[1] if len(sys.argv) > 1 else "runs/saved")  # what is wrapped is gone before the group is
+    distributed.barrier()
+    distributed.destroy_process_group()
