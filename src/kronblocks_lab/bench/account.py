@@ -176,7 +176,7 @@ def _profiled(step: Callable[[], object], steps: int) -> tuple[dict[str, float],
         if event.key.startswith("Optimizer."):
             ms[_OPTIMIZER] += event.cpu_time_total / steps / 1e3 * ("step" in event.key)
     inside = _inside_optimizer(recorded.events())
-    for event in recorded.events():
+    for event in recorded.events() or ():
         if event.id in inside or not event.name.startswith(("aten::", "kronblocks::")):
             continue
         part = _PARTS.get(event.name, _GLUE)
