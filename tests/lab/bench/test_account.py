@@ -3,11 +3,20 @@
 import pytest
 
 from kronblocks.core.errors import KronblocksError
+from kronblocks.nn.base import BlockLayer
 from kronblocks_lab.__main__ import main
 from kronblocks_lab.bench.account import STEP, AccountSettings, Training
 from kronblocks_lab.bench.measure.results import read
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True, scope="module")
+def live_blocks_only():
+    """At these sizes which plan is the fastest hangs on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockLayer, "choose_plan_", lambda layer, rows=None, *, measure=False: layer.use_plan_("packed"))
+        yield
 
 
 @pytest.fixture(scope="module")
