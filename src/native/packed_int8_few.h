@@ -151,10 +151,11 @@ bool packed_few_int8(const PackedIndex& index, const X* x, std::int64_t count, c
   }
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    static thread_local Scratch sums_scratch, totals_scratch;
+    static thread_local Scratch sums_scratch, totals_scratch, results_scratch;
     const std::int64_t sums_step = std::int64_t(bm) * words;
     Word* sums = sums_scratch.take<Word>(std::size_t(count) * sums_step);
     Word* totals = totals_scratch.take<Word>(bm);
+    float* results = results_scratch.take<float>(bm);
     const Range rows = share_rows(index.crow, index.m1, omp_get_num_threads(), omp_get_thread_num());
     for (std::int64_t row = rows.begin; row < rows.end; ++row) {
       switch (count) {
@@ -165,12 +166,10 @@ bool packed_few_int8(const PackedIndex& index, const X* x, std::int64_t count, c
       }
       for (std::int64_t t = 0; t < count; ++t) {
         add_words(words, sums + t * sums_step, bm, totals);
-        X* to = y + t * outputs + row * bm;
-        for (int a = 0; a < bm; ++a) {
-          const std::int64_t o = row * bm + a;
-          const float total = float(std::int32_t(totals[a])) * scales[o] * factors[t] + (bias ? bias[o] : 0.0f);
-          round_to(&total, 1, to + a);
-        }
+        const float *own_scales = scales + row * bm, *own_bias = bias ? bias + row * bm : nullptr, factor = factors[t];
+        for (int a = 0; a < bm; ++a)
+          results[a] = float(std::int32_t(totals[a])) * own_scales[a] * factor + (own_bias ? own_bias[a] : 0.0f);
+        convert(results, bm, y + t * outputs + row * bm);
       }
     }
   }
