@@ -25,8 +25,7 @@ from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import locked, read_json, replacing, write_json, write_text
 from kronblocks.core.limits import MOST_LAYERS
 from kronblocks.deploy.stored import WeightsReader, name_of, stored
-from kronblocks.nn.base import BlockLayer
-from kronblocks.surgery.records import rebuilt, structure, unfolded_names
+from kronblocks.surgery.records import Recorded, first_tensor, rebuilt, structure, unfolded_names
 from kronblocks.surgery.replace import bare, unfolding
 from kronblocks.surgery.sparsify import pack_masked_
 
@@ -202,11 +201,11 @@ def _resized(model: nn.Module, sizes: Mapping[str, Any], folder: Path) -> dict[s
     modules, layers = dict(model.named_modules()), {}
     for name, entry in sizes.items():
         old = modules.get(name)
-        if not isinstance(old, nn.Linear | BlockLayer):
+        if not isinstance(old, nn.Linear | Recorded):
             raise KronblocksError(f"{folder} resizes a layer {name!r}, but the model has {type(old).__name__} there")
         match entry:
             case [int(rows), int(cols), int(bias)] if rows > 0 and cols > 0:
-                dtype = next(old.parameters(recurse=False)).dtype
+                dtype = first_tensor(old).dtype
                 with contextlib.suppress(RuntimeError, OverflowError, TypeError):  # larger than torch counts
                     layers[name] = nn.Linear(cols, rows, bias=bool(bias), device="meta", dtype=dtype)
         if name not in layers:

@@ -18,8 +18,9 @@ from kronblocks.algorithms.training import carried
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.shards import is_sharded
 from kronblocks.deploy.extras import decoded, encoded, is_extra
-from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.nn.quantized_block_linear import QuantizedBlockLinear
+from kronblocks.surgery.records import RECORDED, Recorded, first_tensor
 from kronblocks.surgery.replace import replace_
 
 
@@ -46,7 +47,7 @@ def stored(model: nn.Module) -> Stored:
                 f"this process holds only a part of {name}: save a whole model, made on one process from "
                 "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True (docs/training.md)"
             )
-    layers = {f"{prefix}.": layer for prefix, layer in model.named_modules() if isinstance(layer, BlockLayer)}
+    layers = {f"{prefix}.": layer for prefix, layer in model.named_modules() if isinstance(layer, RECORDED)}
     packed: dict[str, Tensor] = {prefix + name: value for prefix, layer in layers.items() for name, value in _pack(layer).items()}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -110,9 +111,11 @@ def _word(setting: Any) -> str:
 _POSITION = "block_position"
 
 
-def _pack(layer: BlockLayer) -> dict[str, Tensor]:
+def _pack(layer: Recorded) -> dict[str, Tensor]:
     """The tensors of a block layer, for live blocks only, in row-major order, and the mask as bits."""
     mask = layer.block_mask
+    if isinstance(layer, QuantizedBlockLinear):
+        return {"block_mask": mask_as_bits(mask)}
     if isinstance(layer, BlockSparseLinear):
         position = layer.positions()
         order = position.argsort()
@@ -123,8 +126,14 @@ def _pack(layer: BlockLayer) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _unpack_(layer: BlockLayer, read: Callable[[str], Tensor], mask: Tensor) -> None:
+def _unpack_(layer: Recorded, read: Callable[[str], Tensor], mask: Tensor) -> None:
     """The reverse of `_pack`, into a layer whose sizes fit."""
+    if isinstance(layer, QuantizedBlockLinear):
+        for name in _own_tensors(layer):
+            layer.get_buffer(name).copy_(read(name))
+        layer.block_mask.copy_(mask)
+        layer.refresh_index_()
+        return
     if isinstance(layer, BlockSparseLinear):
         layer.block_position.copy_(mask.flatten().nonzero().squeeze(1))
     for name, parameter in layer.named_parameters(recurse=False):
@@ -136,6 +145,13 @@ def _unpack_(layer: BlockLayer, read: Callable[[str], Tensor], mask: Tensor) -> 
     layer.block_mask.copy_(mask)
     layer.mask_changed_()
     layer.choose_plan_()
+
+
+def _own_tensors(layer: Recorded) -> dict[str, Tensor]:
+    """The tensors of a block layer that are stored beside its mask."""
+    if not isinstance(layer, QuantizedBlockLinear):
+        return dict(layer.named_parameters(recurse=False))
+    return {name: tensor for name in ("values", "scales", "bias") if (tensor := getattr(layer, name)) is not None}
 
 
 def mask_as_bits(mask: Tensor) -> Tensor:
@@ -222,18 +238,21 @@ class WeightsReader:
         self._extras |= {name: self._read(name) for name in old}
         return used | old
 
-    def _sizes_of_blocks(self, prefix: str, layer: BlockLayer) -> dict[str, tuple[int, ...]]:
+    def _sizes_of_blocks(self, prefix: str, layer: Recorded) -> dict[str, tuple[int, ...]]:
         bits = f"{prefix}.block_mask"
         self._compare(bits, (-(-layer.grid.blocks // 8),))
         mask = mask_from_bits(self._read(bits), layer.grid.shape)
         self._masks[prefix], live = mask, int(mask.sum())
-        if isinstance(layer, BlockSparseLinear) and layer.capacity != live:
+        if isinstance(layer, BlockSparseLinear | QuantizedBlockLinear) and layer.capacity != live:
             raise self._wrong(f"{prefix} has {live} live blocks, but the card says {layer.capacity}")
         sizes: dict[str, tuple[int, ...]] = {bits: (-(-layer.grid.blocks // 8),)}
-        for name, parameter in layer.named_parameters(recurse=False):
+        for name, parameter in _own_tensors(layer).items():
             per_block = {"values": 1, "coeff": 2, "gate": 2}.get(name)  # number of leading dimensions that index blocks
             shape = tuple(parameter.shape)
             sizes[f"{prefix}.{name}"] = shape if per_block is None else (live, *shape[per_block:])
+        values = self._stored_as(f"{prefix}.values")
+        if isinstance(layer, QuantizedBlockLinear) and values in self._names and self._file.get_slice(values).get_dtype() != "I8":
+            raise self._wrong(f"{values} is not int8 in the file")
         return sizes
 
     def _stored_as(self, name: str) -> str:
@@ -260,8 +279,8 @@ class WeightsReader:
             as_saved: use the saved dtypes and ties; else those of the model.
         """
         for prefix, layer in self._new.items():
-            old = self._model.get_submodule(prefix)
-            replace_(self._model, prefix, layer.to_empty(device=next(old.parameters(recurse=False)).device))
+            old: Any = self._model.get_submodule(prefix)
+            replace_(self._model, prefix, layer.to_empty(device=first_tensor(old).device))
         if as_saved:
             self._restore_types_()
         for prefix, layer in self._blocks.items():

@@ -63,15 +63,7 @@ class BlockSparseLinear(BlockLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         grid = BlockGrid(out_features, in_features, BlockSize.parse(block_size))
-        if mask is not None and capacity is not None:
-            raise KronblocksError("give mask or capacity, not both: the live blocks of a mask get the slots")
-        if mask is not None and (tuple(mask.shape) != grid.shape or mask.dtype != torch.bool):
-            raise KronblocksError(f"mask must be bool of shape {grid.shape}, not {mask.dtype} {tuple(mask.shape)}")
-        if capacity is not None and not 0 <= capacity <= grid.blocks:
-            raise KronblocksError(f"capacity must be from 0 to the {grid.blocks} blocks of {grid}, not {capacity}")
-        if mask is None:
-            mask = torch.zeros(grid.shape, dtype=torch.bool, device="cpu")  # also under torch.device("meta")
-            mask.view(-1)[: grid.blocks if capacity is None else capacity] = True
+        mask = starting_mask(grid, mask, capacity)
         slots = mask.flatten().nonzero().squeeze(1).to(device)
         super().__init__(grid, None, 1, plan, device)
         self.values = nn.Parameter(torch.empty(len(slots), *grid.block, device=device, dtype=dtype))
@@ -278,3 +270,21 @@ class BlockSparseLinear(BlockLayer):
 
     def _own_config(self) -> dict:
         return {"capacity": self.capacity}
+
+
+def starting_mask(grid: BlockGrid, mask: Tensor | None, capacity: int | None) -> Tensor:
+    """The mask of a new layer, on the CPU if it is not given: all blocks, or the first ones as a layer has slots.
+
+    Raises:
+        KronblocksError: both are given, or one does not fit the grid.
+    """
+    if mask is not None and capacity is not None:
+        raise KronblocksError("give mask or capacity, not both: the live blocks of a mask get the slots")
+    if mask is not None and (tuple(mask.shape) != grid.shape or mask.dtype != torch.bool):
+        raise KronblocksError(f"mask must be bool of shape {grid.shape}, not {mask.dtype} {tuple(mask.shape)}")
+    if capacity is not None and not 0 <= capacity <= grid.blocks:
+        raise KronblocksError(f"capacity must be from 0 to the {grid.blocks} blocks of {grid}, not {capacity}")
+    if mask is None:
+        mask = torch.zeros(grid.shape, dtype=torch.bool, device="cpu")  # also under torch.device("meta")
+        mask.view(-1)[: grid.blocks if capacity is None else capacity] = True
+    return mask

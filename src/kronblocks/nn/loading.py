@@ -29,7 +29,7 @@ class WholeWeights(HasBuiltWeight):
         """Raise if the state_dict has tensors of another kind of layer, of other sizes, or only a part of the weight."""
         given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         tensors = (*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False))
-        own = {key: tensor for key, tensor in tensors if key != "bias"}
+        own = {key: tensor for key, tensor in tensors if key not in {"bias", *self._non_persistent_buffers_set}}
         needed = {key.partition(".")[0] for key in own}  # children only have to be mentioned: they check themselves
         mentioned = {key.partition(".")[0] for key in given} - {"bias"}
         kind = getattr(self, "kind", type(self).__name__)  # fully_shard makes another class of it

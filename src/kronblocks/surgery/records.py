@@ -6,29 +6,34 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.limits import MOST_FACTORS
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.nn.quantized_block_linear import QuantizedBlockLinear
 from kronblocks.nn.unfolded import Unfolded
 from kronblocks.surgery.replace import replace_, unfolding
 from kronblocks.surgery.start import is_trained
 
 STRUCTURE_VERSION = 1
-KINDS: dict[str, Any] = {kind.__name__: kind for kind in (KroneckerBlockLinear, BlockSparseLinear)}
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (KroneckerBlockLinear, BlockSparseLinear, QuantizedBlockLinear)}
+RECORDED = (BlockLayer, QuantizedBlockLinear)
+"""The classes of the layers that a record lists."""
+
+Recorded = BlockLayer | QuantizedBlockLinear
 
 
-def layers_of(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
-    """The modules of a class, by name."""
+def layers_of(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> dict[str, Any]:
+    """The modules of a class, or of several, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
     """The kind and sizes of every block layer as plain values, for `apply_structure_`."""
-    layers, around = layers_of(model, BlockLayer), layers_of(model, Unfolded)
+    layers, around = layers_of(model, RECORDED), layers_of(model, Unfolded)
     record = {
         "version": STRUCTURE_VERSION,
         "layers": {name: {"kind": layer.kind, **layer.config()} for name, layer in layers.items()},
@@ -66,7 +71,7 @@ def rebuilt(
     record: Mapping[str, Any],
     device: torch.device | str | None = None,
     instead: Mapping[str, nn.Linear] | None = None,
-) -> dict[str, BlockLayer]:
+) -> dict[str, Recorded]:
     """Build the layers of a record that the model lacks, by name. They are not put into the model.
 
     Args:
@@ -91,25 +96,27 @@ def rebuilt(
     return {name: layer for name, layer in new.items() if layer is not None}
 
 
-def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device | str | None) -> BlockLayer | None:
+def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device | str | None) -> Recorded | None:
     """The layer of a record's entry; None if the model has it already."""
-    if not isinstance(old, nn.Linear | BlockLayer):
+    if not isinstance(old, nn.Linear | Recorded):
         raise KronblocksError(
             f"the record has a layer {name!r}, but the model has {type(old).__name__} there: use the same model"
         )
     if not isinstance(entry, Mapping) or not isinstance(entry.get("kind"), str) or entry["kind"] not in KINDS:
         raise KronblocksError(f"the record's layer {name!r} is of an unknown kind: there are {', '.join(KINDS)}")
     settings = dict(entry)
-    kind: type[BlockLayer] = KINDS[settings.pop("kind")]
+    kind: type[Recorded] = KINDS[settings.pop("kind")]
     if isinstance(old, kind) and old.config() == settings:
         return None
     if (settings.get("in_features"), settings.get("out_features")) != (old.in_features, old.out_features):
         raise KronblocksError(f"the record's layer {name!r} has other sizes than the model's: use the same model")
     if flags := [flag for flag in ("gate", "bias") if not isinstance(settings.get(flag, True), bool)]:
         raise KronblocksError(f"the record's layer {name!r} has {flags[0]}={settings[flags[0]]!r}, not True or False")
-    weight = next(old.parameters(recurse=False))
+    weight = first_tensor(old)
     try:
-        where: Any = {"device": weight.device if device is None else device, "dtype": weight.dtype}
+        where: Any = {"device": weight.device if device is None else device}
+        if issubclass(kind, BlockLayer):
+            where["dtype"] = weight.dtype
         outline = kind(**settings, **{**where, "device": "meta"})
         most = MOST_FACTORS * (old.in_features + 1) * (old.out_features + 1)
         if str(where["device"]) != "meta" and sum(t.numel() for t in outline.parameters()) > most:
@@ -119,8 +126,14 @@ def _rebuild(old: nn.Module | None, name: str, entry: Any, device: torch.device 
         raise
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise KronblocksError(f"the record's layer {name!r} has settings that {kind.__name__} does not know: {error}") from error
-    if old.bias is not None and layer.bias is not None:
-        layer.bias = old.bias
-    for p in layer.block_parameters():
-        p.requires_grad_(is_trained(old))
+    if isinstance(layer, BlockLayer) and not isinstance(old, QuantizedBlockLinear):
+        if old.bias is not None and layer.bias is not None:
+            layer.bias = old.bias
+        for p in layer.block_parameters():
+            p.requires_grad_(is_trained(old))
     return layer.train(old.training)
+
+
+def first_tensor(layer: nn.Linear | Recorded) -> Tensor:
+    """A tensor with the layer's device and dtype of computing."""
+    return layer.scales if isinstance(layer, QuantizedBlockLinear) else next(layer.parameters(recurse=False))
