@@ -19,6 +19,12 @@ struct KronShape {
   std::int64_t m1, n1, bm, bn, rank, groups;
 };
 
+// A convolution of stride 1, whose weight's columns are ordered by kernel position, then by channel.
+struct ConvShape {
+  std::int64_t images, height, width, out_height, out_width;  // of x, and of y
+  std::int64_t kernel_height, kernel_width, top, left, dilation_height, dilation_width;
+};
+
 template <class T>
 struct Kernels {
   void (*packed_linear)(const PackedIndex&, const T* x, std::int64_t rows, const T* values, const T* bias, T* y, int threads);
@@ -33,6 +39,10 @@ struct Kernels {
                       int threads);
   void (*live_blocks_backward)(const PackedIndex&, const KronShape&, const T* dvalues, const T* coeff, const T* tiles, T* dcoeff,
                                T* dtiles, int threads);
+  void (*conv2d)(const PackedIndex&, const ConvShape&, const T* x, const T* values, const T* bias, T* y, int threads);
+  void (*conv2d_grad_input)(const PackedIndex&, const ConvShape&, const T* dy, const T* values, T* dx, int threads);
+  void (*conv2d_grad_values)(const PackedIndex&, const ConvShape&, const T* dy, const T* x, T* dvalues, std::int64_t capacity,
+                             int threads);
 };
 
 // x and y float32 or bfloat16, values int8; scales, one for each output, and the bias float32

@@ -1,5 +1,6 @@
 // The kernels for one instruction set: compiled several times, with KRONBLOCKS_ISA as the namespace.
 #include "api.h"
+#include "conv.h"
 #include "factored.h"
 #include "live_blocks.h"
 #include "packed.h"
@@ -13,8 +14,8 @@ namespace KRONBLOCKS_ISA {
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {packed_linear<T>, packed_grad_input<T>, packed_grad_values<T>,       kron_linear<T>,
-          kron_backward<T>, live_blocks<T>,       live_blocks_backward<T>};
+  return {packed_linear<T>, packed_grad_input<T>, packed_grad_values<T>,   kron_linear<T>, kron_backward<T>,
+          live_blocks<T>,   live_blocks_backward<T>, conv2d<T>, conv2d_grad_input<T>, conv2d_grad_values<T>};
 }
 
 // An instruction set that adds nothing for a type of numbers has the kernels of another one: KRONBLOCKS_FLOATS and so on name it.

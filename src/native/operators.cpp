@@ -6,6 +6,7 @@
 
 #include <iterator>
 
+#include "conv_operators.h"
 #include "dispatch.h"
 #include "operands.h"
 
@@ -234,12 +235,18 @@ struct Operator {
 };
 
 #define INDEX "Tensor crow, Tensor col, Tensor row, Tensor slot, Tensor ccol, Tensor order"
+#define GEOMETRY                                                                                      \
+  "SymInt kernel_height, SymInt kernel_width, SymInt top, SymInt bottom, SymInt left, SymInt right, " \
+  "SymInt dilation_height, SymInt dilation_width"
 
 constexpr Operator kOperators[] = {
     {"packed_linear", "(Tensor x, Tensor values, Tensor? bias, " INDEX ", bool look=False) -> Tensor", packed_linear},
     {"packed_linear_int8", "(Tensor x, Tensor values, Tensor scales, Tensor? bias, " INDEX ") -> Tensor", packed_linear_int8},
     {"packed_grad_input", "(Tensor dy, Tensor values, " INDEX ") -> Tensor", packed_grad_input},
     {"packed_grad_values", "(Tensor dy, Tensor x, " INDEX ") -> Tensor", packed_grad_values},
+    {"packed_conv2d", "(Tensor x, Tensor values, Tensor? bias, " INDEX ", " GEOMETRY ", bool look=False) -> Tensor", packed_conv2d},
+    {"packed_conv2d_grad_input", "(Tensor dy, Tensor values, " INDEX ", " GEOMETRY ") -> Tensor", packed_conv2d_grad_input},
+    {"packed_conv2d_grad_values", "(Tensor dy, Tensor x, " INDEX ", " GEOMETRY ") -> Tensor", packed_conv2d_grad_values},
     {"kron_linear", "(Tensor x, Tensor coeff, Tensor tiles, Tensor? bias, Tensor? live, str plan) -> Tensor", kron_linear},
     {"kron_backward",
      "(Tensor dy, Tensor x, Tensor coeff, Tensor tiles, Tensor? live, str plan, bool input_grad) -> (Tensor, Tensor, Tensor)",
@@ -257,7 +264,7 @@ TorchLibraryHandle& implementations() {
 }  // namespace kronblocks
 
 // Which interface this is: what Python calls by name, and what an operator takes
-EXPORT int kb_abi() { return 4; }
+EXPORT int kb_abi() { return 5; }
 
 // The schema of the operator with this number, or null behind the last one
 EXPORT const char* kb_schema(int number) {

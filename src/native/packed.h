@@ -28,8 +28,11 @@ struct Blocks {
   int out, in;  // sides of a block, seen from this product
   std::int64_t out_blocks, in_blocks;
 
+  static constexpr bool transposed = Transposed;
   std::int32_t entry(std::int32_t k) const { return Transposed ? order[k] : k; }
   const T* block(std::int32_t k) const { return values + std::int64_t(slot ? slot[entry(k)] : k) * out * in; }
+  // where in a panel the features begin that a block multiplies
+  std::int64_t place(std::int32_t k, std::ptrdiff_t step) const { return std::int64_t(source[entry(k)]) * in * step; }
 };
 
 // Ask for values that are wanted soon: the next R rows of a block of W; of W^T, whose blocks lie apart, the block after the next.
@@ -48,8 +51,8 @@ template <int R, class T>
 }
 
 // R outputs of one block row, for V vectors of rows of x
-template <class T, int R, int V, bool Transposed>
-inline void multiply_rows(const Blocks<T, Transposed>& w, std::int64_t row, int first, const T* panel, std::ptrdiff_t step,
+template <class T, int R, int V, class W>
+inline void multiply_rows(const W& w, std::int64_t row, int first, const T* panel, std::ptrdiff_t step,
                           const Sum<T>* bias, Sum<T>* out, std::ptrdiff_t out_step) {
   constexpr int n = kLanes<T>;
   using Sums = Vec<Sum<T>>;
@@ -58,10 +61,10 @@ inline void multiply_rows(const Blocks<T, Transposed>& w, std::int64_t row, int 
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) sum[r][v] = bias ? Sums{} + bias[r] : Sums{};
-  const std::ptrdiff_t row_step = Transposed ? 1 : w.in, col_step = Transposed ? w.out : 1;
+  const std::ptrdiff_t row_step = W::transposed ? 1 : w.in, col_step = W::transposed ? w.out : 1;
   for (std::int32_t k = w.starts[row]; k < w.starts[row + 1]; ++k) {
     const T* block = w.block(k) + first * row_step;
-    const T* x = panel + std::int64_t(w.source[w.entry(k)]) * w.in * step;
+    const T* x = panel + w.place(k, step);
     fetch_ahead<R>(w, k, first, block);
     for (int p = 0; p < w.in; ++p, x += step, block += col_step) {
       Vec<T> lanes[V];
@@ -79,13 +82,13 @@ inline void multiply_rows(const Blocks<T, Transposed>& w, std::int64_t row, int 
     for (int v = 0; v < V; ++v) store(out + r * out_step + v * n, sum[r][v]);
 }
 
-template <class T, int V, bool Transposed, int R = kMaxRows>
-inline void multiply_rows_of(int rows, const Blocks<T, Transposed>& w, std::int64_t row, int first, const T* panel,
-                             std::ptrdiff_t step, const Sum<T>* bias, Sum<T>* out, std::ptrdiff_t out_step) {
+template <class T, int V, class W, int R = kMaxRows>
+inline void multiply_rows_of(int rows, const W& w, std::int64_t row, int first, const T* panel, std::ptrdiff_t step,
+                             const Sum<T>* bias, Sum<T>* out, std::ptrdiff_t out_step) {
   if (rows == R)
-    multiply_rows<T, R, V, Transposed>(w, row, first, panel, step, bias, out, out_step);
+    multiply_rows<T, R, V>(w, row, first, panel, step, bias, out, out_step);
   else if constexpr (R > 1)
-    multiply_rows_of<T, V, Transposed, R - 1>(rows, w, row, first, panel, step, bias, out, out_step);
+    multiply_rows_of<T, V, W, R - 1>(rows, w, row, first, panel, step, bias, out, out_step);
 }
 
 // Block rows [rows.begin, rows.end) for one panel of V vectors. Finished features wait until they fill whole lines of y.
@@ -102,7 +105,7 @@ void multiply_panel(const Blocks<T, Transposed>& w, Range rows, const T* panel, 
       const Range chunk = share(w.out, parts, part);
       const int first = int(chunk.begin), height = int(chunk.end - chunk.begin);
       const Sum<T>* own_bias = bias ? bias + row * w.out + first : nullptr;
-      multiply_rows_of<T, V, Transposed>(height, w, row, first, panel, step, own_bias, waiting + have * out_step, out_step);
+      multiply_rows_of<T, V>(height, w, row, first, panel, step, own_bias, waiting + have * out_step, out_step);
       have += height;
     }
     const int ready = row + 1 == rows.end ? have : have / line * line;

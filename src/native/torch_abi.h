@@ -179,6 +179,8 @@ class Arguments {
 
   bool flag() { return (*next_++ & 0xff) != 0; }
 
+  std::int64_t number() { return std::int64_t(*next_++); }
+
   std::string text() {
     auto handle = pointer_of<StringHandle>(*next_++);
     const char* characters;

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from kronblocks import KronblocksError
+from kronblocks import BlockSparseLinear, KronblocksError, KroneckerBlockLinear
 from kronblocks.nn.unfolded import Transposed, UnfoldedConv, unfolded
 
 CONVS = {
@@ -49,6 +51,85 @@ def test_it_is_the_convolution(name, patches, batched):
     again = new.folded()
     assert torch.equal(again.weight, conv.weight) and again.bias is conv.bias
     assert str(again) == str(conv)
+
+
+def packed(conv: nn.Module, kind: str) -> UnfoldedConv:
+    """With live blocks of about half of the weight in its place."""
+    new = UnfoldedConv(conv)  # pyright: ignore[reportArgumentType]
+    columns = new.in_channels // 2 if new.in_channels % 2 == 0 else new.in_channels
+    sizes = (new.linear.in_features, new.linear.out_features, (1, columns))
+    if kind == "values":
+        layer = BlockSparseLinear(
+            *sizes, mask=torch.rand(sizes[1], sizes[0] // columns) < 0.5, plan="packed", dtype=torch.float64
+        )
+    else:
+        layer = KroneckerBlockLinear(*sizes, rank=2, gate=True, plan="packed", dtype=torch.float64)
+        layer.set_block_mask_(torch.rand(layer.grid.shape) < 0.5)
+    layer.bias = new.linear.bias
+    new.linear = layer
+    return new
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kind", ["values", "factors"])
+@pytest.mark.parametrize("name", CONVS)
+def test_live_blocks_give_what_their_weight_gives(name, kind, last):
+    """In place, over patches (hooks watch the rows), and by torch: outputs, all gradients, and the layout in memory."""
+    torch.manual_seed(0)
+    conv = CONVS[name]().double()
+    new = packed(conv, kind)
+    x = torch.randn(2, conv.in_channels, *((9,) if isinstance(conv, nn.Conv1d) else (9, 8)), dtype=torch.float64)
+    if last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    dy, results, strides = torch.randn_like(conv(x)), [], []
+    for way in ("in place", "patches", "dense"):
+        handle = new.linear.register_forward_hook(lambda *_: None) if way == "patches" else None
+        new.linear.use_plan_("dense" if way == "dense" else "packed")
+        leaf = x.clone().requires_grad_()
+        y = new(leaf)
+        wanted = [leaf, *new.linear.parameters()]
+        results.append([y.detach(), *torch.autograd.grad(y, wanted, dy)])
+        strides.append(y.stride())
+        if handle is not None:
+            handle.remove()
+    for ours, expected in zip(zip(*results[:2], strict=True), results[2], strict=True):
+        for each in ours:
+            torch.testing.assert_close(each, expected, rtol=1e-10, atol=1e-10)  # float64 sums in another order
+    assert strides[0] == strides[1] == conv(x).stride()
+
+
+@pytest.mark.parametrize("kind", ["values", "factors"])
+def test_patches_are_copied_only_where_somebody_needs_rows(kind, monkeypatch):
+    new, x = packed(nn.Conv2d(4, 6, 3, padding="same").double(), kind), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    copied: list[int] = []
+    patches = UnfoldedConv._patches
+    monkeypatch.setattr(UnfoldedConv, "_patches", lambda self, x: copied.append(1) or patches(self, x))
+    expected = new(x)
+    assert not copied
+    with torch.autocast("cpu", torch.bfloat16):
+        assert copy.deepcopy(new).float()(x.float()).dtype == torch.bfloat16
+    assert not copied
+    handle = new.linear.register_full_backward_hook(lambda *_: None)
+    torch.testing.assert_close(new(x.requires_grad_()), expected, rtol=1e-10, atol=1e-10)
+    assert len(copied) == 1
+    handle.remove()
+    new.linear.forward = lambda rows: 2 * rows @ new.linear.weight.T
+    assert not torch.allclose(new(x), expected) and len(copied) == 2
+
+
+def test_they_follow_their_mask_in_compiled_code():
+    new, x = packed(nn.Conv2d(4, 6, 3, padding=1).double(), "values"), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(new, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        gradients = []
+        for function in (compiled, new):
+            y = function(x)
+            gradients.append([y.detach(), *torch.autograd.grad(y.square().sum(), [*new.linear.parameters()])])
+        for ours, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+        new.linear.block_mask[0] = False  # without a method of the layer
+    torch.compiler.reset()
 
 
 def test_what_cannot_be_unfolded_says_why():

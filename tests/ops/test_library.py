@@ -165,7 +165,7 @@ def test_python_and_the_library_define_the_same_operators():
     loaded = library.load()
     assert loaded is not None
     schemas = loaded.schemas()
-    assert len(schemas) == 8
+    assert len(schemas) == 11
     for schema in schemas:
         name = schema.split("(")[0].split("::")[1]
         assert str(getattr(torch.ops.kronblocks, name).default._schema) == schema

@@ -10,6 +10,8 @@ import torch
 
 from kronblocks.ops import BlockIndex, reference
 from kronblocks.ops.backends import native
+from kronblocks.ops.backends import torch as plain
+from kronblocks.ops.convolution import ConvGeometry
 from kronblocks.ops.plans import PLANS
 
 pytestmark = pytest.mark.needs("native")
@@ -217,6 +219,56 @@ def check_live_blocks(threads, cases) -> None:
         for found, wanted, bound in zip(actual, *both(results, coeff, tiles, dvalues), strict=True):
             assert_close(found, wanted, bound, terms=max(rank, bm * bn, mask.numel()))
         assert (actual[1][~mask] == 0).all()
+
+
+CONVOLUTIONS = (  # images, out_channels, geometry, block; one image alone is cut into frames, and several share one
+    ((9, 64, 11, 9), 16, (3, 3, 1, 1, 1, 1, 1, 1), (16, 16)),
+    ((4, 64, 7, 7), 32, (3, 3, 1, 1, 1, 1, 1, 1), (8, 32)),
+    ((1, 8, 130, 120), 4, (3, 2, 2, 0, 1, 0, 1, 3), (1, 4)),
+    ((3, 16, 3, 3), 21, (7, 7, 3, 3, 3, 3, 1, 1), (7, 4)),
+    ((2, 32, 20, 10), 20, (3, 3, 8, 8, 8, 8, 8, 8), (5, 8)),
+    ((6, 48, 9, 16), 33, (1, 1, 0, 0, 0, 0, 1, 1), (3, 16)),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+def test_convolutions(bf16_instruction_set, threads, dtype):
+    """By all threads together and each alone, whose results are the same bits: against products with patches."""
+    for (shape, outputs, geometry, block), count in zip(CONVOLUTIONS, itertools.cycle((2, 3)), strict=False):
+        kernel = ConvGeometry(*geometry)
+        mask = torch.rand(outputs // block[0], kernel.positions * shape[1] // block[1]) < 0.3
+        index = BlockIndex.from_mask(mask, torch.randperm(mask.numel()))
+        x, bias = torch.randn(shape, dtype=dtype), torch.randn(outputs, dtype=dtype)
+        dy = torch.randn(shape[0], outputs, *kernel.result(*shape[2:]), dtype=dtype)
+        values = torch.randn(mask.numel(), *block, dtype=dtype)
+        listed = index.slot[: int(index.crow[-1])].long()
+        dead = torch.ones(mask.numel(), dtype=torch.bool).index_fill(0, listed, False)
+        operators = torch.ops.kronblocks
+
+        def results(index=index, x=x, values=values, bias=bias, dy=dy, geometry=geometry, operators=operators):
+            return (
+                operators.packed_conv2d(x, values, bias, *index, *geometry),
+                operators.packed_conv2d_grad_input(dy, values, *index, *geometry),
+                operators.packed_conv2d_grad_values(dy, x, *index, *geometry),
+            )
+
+        def patched(x, values, bias, dy, index=index, kernel=kernel):
+            patches, rows = kernel.patches(x), dy.permute(0, 2, 3, 1).contiguous()
+            y = plain.packed_linear(patches.flatten(0, 2), values, index, bias)
+            dx = plain.packed_grad_input(rows.flatten(0, 2), values, index)
+            dvalues = plain.packed_grad_values(rows.flatten(0, 2), patches.flatten(0, 2), index)
+            return y.view(*rows.shape).permute(0, 3, 1, 2), kernel.joined(dx.view(patches.shape)), dvalues
+
+        threads(count)
+        actual = results()
+        terms = max(shape[1], outputs) * kernel.positions + dy.numel() // outputs
+        for found, wanted, size in zip(actual, *both(patched, x, values, bias, dy), strict=True):
+            assert_close(found, wanted, size, terms=terms)
+        assert (actual[2][dead] == 0).all()
+        threads(1)
+        for found, alone in zip(actual, results(), strict=True):
+            assert torch.equal(found, alone)
 
 
 def test_nan_and_infinity_in_bf16(bf16_instruction_set):

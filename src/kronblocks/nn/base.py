@@ -108,6 +108,14 @@ class BlockLayer(WholeWeights):
             return pattern.index if same else None
         return None if is_transformed() else self._follow().index
 
+    def packed_operands(self) -> tuple[Tensor, BlockIndex] | None:
+        """Values (capacity, bm, bn) of the live blocks, differentiable, and where they are; None if another plan computes."""
+        index = self._index() if self._needs_index else None
+        return None if index is None else self._operands_at(index)
+
+    def _operands_at(self, index: BlockIndex) -> tuple[Tensor, BlockIndex]:
+        raise NotImplementedError
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self._pattern.moved_(fn, self.block_mask, self._buffers.get("block_position"))

@@ -173,6 +173,9 @@ class BlockSparseLinear(BlockLayer):
         check_product(x, *shape, bias, self.out_features, {"values": weight}, self.block_mask)
         return nn.functional.linear(x, weight, bias)
 
+    def _operands_at(self, index: BlockIndex) -> tuple[Tensor, BlockIndex]:
+        return self._own("values"), index
+
     def dense_weight(self) -> Tensor:
         position = self.positions()
         values = self.values.masked_fill(self._dead_slots(position), 0)

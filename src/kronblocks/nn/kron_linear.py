@@ -15,6 +15,7 @@ from kronblocks.nn.base import BlockLayer, reset_bias_
 from kronblocks.nn.built import is_transformed
 from kronblocks.nn.inputs import map_unusual
 from kronblocks.ops import kron
+from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.nearest import nearest_kronecker_sum
 from kronblocks.ops.operands import autocast
 
@@ -161,6 +162,9 @@ class KroneckerBlockLinear(BlockLayer):
             live = self._index()
             plan, live = ("dense", self.block_mask) if live is None else (plan, live)
         return kron.kron_linear(input, self.effective_coeff(), self.tiles, self.bias, plan=plan, live=live)
+
+    def _operands_at(self, index: BlockIndex) -> tuple[Tensor, BlockIndex]:
+        return kron.packed_operands(*autocast(self.effective_coeff(), self.tiles), index)
 
     def dense_weight(self) -> Tensor:
         coeff = self.effective_coeff().masked_fill(~self.block_mask.unsqueeze(-1), 0)

@@ -1,4 +1,4 @@
-"""Layers with a linear layer inside: convolutions (over patches), and transformers' Conv1D (weight transposed)."""
+"""Layers with a linear layer inside: convolutions, and transformers' Conv1D (weight transposed)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from kronblocks.core.errors import KronblocksError
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.built import rearranged
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.loading import WholeWeights
+from kronblocks.ops.convolution import ConvGeometry, packed_conv2d
 from kronblocks.ops.operands import check_tensor
 
 
@@ -42,8 +45,9 @@ class UnfoldedConv(Unfolded):
     """A convolution as a linear layer over patches: the weight is (out_channels, kh * kw * in_channels).
 
     Columns are ordered by kernel position, then by input channel. So a block stays within one kernel position if its columns
-    divide the input channels. If `linear` computes with a dense weight, torch's convolution runs. Else patches are copied,
-    which takes kh * kw times the input's memory.
+    divide the input channels. If `linear` computes with a dense weight, torch's convolution runs. If it computes with its live
+    blocks, `packed_conv2d` does, for stride 1 and for kernels of 1x1. Else patches are copied, which takes kh * kw times the
+    input's memory: for other strides, for plans on factors, and while hooks watch the rows of `linear`.
 
     Args:
         conv: nn.Conv1d or nn.Conv2d with one group and zero padding. Its bias stays the same parameter.
@@ -121,13 +125,38 @@ class UnfoldedConv(Unfolded):
         x = input.unsqueeze(-2) if self.one_dimensional else input
         batched = x.dim() == 4
         x = x if batched else x.unsqueeze(0)
-        y = self._convolve(x) if self._is_dense() else self._multiply_patches(x)
+        y = self._convolved(x)
         y = y if batched else y.squeeze(0)
         return y.squeeze(-2) if self.one_dimensional else y
 
-    def _is_dense(self) -> bool:
-        watched = self.linear._forward_hooks or self.linear._forward_pre_hooks  # hooks on the linear layer need its rows
-        return not watched and getattr(self.linear, "active_plan", "dense") == "dense"
+    def _convolved(self, x: Tensor) -> Tensor:
+        if self._is_watched():
+            return self._multiply_patches(x)
+        if getattr(self.linear, "active_plan", "dense") == "dense":
+            return self._convolve(x)
+        y = self._convolve_packed(x)
+        return self._multiply_patches(x) if y is None else y
+
+    def _is_watched(self) -> bool:
+        """Whether hooks on the linear layer need its rows."""
+        return bool(self.linear._forward_hooks or self.linear._forward_pre_hooks)
+
+    def _convolve_packed(self, x: Tensor) -> Tensor | None:
+        """Convolve with the live blocks, in place; None if the linear layer has to be called."""
+        one_by_one = self.kernel_size == (1, 1)
+        if not isinstance(x, Tensor) or not (one_by_one or self.stride == (1, 1)) or not _computes_itself(self.linear):
+            return None
+        found = self.linear.packed_operands()
+        if found is None:
+            return None
+        images, margins = x, self._margins()
+        if one_by_one and self.stride != (1, 1):
+            top, bottom, left, right = margins
+            images = nn.functional.pad(x, (left, right, top, bottom))[:, :, :: self.stride[0], :: self.stride[1]]
+            margins = 0, 0, 0, 0
+        values, index = found
+        y = packed_conv2d(images, values, index, self.linear.bias, ConvGeometry(*self.kernel_size, *margins, *self.dilation))
+        return _laid_out_as(x, y)
 
     def _convolve(self, x: Tensor) -> Tensor:
         settings: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
@@ -135,9 +164,7 @@ class UnfoldedConv(Unfolded):
 
     def _multiply_patches(self, x: Tensor) -> Tensor:
         """Convolve over copied patches. The result has nn.Conv2d's memory layout (channels last if x is), so views work."""
-        y = self.linear(self._patches(x)).permute(0, 3, 1, 2)
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return _laid_out_as(x, self.linear(self._patches(x)).permute(0, 3, 1, 2))
 
     def _patches(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, H', W', kh * kw * C)."""
@@ -204,6 +231,18 @@ def unfolded(module: nn.Module, convolutions: bool) -> Unfolded | None:
 def is_transposed(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D. transformers need not be installed."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _computes_itself(linear: nn.Module) -> bool:
+    """Whether a block layer's own forward would be called, and nothing else beside it."""
+    replaced = "forward" in vars(linear) or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear).forward in (BlockSparseLinear.forward, KroneckerBlockLinear.forward) and not replaced
+
+
+def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """y in the memory format that nn.Conv2d gives for x: channels last if x is."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _linear(weight: Tensor, bias: Any, requires_grad: bool) -> nn.Linear:

@@ -40,9 +40,14 @@ def _packed(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: 
     index = live if isinstance(live, BlockIndex) else BlockIndex.from_mask(live)
     if index.grid != coeff.shape[:2]:
         raise KronblocksError(f"live is for a grid of {index.grid}, but coeff is for {tuple(coeff.shape[:2])}")
-    values = factored.live_blocks(coeff, tiles, index)  # in the order of the entries, so these are their slots
+    return checked_packed_linear(x, *packed_operands(coeff, tiles, index), bias)
+
+
+def packed_operands(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> tuple[Tensor, BlockIndex]:
+    """The live blocks of W, (capacity, bm, bn), in the order of the index's entries, and the index with these as their slots."""
+    values = factored.live_blocks(coeff, tiles, index)
     entries = torch.arange(len(index.slot), dtype=torch.int32, device=values.device)
-    return checked_packed_linear(x, values, index._replace(slot=entries), bias)
+    return values, index._replace(slot=entries)
 
 
 def kron_linear(

@@ -24,7 +24,7 @@ from torch import Tensor
 from kronblocks.core.errors import NativeFallbackWarning, OpenMPConflictWarning
 from kronblocks.ops.pattern import add_watcher
 
-ABI = 4  # what kb_abi() of the library must say; raised with every change of an operator or a function
+ABI = 5  # what kb_abi() of the library must say; raised with every change of an operator or a function
 
 # GNU's, Intel's and LLVM's; with a hash in the name where wheels vendor it
 RUNTIME = re.compile(r"lib(g|i)?omp5?(-[0-9a-f]+)?\.(so|dylib)\b.*")
