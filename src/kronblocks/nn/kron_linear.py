@@ -164,7 +164,8 @@ class KroneckerBlockLinear(BlockLayer):
         return kron.kron_linear(input, self.effective_coeff(), self.tiles, self.bias, plan=plan, live=live)
 
     def _operands_at(self, index: BlockIndex) -> tuple[Tensor, BlockIndex]:
-        return kron.packed_operands(*autocast(self.effective_coeff(), self.tiles), index)
+        coeff, tiles = autocast(self.effective_coeff(), self.tiles)
+        return kron.packed_operands(coeff, tiles, index)
 
     def dense_weight(self) -> Tensor:
         coeff = self.effective_coeff().masked_fill(~self.block_mask.unsqueeze(-1), 0)
