@@ -31,8 +31,14 @@ using Wide = std::conditional_t<std::is_same_v<T, Bf16>, float, T>;
 template <class T>
 constexpr int kNumbers = std::is_same_v<T, Word> ? 2 : 1;
 
-inline Vec<float> low(Vec<Word> pairs) { return (Vec<float>)(pairs << 16); }
-inline Vec<float> high(Vec<Word> pairs) { return (Vec<float>)(pairs & 0xffff0000u); }
+template <int Bytes = kVectorBytes>
+inline Vec<float, Bytes> low(Vec<Word, Bytes> pairs) {
+  return (Vec<float, Bytes>)(pairs << 16);
+}
+template <int Bytes = kVectorBytes>
+inline Vec<float, Bytes> high(Vec<Word, Bytes> pairs) {
+  return (Vec<float, Bytes>)(pairs & 0xffff0000u);
+}
 
 inline float widened(Bf16 number) {
   const Word bits = Word(number.bits) << 16;
@@ -72,27 +78,28 @@ inline Vec<Word> rounded_pairs(Vec<float> first, Vec<float> second) {
 }
 
 // sum + a * b; of pairs: sum + a.first * b.first + a.second * b.second
-template <class T>
-inline Vec<Sum<T>> multiply_add(Vec<Sum<T>> sum, Vec<T> a, Vec<T> b) {
+template <class T, int Bytes = kVectorBytes>
+inline Vec<Sum<T>, Bytes> multiply_add(Vec<Sum<T>, Bytes> sum, Vec<T, Bytes> a, Vec<T, Bytes> b) {
   if constexpr (!std::is_same_v<T, Word>) {
     return sum + a * b;
   } else {
 #if defined(__AVX512BF16__)
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-    sum += low(a) * low(b);
-    return sum + high(a) * high(b);
+    if constexpr (Bytes == 64) return (Vec<float, 64>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    if constexpr (Bytes == 32) return (Vec<float, 32>)_mm256_dpbf16_ps((__m256)sum, (__m256bh)a, (__m256bh)b);
+    if constexpr (Bytes == 16) return (Vec<float, 16>)_mm_dpbf16_ps((__m128)sum, (__m128bh)a, (__m128bh)b);
 #endif
+    sum += low<Bytes>(a) * low<Bytes>(b);
+    return sum + high<Bytes>(a) * high<Bytes>(b);
   }
 }
 
 // the same with one b for all lanes
-template <class T>
-inline Vec<Sum<T>> multiply_add(Vec<Sum<T>> sum, Vec<T> a, T b) {
+template <class T, int Bytes = kVectorBytes>
+inline Vec<Sum<T>, Bytes> multiply_add(Vec<Sum<T>, Bytes> sum, Vec<T, Bytes> a, T b) {
   if constexpr (!std::is_same_v<T, Word>)
     return sum + a * b;
   else
-    return multiply_add<T>(sum, a, Vec<Word>{} + b);
+    return multiply_add<T, Bytes>(sum, a, Vec<Word, Bytes>{} + b);
 }
 
 // n numbers of 16 bits as the low halves of n words
@@ -134,9 +141,23 @@ inline void convert(const float* from, std::int64_t count, Bf16* to) {
 
 template <class T>
 inline void convert(const T* from, std::int64_t count, T* to) {
-  constexpr int n = kLanes<T>;
-  for (; count >= n; count -= n, from += n, to += n) store(to, load<Vec<T>>(from));
+  using Number = std::conditional_t<std::is_same_v<T, Bf16>, std::uint16_t, T>;  // vectors have numbers only
+  constexpr int n = kLanes<Number>;
+  for (; count >= n; count -= n, from += n, to += n) store(to, load<Vec<Number>>(from));
   for (; count > 0; --count) *to++ = *from++;
+}
+
+// a vector of sums as the numbers that are kept of them
+template <class T>
+inline void put(T* to, Vec<T> numbers) {
+  store(to, numbers);
+}
+inline void put(Bf16* to, Vec<float> numbers) {
+#if defined(__AVX512BF16__)
+  store(to, _mm512_cvtneps_pbh((__m512)numbers));
+#else
+  store(to, __builtin_convertvector(rounded_high<>(numbers) >> 16, Vec<std::uint16_t, kVectorBytes / 2>));
+#endif
 }
 
 // pairs (first[i], second[i]); without a second row its numbers are 0

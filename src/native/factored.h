@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "factored_tile.h"
+#include "factored_pairs.h"
 
 namespace KRONBLOCKS_ISA {
 
@@ -58,6 +58,8 @@ void kron_linear(const KronShape& k, bool tile_first, const X* x, std::int64_t c
                  const std::uint8_t* live, const X* own_bias, X* y, int threads) {
   using T = Wide<X>;
   if (count == 0) return;
+  if constexpr (std::is_same_v<X, Bf16> && kPairProducts)
+    if (pairs_fit(k, tile_first)) return pairs_linear(k, x, count, own_coeff, tiles, live, own_bias, y, threads);
   static thread_local Scratch coeff_scratch, bias_scratch;
   const T* coeff = wide_copy(own_coeff, k.m1 * k.n1 * k.rank, coeff_scratch);
   const T* bias = wide_copy(own_bias, k.m1 * k.bm, bias_scratch);
@@ -134,15 +136,7 @@ void kron_backward_group(const KronShape& k, const Sides<T>& f, bool tile_first,
     add_up(dbanks.data(), tiles_size);
   }
   for (std::size_t i = 0; i < tiles_size; ++i) dtiles[i] += dbanks[i];
-  for (std::int64_t g = 0; g < mixes.groups(); ++g)
-    for (std::int32_t e = mixes.starts[g]; e < mixes.starts[g + 1]; ++e)
-      for (int j = 0; j < mixes.per_group && g * mixes.per_group + j < f.outer; ++j) {
-        const std::int64_t o = g * mixes.per_group + j;
-        if (!f.alive(o, mixes.source[e])) continue;
-        const T* from = dcoefs.data() + std::int64_t(e) * mixes.width + j * f.rank;
-        T* to = dcoeff + f.at(o, mixes.source[e]) * f.rank;
-        for (int i = 0; i < f.rank; ++i) to[i] += from[i];
-      }
+  scatter_coefficients(f, mixes, dcoefs.data(), dcoeff);
 }
 
 // All gradients of some rows, added to dcoeff and to the arranged dtiles; dx is written.
@@ -167,17 +161,21 @@ void kron_backward(const KronShape& k, bool tile_first, const X* dy, const X* x,
   constexpr bool same = std::is_same_v<T, X>;
   static thread_local Scratch coeff_scratch, dcoeff_scratch, dx_scratch;
   const std::int64_t coeffs = k.m1 * k.n1 * k.rank, inputs = k.n1 * k.bn, outputs = k.m1 * k.bm;
-  const T* coeff = wide_copy(own_coeff, coeffs, coeff_scratch);
   T* dcoeff;
   if constexpr (same)
     dcoeff = own_dcoeff;
   else
     dcoeff = dcoeff_scratch.take<T>(coeffs);
   std::fill_n(dcoeff, coeffs, T(0));
-  const std::vector<T> arranged = arranged_tiles(k, tiles, tile_first, false);
+  std::vector<T> darranged(std::size_t(k.groups * k.rank * k.bm * k.bn));
+  const bool pairs = !same && pairs_fit(k, tile_first);
+  const T* coeff = pairs ? nullptr : wide_copy(own_coeff, coeffs, coeff_scratch);
+  const std::vector<T> arranged = pairs ? std::vector<T>() : arranged_tiles(k, tiles, tile_first, false);
   const std::vector<T> arranged_t = tile_first ? arranged_tiles(k, tiles, tile_first, true) : std::vector<T>();
-  std::vector<T> darranged(arranged.size());
-  if (!same && tile_first && dx && k.groups > 1) {  // every bank adds to dx: some rows at a time wait for all of them
+  if (pairs) {
+    if constexpr (!same && kPairProducts)
+      if (count > 0) pairs_backward(k, dy, x, count, own_coeff, tiles, live, dx, dcoeff, darranged.data(), threads);
+  } else if (!same && tile_first && dx && k.groups > 1) {  // every bank adds to dx: some rows at a time wait for all of them
     const std::int64_t most = std::min<std::int64_t>(count, std::int64_t(threads) * 128);
     T* sums = dx_scratch.take<T>(most * inputs);
     for (std::int64_t first = 0; first < count; first += most) {

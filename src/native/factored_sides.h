@@ -63,7 +63,7 @@ inline int group_size(int rows_each, double density) {
 }
 
 // For mix: groups of o, entries s, coefficients (o in group, i). With an empty list where `transposed`: groups of s, entries o,
-// coefficients (i, s in group), for collect.
+// coefficients (i, s in group), for collect. Without coefficients they are 0.
 template <class T>
 MixLists<T> mix_lists(const Sides<T>& f, bool transposed, double density) {
   MixLists<T> lists;
@@ -90,7 +90,7 @@ MixLists<T> mix_lists(const Sides<T>& f, bool transposed, double density) {
       lists.coefs.resize(lists.coefs.size() + lists.width);
       T* to = lists.coefs.data() + lists.coefs.size() - lists.width;
       for (int k = 0; k < here; ++k) {
-        if (f.live && !f.live[at + k * out_step]) continue;
+        if (!f.coeff || (f.live && !f.live[at + k * out_step])) continue;
         const T* from = f.coeff + (at + k * out_step) * f.rank;
         for (int i = 0; i < f.rank; ++i) to[i * spread_i + k * spread_k] = from[i];
       }
@@ -98,6 +98,20 @@ MixLists<T> mix_lists(const Sides<T>& f, bool transposed, double density) {
     lists.starts.push_back(std::int32_t(lists.source.size()));
   }
   return lists;
+}
+
+// Sums in the order of lists for mix, added to the coefficients that are alive
+template <class T>
+void scatter_coefficients(const Sides<T>& f, const MixLists<T>& lists, const T* sums, T* dcoeff) {
+  for (std::int64_t g = 0; g < lists.groups(); ++g)
+    for (std::int32_t e = lists.starts[g]; e < lists.starts[g + 1]; ++e)
+      for (int j = 0; j < lists.per_group && g * lists.per_group + j < f.outer; ++j) {
+        const std::int64_t o = g * lists.per_group + j;
+        if (!f.alive(o, lists.source[e])) continue;
+        const T* from = sums + std::int64_t(e) * lists.width + j * f.rank;
+        T* to = dcoeff + f.at(o, lists.source[e]) * f.rank;
+        for (int i = 0; i < f.rank; ++i) to[i] += from[i];
+      }
 }
 
 // The numbers themselves, or a wider copy of them in work memory; null stays null

@@ -73,17 +73,17 @@ void pack_pieces(const Pieces& p, int rows, std::int64_t sources, std::int64_t p
     });
   });
   for (std::int64_t place = filled; place < all; ++place)
-    for (std::int64_t s = 0; s < sources; ++s) panel[place / p.size * piece_step + s * p.size + place % p.size] = T(0);
+    for (std::int64_t s = 0; s < sources; ++s) panel[place / p.size * piece_step + s * p.size + place % p.size] = T{};
 }
 
 // R sums over entries, V vectors wide: out[r] = sum_e coef[e][r] * in[source[e]]; `repeat` numbers of coefficients per entry
-// go with as many consecutive inputs (collect), or one input serves all (mix: Once).
-template <class T, int R, int V, bool Once>
+// go with as many consecutive inputs (collect), or one input serves all (mix: Once). Out: what is kept of the sums.
+template <class T, int R, int V, bool Once, class Out>
 inline void weighted_sums(const MixLists<T>& lists, std::int64_t group, int first, int repeat, const T* in, std::ptrdiff_t in_step,
-                          T* out, std::ptrdiff_t out_step) {
+                          Out* out, std::ptrdiff_t out_step) {
   if constexpr (Once) repeat = 1;
   constexpr int n = kLanes<T>;
-  Vec<T> sum[R][V] = {};
+  Vec<Sum<T>> sum[R][V] = {};
   const int coef_step = lists.width / repeat;
   for (std::int32_t e = lists.starts[group]; e < lists.starts[group + 1]; ++e) {
     const T* source = in + lists.source[e] * in_step * repeat;
@@ -95,20 +95,20 @@ inline void weighted_sums(const MixLists<T>& lists, std::int64_t group, int firs
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] += lanes[v] * coef[r];
+        for (int v = 0; v < V; ++v) sum[r][v] = multiply_add<T>(sum[r][v], lanes[v], coef[r]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(out + r * out_step + v * n, sum[r][v]);
+    for (int v = 0; v < V; ++v) put(out + r * out_step + v * n, sum[r][v]);
 }
 
-template <class T, int V, bool Once, int R = kMixRows>
+template <class T, int V, bool Once, int R = kMixRows, class Out>
 inline void weighted_sums_of(int rows, const MixLists<T>& lists, std::int64_t group, int first, int repeat, const T* in,
-                             std::ptrdiff_t in_step, T* out, std::ptrdiff_t out_step) {
+                             std::ptrdiff_t in_step, Out* out, std::ptrdiff_t out_step) {
   if (rows == R)
-    weighted_sums<T, R, V, Once>(lists, group, first, repeat, in, in_step, out, out_step);
+    weighted_sums<T, R, V, Once, Out>(lists, group, first, repeat, in, in_step, out, out_step);
   else if constexpr (R > 1)
     weighted_sums_of<T, V, Once, R - 1>(rows, lists, group, first, repeat, in, in_step, out, out_step);
 }
@@ -116,9 +116,9 @@ inline void weighted_sums_of(int rows, const MixLists<T>& lists, std::int64_t gr
 // R mixtures against up to S sources: sums over all pieces of products, added to out[source][row]
 template <class T, int R, int S>
 inline void dots(std::int64_t pieces, int size, const T* left, std::ptrdiff_t left_piece, const T* const* right,
-                 std::ptrdiff_t right_piece, T* const* out) {
+                 std::ptrdiff_t right_piece, Sum<T>* const* out) {
   constexpr int n = kLanes<T>;
-  Vec<T> sum[R * S] = {};
+  Vec<Sum<T>> sum[R * S] = {};
   for (std::int64_t piece = 0; piece < pieces; ++piece)
     for (int k = 0; k < size; k += n) {
       Vec<T> sources[S];
@@ -128,18 +128,18 @@ inline void dots(std::int64_t pieces, int size, const T* left, std::ptrdiff_t le
       for (int r = 0; r < R; ++r) {
         const Vec<T> own = load_once<Vec<T>>(left + piece * left_piece + r * size + k);
 #pragma GCC unroll 4
-        for (int s = 0; s < S; ++s) sum[s * R + r] += own * sources[s];
+        for (int s = 0; s < S; ++s) sum[s * R + r] = multiply_add<T>(sum[s * R + r], own, sources[s]);
       }
     }
-  T total[R * S];
-  lane_sums<T, R * S>(sum, total);
+  Sum<T> total[R * S];
+  lane_sums<Sum<T>, R * S>(sum, total);
   for (int s = 0; s < S; ++s)
     for (int r = 0; r < R; ++r) out[s][r] += total[s * R + r];
 }
 
 template <class T, int R = kMixRows, int S = kDotSources>
 inline void dots_of(int rows, int sources, std::int64_t pieces, int size, const T* left, std::ptrdiff_t left_piece,
-                    const T* const* right, std::ptrdiff_t right_piece, T* const* out) {
+                    const T* const* right, std::ptrdiff_t right_piece, Sum<T>* const* out) {
   if (rows == R && sources == S)
     dots<T, R, S>(pieces, size, left, left_piece, right, right_piece, out);
   else if constexpr (R > 1) {

@@ -1,0 +1,348 @@
+// coeff_first in bf16 as products of pairs: the four steps of factored.h for a tile of rows, on one side only (M: x, N: y).
+//
+// What each step sums over comes in pairs: mix over two sources s, apply over (i, c), spread over the rows of a tile, collect over
+// two terms i, dC over the running index (t, c), dB over two rows t. Mixtures and spreads are rounded to bf16 between the steps, the
+// results once more; all sums are float. Rank and sides of a block must be even.
+#pragma once
+
+#include "factored_tile.h"
+
+namespace KRONBLOCKS_ISA {
+
+inline bool pairs_fit(const KronShape& k, bool tile_first) {
+  return kPairProducts && !tile_first && k.rank % 2 == 0 && k.bm % 2 == 0 && k.bn % 2 == 0;
+}
+
+inline Word pair_of(Bf16 first, Bf16 second) { return Word(first.bits) | Word(second.bits) << 16; }
+
+// The problem: (m1, n1, rank) coefficients, tiles as pairs over (i, c) and over rows
+struct PairProblem {
+  const KronShape& k;
+  const Bf16* coeff;
+  const std::uint8_t* live;
+  std::vector<Word> across;          // (g, r * bn / 2, bm): pairs over (i, c), for apply
+  std::vector<Word> down;            // (g, bm / 2, r * bn): pairs over rows of tiles, for spread
+  std::vector<std::uint8_t> wanted;  // sources that some output reads; the others are not packed
+
+  PairProblem(const KronShape& shape, const Bf16* coefficients, const Bf16* tiles, const std::uint8_t* mask)
+      : k(shape), coeff(coefficients), live(mask), wanted(std::size_t(shape.n1), mask == nullptr) {
+    const std::int64_t width = k.rank * k.bn, size = width * k.bm / 2;
+    across.resize(std::size_t(k.groups * size));
+    down.resize(std::size_t(k.groups * size));
+    for (std::int64_t g = 0; g < k.groups; ++g)
+      for (std::int64_t i = 0; i < k.rank; ++i)
+        for (std::int64_t a = 0; a < k.bm; ++a) {
+          const Bf16* from = tiles + ((g * k.rank + i) * k.bm + a) * k.bn;
+          for (std::int64_t c = 0; c < k.bn; c += 2)
+            across[std::size_t(g * size + (i * k.bn + c) / 2 * k.bm + a)] = pair_of(from[c], from[c + 1]);
+          if (a % 2 == 0) interleave(from, from + k.bn, int(k.bn), down.data() + g * size + a / 2 * width + i * k.bn);
+        }
+    for (std::int64_t at = 0; live && at < k.m1 * k.n1; ++at)
+      if (live[at]) wanted[std::size_t(at % k.n1)] = 1;
+  }
+
+  std::int64_t width() const { return k.rank * k.bn; }
+  std::int64_t source_pairs() const { return (k.n1 + 1) / 2; }
+  std::int64_t bank(std::int64_t o) const { return o / (k.m1 / k.groups); }
+  bool alive(std::int64_t o, std::int64_t s) const { return s < k.n1 && (!live || live[o * k.n1 + s]); }
+  Bf16 at(std::int64_t o, std::int64_t s, std::int64_t i) const {
+    return alive(o, s) ? coeff[(o * k.n1 + s) * k.rank + i] : Bf16{0};
+  }
+};
+
+// Groups of o, entries are pairs of s: coefficients (o in group, i)
+inline MixLists<Word> mix_pairs(const PairProblem& f, int per_group) {
+  MixLists<Word> lists;
+  lists.per_group = per_group;
+  lists.width = int(per_group * f.k.rank);
+  const int parts = (lists.width + kMixRows - 1) / kMixRows;
+  lists.part = (lists.width + parts - 1) / parts;
+  lists.starts.push_back(0);
+  for (std::int64_t first = 0; first < f.k.m1; first += per_group) {
+    const std::int64_t end = std::min<std::int64_t>(first + per_group, f.k.m1);
+    for (std::int64_t s = 0; s < f.k.n1; s += 2) {
+      bool any = false;
+      for (std::int64_t o = first; o < end; ++o) any |= f.alive(o, s) || f.alive(o, s + 1);
+      if (!any) continue;
+      lists.source.push_back(std::int32_t(s / 2));
+      lists.coefs.resize(lists.coefs.size() + std::size_t(lists.width));
+      Word* to = lists.coefs.data() + lists.coefs.size() - lists.width;
+      for (std::int64_t o = first; o < end; ++o)
+        for (std::int64_t i = 0; i < f.k.rank; ++i) *to++ = pair_of(f.at(o, s, i), f.at(o, s + 1, i));
+    }
+    lists.starts.push_back(std::int32_t(lists.source.size()));
+  }
+  return lists;
+}
+
+// Groups of s, entries o: coefficients (pairs of i, s in group)
+inline MixLists<Word> collect_pairs(const PairProblem& f, int per_group) {
+  MixLists<Word> lists;
+  lists.per_group = per_group;
+  lists.width = int(per_group * f.k.rank / 2);
+  lists.starts.push_back(0);
+  for (std::int64_t first = 0; first < f.k.n1; first += per_group) {
+    const std::int64_t end = std::min<std::int64_t>(first + per_group, f.k.n1);
+    for (std::int64_t o = 0; o < f.k.m1; ++o) {
+      bool any = false;
+      for (std::int64_t s = first; s < end; ++s) any |= f.alive(o, s);
+      if (!any) continue;
+      lists.source.push_back(std::int32_t(o));
+      lists.coefs.resize(lists.coefs.size() + std::size_t(lists.width));
+      Word* to = lists.coefs.data() + lists.coefs.size() - lists.width;
+      for (std::int64_t i = 0; i < f.k.rank; i += 2, to += per_group)
+        for (std::int64_t s = first; s < end; ++s) to[s - first] = pair_of(f.at(o, s, i), f.at(o, s, i + 1));
+    }
+    lists.starts.push_back(std::int32_t(lists.source.size()));
+  }
+  return lists;
+}
+
+// A tile of rows and its work memory; what is said of a piece's places holds as in Tile. V: vectors of floats in a piece, 2 or 4.
+template <int V>
+struct PairTile {
+  static constexpr int size = V * kLanes<float>;
+  const PairProblem& f;
+  Pieces pieces;
+  int per_group, rows;
+  Word* panel;         // M: [piece][s / 2][size], pairs of sources
+  Bf16* plain;         // M: [piece][s][size]
+  Bf16* mixed;         // Q of one group: [o in group, i][running index]
+  Bf16* by_rows;       // Q or E of one o: [t][i, c]
+  Word* row_pairs;     // Q of one o: [t / 2][i, c]
+  Word* block_pairs;   // N of one o: [t / 2][a]
+  float* sums;         // E of one o: [t][i, c]; N of one o: [t][a]
+  Word* spreads;       // E: [piece][o, i / 2][size], pairs of terms
+  Bf16* plain_spreads; // E of one group: [piece][o in group, i][size]
+
+  std::int64_t panel_rows() const { return f.source_pairs() | 1; }
+  std::int64_t plain_rows() const { return f.k.n1 | 1; }
+  std::int64_t spread_rows() const { return (f.k.m1 * f.k.rank / 2) | 1; }
+  std::ptrdiff_t length() const { return pieces.count() * size; }
+
+  void pack(const Bf16* x, bool with_plain) {
+    const std::int64_t step = f.k.n1 * f.k.bn, bn = f.k.bn, filled = std::int64_t(rows) * bn;
+    for_runs(pieces, rows, [&](int t, int c, std::int64_t piece, int inside, int run) {
+      const Bf16* from = x + t * step + c;
+      for (std::int64_t s = 0; s < f.k.n1; s += 2) {
+        Word* to = panel + (piece * panel_rows() + s / 2) * size + inside;
+        const bool second = s + 1 < f.k.n1 && f.wanted[std::size_t(s + 1)];
+        if (f.wanted[std::size_t(s)])
+          interleave(from + s * bn, second ? from + (s + 1) * bn : nullptr, run, to);
+        else
+          for (int j = 0; j < run; ++j) to[j] = second ? Word(from[(s + 1) * bn + j].bits) << 16 : 0;
+      }
+    });
+    for (std::int64_t at = filled; at < length(); ++at)
+      for (std::int64_t s = 0; s < f.source_pairs(); ++s) panel[(at / size * panel_rows() + s) * size + at % size] = 0;
+    if (with_plain) pack_pieces(pieces, rows, f.k.n1, plain_rows(), x, step, plain);
+  }
+
+  void mix(const MixLists<Word>& lists, std::int64_t group) {
+    for (std::int64_t piece = 0; piece < pieces.count(); ++piece)
+      for (int first = 0; first < lists.width; first += lists.part)
+        weighted_sums_of<Word, V, true>(std::min(lists.part, lists.width - first), lists, group, first, 1,
+                                        panel + piece * panel_rows() * size, size, mixed + first * length() + piece * size, length());
+  }
+
+  // y of o: Q B^T + bias
+  void apply(std::int64_t o, int place, const Bf16* bias, Bf16* y) {
+    const int bm = int(f.k.bm), bn = int(f.k.bn), width = int(f.width());
+    for (int i = 0; i < f.k.rank; ++i)
+      copy_rows(rows, bn, mixed + (place * f.k.rank + i) * length(), bn, by_rows + i * bn, width);
+    for (int t = 0; bias && t < rows; ++t) convert(bias + o * bm, bm, sums + t * bm);
+    small_gemm<Word>(rows, bm, width / 2, {reinterpret_cast<const Word*>(by_rows), width / 2, 1},
+                     f.across.data() + f.bank(o) * width * bm / 2, bm, sums, bm, bias != nullptr);
+    copy_rows(rows, bm, sums, bm, y + o * bm, f.k.m1 * f.k.bm);
+  }
+
+  // N of o as pairs of rows, and dB of its bank from them and Q
+  void tile_gradients(std::int64_t o, int place, const Bf16* dy, float* dbanks) {
+    const int bm = int(f.k.bm), bn = int(f.k.bn), width = int(f.width());
+    const std::int64_t step = f.k.m1 * bm;
+    for (int t = 0; t < rows; t += 2) {
+      const Bf16* row = dy + t * step + o * bm;
+      const bool second = t + 1 < rows;
+      interleave(row, second ? row + step : nullptr, bm, block_pairs + t / 2 * bm);
+      for (int i = 0; i < f.k.rank; ++i) {
+        const Bf16* from = mixed + (place * f.k.rank + i) * length() + t * bn;
+        interleave(from, second ? from + bn : nullptr, bn, row_pairs + t / 2 * width + i * bn);
+      }
+    }
+    small_gemm<Word>(bm, width, (rows + 1) / 2, {block_pairs, 1, bm}, row_pairs, width, dbanks + f.bank(o) * bm * width, width, true);
+  }
+
+  // E of o, to its places
+  void spread(std::int64_t o, int place, const Bf16* dy, bool collecting) {
+    const int bm = int(f.k.bm), bn = int(f.k.bn), width = int(f.width()), rank = int(f.k.rank);
+    small_gemm<Word>(rows, width, bm / 2, {reinterpret_cast<const Word*>(dy + o * bm), f.k.m1 * bm / 2, 1},
+                     f.down.data() + f.bank(o) * width * bm / 2, width, sums, width, false);
+    convert(sums, std::int64_t(rows) * width, by_rows);
+    Word* pairs = spreads + o * rank / 2 * size;
+    Bf16* own = plain_spreads + place * rank * size;
+    const std::ptrdiff_t pairs_step = spread_rows() * size, own_step = std::ptrdiff_t(per_group) * rank * size;
+    with_width(size % bn ? 0 : bn, [&](auto w) {
+      for_runs(pieces, rows, [&](int t, int c, std::int64_t piece, int inside, int run) {
+        const Bf16* from = by_rows + t * width + c;
+        for (int i = 0; i < rank; ++i) copy_run<decltype(w)::value>(own + piece * own_step + i * size + inside, from + i * bn, run);
+        for (int i = 0; collecting && i < rank; i += 2)
+          interleave(from + i * bn, from + (i + 1) * bn, run, pairs + piece * pairs_step + i / 2 * size + inside);
+      });
+    });
+    for (std::int64_t at = std::int64_t(rows) * bn; at < length(); ++at)
+      for (int i = 0; i < rank; ++i) {
+        own[at / size * own_step + i * size + at % size] = Bf16{0};
+        if (collecting) pairs[at / size * pairs_step + i / 2 * size + at % size] = 0;
+      }
+  }
+
+  // dC of a group, added to dcoefs in the order of the entries of `lists`, which are single sources
+  void coefficient_gradients(const MixLists<float>& lists, std::int64_t group, float* dcoefs) {
+    constexpr int words = size / 2;
+    const Word *left = reinterpret_cast<const Word*>(plain_spreads), *all = reinterpret_cast<const Word*>(plain);
+    for (std::int32_t e = lists.starts[group]; e < lists.starts[group + 1]; e += kDotSources) {
+      const int here = std::min(kDotSources, lists.starts[group + 1] - e);
+      const Word* right[kDotSources];
+      float* out[kDotSources];
+      for (int first = 0; first < lists.width; first += lists.part) {
+        for (int s = 0; s < here; ++s) {
+          right[s] = all + lists.source[e + s] * words;
+          out[s] = dcoefs + std::int64_t(e + s) * lists.width + first;
+        }
+        dots_of<Word>(std::min(lists.part, lists.width - first), here, pieces.count(), words, left + first * words,
+                      std::ptrdiff_t(per_group) * f.k.rank * words, right, plain_rows() * words, out);
+      }
+    }
+  }
+
+  void collect(const MixLists<Word>& lists, Bf16* dx) {
+    alignas(64) float totals[kMixRows * size];
+    const int bn = int(f.k.bn);
+    const std::int64_t step = f.k.n1 * bn;
+    for (std::int64_t piece = 0; piece < pieces.count(); ++piece) {
+      const std::int64_t first = piece * size, end = std::min<std::int64_t>(first + size, std::int64_t(rows) * bn);
+      for (std::int64_t group = 0; group < lists.groups(); ++group) {
+        const int here = int(std::min<std::int64_t>(lists.per_group, f.k.n1 - group * lists.per_group));
+        weighted_sums_of<Word, V, false>(lists.per_group, lists, group, 0, int(f.k.rank / 2), spreads + piece * spread_rows() * size, size,
+                                         totals, size);
+        for (std::int64_t at = first; at < end;) {
+          const std::int64_t t = at / bn, c = at % bn, run = std::min<std::int64_t>(bn - c, end - at);
+          for (int j = 0; j < here; ++j)
+            convert(totals + j * size + (at - first), run, dx + t * step + (group * lists.per_group + j) * bn + c);
+          at += run;
+        }
+      }
+    }
+  }
+};
+
+// Work memory of one thread; what only gradients need is left out of the forward product
+template <int V>
+PairTile<V> make_pair_tile(const PairProblem& f, int rows, int per_group, bool backward, bool collecting) {
+  static thread_local Scratch panel, plain, mixed, by_rows, row_pairs, block_pairs, sums, spreads, plain_spreads;
+  PairTile<V> tile{f,       {rows, int(f.k.bn), PairTile<V>::size}, per_group, 0, nullptr, nullptr, nullptr, nullptr, nullptr,
+                   nullptr, nullptr, nullptr, nullptr};
+  const std::size_t length = std::size_t(tile.length()), width = std::size_t(f.width()), bm = std::size_t(f.k.bm);
+  tile.panel = panel.take<Word>(length * tile.panel_rows());
+  tile.mixed = mixed.take<Bf16>(length * per_group * f.k.rank);
+  tile.by_rows = by_rows.take<Bf16>(rows * width);
+  tile.sums = sums.take<float>(rows * std::max(width, bm));
+  if (backward) {
+    tile.plain = plain.take<Bf16>(length * tile.plain_rows());
+    tile.row_pairs = row_pairs.take<Word>((rows + 1) / 2 * width);
+    tile.block_pairs = block_pairs.take<Word>((rows + 1) / 2 * bm);
+    if (collecting) tile.spreads = spreads.take<Word>(length * tile.spread_rows());
+    tile.plain_spreads = plain_spreads.take<Bf16>(length * per_group * f.k.rank);
+  }
+  return tile;
+}
+
+template <class Call>
+void with_pair_pieces(std::int64_t numbers, Call call) {
+  if (kMixVectors >= 4 && numbers > 2 * kLanes<float>) return call(std::integral_constant<int, kMixVectors >= 4 ? 4 : 2>());
+  call(std::integral_constant<int, 2>());
+}
+
+// X: Bf16. These are templates so that builds without products of pairs do not compile them.
+template <class X>
+void pairs_linear(const KronShape& k, const X* x, std::int64_t count, const X* coeff, const X* tiles,
+                  const std::uint8_t* live, const X* bias, X* y, int threads) {
+  const PairProblem f(k, coeff, tiles, live);
+  const MixLists<Word> mixes = mix_pairs(f, group_size(int(k.rank), live ? 0.4 : 1.0));
+  with_pair_pieces((count + threads - 1) / threads * k.bn, [&](auto v) {
+    using Own = PairTile<decltype(v)::value>;
+    const std::size_t per_row = sizeof(X) * std::size_t(k.n1 * k.bn + mixes.width * k.bn);
+    const int rows = tile_rows(count, per_row, threads, int(k.bn), Own::size);
+    const std::int64_t all = (count + rows - 1) / rows;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      Own tile = make_pair_tile<decltype(v)::value>(f, rows, mixes.per_group, false, false);
+      const Range own = share(all, omp_get_num_threads(), omp_get_thread_num());
+      for (std::int64_t number = own.begin; number < own.end; ++number) {
+        const std::int64_t first = number * rows;
+        tile.rows = int(std::min<std::int64_t>(rows, count - first));
+        tile.pack(x + first * k.n1 * k.bn, false);
+        for (std::int64_t group = 0; group < mixes.groups(); ++group) {
+          tile.mix(mixes, group);
+          for (int j = 0; j < mixes.per_group && group * mixes.per_group + j < k.m1; ++j)
+            tile.apply(group * mixes.per_group + j, j, bias, y + first * k.m1 * k.bm);
+        }
+      }
+    }
+  });
+}
+
+// dcoeff (m1, n1, rank) and dbanks (g, bm, r * bn) are float sums, added to; dx may be null. Each thread sums for itself; the sums
+// are added in the order of the threads.
+template <class X>
+void pairs_backward(const KronShape& k, const X* dy, const X* x, std::int64_t count, const X* coeff, const X* tiles,
+                    const std::uint8_t* live, X* dx, float* dcoeff, float* dbanks, int threads) {
+  const PairProblem f(k, coeff, tiles, live);
+  const Sides<float> plain_sides = sides<float>(k, false, 0, nullptr, live, nullptr);
+  const double density = plain_sides.density();
+  const MixLists<float> singles = mix_lists(plain_sides, false, density);
+  const MixLists<Word> mixes = mix_pairs(f, singles.per_group);
+  const MixLists<Word> collects = dx ? collect_pairs(f, group_size(1, density)) : MixLists<Word>();
+  const std::size_t coefs = singles.coefs.size(), bank_sizes = std::size_t(k.groups * k.bm * f.width());
+  std::vector<float> own_coefs(coefs * threads), own_banks(bank_sizes * threads);
+  with_pair_pieces((count + threads - 1) / threads * k.bn, [&](auto v) {
+    using Own = PairTile<decltype(v)::value>;
+    const std::size_t per_row = sizeof(X) * std::size_t(2 * k.n1 * k.bn + (dx ? k.m1 : 1) * k.rank * k.bn);
+    const int rows = tile_rows(count, per_row, threads, int(k.bn), Own::size);
+    const std::int64_t all = (count + rows - 1) / rows;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      const int team = omp_get_num_threads(), self = omp_get_thread_num();
+      Own tile = make_pair_tile<decltype(v)::value>(f, rows, mixes.per_group, true, dx != nullptr);
+      const Range own = share(all, team, self);
+      for (std::int64_t number = own.begin; number < own.end; ++number) {
+        const std::int64_t first = number * rows;
+        const X* dy_rows = dy + first * k.m1 * k.bm;
+        tile.rows = int(std::min<std::int64_t>(rows, count - first));
+        tile.pack(x + first * k.n1 * k.bn, true);
+        for (std::int64_t group = 0; group < mixes.groups(); ++group) {
+          tile.mix(mixes, group);
+          for (int j = 0; j < mixes.per_group && group * mixes.per_group + j < k.m1; ++j) {
+            tile.tile_gradients(group * mixes.per_group + j, j, dy_rows, own_banks.data() + self * bank_sizes);
+            tile.spread(group * mixes.per_group + j, j, dy_rows, dx != nullptr);
+          }
+          // the last group may want more rows than there are; what it reads of others or of old ones is never used
+          tile.coefficient_gradients(singles, group, own_coefs.data() + self * coefs);
+        }
+        if (dx) tile.collect(collects, dx + first * k.n1 * k.bn);
+      }
+#pragma omp barrier
+      auto add_up = [&](float* sums, std::size_t size) {
+        const Range part = share(std::int64_t(size), team, self);
+        for (int other = 1; other < team; ++other)
+          for (std::int64_t i = part.begin; i < part.end; ++i) sums[i] += sums[other * size + i];
+      };
+      add_up(own_coefs.data(), coefs);
+      add_up(own_banks.data(), bank_sizes);
+    }
+  });
+  for (std::size_t i = 0; i < bank_sizes; ++i) dbanks[i] += own_banks[i];
+  scatter_coefficients(plain_sides, singles, own_coefs.data(), dcoeff);
+}
+
+}  // namespace KRONBLOCKS_ISA
