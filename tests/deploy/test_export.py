@@ -84,7 +84,7 @@ def test_every_form_computes_the_same_and_leaves_the_model_alone(form, dtype):
 def test_the_fastest_form_is_taken(monkeypatch):
     forms, timed = {16: "values", 12: "dense"}, {"values": 4e-4, "coeff_first": 5e-4, "dense": 3e-3}
     module = importlib.import_module("kronblocks.deploy.exporting")
-    monkeypatch.setattr(module, "choose_deployed", lambda problem: DeployedForm(forms[problem.grid.out_features], timed))
+    monkeypatch.setattr(module, "choose_deployed", lambda problem, int8: DeployedForm(forms[problem.grid.out_features], timed))
     exported = export(sparse(), torch.randn(7, 24), slim=False)
     assert [layer.form for layer in exported.layers] == ["packed", "dense"]
     assert exported.layers[0].why == "at 7 rows 0.4 ms, dense 3 ms; live blocks computed from the factors"

@@ -24,7 +24,7 @@ class ExportedLayer:
     """The form of one block layer in an exported model."""
 
     name: str
-    form: str  # dense, packed, factored or bsr
+    form: str  # dense, packed, packed-int8, factored or bsr
     out_features: int
     in_features: int
     block_size: str
@@ -33,6 +33,7 @@ class ExportedLayer:
     bytes: int  # stored
     why: str
     timed: dict[str, float] = field(default_factory=dict)  # seconds by form, at those rows on this machine
+    rounding: float | None = None  # of packed-int8: largest difference to the float layer, relative to the largest output
 
     @property
     def shape(self) -> str:
@@ -53,6 +54,7 @@ class Exported:
         slimmed: the places where features were removed, so that layers are narrower than the model's.
         remark: why no features could be removed; "" if they could.
         error: largest difference to the model's outputs on the example, relative to the largest output.
+        scores: what `evaluate` gave for the model and for the copy; None without it.
     """
 
     model: nn.Module
@@ -60,11 +62,14 @@ class Exported:
     slimmed: tuple[Slimmed, ...]
     remark: str
     error: float
+    scores: tuple[float, float] | None = None
 
     def manifest(self) -> dict[str, Any]:
         """The forms of all layers and what was removed, as plain values."""
         layers, slimmed = [asdict(layer) for layer in self.layers], [asdict(each) for each in self.slimmed]
-        return {"version": 1, "error": self.error, "layers": layers, "slimmed": slimmed, "remark": self.remark}
+        scores = None if self.scores is None else dict(zip(("model", "exported"), self.scores, strict=True))
+        record = {"version": 1, "error": self.error, "layers": layers, "slimmed": slimmed, "remark": self.remark}
+        return {**record, "scores": scores}
 
     def save(self, folder: str | Path) -> Path:
         """Write the model (see `save_pretrained`) and manifest.json into a folder.
@@ -99,6 +104,10 @@ class Exported:
         lines += map(_removed, slimmed)
         lines += [self.remark] if self.remark else []
         lines += [f"largest difference to the model: {self.error:.1e} of the largest output"]
+        if rounded := [layer.rounding for layer in self.layers if layer.rounding is not None]:
+            lines += [f"int8 layers: each differs from its float layer by at most {max(rounded):.1e} of its largest output"]
+        if self.scores is not None:
+            lines += ["evaluated: {:.6g} for the model, {:.6g} for the copy".format(*self.scores)]
         return "\n".join([*lines, *hint])
 
 

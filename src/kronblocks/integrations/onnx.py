@@ -22,6 +22,7 @@ from kronblocks.deploy.exporting import export
 from kronblocks.deploy.outputs import arguments, call, difference, tensors
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.nn.quantized_block_linear import QuantizedBlockLinear
 from kronblocks.surgery.replace import replace_
 
 OnnxForm = Literal["dense", "factored"]
@@ -89,6 +90,8 @@ def save_onnx(
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise KronblocksError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    if any(isinstance(module, QuantizedBlockLinear) for module in model.modules()):
+        raise KronblocksError("ONNX has no product for int8 blocks: give the model that it was exported from, with float values")
     plain = _plain(model, example, form)
     args, kwargs = arguments(example)
     inputs = [*args, *kwargs.values()]

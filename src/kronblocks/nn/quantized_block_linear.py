@@ -48,6 +48,7 @@ class QuantizedBlockLinear(WholeWeights):
     block_mask: Tensor
 
     kind = "QuantizedBlockLinear"
+    active_plan = "packed-int8"
 
     def __init__(
         self,

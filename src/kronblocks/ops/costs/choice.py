@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from kronblocks.ops import backends
 from kronblocks.ops.costs.counts import Cost, cost, estimated_seconds
-from kronblocks.ops.costs.timing import REFERENCE, affordable
+from kronblocks.ops.costs.timing import INT8, REFERENCE, affordable, measure_int8
 from kronblocks.ops.costs.timing_cache import Tables, timings
 from kronblocks.ops.plans import possible_plans
 from kronblocks.ops.problem import Problem
@@ -71,7 +71,7 @@ def choose_plan(problem: Problem, *, measure: bool = False) -> PlanChoice:
 VALUES = "values"
 """The form of a finished factored layer whose live blocks are stored as free values, for packed products."""
 
-_DEPLOY_GAIN = 1.05  # a block-sparse form is used only if it is this many times as fast as a plain weight
+_DEPLOY_GAIN = 1.05  # a block-sparse form is used only if it is this many times as fast as a plain weight, and int8 as all others
 _FEW_ROWS, _FEW_ROWS_GAIN = 4, 1.25  # for up to so few rows, whose timings depend on the caches, this many times
 
 
@@ -81,7 +81,7 @@ class DeployedForm:
 
     Args:
         form: a plan that computes from what the layer stores. "values": compute free values of the live blocks from the
-            factors. "dense": a plain `nn.Linear`, whose weight is built only once.
+            factors. "dense": a plain `nn.Linear`, whose weight is built only once. "packed-int8": live blocks as int8.
         timed: seconds by form; empty if nothing could be timed.
     """
 
@@ -94,15 +94,32 @@ class DeployedForm:
         return self.timed.get(self.form, math.nan)
 
 
-def choose_deployed(problem: Problem) -> DeployedForm:
-    """The form in which to store a finished layer, by timings of this machine for inference."""
+def choose_deployed(problem: Problem, *, int8: bool = False) -> DeployedForm:
+    """The form in which to store a finished layer, by timings of this machine for inference.
+
+    Args:
+        problem: the layer's product.
+        int8: live blocks may become int8.
+    """
     timed = _deployed_forms(problem)
+    if int8 and "dense" in timed:
+        free = dataclasses.replace(problem, rank=None, tile_groups=1, gate=False, training=False)
+        seconds = measure_int8(free)
+        timed[INT8] = seconds[INT8] * timed["dense"] / seconds[REFERENCE]  # measured at another time: what counts is the ratio
+    chosen = _fastest({form: seconds for form, seconds in timed.items() if form != INT8}, problem.rows)
+    if INT8 in timed and timed[INT8] * _DEPLOY_GAIN < timed.get(chosen, math.inf):
+        chosen = INT8
+    return DeployedForm(chosen, timed)
+
+
+def _fastest(timed: Mapping[str, float], rows: int) -> str:
+    """The fastest of the forms that change no number; "dense" unless another one is clearly faster."""
     sparse = {form: seconds for form, seconds in timed.items() if form != "dense"}
     if not sparse or "dense" not in timed:
-        return DeployedForm("dense", timed)
+        return "dense"
     best = min(sparse, key=sparse.__getitem__)
-    gain = _FEW_ROWS_GAIN if problem.rows <= _FEW_ROWS else _DEPLOY_GAIN
-    return DeployedForm(best if sparse[best] * gain < timed["dense"] else "dense", timed)
+    gain = _FEW_ROWS_GAIN if rows <= _FEW_ROWS else _DEPLOY_GAIN
+    return best if sparse[best] * gain < timed["dense"] else "dense"
 
 
 def _deployed_forms(problem: Problem) -> dict[str, float]:

@@ -20,11 +20,15 @@ from kronblocks.ops.costs.counts import estimated_seconds, intermediate_bytes
 from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.kron import kron_linear
 from kronblocks.ops.packed import packed_linear
+from kronblocks.ops.packed_int8 import packed_linear_int8, quantized_blocks
 from kronblocks.ops.plans import PLANS, possible_plans
 from kronblocks.ops.problem import Problem
 
 REFERENCE = "F.linear"
 """The name of the plain dense layer of the same sizes, among the plans."""
+
+INT8 = "packed-int8"
+"""The name of the product with int8 values on live blocks, beside the plans: it is only for finished layers."""
 
 BUDGET = 0.15
 """Seconds after which a measurement ends, once every plan still in the running has had three turns."""
@@ -74,6 +78,19 @@ def measure(problem: Problem) -> dict[str, float]:
     with _plain(few):
         calls = 1 if few.device == "cpu" else _MOST_CALLS
         seconds = _interleaved(_runs(few), _synchronizer(few.device), calls)
+    return {name: value * max(1, problem.rows) / few.rows for name, value in seconds.items()}
+
+
+def measure_int8(problem: Problem) -> dict[str, float]:
+    """Time an inference with int8 values (`INT8`), and `F.linear` in turns with it, as `measure` does.
+
+    Args:
+        problem: of free values and for inference.
+    """
+    few = dataclasses.replace(problem, rows=measured_rows(problem), training=False)
+    with _plain(few):
+        calls = 1 if few.device == "cpu" else _MOST_CALLS
+        seconds = _interleaved(_runs(few, int8=True), _synchronizer(few.device), calls)
     return {name: value * max(1, problem.rows) / few.rows for name, value in seconds.items()}
 
 
@@ -130,8 +147,8 @@ def _synchronizer(device: str) -> Callable[[], None]:
     return (lambda: None) if device == "cpu" else (lambda: torch.accelerator.synchronize(torch.device(device)))
 
 
-def _runs(problem: Problem) -> Runs:
-    """One step of every candidate, ready to be called."""
+def _runs(problem: Problem, *, int8: bool = False) -> Runs:
+    """One step of every candidate, or of the product with int8 values, ready to be called."""
     grid, ((m1, n1), (bm, bn)) = problem.grid, (problem.grid.shape, problem.grid.block)
     generator = torch.Generator(problem.device).manual_seed(0)
 
@@ -168,6 +185,9 @@ def _runs(problem: Problem) -> Runs:
         return lambda: torch.autograd.grad(function(*operands), wanted, dy)
 
     runs = {REFERENCE: step(dense, random(grid.out_features, grid.in_features))}
+    if int8:
+        values, scales = quantized_blocks(random(live, bm, bn), index.row, m1)
+        return runs | {INT8: lambda: packed_linear_int8(x, values, scales, index, bias)}
     if problem.rank is None:
         values = random(live, bm, bn)
         functions: dict[str, Callable[..., Tensor]] = {"packed": packed, "dense": unpacked}
