@@ -62,7 +62,7 @@ def test_every_block_layer_and_what_is_said(tmp_path):
     assert 0 < rounding[0] < 0.05
     assert 0 < exported.error <= 2 * sum(rounding)
     text = str(exported)
-    assert f"at most {max(rounding):.1e} of its largest output" in text
+    assert f"at most {max(rounding):.1e} of a layer's largest output" in text
     assert exported.scores is not None and exported.scores == (mean_square(model).item(), mean_square(exported.model).item())
     assert f"evaluated: {exported.scores[0]:.6g} for the model" in text
     manifest = json.loads((exported.save(tmp_path / "out") / "manifest.json").read_text())

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from kronblocks import BlockSparseLinear, KronblocksError, densify_, sparsify_
+from kronblocks import BlockSparseLinear, KronblocksError, densify_, export, sparsify_
 from kronblocks.nn.base import BlockLayer
 
 WRAPPERS = "wrappers"
@@ -199,15 +199,15 @@ def pickled() -> None:
     trial.train(optimizer)
 
 
-@limited(
-    WRAPPERS, "quantize_dynamic", "quantises dense layers; block layers stay as they are (`densify_` first to quantise them)"
-)
+@limited(WRAPPERS, "quantize_dynamic", "quantises dense layers; block layers stay as they are: `export(..., form='packed-int8')`")
 def quantised() -> None:
     model = nn.Sequential(*trained().model, nn.ReLU(), nn.Linear(16, 4))
     quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     assert isinstance(quantized[0], BlockLayer) and not isinstance(quantized[4], nn.Linear)
     x = batch()[0]
     assert (quantized(x) - model(x)).norm() < 0.05 * model(x).norm()
+    small = export(model, x, form="packed-int8").model
+    assert (small(x) - model(x)).norm() < 0.05 * model(x).norm()
     densify_(model)
     whole = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     assert (whole(x) - model(x)).norm() < 0.05 * model(x).norm()

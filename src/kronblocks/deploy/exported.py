@@ -105,7 +105,7 @@ class Exported:
         lines += [self.remark] if self.remark else []
         lines += [f"largest difference to the model: {self.error:.1e} of the largest output"]
         if rounded := [layer.rounding for layer in self.layers if layer.rounding is not None]:
-            lines += [f"int8 layers: each differs from its float layer by at most {max(rounded):.1e} of its largest output"]
+            lines += [f"int8 layers, by rounding: at most {max(rounded):.1e} of a layer's largest output"]
         if self.scores is not None:
             lines += ["evaluated: {:.6g} for the model, {:.6g} for the copy".format(*self.scores)]
         return "\n".join([*lines, *hint])

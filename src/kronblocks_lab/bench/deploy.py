@@ -131,6 +131,8 @@ def measure_rows(settings: DeploySettings, rows: int, progress: Callable[[str], 
         exported = export(model, x)
         name = f"exported, {settings.sparsity:.0%} zeros, {block}x{block}"
         add(name, exported.model, _forms(exported), exact, _bytes(exported.model), _TOLERANCE)
+        small = export(model, x, form="packed-int8")
+        add(f"{name}, int8", small.model, _forms(small), exact, _bytes(small.model), 0.5)
     progress(f"{rows:,} rows, timing")
     times = measure(cases, settings.budget, seed=rows)
     return [{**row, **times[name].row(times[DENSE])} for name, row in found.items()]
