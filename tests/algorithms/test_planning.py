@@ -14,10 +14,12 @@ from tests.processes import code
 from torch import nn
 
 from kronblocks import KronblocksError, ScheduleConfig, SparsityConfig, parameter_groups, sparsify_
+from kronblocks.nn.unfolded import UnfoldedConv
 from kronblocks.ops import Problem
 from kronblocks.ops.costs import timing, timing_cache
 from kronblocks.ops.costs.timing import REFERENCE
 from kronblocks.ops.costs.timing_cache import forget_timings
+from kronblocks.ops.geometry import ConvGeometry, Convolution
 from kronblocks.ops.plans import possible_plans
 
 STEPS = 40
@@ -120,6 +122,36 @@ def test_tokens_keywords_and_autocast(clock):
     optimizer.step()
     (problem,) = clock.calls
     assert (problem.rows, problem.dtype) == (24, torch.bfloat16)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_in_convolutions_are_timed_as_convolutions(compiled, clock, monkeypatch):
+    """Of the images that come, which the look at them does not unfold; the state remembers them."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, (1, 3), stride=2, padding=(0, 1)))
+    settings = SparsityConfig(method="static", block_size=4, target_sparsity=0.5, convolutions=True)
+    sparsifier = sparsify_(model, settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer, total_steps=STEPS)
+    monkeypatch.setattr(UnfoldedConv, "_multiply_patches", lambda *_: pytest.fail("rows of patches are copied"))
+    for layer in (model[0].linear, model[2].linear):
+        layer.use_plan_("dense" if layer is model[2].linear else "packed")  # with stride 2 packed products need patches
+    forward = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    forward(torch.randn(3, 4, 9, 12)).square().mean().backward()
+    optimizer.step()
+    wanted = [
+        Convolution(ConvGeometry(3, 3), (1, 1), (7, 10)),
+        Convolution(ConvGeometry(1, 3, 0, 0, 1, 1), (2, 2), (4, 5)),
+    ]
+    assert [(p.convolution, p.rows, p.images, p.input_grad) for p in clock.calls] == [
+        (wanted[0], 3 * 70, 3, False),
+        (wanted[1], 3 * 20, 3, True),
+    ]
+    assert [model[0].linear.convolution, model[2].linear.convolution] == wanted
+    traffic = sparsifier.state_dict()["planner"]["traffic"]
+    assert [each[3] for each in traffic.values()] == [(7, 10), (4, 5)]
+    torch.compiler.reset()
 
 
 def test_rows_of_the_config_come_first(clock):

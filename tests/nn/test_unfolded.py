@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from kronblocks import BlockSparseLinear, KronblocksError, KroneckerBlockLinear
+from kronblocks.nn.bsr_linear import BsrLinear
+from kronblocks.nn.quantized_block_linear import QuantizedBlockLinear
 from kronblocks.nn.unfolded import Transposed, UnfoldedConv, unfolded
 
 CONVS = {
@@ -115,6 +117,21 @@ def test_patches_are_copied_only_where_somebody_needs_rows(kind, monkeypatch):
     handle.remove()
     new.linear.forward = lambda rows: 2 * rows @ new.linear.weight.T
     assert not torch.allclose(new(x), expected) and len(copied) == 2
+
+
+@pytest.mark.parametrize("make", [BsrLinear.from_block_sparse, QuantizedBlockLinear.from_packed])
+def test_layers_for_inference_get_rows(make):
+    conv = nn.Conv2d(4, 8, 3, padding=1)
+    new = UnfoldedConv(conv)
+    layer = BlockSparseLinear.from_dense(new.linear, block_size=2, mask=torch.rand(4, 18) < 0.5)
+    new.linear = layer
+    x = torch.randn(2, 4, 5, 6)
+    expected = new(x).detach()
+    new.linear = make(layer)
+    called: list[int] = []
+    forward = new.linear.forward
+    new.linear.forward = lambda rows: called.append(1) or forward(rows)
+    assert (new(x) - expected).abs().max() < 0.02 * expected.abs().max() and called  # int8: a part in 127 of the largest
 
 
 def test_they_follow_their_mask_in_compiled_code():

@@ -12,6 +12,7 @@ from kronblocks.ops.backends import native, triton
 from kronblocks.ops.backends import torch as torch_backend
 from kronblocks.ops.costs.choice import choose_plan
 from kronblocks.ops.costs.counts import cost, estimated_seconds, intermediate_bytes
+from kronblocks.ops.geometry import ConvGeometry, Convolution
 from kronblocks.ops.kron import kron_linear
 from kronblocks.ops.plans import PLAN_NAMES, PLANS, check_plan, possible_plans
 from kronblocks.ops.problem import Problem
@@ -273,3 +274,15 @@ def test_plans_that_pass():
         check_plan(plan, 3)
     for plan in ("auto", "dense", "packed"):
         check_plan(plan, None)
+
+
+def test_convolutions_move_images_and_not_patches_where_they_read_in_place():
+    around = Convolution(ConvGeometry(3, 3, 1, 1, 1, 1), size=(7, 7))
+    p = Problem(BlockGrid(32, 9 * 16, BlockSize(8, 16)), None, rows=2 * 49, density=0.5, convolution=around)
+    image = 2 * 16 * 49 * 4
+    assert cost(p, "packed").saved_bytes == cost(p, "dense").saved_bytes - 32 * 9 * 16 * 4 == image
+    strided = dataclasses.replace(p, convolution=around._replace(stride=(2, 2)))
+    assert cost(strided, "packed").saved_bytes == 9 * image
+    assert cost(strided, "packed").moved_bytes > cost(p, "packed").moved_bytes + 2 * 9 * image
+    assert cost(dataclasses.replace(p, convolution=None), "packed").macs == cost(p, "packed").macs
+    assert estimated_seconds(p, "packed") < estimated_seconds(strided, "packed")

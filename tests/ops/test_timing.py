@@ -11,11 +11,16 @@ from torch import nn
 from kronblocks.ops import BlockGrid, BlockSize, Problem
 from kronblocks.ops.costs import timing
 from kronblocks.ops.costs.counts import estimated_seconds, intermediate_bytes
-from kronblocks.ops.costs.timing import REFERENCE, affordable, candidates, measure, measured_rows
+from kronblocks.ops.costs.timing import REFERENCE, affordable, as_measured, candidates, measure, measured_rows
+from kronblocks.ops.geometry import ConvGeometry, Convolution
 from kronblocks.ops.plans import possible_plans
 
 META = torch.device("meta")
 PROBLEM = Problem(BlockGrid(24, 32, BlockSize(4, 8)), rank=2, tile_groups=3, rows=10, density=0.5)
+IN_CONVOLUTIONS = {  # of 8 channels, and 5 images
+    "2x2": Convolution(ConvGeometry(2, 2, 1, 0, 0, 1), (1, 1), (2, 1)),
+    "stride": Convolution(ConvGeometry(4, 1, 1, 1, 0, 0, 2, 1), (2, 3), (1, 2)),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +55,36 @@ def test_all_plans_are_given_the_same_product(rank, monkeypatch):
         outputs += [y] if name != REFERENCE else []
     for y in outputs[1:]:
         torch.testing.assert_close(y, outputs[0], rtol=1e-10, atol=1e-10)  # float64 sums in another order
+
+
+@pytest.mark.parametrize("name", IN_CONVOLUTIONS)
+@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.usefixtures("all_plans")
+def test_and_the_same_convolution(rank, name):
+    around, outputs = IN_CONVOLUTIONS[name], []
+    problem = dataclasses.replace(PROBLEM, rank=rank, training=False, dtype=torch.float64, convolution=around)
+    for plan, run in timing._runs(problem).items():
+        y = run()
+        assert isinstance(y, torch.Tensor) and y.shape == (5, 24, *around._known_size)
+        outputs += [y] if plan != REFERENCE else []
+    assert len(outputs) == len(possible_plans(rank))
+    for y in outputs[1:]:
+        torch.testing.assert_close(y, outputs[0], rtol=1e-10, atol=1e-10)  # float64 sums in another order
+    found = measure(dataclasses.replace(problem, training=True))
+    assert found.keys() == {REFERENCE, *possible_plans(rank)}
+
+
+def test_few_images_stand_for_many_and_a_part_for_a_large_one():
+    def measured(rows: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+        around = Convolution(ConvGeometry(1, 1), size=size)
+        few = as_measured(Problem(BlockGrid(64, 64, BlockSize(4, 4)), None, rows=rows, convolution=around))
+        assert few.convolution is not None
+        return few.rows, few.convolution._known_size
+
+    assert measured(8 * 49, (7, 7)) == (8 * 49, (7, 7))
+    assert measured(64 * 900, (30, 30)) == (4 * 900, (30, 30))
+    assert measured(8 * 10_000, (100, 100)) == (10_000, (100, 100))
+    assert measured(8 * 1_000_000, (1000, 1000)) == (16_000, (16, 1000))
 
 
 @pytest.mark.parametrize("input_grad", [True, False])

@@ -19,6 +19,7 @@ from kronblocks import (
     sparsify_,
 )
 from kronblocks.algorithms.training.report import count_blocks
+from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.unfolded import UnfoldedConv
 from kronblocks.surgery import apply_structure_, structure
 
@@ -111,6 +112,10 @@ def test_saved_loaded_exported_and_given_back(tmp_path):
             assert exported.error < 1e-5
             if form == "dense":
                 assert [type(m) for m in exported.model.modules()] == [type(m) for m in resnet().modules()]
+            around = {n: m.convolution for n, m in exported.model.named_modules() if isinstance(m, BlockLayer)}
+            if form == "packed":
+                assert around["2.conv1.linear"].size == (12, 12) and around["3.conv1.linear"].size == (6, 6)
+                assert around["6"] is None
         names = densify_(model)
         assert "2.conv1.linear" in names and isinstance(model[2].conv1, nn.Conv2d)
         assert resnet().state_dict().keys() == model.state_dict().keys()

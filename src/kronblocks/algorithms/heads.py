@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kronblocks.core.errors import KronblocksError
-from kronblocks.core.hooks import OwnHook
+from kronblocks.core.hooks import Onlooker, OwnHook
 from kronblocks.core.processes import broadcast_
 
 Source = Literal["named", "traced", "called last", "defined last"]
@@ -74,7 +74,7 @@ def _is_training(module: nn.Module) -> bool:
     return module.training and torch.is_grad_enabled() and not in_backward
 
 
-class _Arrival:
+class _Arrival(Onlooker):
     """The pre-hook of a layer with weights."""
 
     def __init__(self, trace: _Trace) -> None:
@@ -90,7 +90,7 @@ class _Arrival:
             self._trace.arrives(_tensors((*args, *kwargs.values())))
 
 
-class _Leaving:
+class _Leaving(Onlooker):
     """The forward hook of a target."""
 
     def __init__(self, trace: _Trace, name: str) -> None:

@@ -19,28 +19,44 @@ def rows_of(x: Tensor) -> int:
     return x.numel() // max(1, x.size(-1))
 
 
+class Onlooker:
+    """A forward hook or pre-hook that needs no numbers, only shapes, dtypes and places in the graph of autograd.
+
+    A convolution that does not copy the rows of its linear layer gives such hooks other tensors. Pre-hooks, called with keyword
+    arguments, get one feature of as many rows; hooks get the convolution's result. All other hooks make it copy rows.
+    """
+
+    def __call__(self, *args: Any) -> None:
+        raise NotImplementedError
+
+
+class _NotesRows(Onlooker):
+    def __init__(self, calls: list[tuple[int, ...]]) -> None:
+        self._calls = calls
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        x = forward_input(args, kwargs)
+        self._calls.append((rows_of(x),) if x.is_nested else tuple(x.shape[:-1]))
+
+
 @contextlib.contextmanager
-def rows_reaching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[int]]]:
+def rows_reaching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[int, ...]]]]:
     """Record how many rows each call of a layer gets, while the context is open.
 
     Yields:
-        A list for each name in `layers`. Every call of the layer appends its number of rows.
+        A list for each name in `layers`. Every call of the layer appends its input's shape, without the features.
 
     >>> import torch
     >>> layer = nn.Linear(4, 2)
     >>> with rows_reaching({"head": layer}) as rows:
     ...     _ = layer(torch.zeros(3, 5, 4)), layer(torch.zeros(7, 4))
     >>> rows
-    {'head': [15, 7]}
+    {'head': [(3, 5), (7,)]}
     """
-    rows: dict[str, list[int]] = {name: [] for name in layers}
-
-    def watch(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: rows[name].append(rows_of(forward_input(args, kwargs)))
-
+    rows: dict[str, list[tuple[int, ...]]] = {name: [] for name in layers}
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_pre_hook(_NotesRows(rows[name]), with_kwargs=True).remove)
         yield rows
 
 

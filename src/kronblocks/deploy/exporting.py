@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -110,7 +111,7 @@ def export(
         call(new, example)
     floats: dict[str, BlockSparseLinear] = {}
     wanted = _Wanted(form, precision == "int8")
-    layers = [_export_layer(new, name, calls[-1] if calls else 0, wanted, floats) for name, calls in rows.items()]
+    layers = [_export_layer(new, name, calls[-1] if calls else (0,), wanted, floats) for name, calls in rows.items()]
     with checked_rounding(new, floats) as rounding:
         error = difference(list(tensors(call(new, example))), expected)
     layers = tuple(dataclasses.replace(layer, rounding=rounding.get(layer.name)) for layer in layers)
@@ -192,10 +193,14 @@ def _is_factored(form: str) -> bool:
 
 
 @torch.no_grad()
-def _export_layer(model: nn.Module, name: str, rows: int, wanted: _Wanted, floats: dict[str, BlockSparseLinear]) -> ExportedLayer:
+def _export_layer(
+    model: nn.Module, name: str, seen: tuple[int, ...], wanted: _Wanted, floats: dict[str, BlockSparseLinear]
+) -> ExportedLayer:
     """Replace a layer; `floats` gets the float layer of one with int8 values."""
-    old = model.get_submodule(name)
+    old, rows = model.get_submodule(name), math.prod(seen)
     assert isinstance(old, BlockLayer)
+    if old.convolution is not None and len(seen) == 3:
+        old.convolution = old.convolution._replace(size=(seen[1], seen[2]))
     around = model.get_submodule(name.rpartition(".")[0])
     if isinstance(around, UnfoldedConv):  # int8 values multiply copies of patches, whose time is not known
         wanted = wanted._replace(int8=False)

@@ -14,6 +14,7 @@ from kronblocks.core.shards import is_sharded
 from kronblocks.nn.built import is_transformed, weight_of
 from kronblocks.nn.loading import WholeWeights
 from kronblocks.ops.costs.choice import PlanChoice, choose_plan
+from kronblocks.ops.geometry import Convolution
 from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.pattern import Pattern
 from kronblocks.ops.plans import PLANS, check_plan
@@ -29,6 +30,7 @@ class BlockLayer(WholeWeights):
 
     kind: str  # the class's name, since fully_shard makes another class of it
     block_mask: Tensor  # (m1, n1) bool, True = live
+    convolution: Convolution | None = None  # that the layer is inside of; `rows` are its patches
 
     def __init__(self, grid: BlockGrid, rank: int | None, tile_groups: int, plan: str, device) -> None:
         super().__init__()
@@ -49,7 +51,10 @@ class BlockLayer(WholeWeights):
         density = 1.0 if self.block_mask.is_meta else self.density
         rows, device = rows or self.rows, weight.device.type
         gate = getattr(self, "gate", None) is not None
-        return Problem(self.grid, self.rank, self.tile_groups, rows, density, weight.dtype, device, training, input_grad, gate)
+        around = self.convolution if self.convolution is not None and self.convolution.size is not None else None
+        return Problem(
+            self.grid, self.rank, self.tile_groups, rows, density, weight.dtype, device, training, input_grad, gate, around
+        )
 
     def choose_plan_(self, rows: int | None = None, *, measure: bool = False) -> PlanChoice:
         """Choose the plan again for the present density and number of rows, if the user wrote "auto".

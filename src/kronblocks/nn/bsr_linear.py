@@ -33,6 +33,8 @@ class BsrLinear(WholeWeights):
     values: Tensor
     bias: Tensor | None
 
+    active_plan = "packed"  # not by a dense weight: a convolution gives it rows
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape

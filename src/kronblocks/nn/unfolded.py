@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from kronblocks.core.errors import KronblocksError
+from kronblocks.core.hooks import Onlooker
+from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
 from kronblocks.nn.built import rearranged
 from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.loading import WholeWeights
-from kronblocks.ops.convolution import ConvGeometry, packed_conv2d
+from kronblocks.ops.convolution import packed_convolution
+from kronblocks.ops.geometry import ConvGeometry, Convolution
 from kronblocks.ops.operands import check_tensor
 
 
@@ -118,7 +121,7 @@ class UnfoldedConv(Unfolded):
 
     def _kernel(self, weight: Tensor) -> Tensor:
         """Rearrange a weight of `linear` to (out_channels, in_channels, kh, kw)."""
-        return weight.unflatten(1, (*self.kernel_size, self.in_channels)).permute(0, 3, 1, 2).contiguous()
+        return self.convolution.kernel(weight)
 
     def forward(self, input: Tensor) -> Tensor:
         check_tensor(input)
@@ -126,41 +129,47 @@ class UnfoldedConv(Unfolded):
         batched = x.dim() == 4
         x = x if batched else x.unsqueeze(0)
         y = self._convolved(x)
+        y = self._multiply_patches(x) if y is None else y
         y = y if batched else y.squeeze(0)
         return y.squeeze(-2) if self.one_dimensional else y
 
-    def _convolved(self, x: Tensor) -> Tensor:
-        if self._is_watched():
-            return self._multiply_patches(x)
-        if getattr(self.linear, "active_plan", "dense") == "dense":
-            return self._convolve(x)
-        y = self._convolve_packed(x)
-        return self._multiply_patches(x) if y is None else y
-
-    def _is_watched(self) -> bool:
-        """Whether hooks on the linear layer need its rows."""
-        return bool(self.linear._forward_hooks or self.linear._forward_pre_hooks)
-
-    def _convolve_packed(self, x: Tensor) -> Tensor | None:
-        """Convolve with the live blocks, in place; None if the linear layer has to be called."""
-        one_by_one = self.kernel_size == (1, 1)
-        if not isinstance(x, Tensor) or not (one_by_one or self.stride == (1, 1)) or not _computes_itself(self.linear):
+    def _convolved(self, x: Tensor) -> Tensor | None:
+        """Convolve without rows for the linear layer; None if it has to be called, since it or a hook needs them."""
+        linear = self.linear
+        before, after = linear._forward_pre_hooks.values(), linear._forward_hooks.values()
+        if not all(isinstance(hook, Onlooker) for hook in (*before, *after)):
             return None
-        found = self.linear.packed_operands()
-        if found is None:
+        dense = getattr(linear, "active_plan", "dense") == "dense"
+        packs = not dense and self.convolution.reads_in_place and _computes_itself(linear) and isinstance(x, Tensor)
+        operands = linear.packed_operands() if packs else None
+        if not dense and operands is None:
             return None
-        images, margins = x, self._margins()
-        if one_by_one and self.stride != (1, 1):
-            top, bottom, left, right = margins
-            images = nn.functional.pad(x, (left, right, top, bottom))[:, :, :: self.stride[0], :: self.stride[1]]
-            margins = 0, 0, 0, 0
-        values, index = found
-        y = packed_conv2d(images, values, index, self.linear.bias, ConvGeometry(*self.kernel_size, *margins, *self.dilation))
-        return _laid_out_as(x, y)
+        if before:
+            rows = x[:, :1, :1, :1].expand(-1, 1, *self.convolution.result(*x.shape[2:])).permute(0, 2, 3, 1)
+            for hook in before:
+                hook(linear, (rows,), {})
+        if operands is None:
+            y = self._convolve(x)
+        else:
+            y = _laid_out_as(x, packed_convolution(x, *operands, linear.bias, self.convolution))
+        for hook in after:
+            hook(linear, (), y)
+        return y
+
+    @property
+    def convolution(self) -> Convolution:
+        """What surrounds the linear layer."""
+        return Convolution(ConvGeometry(*self.kernel_size, *self._margins(), *self.dilation), self.stride)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "linear" and isinstance(value, BlockLayer):
+            value.convolution = getattr(self.linear, "convolution", None) or self.convolution
+        super().__setattr__(name, value)
 
     def _convolve(self, x: Tensor) -> Tensor:
         settings: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return nn.functional.conv2d(x, self._kernel(self.linear.weight), self.linear.bias, **settings)
+        weight = self.linear.dense_weight() if isinstance(self.linear, BlockLayer) else self.linear.weight
+        return nn.functional.conv2d(x, self._kernel(weight), self.linear.bias, **settings)
 
     def _multiply_patches(self, x: Tensor) -> Tensor:
         """Convolve over copied patches. The result has nn.Conv2d's memory layout (channels last if x is), so views work."""
@@ -168,13 +177,7 @@ class UnfoldedConv(Unfolded):
 
     def _patches(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, H', W', kh * kw * C)."""
-        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
-        top, bottom, left, right = self._margins()
-        x = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, left, right, top, bottom))
-        if (kh, kw) == (1, 1):
-            return x[:, ::sh, ::sw]
-        windows = x.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]  # (N, H', W', C, kh, kw)
-        return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+        return self.convolution.geometry.patches(x, self.stride)
 
     def _margins(self) -> tuple[int, int, int, int]:
         if self.padding == "valid":

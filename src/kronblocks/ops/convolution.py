@@ -8,66 +8,21 @@ CPU's kernels copy no patches. Elsewhere these operators multiply patches, which
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import fold, pad
+from torch.nn.functional import pad
 from torch.utils.flop_counter import register_flop_formula
 
 from kronblocks.core.errors import KronblocksError
 from kronblocks.ops import backends
+from kronblocks.ops.geometry import ConvGeometry, Convolution
 from kronblocks.ops.index import NO_INDEX_GRADIENTS, BlockIndex
 from kronblocks.ops.operands import autocast, check_product
 from kronblocks.ops.operator import Operator
+from kronblocks.ops.packed import packed_linear
 from kronblocks.ops.pattern import refresh_index
-
-
-class ConvGeometry(NamedTuple):
-    """A convolution of stride 1 apart from its images: kernel, rows and columns of zeros around images, dilation."""
-
-    kernel_height: int
-    kernel_width: int
-    top: int = 0
-    bottom: int = 0
-    left: int = 0
-    right: int = 0
-    dilation_height: int = 1
-    dilation_width: int = 1
-
-    def result(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the result for images of this size."""
-        return height - self._lost[0], width - self._lost[1]
-
-    def source(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the images that have results of this size."""
-        return height + self._lost[0], width + self._lost[1]
-
-    @property
-    def positions(self) -> int:
-        """Kernel positions."""
-        return self.kernel_height * self.kernel_width
-
-    @property
-    def _lost(self) -> tuple[int, int]:
-        reach = (self.kernel_height - 1) * self.dilation_height, (self.kernel_width - 1) * self.dilation_width
-        return reach[0] - self.top - self.bottom, reach[1] - self.left - self.right
-
-    def patches(self, x: Tensor) -> Tensor:
-        """(images, channels, H, W) -> (images, H', W', kh * kw * channels), copied."""
-        kh, kw, top, bottom, left, right, dh, dw = self
-        x = pad(x, (left, right, top, bottom)).permute(0, 2, 3, 1)
-        windows = x.unfold(1, dh * (kh - 1) + 1, 1).unfold(2, dw * (kw - 1) + 1, 1)[..., ::dh, ::dw]
-        return windows.permute(0, 1, 2, 4, 5, 3).flatten(3)  # from (images, H', W', channels, kh, kw)
-
-    def joined(self, patches: Tensor) -> Tensor:
-        """The transpose of `patches`: each number is added to where it was taken from."""
-        kh, kw, top, bottom, left, right, dh, dw = self
-        images, *size, columns = patches.shape
-        height, width = self.source(*size)
-        by_channel = patches.view(images, math.prod(size), kh * kw, columns // (kh * kw)).permute(0, 3, 2, 1).flatten(1, 2)
-        padded = fold(by_channel, (height + top + bottom, width + left + right), (kh, kw), dilation=(dh, dw))
-        return padded[:, :, top : top + height, left : left + width].clone(memory_format=torch.contiguous_format)
 
 
 def _packed_conv2d(
@@ -266,3 +221,15 @@ def packed_conv2d(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | N
         raise KronblocksError(f"images of {tuple(x.shape[2:])} are too small for {geometry}: add padding, or give larger ones")
     look = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return _conv(x, values, bias, *index, *geometry, look)
+
+
+def packed_convolution(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None, convolution: Convolution) -> Tensor:
+    """The same for every stride: other strides than 1 multiply patches, unless the kernel is 1x1."""
+    geometry = convolution.geometry
+    if not convolution.reads_in_place:
+        return convolution.over_patches(x, lambda rows: packed_linear(rows, values, index, bias))
+    if convolution.stride != (1, 1):
+        top, bottom, left, right = geometry.margins
+        x = pad(x, (left, right, top, bottom))[:, :, :: convolution.stride[0], :: convolution.stride[1]]
+        geometry = ConvGeometry(1, 1)
+    return packed_conv2d(x, values, index, bias, geometry)

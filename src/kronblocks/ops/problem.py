@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from kronblocks.core.blocks import BlockGrid
+from kronblocks.ops.geometry import Convolution
 
 ASSUMED_ROWS = 1024
 """Rows of x that `plan="auto"` assumes if the number is unknown."""
@@ -28,7 +29,7 @@ class ProductSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What the cost of a layer's product y = x W^T depends on."""
+    """What the cost of a layer's product y = x W^T depends on; in a convolution, that of the whole convolution."""
 
     grid: BlockGrid
     rank: int | None  # None: free block values instead of factors
@@ -40,11 +41,17 @@ class Problem:
     training: bool = True
     input_grad: bool = True  # False for the first layer of a net, whose input needs no gradient
     gate: bool = False  # a trained gate beside the factors
+    convolution: Convolution | None = None  # whose patches are the rows, with a known size
 
     @property
     def device_type(self) -> str:
         """ "cuda" of "cuda:1"."""
         return self.device.split(":")[0]
+
+    @property
+    def images(self) -> int:
+        """How many images the rows belong to, in a convolution."""
+        return 0 if self.convolution is None else max(1, self.rows // self.convolution.positions)
 
     @property
     def live_blocks(self) -> int:

@@ -100,8 +100,8 @@ class SearchTask:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         with rows_reaching(layers) as rows, _same_random_state(model), torch.enable_grad(), evaluating(model):
             self.losses(model, next(self.stream(seed)))  # without gradients, attention may bypass its layers
-        most = max((sum(calls) for calls in rows.values() if calls), default=1)
-        return {name: sum(calls) if calls else most for name, calls in rows.items()}
+        sums = {name: sum(map(math.prod, calls)) for name, calls in rows.items() if calls}
+        return {name: sums.get(name, max(sums.values(), default=1)) for name in rows}
 
     def optimizer(self, model: nn.Module, steps: int) -> tuple[AdamW, OneCycleLR]:
         """AdamW with the task's rates, and one cycle of these rates over this many steps."""

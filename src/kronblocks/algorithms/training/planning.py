@@ -68,7 +68,7 @@ class Planner:
     def watch(self, targets: Sequence[BlockTarget]) -> list[RemovableHandle]:
         """Hook the next training steps to note the layers' inputs; returns the hooks' handles."""
         for target in (target for target in targets if not target.is_plain):
-            watch = Watch()
+            watch = Watch(in_convolution=getattr(target.module, "convolution", None) is not None)
             handle = target.module.register_forward_pre_hook(watch, with_kwargs=True)
             self._watches[target.name] = (watch, handle)
         return [handle for _, handle in self._watches.values()]
@@ -122,9 +122,9 @@ class Planner:
     def _note_traffic(self, changes: int) -> None:
         """Read what the hooks noted. `changes` is the number of certain changes of compiled code."""
         for name, (watch, handle) in list(self._watches.items()):
-            if watch.seen is not None:
-                rows, input_grad, dtype = watch.seen
-                self.checked_traffic.setdefault(name, Traffic(int(rows), bool(input_grad), str(dtype).removeprefix("torch.")))
+            traffic = watch.traffic()
+            if traffic is not None:
+                self.checked_traffic.setdefault(name, traffic)
                 if watch.compiled and not self._compiled:
                     self._compiled = True
                     _warn_of_a_low_limit(self._changes + changes)
@@ -133,9 +133,12 @@ class Planner:
                 del self._watches[name]
 
     def _tell_rows(self, choosers: Sequence[_Chooser]) -> None:
-        """Tell the layers how many rows of x they get, since replaced layers choose a plan themselves."""
+        """Tell the layers how many rows of x they get, since replaced layers choose a plan themselves, and of what images."""
         for name, layer in choosers:
             layer.rows = self._rows_of(name) or layer.rows
+            traffic, around = self.checked_traffic.get(name), getattr(layer, "convolution", None)
+            if around is not None and traffic is not None and traffic.size is not None:
+                layer.convolution = around._replace(size=traffic.size)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _rows_of(self, name: str) -> int | None:
         traffic = self.checked_traffic.get(name)

@@ -21,7 +21,8 @@ wants_masks = True  # they scan it at every call; what they would gain without h
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _FULL_EFFICIENCY = {PACKED: 1.0, COEFF_FIRST: 0.8, TILE_FIRST: 0.6}  # measured on 2 CPU cores
-_WIDENED = 0.45  # float16, and bfloat16 with tiles first, are computed with in float32, beside a dense product in half the time
+_WIDENED = 0.45  # what is computed with in float32, beside a dense product of 16-bit numbers in half the time
+_CONVOLVED = 0.6  # packed blocks beside a dense convolution
 _LANES, _FEW_ROWS = 16, 4  # the packed kernels' vectors hold so many rows of x; kernels of their own take very few rows
 
 _operators = torch.ops.kronblocks
@@ -37,8 +38,9 @@ def serves(device: str, dtype: torch.dtype, *, warn: bool) -> bool:
 def efficiency(problem: Problem, plan: Plan) -> float:
     """Share of a dense product's rate, less where rows do not fill the packed kernels' vectors."""
     narrow = problem.dtype in (torch.bfloat16, torch.float16)
-    widened = narrow and (plan is TILE_FIRST or problem.dtype is torch.float16)
-    full = _FULL_EFFICIENCY[plan] * (_WIDENED if widened else 1.0)
+    convolved = plan is PACKED and problem.convolution is not None
+    widened = narrow and (plan is TILE_FIRST or convolved or problem.dtype is torch.float16)
+    full = _FULL_EFFICIENCY[plan] * (_WIDENED if widened else 1.0) * (_CONVOLVED if convolved else 1.0)
     if plan is not PACKED or (problem.rows <= _FEW_ROWS and not problem.training):
         return full
     return full * min(1.0, max(1, problem.rows) / _LANES)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kronblocks.ops import backends
-from kronblocks.ops.plans import DENSE, Plan, plan_named
+from kronblocks.ops.plans import DENSE, PACKED, Plan, plan_named
 from kronblocks.ops.precision import float32_products
 from kronblocks.ops.problem import Problem
 
@@ -52,10 +52,11 @@ def cost(problem: Problem, plan: str) -> Cost:
     way = plan_named(plan, problem.rank)
     stages = way.stages(problem.sizes)
     grid, rows, itemsize = problem.grid, problem.rows, problem.dtype.itemsize
-    ends = rows * (grid.in_features + grid.out_features)
+    inputs, copied = _inputs(problem, way)
+    ends = rows * (inputs + grid.out_features) + copied
     # blocks that were built are kept; W only for the dx of free values, since that of factors is built again
     keeps = way.keeps_blocks or (problem.rank is None and problem.input_grad)
-    saved = rows * grid.in_features + (stages.between if keeps else 0)
+    saved = rows * inputs + (stages.between if keeps else 0)
     parameters = _parameters(problem)
     between = intermediate_bytes(problem, plan) * _passes(way, problem.training)
     moved = (ends * (3 if problem.training else 1) + parameters) * itemsize + between
@@ -67,6 +68,17 @@ def cost(problem: Problem, plan: str) -> Cost:
         saved_bytes=saved * itemsize if problem.training else 0,
         moved_bytes=moved,
     )
+
+
+def _inputs(problem: Problem, plan: Plan) -> tuple[int, int]:
+    """How many inputs each row has of its own, and how many are copied first: in a convolution these are patches, or pixels."""
+    around, features = problem.convolution, problem.grid.in_features
+    if around is None:
+        return features, 0
+    if plan is DENSE or (plan is PACKED and around.reads_in_place):
+        height, width = around.image_size
+        return max(1, features // around.geometry.positions * height * width // around.positions), 0
+    return features, problem.rows * features
 
 
 _EINSUM_PASSES = 3  # over the intermediate at each use: an einsum reads it, and copies it into a matrix product's layout

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from kronblocks.ops.convolution import packed_convolution
 from kronblocks.ops.costs.counts import estimated_seconds, intermediate_bytes
 from kronblocks.ops.index import BlockIndex
-from kronblocks.ops.kron import kron_linear
+from kronblocks.ops.kron import kron_linear, kron_weight, packed_operands
 from kronblocks.ops.packed import packed_linear
 from kronblocks.ops.packed_int8 import packed_linear_int8, quantized_blocks
 from kronblocks.ops.plans import PLANS, possible_plans
 from kronblocks.ops.problem import Problem
 
 REFERENCE = "F.linear"
-"""The name of the plain dense layer of the same sizes, among the plans."""
+"""The name of the plain dense layer of the same sizes, among the plans; in a convolution, that of torch's convolution."""
 
 INT8 = "packed-int8"
 """The name of the product with int8 values on live blocks, beside the plans: it is only for finished layers."""
@@ -38,6 +39,7 @@ _MOST_BYTES = 2**31  # of an intermediate: larger ones would not fit beside a mo
 _LEAST_ROWS = 256  # rows that are timed
 _MOST_ROWS, _MOST_ROWS_ELSEWHERE = {"cpu": 4096}, 2**15  # more take longer in proportion, on a CPU; a GPU has to be filled
 _MOST_MACS, _MOST_MACS_ELSEWHERE = {"cpu": 2e9}, 1e12  # of one dense product, so that a turn takes tens of milliseconds
+_LARGE_IMAGE = 4  # times these rows: a larger image is cut
 _LEAST_TURNS, _TURNS_TOGETHER, _MOST_TURNS = 3, 9, 100
 _LONG = 0.03  # seconds: of a call that takes less, one turn decides nothing, since others may have used the cores
 _SHORT = 5e-3  # seconds: a call that takes less is repeated in its turn, so that it finds its operands in the caches
@@ -61,9 +63,20 @@ def candidates(problem: Problem) -> tuple[str, ...]:
 
 def measured_rows(problem: Problem) -> int:
     """How many rows are timed instead of the problem's number."""
+    return as_measured(problem).rows
+
+
+def as_measured(problem: Problem) -> Problem:
+    """What is timed instead of the problem: fewer rows; in a convolution, fewer whole images, or rows of a very large one."""
     most = _MOST_MACS.get(problem.device, _MOST_MACS_ELSEWHERE) / problem.grid.weights
-    rows = _MOST_ROWS.get(problem.device, _MOST_ROWS_ELSEWHERE)
-    return max(1, min(problem.rows, rows, max(_LEAST_ROWS, 2 ** int(most).bit_length())))
+    limit = min(_MOST_ROWS.get(problem.device, _MOST_ROWS_ELSEWHERE), max(_LEAST_ROWS, 2 ** int(most).bit_length()))
+    around = problem.convolution
+    if around is None or around.size is None:
+        return dataclasses.replace(problem, rows=max(1, min(problem.rows, limit)))
+    height, width = around.size
+    height = min(height, max(1, _LARGE_IMAGE * limit // width))
+    images = max(1, min(problem.images, limit // (height * width)))
+    return dataclasses.replace(problem, rows=images * height * width, convolution=around._replace(size=(height, width)))
 
 
 def measure(problem: Problem) -> dict[str, float]:
@@ -74,7 +87,7 @@ def measure(problem: Problem) -> dict[str, float]:
     Returns:
         Seconds per step for all of the problem's rows. A plan that ran out of the device's memory is missing.
     """
-    few = dataclasses.replace(problem, rows=measured_rows(problem))
+    few = as_measured(problem)
     with _plain(few):
         calls = 1 if few.device == "cpu" else _MOST_CALLS
         seconds = _interleaved(_runs(few), _synchronizer(few.device), calls)
@@ -107,7 +120,7 @@ def measure_together(problems: Sequence[Problem]) -> tuple[list[float], list[dic
         Seconds per step for all rows, turn by turn, of `F.linear` and of each problem's plans. A plan that ran out of the
         device's memory is missing.
     """
-    few = [dataclasses.replace(problem, rows=measured_rows(problem)) for problem in problems]
+    few = [as_measured(problem) for problem in problems]
     device, calls = few[0].device, 1 if few[0].device == "cpu" else _MOST_CALLS
     with _plain(few[0]):
         runs: dict[tuple[int, str], Callable[[], object]] = {}
@@ -160,22 +173,42 @@ def _runs(problem: Problem, *, int8: bool = False) -> Runs:
     mask[torch.randperm(grid.blocks, generator=generator, device=problem.device)[:live]] = True
     position, mask = mask.nonzero().squeeze(1), mask.view(m1, n1)
     index = BlockIndex.from_mask(mask)
-    x, dy, bias = random(problem.rows, grid.in_features), random(problem.rows, grid.out_features), random(grid.out_features)
+    rows, columns = (problem.rows, grid.in_features), (problem.rows, grid.out_features)
+    around = problem.convolution
+    if around is not None and around.size is not None:
+        rows = (problem.images, grid.in_features // around.geometry.positions, *around.image_size)
+        columns = (problem.images, grid.out_features, *around.size)
+    x, dy, bias = random(*rows), random(*columns), random(grid.out_features)
     x.requires_grad_(problem.training and problem.input_grad)
+    reference = random(grid.out_features, grid.in_features)
 
     def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return linear(x, weight, bias)
+        return linear(x, weight, bias) if around is None else around.convolve(x, weight, bias)
+
+    def with_weight(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return dense(x, weight if around is None else around.kernel(weight), bias)
+
+    def with_blocks(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor) -> Tensor:
+        return packed_linear(x, values, index, bias) if around is None else packed_convolution(x, values, index, bias, around)
 
     def factored(plan: str) -> Callable[..., Tensor]:
-        live = index if PLANS[plan].needs_live else mask
-        return lambda x, coeff, tiles, bias: kron_linear(x, coeff, tiles, bias, plan=plan, live=live)
+        if around is None:
+            live = index if PLANS[plan].needs_live else mask
+            return lambda x, coeff, tiles, bias: kron_linear(x, coeff, tiles, bias, plan=plan, live=live)
+        if PLANS[plan].is_factored:
+            return lambda x, coeff, tiles, bias: around.over_patches(
+                x, lambda rows: kron_linear(rows, coeff, tiles, bias, plan=plan, live=mask)
+            )
+        if PLANS[plan].needs_live:
+            return lambda x, coeff, tiles, bias: with_blocks(x, *packed_operands(coeff, tiles, index), bias)
+        return lambda x, coeff, tiles, bias: with_weight(x, kron_weight(coeff.masked_fill(~mask.unsqueeze(-1), 0), tiles), bias)
 
     def packed(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        return packed_linear(x, values, index, bias)
+        return with_blocks(x, values, index, bias)
 
     def unpacked(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         blocks = values.new_zeros(grid.blocks, bm, bn).index_copy(0, position, values)
-        return linear(x, grid.from_blocks(blocks.unflatten(0, (m1, n1))), bias)
+        return with_weight(x, grid.from_blocks(blocks.unflatten(0, (m1, n1))), bias)
 
     def step(function: Callable[..., Tensor], *weights: Tensor) -> Callable[[], object]:
         operands = (x, *(weight.detach().requires_grad_(problem.training) for weight in (*weights, bias)))
@@ -184,10 +217,14 @@ def _runs(problem: Problem, *, int8: bool = False) -> Runs:
         wanted = [each for each in operands if each.requires_grad]
         return lambda: torch.autograd.grad(function(*operands), wanted, dy)
 
-    runs = {REFERENCE: step(dense, random(grid.out_features, grid.in_features))}
+    runs = {REFERENCE: step(dense, reference if around is None else around.kernel(reference))}
     if int8:
         values, scales = quantized_blocks(random(live, bm, bn), index.row, m1)
-        return runs | {INT8: lambda: packed_linear_int8(x, values, scales, index, bias)}
+
+        def in_int8(rows: Tensor) -> Tensor:
+            return packed_linear_int8(rows, values, scales, index, bias)
+
+        return runs | {INT8: lambda: in_int8(x) if around is None else around.over_patches(x, in_int8)}
     if problem.rank is None:
         values = random(live, bm, bn)
         functions: dict[str, Callable[..., Tensor]] = {"packed": packed, "dense": unpacked}

@@ -16,7 +16,7 @@ import torch
 
 from kronblocks.core import cache as kept
 from kronblocks.ops.backends import backend_key
-from kronblocks.ops.costs.timing import REFERENCE, measure, measured_rows
+from kronblocks.ops.costs.timing import REFERENCE, as_measured, measure
 from kronblocks.ops.plans import PLAN_NAMES
 from kronblocks.ops.precision import float32_products
 from kronblocks.ops.problem import Problem
@@ -38,14 +38,14 @@ def timings(problem: Problem, record: Tables | None = None) -> dict[str, float]:
         problem: the layer's product.
         record: gets the tables that were used.
     """
-    rows, least = measured_rows(problem), 1 / problem.grid.blocks
+    measured, least = as_measured(problem), 1 / problem.grid.blocks
     density = min(1.0, max(problem.density, least))
     denser = 2.0 ** -math.floor(-math.log2(density))
     sparser = max(denser / 2, least)
     share = (density - sparser) / (denser - sparser) if sparser < denser else 1.0
 
     def table(density: float) -> dict[str, float]:
-        return _table(dataclasses.replace(problem, rows=rows, density=density, gate=False), record)
+        return _table(dataclasses.replace(measured, density=density, gate=False), record)
 
     if min(share, 1 - share) < 0.05:  # near one of the two: the other need not be measured
         times = dict(table(denser if share > 0.5 else sparser))
@@ -54,7 +54,7 @@ def timings(problem: Problem, record: Tables | None = None) -> dict[str, float]:
         # timed at one density only, since it was far too slow at the other: an upper bound, proportional or constant
         times = {name: value * density / sparser for name, value in few.items()} | many
         times |= {name: share * many[name] + (1 - share) * few[name] for name in many if name in few}
-    return {name: value * max(1, problem.rows) / rows for name, value in times.items()}
+    return {name: value * max(1, problem.rows) / measured.rows for name, value in times.items()}
 
 
 def load_tables(tables: Mapping[str, object]) -> None:
@@ -112,7 +112,8 @@ def _key(problem: Problem) -> str:
             "device": device,
             "training": problem.training,
             "input_grad": problem.input_grad,
-        },
+        }
+        | ({} if problem.convolution is None else {"convolution": problem.convolution.numbers()}),
         sort_keys=True,
     )
 
