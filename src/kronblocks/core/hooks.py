@@ -26,9 +26,6 @@ class Onlooker:
     arguments, get one feature of as many rows; hooks get the convolution's result. All other hooks make it copy rows.
     """
 
-    def __call__(self, *args: Any) -> None:
-        raise NotImplementedError
-
 
 class _NotesRows(Onlooker):
     def __init__(self, calls: list[tuple[int, ...]]) -> None:

@@ -135,7 +135,7 @@ class UnfoldedConv(Unfolded):
 
     def _convolved(self, x: Tensor) -> Tensor | None:
         """Convolve without rows for the linear layer; None if it has to be called, since it or a hook needs them."""
-        linear = self.linear
+        linear: Any = self.linear
         before, after = linear._forward_pre_hooks.values(), linear._forward_hooks.values()
         if not all(isinstance(hook, Onlooker) for hook in (*before, *after)):
             return None
@@ -151,7 +151,8 @@ class UnfoldedConv(Unfolded):
         if operands is None:
             y = self._convolve(x)
         else:
-            y = _laid_out_as(x, packed_convolution(x, *operands, linear.bias, self.convolution))
+            values, index = operands
+            y = _laid_out_as(x, packed_convolution(x, values, index, linear.bias, self.convolution))
         for hook in after:
             hook(linear, (), y)
         return y
@@ -169,7 +170,8 @@ class UnfoldedConv(Unfolded):
     def _convolve(self, x: Tensor) -> Tensor:
         settings: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         weight = self.linear.dense_weight() if isinstance(self.linear, BlockLayer) else self.linear.weight
-        return nn.functional.conv2d(x, self._kernel(weight), self.linear.bias, **settings)
+        bias: Any = self.linear.bias
+        return nn.functional.conv2d(x, self._kernel(weight), bias, **settings)
 
     def _multiply_patches(self, x: Tensor) -> Tensor:
         """Convolve over copied patches. The result has nn.Conv2d's memory layout (channels last if x is), so views work."""

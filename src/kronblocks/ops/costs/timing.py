@@ -196,9 +196,8 @@ def _runs(problem: Problem, *, int8: bool = False) -> Runs:
             live = index if PLANS[plan].needs_live else mask
             return lambda x, coeff, tiles, bias: kron_linear(x, coeff, tiles, bias, plan=plan, live=live)
         if PLANS[plan].is_factored:
-            return lambda x, coeff, tiles, bias: around.over_patches(
-                x, lambda rows: kron_linear(rows, coeff, tiles, bias, plan=plan, live=mask)
-            )
+            over = around.over_patches
+            return lambda x, *factors: over(x, lambda rows: kron_linear(rows, *factors, plan=plan, live=mask))
         if PLANS[plan].needs_live:
             return lambda x, coeff, tiles, bias: with_blocks(x, *packed_operands(coeff, tiles, index), bias)
         return lambda x, coeff, tiles, bias: with_weight(x, kron_weight(coeff.masked_fill(~mask.unsqueeze(-1), 0), tiles), bias)
