@@ -98,18 +98,20 @@ inline MixLists<Word> collect_pairs(const PairProblem& f, int per_group) {
   return lists;
 }
 
+constexpr std::size_t kPairTileBytes = 640 << 10;  // most of it is spreads, written once and read once
+
 // A tile of rows and its work memory; what is said of a piece's places holds as in Tile. V: vectors of floats in a piece, 2 or 4.
 template <int V>
 struct PairTile {
-  static constexpr int size = V * kLanes<float>;
+  static constexpr int n = kLanes<float>, size = V * n;
   const PairProblem& f;
   Pieces pieces;
   int per_group, rows;
   Word* panel;         // M: [piece][s / 2][size], pairs of sources
   Bf16* plain;         // M: [piece][s][size]
   Bf16* mixed;         // Q of one group: [o in group, i][running index]
-  Bf16* by_rows;       // Q or E of one o: [t][i, c]
-  Word* row_pairs;     // Q of one o: [t / 2][i, c]
+  Bf16* by_rows;       // Q of one group: [o in group][t][i, c]; E of one o: [t][i, c]
+  Word* row_pairs;     // Q of one group: [o in group][t / 2][i, c]
   Word* block_pairs;   // N of one o: [t / 2][a]
   float* sums;         // E of one o: [t][i, c]; N of one o: [t][a]
   Word* spreads;       // E: [piece][o, i / 2][size], pairs of terms
@@ -119,6 +121,8 @@ struct PairTile {
   std::int64_t plain_rows() const { return f.k.n1 | 1; }
   std::int64_t spread_rows() const { return (f.k.m1 * f.k.rank / 2) | 1; }
   std::ptrdiff_t length() const { return pieces.count() * size; }
+  // rows that the pieces have room for, and one more: an even number
+  std::int64_t all_rows() const { return (length() / f.k.bn + 2) / 2 * 2; }
 
   void pack(const Bf16* x, bool with_plain) {
     const std::int64_t step = f.k.n1 * f.k.bn, bn = f.k.bn, filled = std::int64_t(rows) * bn;
@@ -138,61 +142,158 @@ struct PairTile {
     if (with_plain) pack_pieces(pieces, rows, f.k.n1, plain_rows(), x, step, plain);
   }
 
-  void mix(const MixLists<Word>& lists, std::int64_t group) {
+  // vectors lie within the rows of pieces
+  bool whole_vectors() const { return size % f.k.bn == 0 && f.k.bn % n == 0; }
+
+  // where term k of a group (o in group, i) begins, with `each` numbers from one o to the next
+  std::ptrdiff_t term_place(int k, std::ptrdiff_t each) const {
+    const int rank = int(f.k.rank), bn = int(f.k.bn);
+    return k < rank ? k * bn : k / rank * each + k % rank * bn;
+  }
+
+  // sums of a group, kept by keep(piece, first of them)
+  template <class Keep>
+  void mixtures(const MixLists<Word>& lists, std::int64_t group, Keep keep) {
     for (std::int64_t piece = 0; piece < pieces.count(); ++piece)
       for (int first = 0; first < lists.width; first += lists.part)
         weighted_sums_of<Word, V, true>(std::min(lists.part, lists.width - first), lists, group, first, 1,
-                                        panel + piece * panel_rows() * size, size, mixed + first * length() + piece * size, length());
+                                        panel + piece * panel_rows() * size, size, keep(piece, first));
+  }
+
+  void mix(const MixLists<Word>& lists, std::int64_t group) {
+    mixtures(lists, group, [&](std::int64_t piece, int first) {
+      return keep_at<V>(mixed + first * length() + piece * size, length());
+    });
+  }
+
+  // Q of a group as by_rows, [o in group][t][i, c]
+  void mix_rows(const MixLists<Word>& lists, std::int64_t group) {
+    const int bn = int(f.k.bn), width = int(f.width()), rank = int(f.k.rank);
+    if (!whole_vectors()) {
+      mix(lists, group);
+      for (int k = 0; k < lists.width; ++k)
+        copy_rows(rows, bn, mixed + k * length(), bn, by_rows + (k / rank * all_rows() * rank + k % rank) * bn, width);
+      return;
+    }
+    std::ptrdiff_t places[V];  // of a piece's vectors
+    for (int v = 0; v < V; ++v) places[v] = std::ptrdiff_t(v * n / bn) * width + v * n % bn;
+    const std::ptrdiff_t piece_step = std::ptrdiff_t(size / bn) * width;
+    mixtures(lists, group, [&](std::int64_t piece, int first) {
+      return [=, &places, to = by_rows + piece * piece_step, each = all_rows() * width](int r, const Vec<float>* sums) {
+        Bf16* row = to + term_place(first + r, each);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) put(row + places[v], sums[v]);
+      };
+    });
+  }
+
+  // Q of a group as row_pairs, [o in group][t / 2][i, c]
+  void mix_row_pairs(const MixLists<Word>& lists, std::int64_t group) {
+    const int bn = int(f.k.bn), width = int(f.width()), rank = int(f.k.rank);
+    const std::int64_t all_pairs = all_rows() / 2;
+    if (!whole_vectors() || size % (2 * bn)) {
+      mix(lists, group);
+      for (int k = 0; k < lists.width; ++k)
+        for (int t = 0; t < rows; t += 2) {
+          const Bf16* from = mixed + k * length() + t * bn;
+          interleave(from, t + 1 < rows ? from + bn : nullptr, bn, row_pairs + (k / rank * all_pairs + t / 2) * width + k % rank * bn);
+        }
+      return;
+    }
+    const int apart = bn / n;  // vectors from a row to the next
+    const std::ptrdiff_t piece_step = std::ptrdiff_t(size / bn / 2) * width;
+    mixtures(lists, group, [&](std::int64_t piece, int first) {
+      return [=, to = row_pairs + piece * piece_step](int r, const Vec<float>* sums) {
+        Word* row = to + term_place(first + r, all_pairs * width);
+        if (apart == 1) {
+#pragma GCC unroll 2
+          for (int v = 0; v < V; v += 2) store(row + v / 2 * width, rounded_pairs(sums[v], sums[v + 1]));
+        } else {
+          for (int v = 0; v < V / 2; ++v) store(row + v * n, rounded_pairs(sums[v], sums[v + V / 2]));
+        }
+      };
+    });
   }
 
   // y of o: Q B^T + bias
   void apply(std::int64_t o, int place, const Bf16* bias, Bf16* y) {
-    const int bm = int(f.k.bm), bn = int(f.k.bn), width = int(f.width());
-    for (int i = 0; i < f.k.rank; ++i)
-      copy_rows(rows, bn, mixed + (place * f.k.rank + i) * length(), bn, by_rows + i * bn, width);
+    const int bm = int(f.k.bm), width = int(f.width());
     for (int t = 0; bias && t < rows; ++t) convert(bias + o * bm, bm, sums + t * bm);
-    small_gemm<Word>(rows, bm, width / 2, {reinterpret_cast<const Word*>(by_rows), width / 2, 1},
+    small_gemm<Word>(rows, bm, width / 2, {reinterpret_cast<const Word*>(by_rows + place * all_rows() * width), width / 2, 1},
                      f.across.data() + f.bank(o) * width * bm / 2, bm, sums, bm, bias != nullptr);
     copy_rows(rows, bm, sums, bm, y + o * bm, f.k.m1 * f.k.bm);
   }
 
-  // N of o as pairs of rows, and dB of its bank from them and Q
+  // dB of o's bank from Q and N of o, both as pairs of rows
   void tile_gradients(std::int64_t o, int place, const Bf16* dy, float* dbanks) {
-    const int bm = int(f.k.bm), bn = int(f.k.bn), width = int(f.width());
+    const int bm = int(f.k.bm), width = int(f.width());
     const std::int64_t step = f.k.m1 * bm;
     for (int t = 0; t < rows; t += 2) {
       const Bf16* row = dy + t * step + o * bm;
-      const bool second = t + 1 < rows;
-      interleave(row, second ? row + step : nullptr, bm, block_pairs + t / 2 * bm);
-      for (int i = 0; i < f.k.rank; ++i) {
-        const Bf16* from = mixed + (place * f.k.rank + i) * length() + t * bn;
-        interleave(from, second ? from + bn : nullptr, bn, row_pairs + t / 2 * width + i * bn);
+      interleave(row, t + 1 < rows ? row + step : nullptr, bm, block_pairs + t / 2 * bm);
+    }
+    small_gemm<Word>(bm, width, (rows + 1) / 2, {block_pairs, 1, bm}, row_pairs + place * (all_rows() / 2) * width, width,
+                     dbanks + f.bank(o) * bm * width, width, true);
+  }
+
+  // E of R rows from row t on, for two terms and a vector of columns, to its places
+  template <int R>
+  void spread_rows_of(const Word* dy, std::ptrdiff_t dy_step, const Word* tiles, int t, int c, Bf16* own, std::ptrdiff_t own_step,
+                      Word* pairs, std::ptrdiff_t pairs_step) {
+    const int bn = int(f.k.bn), width = int(f.width());
+    Vec<float> sum[R][2] = {};
+    for (int a = 0; a < f.k.bm / 2; ++a, ++dy, tiles += width) {
+      const Vec<Word> first = load<Vec<Word>>(tiles), second = load<Vec<Word>>(tiles + bn);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec<Word> left = Vec<Word>{} + dy[r * dy_step];
+        sum[r][0] = multiply_add<Word>(sum[r][0], first, left);
+        sum[r][1] = multiply_add<Word>(sum[r][1], second, left);
       }
     }
-    small_gemm<Word>(bm, width, (rows + 1) / 2, {block_pairs, 1, bm}, row_pairs, width, dbanks + f.bank(o) * bm * width, width, true);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const std::int64_t at = std::int64_t(t + r) * bn + c, piece = at / size, inside = at % size;
+      put(own + piece * own_step + inside, sum[r][0]);
+      put(own + piece * own_step + size + inside, sum[r][1]);
+      if (pairs) store(pairs + piece * pairs_step + inside, rounded_pairs(sum[r][0], sum[r][1]));
+    }
   }
 
   // E of o, to its places
   void spread(std::int64_t o, int place, const Bf16* dy, bool collecting) {
     const int bm = int(f.k.bm), bn = int(f.k.bn), width = int(f.width()), rank = int(f.k.rank);
-    small_gemm<Word>(rows, width, bm / 2, {reinterpret_cast<const Word*>(dy + o * bm), f.k.m1 * bm / 2, 1},
-                     f.down.data() + f.bank(o) * width * bm / 2, width, sums, width, false);
-    convert(sums, std::int64_t(rows) * width, by_rows);
-    Word* pairs = spreads + o * rank / 2 * size;
+    const Word* left = reinterpret_cast<const Word*>(dy + o * bm);
+    const Word* tiles = f.down.data() + f.bank(o) * width * bm / 2;
+    Word* pairs = collecting ? spreads + o * rank / 2 * size : nullptr;
     Bf16* own = plain_spreads + place * rank * size;
-    const std::ptrdiff_t pairs_step = spread_rows() * size, own_step = std::ptrdiff_t(per_group) * rank * size;
-    with_width(size % bn ? 0 : bn, [&](auto w) {
+    const std::ptrdiff_t left_step = f.k.m1 * bm / 2, pairs_step = spread_rows() * size;
+    const std::ptrdiff_t own_step = std::ptrdiff_t(per_group) * rank * size;
+    if (whole_vectors()) {
+      for (int i = 0; i < rank; i += 2)
+        for (int c = 0; c < bn; c += n) {
+          auto some = [&](auto r, int t) {
+            spread_rows_of<decltype(r)::value>(left + t * left_step, left_step, tiles + i * bn + c, t, c, own + i * size, own_step,
+                                               pairs ? pairs + i / 2 * size : nullptr, pairs_step);
+          };
+          int t = 0;
+          for (; t + 8 <= rows; t += 8) some(std::integral_constant<int, 8>(), t);
+          for (; t < rows; ++t) some(std::integral_constant<int, 1>(), t);
+        }
+    } else {
+      small_gemm<Word>(rows, width, bm / 2, {left, left_step, 1}, tiles, width, sums, width, false);
+      convert(sums, std::int64_t(rows) * width, by_rows);
       for_runs(pieces, rows, [&](int t, int c, std::int64_t piece, int inside, int run) {
         const Bf16* from = by_rows + t * width + c;
-        for (int i = 0; i < rank; ++i) copy_run<decltype(w)::value>(own + piece * own_step + i * size + inside, from + i * bn, run);
-        for (int i = 0; collecting && i < rank; i += 2)
+        for (int i = 0; i < rank; ++i) convert(from + i * bn, run, own + piece * own_step + i * size + inside);
+        for (int i = 0; pairs && i < rank; i += 2)
           interleave(from + i * bn, from + (i + 1) * bn, run, pairs + piece * pairs_step + i / 2 * size + inside);
       });
-    });
+    }
     for (std::int64_t at = std::int64_t(rows) * bn; at < length(); ++at)
       for (int i = 0; i < rank; ++i) {
         own[at / size * own_step + i * size + at % size] = Bf16{0};
-        if (collecting) pairs[at / size * pairs_step + i / 2 * size + at % size] = 0;
+        if (pairs) pairs[at / size * pairs_step + i / 2 * size + at % size] = 0;
       }
   }
 
@@ -224,13 +325,17 @@ struct PairTile {
       for (std::int64_t group = 0; group < lists.groups(); ++group) {
         const int here = int(std::min<std::int64_t>(lists.per_group, f.k.n1 - group * lists.per_group));
         weighted_sums_of<Word, V, false>(lists.per_group, lists, group, 0, int(f.k.rank / 2), spreads + piece * spread_rows() * size, size,
-                                         totals, size);
-        for (std::int64_t at = first; at < end;) {
-          const std::int64_t t = at / bn, c = at % bn, run = std::min<std::int64_t>(bn - c, end - at);
-          for (int j = 0; j < here; ++j)
-            convert(totals + j * size + (at - first), run, dx + t * step + (group * lists.per_group + j) * bn + c);
-          at += run;
-        }
+                                         keep_at<V>(totals, size));
+        with_width(size % bn ? 0 : bn, [&](auto w) {
+          constexpr int width = decltype(w)::value <= size ? decltype(w)::value : 0;
+          for (std::int64_t at = first; at < end;) {
+            const std::int64_t t = at / bn;
+            const int c = int(at % bn), run = int(std::min<std::int64_t>(bn - c, end - at));
+            for (int j = 0; j < here; ++j)
+              copy_run<width>(dx + t * step + (group * lists.per_group + j) * bn + c, totals + j * size + (at - first), run);
+            at += run;
+          }
+        });
       }
     }
   }
@@ -245,11 +350,11 @@ PairTile<V> make_pair_tile(const PairProblem& f, int rows, int per_group, bool b
   const std::size_t length = std::size_t(tile.length()), width = std::size_t(f.width()), bm = std::size_t(f.k.bm);
   tile.panel = panel.take<Word>(length * tile.panel_rows());
   tile.mixed = mixed.take<Bf16>(length * per_group * f.k.rank);
-  tile.by_rows = by_rows.take<Bf16>(rows * width);
+  tile.by_rows = by_rows.take<Bf16>(tile.all_rows() * per_group * width);
   tile.sums = sums.take<float>(rows * std::max(width, bm));
   if (backward) {
     tile.plain = plain.take<Bf16>(length * tile.plain_rows());
-    tile.row_pairs = row_pairs.take<Word>((rows + 1) / 2 * width);
+    tile.row_pairs = row_pairs.take<Word>(tile.all_rows() / 2 * per_group * width);
     tile.block_pairs = block_pairs.take<Word>((rows + 1) / 2 * bm);
     if (collecting) tile.spreads = spreads.take<Word>(length * tile.spread_rows());
     tile.plain_spreads = plain_spreads.take<Bf16>(length * per_group * f.k.rank);
@@ -283,7 +388,7 @@ void pairs_linear(const KronShape& k, const X* x, std::int64_t count, const X* c
         tile.rows = int(std::min<std::int64_t>(rows, count - first));
         tile.pack(x + first * k.n1 * k.bn, false);
         for (std::int64_t group = 0; group < mixes.groups(); ++group) {
-          tile.mix(mixes, group);
+          tile.mix_rows(mixes, group);
           for (int j = 0; j < mixes.per_group && group * mixes.per_group + j < k.m1; ++j)
             tile.apply(group * mixes.per_group + j, j, bias, y + first * k.m1 * k.bm);
         }
@@ -308,7 +413,7 @@ void pairs_backward(const KronShape& k, const X* dy, const X* x, std::int64_t co
   with_pair_pieces((count + threads - 1) / threads * k.bn, [&](auto v) {
     using Own = PairTile<decltype(v)::value>;
     const std::size_t per_row = sizeof(X) * std::size_t(2 * k.n1 * k.bn + (dx ? k.m1 : 1) * k.rank * k.bn);
-    const int rows = tile_rows(count, per_row, threads, int(k.bn), Own::size);
+    const int rows = tile_rows(count, per_row, threads, int(k.bn), Own::size, kPairTileBytes);
     const std::int64_t all = (count + rows - 1) / rows;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -321,7 +426,7 @@ void pairs_backward(const KronShape& k, const X* dy, const X* x, std::int64_t co
         tile.rows = int(std::min<std::int64_t>(rows, count - first));
         tile.pack(x + first * k.n1 * k.bn, true);
         for (std::int64_t group = 0; group < mixes.groups(); ++group) {
-          tile.mix(mixes, group);
+          tile.mix_row_pairs(mixes, group);
           for (int j = 0; j < mixes.per_group && group * mixes.per_group + j < k.m1; ++j) {
             tile.tile_gradients(group * mixes.per_group + j, j, dy_rows, own_banks.data() + self * bank_sizes);
             tile.spread(group * mixes.per_group + j, j, dy_rows, dx != nullptr);

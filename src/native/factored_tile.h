@@ -32,7 +32,7 @@ struct Tile {
     for (std::int64_t piece = 0; piece < pieces.count(); ++piece)
       for (int first = 0; first < lists.width; first += lists.part)
         weighted_sums_of<T, V, true>(std::min(lists.part, lists.width - first), lists, group, first, 1,
-                               panel + piece * f.panel_rows() * size, size, mixed + first * length + piece * size, length);
+                               panel + piece * f.panel_rows() * size, size, keep_at<V>(mixed + first * length + piece * size, length));
   }
 
   // Q of the k-th o of a group as rows [t][i, c]
@@ -79,9 +79,9 @@ struct Tile {
       for (std::int64_t group = 0; group < lists.groups(); ++group) {
         const int here = int(std::min<std::int64_t>(lists.per_group, f.sources - group * lists.per_group));
         if (f.rank == 1)
-          weighted_sums_of<T, V, true>(lists.per_group, lists, group, 0, 1, in, size, sums, size);
+          weighted_sums_of<T, V, true>(lists.per_group, lists, group, 0, 1, in, size, keep_at<V>(sums, size));
         else
-          weighted_sums_of<T, V, false>(lists.per_group, lists, group, 0, f.rank, in, size, sums, size);
+          weighted_sums_of<T, V, false>(lists.per_group, lists, group, 0, f.rank, in, size, keep_at<V>(sums, size));
         with_width(size % f.m_width ? 0 : f.m_width, [&](auto w) {
           constexpr int width = decltype(w)::value <= size ? decltype(w)::value : 0;
           for (std::int64_t at = first; at < end;) {
@@ -138,8 +138,8 @@ struct Tile {
 
 // Rows of a tile: as many as the cache takes, given the bytes that each needs, but equally many tiles for every thread. Rows fill
 // whole pieces where they can: their number is a multiple of size / gcd(size, m_width) then.
-inline int tile_rows(std::int64_t count, std::size_t bytes_per_row, int threads, int m_width, int size) {
-  const std::int64_t most = std::max<std::int64_t>(1, std::min<std::int64_t>(128, std::int64_t(kTileBytes / bytes_per_row)));
+inline int tile_rows(std::int64_t count, std::size_t bytes_per_row, int threads, int m_width, int size, std::size_t tile_bytes = kTileBytes) {
+  const std::int64_t most = std::max<std::int64_t>(1, std::min<std::int64_t>(128, std::int64_t(tile_bytes / bytes_per_row)));
   const std::int64_t rounds = (count + most * threads - 1) / (most * threads);
   const std::int64_t rows = (count + rounds * threads - 1) / (rounds * threads), step = size / std::gcd(size, m_width);
   return int(rows < step ? rows : (rows + step - 1) / step * step);

@@ -76,11 +76,11 @@ void pack_pieces(const Pieces& p, int rows, std::int64_t sources, std::int64_t p
     for (std::int64_t s = 0; s < sources; ++s) panel[place / p.size * piece_step + s * p.size + place % p.size] = T{};
 }
 
-// R sums over entries, V vectors wide: out[r] = sum_e coef[e][r] * in[source[e]]; `repeat` numbers of coefficients per entry
-// go with as many consecutive inputs (collect), or one input serves all (mix: Once). Out: what is kept of the sums.
-template <class T, int R, int V, bool Once, class Out>
+// R sums over entries, V vectors wide: sum_e coef[e][r] * in[source[e]], given to keep(r, vectors). `repeat` numbers of coefficients
+// per entry go with as many consecutive inputs (collect), or one input serves all (mix: Once).
+template <class T, int R, int V, bool Once, class Keep>
 inline void weighted_sums(const MixLists<T>& lists, std::int64_t group, int first, int repeat, const T* in, std::ptrdiff_t in_step,
-                          Out* out, std::ptrdiff_t out_step) {
+                          Keep keep) {
   if constexpr (Once) repeat = 1;
   constexpr int n = kLanes<T>;
   Vec<Sum<T>> sum[R][V] = {};
@@ -99,18 +99,25 @@ inline void weighted_sums(const MixLists<T>& lists, std::int64_t group, int firs
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) put(out + r * out_step + v * n, sum[r][v]);
+  for (int r = 0; r < R; ++r) keep(r, sum[r]);
 }
 
-template <class T, int V, bool Once, int R = kMixRows, class Out>
+template <class T, int V, bool Once, int R = kMixRows, class Keep>
 inline void weighted_sums_of(int rows, const MixLists<T>& lists, std::int64_t group, int first, int repeat, const T* in,
-                             std::ptrdiff_t in_step, Out* out, std::ptrdiff_t out_step) {
+                             std::ptrdiff_t in_step, Keep keep) {
   if (rows == R)
-    weighted_sums<T, R, V, Once, Out>(lists, group, first, repeat, in, in_step, out, out_step);
+    weighted_sums<T, R, V, Once>(lists, group, first, repeat, in, in_step, keep);
   else if constexpr (R > 1)
-    weighted_sums_of<T, V, Once, R - 1>(rows, lists, group, first, repeat, in, in_step, out, out_step);
+    weighted_sums_of<T, V, Once, R - 1>(rows, lists, group, first, repeat, in, in_step, keep);
+}
+
+// keep for weighted_sums: vectors of row r one after another at to + r * step
+template <int V, class Out>
+inline auto keep_at(Out* to, std::ptrdiff_t step) {
+  return [=](int r, const auto* sums) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) put(to + r * step + v * int(sizeof(*sums) / sizeof((*sums)[0])), sums[v]);
+  };
 }
 
 // R mixtures against up to S sources: sums over all pieces of products, added to out[source][row]
@@ -133,8 +140,14 @@ inline void dots(std::int64_t pieces, int size, const T* left, std::ptrdiff_t le
     }
   Sum<T> total[R * S];
   lane_sums<Sum<T>, R * S>(sum, total);
-  for (int s = 0; s < S; ++s)
-    for (int r = 0; r < R; ++r) out[s][r] += total[s * R + r];
+  if constexpr (R * sizeof(Sum<T>) == 16) {
+    using Row = Vec<Sum<T>, 16>;
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) store(out[s], load<Row>(out[s]) + load<Row>(total + s * R));
+  } else {
+    for (int s = 0; s < S; ++s)
+      for (int r = 0; r < R; ++r) out[s][r] += total[s * R + r];
+  }
 }
 
 template <class T, int R = kMixRows, int S = kDotSources>

@@ -126,6 +126,19 @@ inline Vec<T> merge_sums(Vec<T>* v) {
 
 constexpr int power_above(int n) { return n <= 1 ? 1 : 2 * power_above((n + 1) / 2); }
 
+// the lane in which merge_sums of so many vectors leaves the sum of vector i: its highest bit is i's lowest, and so on
+constexpr int merged_lane(int i, int vectors, int lanes) {
+  int place = 0;
+  for (int bit = 1, half = lanes / 2; bit < vectors; bit *= 2, half /= 2)
+    if (i & bit) place += half;
+  return place;
+}
+
+template <class T, std::size_t... I>
+inline Vec<T> in_order(Vec<T> merged, std::index_sequence<I...>) {
+  return pick<T, merged_lane(int(I), kLanes<T>, kLanes<T>)...>(merged, merged);
+}
+
 // out[i] = sum over the lanes of v[i], for N vectors
 template <class T, int N>
 inline void lane_sums(const Vec<T>* v, T* out) {
@@ -138,14 +151,13 @@ inline void lane_sums(const Vec<T>* v, T* out) {
     Vec<T> work[padded];
     for (int i = 0; i < padded; ++i) work[i] = i < N ? v[i] : Vec<T>{};
     Vec<T> sums = merge_sums<T, padded, lanes / 2>(work);
-    T lane[lanes];
-    store(lane, sums);
+    if constexpr (N == lanes) {
+      store(out, in_order<T>(sums, std::make_index_sequence<N>()));
+    } else {
+      T lane[lanes];
+      store(lane, sums);
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {  // vector i ended in the lane whose highest bit is i's lowest, and so on
-      int place = 0;
-      for (int bit = 1, half = lanes / 2; bit < padded; bit *= 2, half /= 2)
-        if (i & bit) place += half;
-      out[i] = lane[place];
+      for (int i = 0; i < N; ++i) out[i] = lane[merged_lane(i, padded, lanes)];
     }
   }
 }

@@ -157,16 +157,16 @@ def test_factored(instruction_set, threads, plan):
 @pytest.mark.parametrize("plan", ("coeff_first", "tile_first"))
 def test_factored_in_bf16(bf16_instruction_set, threads, plan):
     pairs = bf16_instruction_set == "avx512bf16" and plan == "coeff_first"  # what stands between two products of pairs is bf16
-    check_factored(threads, plan, cases(1, 80, (torch.bfloat16,)), stages=2 if pairs else 1)
+    check_factored(threads, plan, cases(1, 100, (torch.bfloat16,)), ranks=(2, 3, 4, 8), stages=2 if pairs else 1)
 
 
-def check_factored(threads, plan, cases, stages: int = 1) -> None:
+def check_factored(threads, plan, cases, ranks=(1, 2, 3, 4, 5, 7), stages: int = 1) -> None:
     for block, rows, grid, dtype, mask, count, pick in cases:
         if block == (128, 128):
             continue
         (m1, n1), (bm, bn) = grid, block
         threads(count)
-        rank, groups = pick((1, 2, 3, 4, 5, 7)), pick([g for g in range(1, m1 + 1) if m1 % g == 0])
+        rank, groups = pick(ranks), pick([g for g in range(1, m1 + 1) if m1 % g == 0])
         live = pick((mask, None))
         shapes = ((rows, n1 * bn), (m1, n1, rank), (groups, rank, bm, bn), (m1 * bm,), (rows, m1 * bm))
         x, coeff, tiles, bias, dy = (torch.randn(shape, dtype=dtype) for shape in shapes)
