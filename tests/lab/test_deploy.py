@@ -49,6 +49,18 @@ def test_the_trained_model_comes_back(run):
     torch.testing.assert_close(exported.model(x), model(x))
 
 
+def test_int8_beside_the_accuracy_on_validation_images(run, tmp_path, capsys):
+    main(["export", str(run), "--form", "packed-int8", "--evaluate", "--out", str(tmp_path / "out")])
+    result = json.loads((run / "result.json").read_text())
+    scores = json.loads((tmp_path / "out/manifest.json").read_text())["scores"]
+    assert scores["model"] == pytest.approx(result["validation_accuracy"], abs=1e-6)
+    assert abs(scores["exported"] - scores["model"]) < 0.05
+    said = capsys.readouterr().out
+    assert "packed-int8" in said and f"evaluated: {scores['model']:.6g} for the model" in said
+    main(["inspect", str(tmp_path / "out")])
+    assert "QuantizedBlockLinear" in capsys.readouterr().out
+
+
 def test_folders_that_hold_nothing_of_the_kind(run, tmp_path, capsys):
     with pytest.raises(KronblocksError, match="holds no trained model"):
         trained_model(tmp_path)

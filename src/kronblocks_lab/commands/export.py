@@ -12,10 +12,10 @@ from rich.console import Console
 
 from kronblocks.core.errors import KronblocksError
 from kronblocks.deploy.exported import Exported
-from kronblocks.deploy.exporting import Form, export
+from kronblocks.deploy.exporting import Form, Precision, export
 from kronblocks.integrations.onnx import save_onnx
 from kronblocks_lab.training.threads import ThreadSettings
-from kronblocks_lab.training.trained import trained_model
+from kronblocks_lab.training.trained import trained_model, validation_accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,12 @@ class ExportConfig(ThreadSettings):
     """Folder for the exported model and its manifest.json."""
     form: Form = "auto"
     """The form of the layers: the fastest for each (auto), or one for all."""
+    precision: Precision = "same"
+    """int8: --form auto may choose int8 values, which change outputs a little."""
+    evaluate: bool = False
+    """Also compute the accuracy on the validation images, of the trained model and of the exported one."""
+    data_dir: Path | None = None
+    """For --evaluate: folder with the data set's original files."""
     onnx: Path | None = None
     """Also write this ONNX file, with dense layers, checked in onnxruntime."""
     rows: int = 256
@@ -35,6 +41,8 @@ class ExportConfig(ThreadSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data_dir is not None and not self.evaluate:
+            raise KronblocksError("--data-dir is for --evaluate: add that")
         if self.rows < 1:
             raise KronblocksError(f"--rows must be at least 1, not {self.rows}")
 
@@ -44,7 +52,8 @@ def main(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> Exported:
     config.use_threads()
     model, shape = trained_model(config.run)
     example = torch.randn(config.rows, *shape, generator=torch.Generator().manual_seed(0))
-    exported = export(model, example, form=config.form)
+    evaluate = validation_accuracy(config.run, config.data_dir) if config.evaluate else None
+    exported = export(model, example, form=config.form, precision=config.precision, evaluate=evaluate)
     console = Console(soft_wrap=True, highlight=False)
     console.print(str(exported), markup=False)
     console.print(f"exported: {exported.save(config.out).resolve()}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import read_json
 from kronblocks.core.limits import MOST_SIDE
 from kronblocks.deploy.saving import CARD, from_pretrained, read_card
+from kronblocks_lab.data.sets import limited, load_data
 from kronblocks_lab.training.models import build_model
 
 SHAPE, CLASSES = "image shape", "classes"
@@ -35,3 +38,28 @@ def trained_model(folder: Path) -> tuple[nn.Module, tuple[int, ...]]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise KronblocksError(f"{folder} does not say how to build its model ({error!r}): train again") from error
     return from_pretrained(folder / "model", model), shape
+
+
+def validation_accuracy(folder: Path, data_dir: Path | None = None) -> Callable[[nn.Module], float]:
+    """A function from a model to its accuracy on the validation images of a training.
+
+    Args:
+        folder: of the training.
+        data_dir: folder with the data set's original files; None: where `load_data` looks.
+
+    Raises:
+        KronblocksError: the folder does not say what they were, or they are not there.
+    """
+    settings = read_json(folder / "config.json")
+    try:
+        name, fold, *counts = (settings[key] for key in ("data", "fold", "train_images", "test_images"))
+    except (KeyError, TypeError) as error:
+        raise KronblocksError(f"{folder} does not say what its data was ({error!r}): train again") from error
+    split = limited(load_data(name, data_dir=data_dir, fold=fold), *counts).validation
+
+    def accuracy(model: nn.Module) -> float:
+        batches = zip(split.images.split(1000), split.labels.split(1000), strict=True)
+        with torch.no_grad():
+            return sum(int((model(x).argmax(1) == labels).sum()) for x, labels in batches) / len(split)
+
+    return accuracy
