@@ -120,6 +120,33 @@ def test_slots_that_are_not_listed_count_nothing(backend):
     assert (values.grad == 0).all()
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """New memory is NaN (or the largest whole number), so that whatever is not written shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(100).isnan().all(), "the poison works"
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize(("backend", "case"), over((("uneven",), ("wide margins",), ("all dead",)), ()), indirect=["backend"])
+def test_every_output_is_written_after_a_call_full_of_nan(backend, case, poisoned, with_gradients):
+    """Also where a kernel's own memory, which it keeps, holds what an earlier call has left."""
+    chosen = CASES[case]
+    index = BlockIndex.from_mask(mask := chosen.mask)
+    x, values, bias = operands(chosen, mask)
+    dy = torch.randn_like(packed_conv2d(x, values, index, bias, chosen.geometry))
+
+    def function(x, values, bias):
+        return packed_conv2d(x, values, index, bias, chosen.geometry)
+
+    with_gradients(function, [torch.full_like(t, torch.nan) for t in (x, values, bias)], torch.full_like(dy, torch.nan))
+    for tensor in with_gradients(function, (x, values, bias), dy):
+        assert torch.isfinite(tensor).all()
+
+
 @pytest.mark.parametrize("backend", over([()], ()), indirect=True)
 def test_nan_and_infinity_reach_only_what_reads_them(backend):
     geometry = ConvGeometry(3, 3, 1, 1, 1, 1)

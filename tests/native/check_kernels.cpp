@@ -221,6 +221,45 @@ void check_live_blocks(const Kernels<T>& kernels, const Case& c) {
 }
 
 template <class T>
+void check_convolution(const Kernels<T>& kernels, const ConvShape& c, int64_t channels, int64_t m1, int64_t bm, int64_t bn, int threads) {
+  const Index index(m1, c.kernel_height * c.kernel_width * channels / bn, 0.4);
+  const PackedIndex where = index.of(bm, bn);
+  const int64_t m = m1 * bm, area = bm * bn, live = int64_t(index.col.size());
+  const int64_t pixels = c.height * c.width, results = c.out_height * c.out_width;
+  const auto x = random<T>(c.images * channels * pixels), dy = random<T>(c.images * m * results);
+  const auto values = random<T>(live * area), bias = random<T>(m);
+  auto y = poisoned<T>(int64_t(dy.size())), dx = poisoned<T>(int64_t(x.size())), dvalues = poisoned<T>(live * area);
+  kernels.conv2d(where, c, x.data(), values.data(), bias.data(), y.data(), threads);
+  kernels.conv2d_grad_input(where, c, dy.data(), values.data(), dx.data(), threads);
+  kernels.conv2d_grad_values(where, c, dy.data(), x.data(), dvalues.data(), live, threads);
+  Exact exact_y(int64_t(y.size())), exact_dx(int64_t(x.size())), exact_dvalues(live * area);
+  for (int64_t o = 0; o < int64_t(y.size()); ++o) exact_y.add(o, number(bias[std::size_t(o / results % m)]));
+  for (int64_t image = 0; image < c.images; ++image)
+    for (int64_t k = 0; k < live; ++k)
+      for (int64_t e = 0; e < area; ++e) {
+        const int64_t column = index.col[std::size_t(k)] * bn + e % bn, position = column / channels;
+        const int64_t output = image * m + index.row[std::size_t(k)] * bm + e / bn, at = index.slot[std::size_t(k)] * area + e;
+        const double w = number(values[std::size_t(at)]);
+        for (int64_t r = 0; r < results; ++r) {
+          const int64_t v = r / c.out_width + position / c.kernel_width * c.dilation_height - c.top;
+          const int64_t u = r % c.out_width + position % c.kernel_width * c.dilation_width - c.left;
+          if (v < 0 || v >= c.height || u < 0 || u >= c.width) continue;
+          const int64_t out = output * results + r, in = (image * channels + column % channels) * pixels + v * c.width + u;
+          const double g = number(dy[std::size_t(out)]), i = number(x[std::size_t(in)]);
+          exact_y.add(out, w * i);
+          exact_dx.add(in, w * g);
+          exact_dvalues.add(at, g * i);
+        }
+      }
+  char about[96];
+  std::snprintf(about, sizeof about, "%d images of %dx%d, kernel %dx%d, %d threads", int(c.images), int(c.height), int(c.width),
+                int(c.kernel_height), int(c.kernel_width), threads);
+  compare("y", about, y, exact_y, double(index.n1 * bn + 1));
+  compare("dx", about, dx, exact_dx, double(m * c.kernel_height * c.kernel_width));
+  compare("dvalues", about, dvalues, exact_dvalues, double(c.images * results));
+}
+
+template <class T>
 void check_all(const char* type, const Kernels<T>& kernels) {
   const int64_t blocks[][2] = {{1, 1}, {2, 2}, {3, 5}, {4, 4}, {16, 16}, {16, 4}, {7, 9}, {1, 16}, {16, 1}, {8, 32}, {5, 40}};
   const int64_t rows[] = {1, 2, 3, 4, 5, 15, 17, 40, 131}, grids[][2] = {{3, 5}, {1, 1}, {6, 2}, {4, 7}}, ranks[] = {1, 2, 3, 5};
@@ -235,6 +274,12 @@ void check_all(const char* type, const Kernels<T>& kernels) {
     check_packed(kernels, c);
     check_factored(kernels, c, number % 3 == 0);
     check_live_blocks(kernels, c);
+  }
+  for (int threads = 1; threads < 3; ++threads) {
+    check_convolution(kernels, {3, 9, 7, 9, 7, 3, 3, 1, 1, 1, 1}, 8, 3, 4, 8, threads);
+    check_convolution(kernels, {2, 1, 1, 1, 1, 5, 3, 2, 1, 1, 1}, 6, 2, 3, 2, threads);
+    check_convolution(kernels, {1, 90, 80, 91, 77, 2, 2, 1, 0, 1, 3}, 16, 1, 5, 16, threads);  // more than one frame
+    check_convolution(kernels, {5, 4, 20, 8, 24, 1, 1, 2, 2, 1, 1}, 4, 4, 1, 4, threads);
   }
   std::printf("%s: %d results compared, %d wrong\n", type, checks - checked, failures - before);
 }
