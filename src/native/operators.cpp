@@ -119,7 +119,7 @@ KronShape kron_shape(const Tensor& coeff, const Tensor& tiles) {
 }
 
 const std::uint8_t* mask_of(const Tensor& live, const KronShape& shape) {
-  require(!live || live.numel() == shape.m1 * shape.n1, "live must be (m1, n1)");
+  require(!live || (live.dtype() == aoti_torch_dtype_bool() && live.numel() == shape.m1 * shape.n1), "live must be bool, (m1, n1)");
   return live.data<std::uint8_t>();
 }
 

@@ -17,6 +17,7 @@ typedef struct StringOpaque* StringHandle;
 typedef std::uint64_t StableIValue;  // a number, a handle that its reader owns, or, for an optional, a pointer to one of these
 
 std::int32_t aoti_torch_dtype_bfloat16();
+std::int32_t aoti_torch_dtype_bool();
 std::int32_t aoti_torch_dtype_float16();
 std::int32_t aoti_torch_dtype_float32();
 std::int32_t aoti_torch_dtype_float64();

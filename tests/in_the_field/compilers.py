@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from tests.helpers import STEPS
 from tests.in_the_field.cases import limited, refused, works
@@ -135,8 +134,12 @@ def functional_derivatives() -> None:
         assert torch.allclose(torch.func.jvp(layer, (x,), (x,))[1], x @ weight.T, atol=1e-5)
 
 
-@limited(COMPILERS, "torch.autograd.forward_ad", "torch's own error: use torch.func.jvp")
+@works(COMPILERS, "torch.autograd.forward_ad", "layers build the dense weight there, and compute at its cost")
 def forward_mode() -> None:
-    layer, x = BlockSparseLinear(32, 16, 8, plan="packed"), torch.randn(4, 32)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        layer(torch.autograd.forward_ad.make_dual(x, x))
+    forward = torch.autograd.forward_ad
+    for layer in (BlockSparseLinear(32, 16, 8, plan="packed"), KroneckerBlockLinear(32, 16, 8, 2, plan="tile_first")):
+        x, dx, weight = torch.randn(4, 32), torch.randn(4, 32), layer.dense_weight().detach()
+        for wants_grad in (True, False):
+            with torch.set_grad_enabled(wants_grad), forward.dual_level():
+                dy = forward.unpack_dual(layer(forward.make_dual(x, dx))).tangent
+            assert dy is not None and torch.allclose(dy, dx @ weight.T, atol=1e-5)

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 from kronblocks.core.errors import KronblocksError
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp) is active. These cannot transform custom operators."""
-    return not torch.compiler.is_dynamo_compiling() and peek_interpreter_stack() is not None
+    """Whether torch.func is at work (vmap, grad, jvp), or forward-mode autograd: neither sees into operators of one's own."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class _AnyTensor(type(Tensor)):
