@@ -107,7 +107,7 @@ class AccountSettings(TimedSettings):
 
 
 class Training:
-    """The MLP as it is in a phase, with its Adam; called, it makes one step."""
+    """The MLP as it is in a phase, with a fused Adam, as trainings have it; called, it makes one step."""
 
     def __init__(self, phase: Phase, settings: AccountSettings) -> None:
         torch.manual_seed(0)
@@ -124,7 +124,7 @@ class Training:
             lift_(model)
         for layer in self.block_layers():
             layer.choose_plan_(settings.rows, measure=True)
-        self._optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-3))
+        self._optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-3), fused=True)
         if sparsifier is not None and not phase.lifted:
             sparsifier.attach(self._optimizer, total_steps=_MANY)
         self._x = torch.randn(settings.rows, settings.widths[0])

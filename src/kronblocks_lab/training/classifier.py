@@ -79,7 +79,7 @@ class Classification(LightningModule):
             self.distillation = Distillation(trained, weight=self.config.distill)
 
     def configure_optimizers(self) -> Any:
-        optimizer = AdamW(parameter_groups(self.model, **self.config.recipe._asdict()))
+        optimizer = AdamW(parameter_groups(self.model, **self.config.recipe._asdict()), fused=True)
         self.sparsifier.attach(optimizer, total_steps=self.total_steps)
         schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

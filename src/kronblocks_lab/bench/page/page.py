@@ -125,7 +125,7 @@ def _account_part(data: dict[str, Any]) -> list[str]:
     return [
         "## Where a step's time goes",
         "",
-        f"MLP {sizes}, {count(settings['rows'], 'row')} a step, Adam, {BlockSize.parse(settings['block_size'])} blocks, "
+        f"MLP {sizes}, {count(settings['rows'], 'row')} a step, fused Adam, {BlockSize.parse(settings['block_size'])} blocks, "
         f"{100 * settings['sparsity']:g}% zeros at the end. Each phase of `two-phase` was timed in turns with dense. "
         "Parts come from torch's profiler, whose own time counts in them.",
         "",
