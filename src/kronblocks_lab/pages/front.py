@@ -33,8 +33,6 @@ def _bar(name: str, ratios: list[float], *, inference: bool = False) -> Bar:
 
 def _training_ratio(data: dict[str, Any]) -> float:
     """How many times as fast as dense the whole training was."""
-    if data["kind"] == "train-steps":
-        return 1 / find(data["rows"], method=OURS, part="whole training")[0]["time_to_dense"]
     own, dense = (find(data["rows"], method=method) for method in (OURS, "dense"))
     seconds = [statistics.median(row["train_seconds"] for row in rows) for rows in (dense, own)]
     return seconds[0] / seconds[1]

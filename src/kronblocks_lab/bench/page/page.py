@@ -108,8 +108,7 @@ def _train_part(data: dict[str, Any]) -> list[str]:
 
 def _other_trainings(folder: Path) -> list[str]:
     """The same on other machines."""
-    files = [read(path) for path in sorted(folder.glob("bench-train-*.json"))]
-    return [line for data in files if data["kind"] == "train" for line in _training_rows(data)]
+    return [line for path in sorted(folder.glob("bench-train-*.json")) for line in _training_rows(read(path))]
 
 
 def _account_part(data: dict[str, Any]) -> list[str]:
