@@ -134,6 +134,14 @@ def test_layers_for_inference_get_rows(make):
     assert (new(x) - expected).abs().max() < 0.02 * expected.abs().max() and called  # int8: a part in 127 of the largest
 
 
+def test_a_layer_without_a_weight_gets_rows():
+    """As that of factors in an ONNX file."""
+    new = UnfoldedConv(nn.Conv2d(4, 8, 3))
+    expected, linear = new(x := torch.randn(2, 4, 5, 6)), new.linear
+    new.linear = nn.Sequential(linear)
+    torch.testing.assert_close(new(x), expected, rtol=1e-5, atol=1e-5)  # 36 products in another order
+
+
 def test_they_follow_their_mask_in_compiled_code():
     new, x = packed(nn.Conv2d(4, 6, 3, padding=1).double(), "values"), torch.randn(2, 4, 5, 5, dtype=torch.float64)
     torch.compiler.reset()

@@ -139,7 +139,7 @@ class UnfoldedConv(Unfolded):
         before, after = linear._forward_pre_hooks.values(), linear._forward_hooks.values()
         if not all(isinstance(hook, Onlooker) for hook in (*before, *after)):
             return None
-        dense = getattr(linear, "active_plan", "dense") == "dense"
+        dense = getattr(linear, "active_plan", "dense") == "dense" and hasattr(linear, "weight")
         packs = not dense and self.convolution.reads_in_place and _computes_itself(linear) and isinstance(x, Tensor)
         operands = linear.packed_operands() if packs else None
         if not dense and operands is None:
