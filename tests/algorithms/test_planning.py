@@ -150,7 +150,11 @@ def test_layers_in_convolutions_are_timed_as_convolutions(compiled, clock, monke
     ]
     assert [model[0].linear.convolution, model[2].linear.convolution] == wanted
     traffic = sparsifier.state_dict()["planner"]["traffic"]
-    assert [each[3] for each in traffic.values()] == [(7, 10), (4, 5)]
+    assert [each[3] for each in traffic.values()] == [[7, 10], [4, 5]]
+    other = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, (1, 3), stride=2, padding=(0, 1)))
+    resumed = sparsify_(other, settings)
+    resumed.load_state_dict(sparsifier.state_dict())
+    assert resumed.state_dict()["planner"]["traffic"] == traffic
     torch.compiler.reset()
 
 

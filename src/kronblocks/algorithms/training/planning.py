@@ -177,7 +177,7 @@ class Planner:
     def state_dict(self) -> dict[str, Any]:
         """What later decisions depend on, as plain values."""
         return {
-            "traffic": {name: list(traffic) for name, traffic in self.checked_traffic.items()},
+            "traffic": {name: traffic.values() for name, traffic in self.checked_traffic.items()},
             "chosen": sorted(self._chosen),
             "tables": {key: dict(table) for key, table in self._tables.items()},
             "changes": self._changes,

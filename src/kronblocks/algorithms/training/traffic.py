@@ -21,6 +21,11 @@ class Traffic(NamedTuple):
     dtype: str  # of the products; autocast's, if that is on
     size: tuple[int, int] | None = None  # height and width of the results of a convolution around the layer
 
+    def values(self) -> list[Any]:
+        """What `checked_traffic` takes; without a size outside of convolutions."""
+        known = [self.rows, self.input_grad, self.dtype]
+        return known if self.size is None else [*known, list(self.size)]
+
 
 class Watch(Onlooker):
     """A forward pre-hook that notes the layer's input in the last training forward.
