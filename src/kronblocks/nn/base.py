@@ -107,11 +107,15 @@ class BlockLayer(WholeWeights):
 
     def _index(self) -> BlockIndex | None:
         """The index for the packed plan; None if the mask cannot be read now, and the weight has to be built."""
+        pattern, buffers = self._pattern, self._buffers
         if torch.compiler.is_dynamo_compiling():  # the operators check whether the index is that of the buffers
-            pattern = self._pattern
             same = pattern.mask is self.block_mask and pattern.position is getattr(self, "block_position", None)
             return pattern.index if same else None
-        return None if is_transformed() else self._follow().index
+        if is_transformed():
+            return None
+        if pattern.is_of(buffers["block_mask"], buffers.get("block_position")):  # pyright: ignore[reportArgumentType]
+            return pattern.index
+        return self._follow().index
 
     def packed_operands(self) -> tuple[Tensor, BlockIndex] | None:
         """Values (capacity, bm, bn) of the live blocks, differentiable, and where they are; None if another plan computes."""

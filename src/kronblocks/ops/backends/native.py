@@ -66,11 +66,11 @@ def build() -> str:
 def checks(x: Tensor, weight: Tensor, bias: Tensor | None, where: Tensor) -> bool:
     """Whether these operands go to kernels that look by themselves whether they fit together, as they are."""
     return (
-        library.is_loaded()
-        and x.is_cpu
+        x.is_cpu
         and weight.is_cpu
         and where.is_cpu
         and (bias is None or bias.is_cpu)
+        and library.is_loaded()
         and not torch.is_autocast_enabled("cpu")
     )
 
