@@ -116,7 +116,7 @@ def test_candidates_that_fit_other_layers_meet_where_all_fit():
     assert {name: list(mixture.candidates) for name, mixture in training._mixtures.items()} == {
         **{"1": ["4x4", "5x5"], "2": ["4x4", "5x5"]},
     }
-    with pytest.raises(KronblocksError, match="no layer that all candidates fit"):
+    with pytest.raises(KronblocksError, match="no layer fits all candidates"):
         mixed((5, 4), nn.Sequential(nn.Linear(35, 5), nn.Linear(9, 32)))
 
 
