@@ -174,7 +174,7 @@ def _finished(pending: dict[Job, TrainConfig], jobs: int) -> Iterable[tuple[Job,
         except BrokenProcessPool as error:
             raise KronblocksError("a training's process died: is there enough memory? Run fewer at a time with --jobs") from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
