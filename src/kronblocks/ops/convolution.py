@@ -20,7 +20,7 @@ from kronblocks.ops import backends
 from kronblocks.ops.geometry import ConvGeometry, Convolution
 from kronblocks.ops.index import NO_INDEX_GRADIENTS, BlockIndex
 from kronblocks.ops.operands import autocast, check_product
-from kronblocks.ops.operator import Operator
+from kronblocks.ops.operator import Operator, must_look
 from kronblocks.ops.packed import packed_linear
 from kronblocks.ops.pattern import refresh_index
 
@@ -219,8 +219,7 @@ def packed_conv2d(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | N
     check_product(x.movedim(1, -1), n1 // geometry.positions, bn, bias, m1 * bm, {"values": values}, index.crow)
     if min(geometry.result(*x.shape[2:])) < 1:
         raise KronblocksError(f"images of {tuple(x.shape[2:])} are too small for {geometry}: add padding, or give larger ones")
-    look = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return _conv(x, values, bias, *index, *geometry, look)
+    return _conv(x, values, bias, *index, *geometry, must_look())
 
 
 def packed_convolution(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None, convolution: Convolution) -> Tensor:

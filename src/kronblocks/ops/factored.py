@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kronblocks.ops import backends
 from kronblocks.ops.backends import torch as plain
 from kronblocks.ops.index import NO_INDEX_GRADIENTS, BlockIndex
-from kronblocks.ops.operator import Operator, rows_of
+from kronblocks.ops.operator import Operator, must_look, rows_of, save_inputs
 from kronblocks.ops.pattern import refresh_index, without_dead
 from kronblocks.ops.plans import DENSE, PLANS, Stages, dense
 from kronblocks.ops.problem import ProductSizes
@@ -156,10 +156,6 @@ def _save_blocks(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _blocks_backward(ctx, dvalues):
     coeff, tiles, *index = ctx.saved_tensors
     return *_live_blocks_backward(dvalues, coeff, tiles, *index), *NO_INDEX_GRADIENTS, None
@@ -181,7 +177,7 @@ _live_blocks_backward = Operator(
     "live_blocks_backward",
     _compute_blocks_backward,
     fake=_fake_blocks_backward,
-    save=_save,
+    save=save_inputs,
     backward=_blocks_backward_backward,
     differentiable=3,
 )
@@ -189,7 +185,7 @@ _live_blocks_backward = Operator(
 
 def live_blocks(coeff: Tensor, tiles: Tensor, index: BlockIndex) -> Tensor:
     """The live blocks of W = sum_i A_i kron B_i in the order of the index's entries, (capacity, bm, bn)."""
-    return _live_blocks(coeff, tiles, *index, torch.compiler.is_compiling() and not torch.compiler.is_exporting())
+    return _live_blocks(coeff, tiles, *index, must_look())
 
 
 def _stages(plan: str, x: Any, coeff: Any, tiles: Any) -> Stages:

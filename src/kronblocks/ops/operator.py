@@ -74,6 +74,16 @@ class Operator:
             return self._call(*inputs)
 
 
+def must_look() -> bool:
+    """Whether an operator has to look at every call if its index is still true: in compiled code, where nobody else can."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The `save` of an operator whose inputs are tensors, all wanted in backward."""
+    ctx.save_for_backward(*inputs)
+
+
 def rows_of(x: Tensor) -> Tensor:
     """(..., features) -> (rows, features)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

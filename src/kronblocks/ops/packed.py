@@ -18,7 +18,7 @@ from kronblocks.ops import backends
 from kronblocks.ops.backends import native
 from kronblocks.ops.index import NO_INDEX_GRADIENTS, BlockIndex
 from kronblocks.ops.operands import autocast, check_product
-from kronblocks.ops.operator import Operator, is_eager, rows_of
+from kronblocks.ops.operator import Operator, is_eager, must_look, rows_of, save_inputs
 from kronblocks.ops.pattern import refresh_index
 
 
@@ -69,10 +69,6 @@ def _fake_grad_values(dy, x, crow, col, row, slot, ccol, order):
     return dy.new_empty(col.shape[0], rows, cols)
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _save_linear(ctx, inputs, output):
     x, values, _, *index, _ = inputs
     ctx.save_for_backward(x, values, *index)
@@ -104,19 +100,25 @@ _linear = Operator(
     "packed_linear", _packed_linear, fake=_fake_linear, save=_save_linear, backward=_linear_backward, differentiable=3
 )
 _grad_input = Operator(
-    "packed_grad_input", _packed_grad_input, fake=_fake_grad_input, save=_save, backward=_grad_input_backward, differentiable=2
+    "packed_grad_input",
+    _packed_grad_input,
+    fake=_fake_grad_input,
+    save=save_inputs,
+    backward=_grad_input_backward,
+    differentiable=2,
 )
 _grad_values = Operator(
     "packed_grad_values",
     _packed_grad_values,
     fake=_fake_grad_values,
-    save=_save,
+    save=save_inputs,
     backward=_grad_values_backward,
     differentiable=2,
 )
 
 
-def _product_flops(x: Any, values: Any, *index: Any, **_: Any) -> int:
+def product_flops(x: Any, values: Any, *index: Any, **_: Any) -> int:
+    """Of y or dx, from the shapes of what is multiplied."""
     return 2 * math.prod(x[:-1]) * values[0] * values[1] * values[2]
 
 
@@ -125,7 +127,7 @@ def _grad_values_flops(dy: Any, x: Any, *index: Any, out_shape: Any = None, **_:
 
 
 # so that torch's own counter does not report these products as nothing; exact where the index has no padding
-register_flop_formula([torch.ops.kronblocks.packed_linear, torch.ops.kronblocks.packed_grad_input])(_product_flops)
+register_flop_formula([torch.ops.kronblocks.packed_linear, torch.ops.kronblocks.packed_grad_input])(product_flops)
 register_flop_formula(torch.ops.kronblocks.packed_grad_values)(_grad_values_flops)
 
 
@@ -161,4 +163,4 @@ def packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | N
 
 def checked_packed_linear(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None) -> Tensor:
     """`packed_linear` of operands that are known to fit together, in the dtype that autocast wants."""
-    return _linear(x, values, bias, *index, torch.compiler.is_compiling() and not torch.compiler.is_exporting())
+    return _linear(x, values, bias, *index, must_look())

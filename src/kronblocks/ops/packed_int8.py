@@ -15,7 +15,7 @@ from kronblocks.ops.backends import torch as plain
 from kronblocks.ops.index import BlockIndex
 from kronblocks.ops.operands import autocast, check_product
 from kronblocks.ops.operator import Operator, is_eager, rows_of
-from kronblocks.ops.packed import _product_flops
+from kronblocks.ops.packed import product_flops
 
 LARGEST = 127
 """Quantised numbers are from -127 to 127: -128 would have no opposite."""
@@ -100,7 +100,7 @@ _linear = Operator("packed_linear_int8", _compute, fake=_fake, save=lambda *_: N
 
 
 def _flops(x, values, scales, *index, **_):
-    return _product_flops(x, values, *index)
+    return product_flops(x, values, *index)
 
 
 register_flop_formula(torch.ops.kronblocks.packed_linear_int8)(_flops)

@@ -77,10 +77,7 @@ class Pattern:
 
     def is_of(self, mask: Tensor, position: Tensor | None) -> bool:
         """Whether these tensors are the ones that it follows, unchanged."""
-        seen = self._versions
-        if self.mask is not mask or self.position is not position or seen is None:
-            return False
-        return seen == (mask._version, 0 if position is None else position._version)
+        return self.mask is mask and self.position is position and self.is_fresh()
 
     def is_fresh(self) -> bool:
         """Whether nothing has been written into the two tensors since."""
