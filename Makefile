@@ -101,6 +101,9 @@ bench: $(VENV)/.experiments
 	$(BIN)/kronblocks bench ops
 	$(BIN)/kronblocks bench step
 	$(BIN)/kronblocks bench infer
+	$(BIN)/kronblocks bench precision
+	$(BIN)/kronblocks bench conv
+	$(BIN)/kronblocks bench account
 	$(BIN)/kronblocks bench deploy
 	$(BIN)/kronblocks bench train
 	$(BIN)/kronblocks bench model

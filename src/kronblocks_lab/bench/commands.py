@@ -7,10 +7,12 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from kronblocks_lab.bench import account, deploy, infer, ops, step, train, whole_model
+from kronblocks_lab.bench import account, convolutions, deploy, infer, ops, precision, step, train, whole_model
 from kronblocks_lab.bench.account import AccountSettings
 from kronblocks_lab.bench.cases.grids import InferSettings, OpsSettings
+from kronblocks_lab.bench.convolutions import ConvSettings
 from kronblocks_lab.bench.deploy import DeploySettings
+from kronblocks_lab.bench.precision import PrecisionSettings
 from kronblocks_lab.bench.settings import StepSettings, TablesSettings
 from kronblocks_lab.bench.train import TrainSettings
 from kronblocks_lab.bench.whole_model import ModelSettings
@@ -19,6 +21,8 @@ Bench = (
     Annotated[OpsSettings, tyro.conf.subcommand("ops")]
     | Annotated[StepSettings, tyro.conf.subcommand("step")]
     | Annotated[InferSettings, tyro.conf.subcommand("infer")]
+    | Annotated[PrecisionSettings, tyro.conf.subcommand("precision")]
+    | Annotated[ConvSettings, tyro.conf.subcommand("conv")]
     | Annotated[DeploySettings, tyro.conf.subcommand("deploy")]
     | Annotated[ModelSettings, tyro.conf.subcommand("model")]
     | Annotated[AccountSettings, tyro.conf.subcommand("account")]
@@ -40,6 +44,10 @@ def main(settings: tyro.conf.OmitSubcommandPrefixes[Annotated[Bench, tyro.conf.a
             results = infer.run(settings)
         case StepSettings():
             table = step.summary(results := step.run(settings))
+        case PrecisionSettings():
+            table = precision.summary(results := precision.run(settings))
+        case ConvSettings():
+            table = convolutions.summary(results := convolutions.run(settings))
         case DeploySettings():
             table = deploy.summary(results := deploy.run(settings))
         case ModelSettings():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from kronblocks.deploy.exported import Exported
 from kronblocks.deploy.exporting import export
 from kronblocks.surgery.sparsify import densify_
 from kronblocks_lab.bench.cases.models import CLASSES
-from kronblocks_lab.bench.cases.ways import random_mask, values_layer
+from kronblocks_lab.bench.cases.ways import dynamic_int8, random_mask, values_layer
 from kronblocks_lab.bench.measure.machine import begin, told
 from kronblocks_lab.bench.measure.results import Results, Row, significant
 from kronblocks_lab.bench.measure.timing import measure
@@ -83,16 +82,6 @@ def _bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
 
 
-def _int8(model: nn.Module) -> nn.Module | None:
-    """PyTorch's own int8 form for a CPU; None where this build has none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
-        except (RuntimeError, AttributeError):
-            return None
-
-
 def _forms(exported: Exported) -> str:
     forms = [layer.form for layer in exported.layers]
     return ", ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(forms))
@@ -124,7 +113,7 @@ def measure_rows(settings: DeploySettings, rows: int, progress: Callable[[str], 
         exact = copy.deepcopy(dense).double()(x.double())
         if DENSE not in cases:
             add(DENSE, dense, "", exact, _bytes(dense), _TOLERANCE)
-            quantised = _int8(dense)
+            quantised = dynamic_int8(dense)
             if quantised is not None:
                 size = sum(p.numel() for p in dense.parameters())
                 add(INT8, quantised, "", exact, size, 0.5)

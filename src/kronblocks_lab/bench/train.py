@@ -14,6 +14,7 @@ from rich.table import Table
 from kronblocks.config.methods import METHODS, Method
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import read_json
+from kronblocks_lab.bench.measure.machine import kind_of
 from kronblocks_lab.bench.measure.results import Results, Row, significant
 from kronblocks_lab.bench.settings import QUICK_RESULTS, BenchSettings
 from kronblocks_lab.data.sets import load_data
@@ -142,6 +143,8 @@ def run(settings: TrainSettings) -> Results:
     """Train what is missing, and write it."""
     data = _data(settings)
     results = Results.open(settings.path, settings.kind, COLUMNS, KEY, settings.shared(data), fresh=settings.fresh)
+    if not results.rows:
+        results.head["machine"] = kind_of("cpu")
     console, trainings = Console(stderr=True), settings.trainings(data)
     for number, config in enumerate(trainings, 1):
         if results.missing([{"method": config.method, "seed": config.seed}]):

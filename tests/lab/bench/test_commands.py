@@ -330,8 +330,8 @@ def test_the_page_holds_what_stands_beside(results, tmp_path):
         assert f"## {title}\n" in text
     assert "## Training steps: step-other\n" in text and "## A whole exported model: deploy-other\n" in text
     summary = text.partition("## Summary")[2].partition("\n## ")[0]
-    assert [line for line in summary.splitlines() if "training step, factors" in line and "on other" not in line] == []
-    assert "16 rows, on other |" in summary  # another machine's, and neither bf16 nor the authors' grid
+    assert summary.count("training step, factors r=1 8x8, 16 rows | dense fp32 |") == 1  # neither bf16 nor the authors' grid
+    assert "ratio to dense bf16" in text.partition("## Training steps: step-bf16")[2].partition("\n## ")[0]
     part = text.partition("## One layer: ops-large-cuda-bf16-graphs")[2].partition("\n## ")[0]
     assert "a GPU" in part and "device cuda, bfloat16, every case a CUDA graph" in part and "computed by triton 3.9.0" in part
     assert "no CUDA graph: it reads back" in part and "MiB" in part and "reached" in part

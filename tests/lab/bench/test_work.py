@@ -50,4 +50,5 @@ def test_rows_that_were_counted_stand_beside_older_ones():
         "peak_bytes": None,
     }
     older, newer = {**row, "case": "dense"}, {**row, "case": "packed", "macs_bound": 3.0, "bytes_bound": 4.0}
-    assert len({line.count("|") for line in step_tables([older, newer]) if line.startswith("|")}) == 1
+    data = {"rows": [older, newer], "settings": {}}
+    assert len({line.count("|") for line in step_tables(data) if line.startswith("|")}) == 1

@@ -21,6 +21,7 @@ from kronblocks_lab.bench.measure.machine import begin, copy_rate
 from kronblocks_lab.bench.measure.memory import PeakBytes
 from kronblocks_lab.bench.measure.results import Results, Row, significant
 from kronblocks_lab.bench.measure.timing import TIMES, Timing, measure
+from kronblocks_lab.bench.settings import TimedSettings
 
 COLUMNS = (
     "shape", "block", "density", "rows", "case", "direction", "rank", "tile_groups", "plan",
@@ -61,7 +62,7 @@ class Ways:
 class Operands:
     """Input and output gradient for one shape and number of rows, with the float64 results."""
 
-    def __init__(self, group: Group, settings: GridSettings, *, inference: bool) -> None:
+    def __init__(self, group: Group, settings: TimedSettings, *, inference: bool) -> None:
         generator = torch.Generator().manual_seed(group.rows)
         self.of = (group.shape, group.rows)
         self._x, self._dy = (

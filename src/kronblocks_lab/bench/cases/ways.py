@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -88,6 +89,16 @@ def dense_case(grid: BlockGrid, rows: int, device: str, dtype: torch.dtype = tor
     linear = nn.Linear(grid.in_features, grid.out_features, device=device, dtype=dtype)
     macs = rows * grid.weights
     return Case(DENSE, linear, linear, macs, grid.weights, 2 * macs, linear)
+
+
+def dynamic_int8(model: nn.Module) -> nn.Module | None:
+    """PyTorch's own int8 form of a model's linear layers for a CPU; None where this build has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+        except (RuntimeError, AttributeError):
+            return None
 
 
 def values_layer(grid: BlockGrid, mask: Tensor, device: str, dtype: torch.dtype = torch.float32) -> BlockSparseLinear:

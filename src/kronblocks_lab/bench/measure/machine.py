@@ -54,7 +54,7 @@ def begin(settings: TimedSettings, columns: Sequence[str], key: Sequence[str]) -
     results = Results.open(settings.path, settings.kind, columns, key, settings.shared(), fresh=settings.fresh)
     if "machine" not in results.head:
         results.head.update(machine=roofline(settings))
-    elif (known := results.head["machine"]["kind"]) != (own := _kind(settings.device)):
+    elif (known := results.head["machine"]["kind"]) != (own := kind_of(settings.device)["kind"]):
         raise KronblocksError(
             f"{results.path} was measured on {known}, but this machine has {own}: write --label {own.replace(' ', '-')} "
             "for another file, or --fresh to measure everything again"
@@ -62,9 +62,12 @@ def begin(settings: TimedSettings, columns: Sequence[str], key: Sequence[str]) -
     return results
 
 
-def _kind(device: str) -> str:
-    """The GPU's name, or the vector instructions that torch uses: processors' names do not tell them."""
-    return torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+def kind_of(device: str) -> dict[str, Any]:
+    """The GPU's name, or the vector instructions that torch uses, since processors' names do not tell them."""
+    if device == "cuda":
+        return {"kind": torch.cuda.get_device_name()}
+    held = {"held": True} if "ATEN_CPU_CAPABILITY" in os.environ else {}  # to fewer instructions than the processor has
+    return {"kind": torch.backends.cpu.get_cpu_capability(), **held}
 
 
 def roofline(settings: TimedSettings) -> dict[str, Any]:
@@ -84,7 +87,7 @@ def roofline(settings: TimedSettings) -> dict[str, Any]:
         "product_gflops": round(2 * rows * features**2 / product.ms / 1e6, 1),
         "copy_mib": list(sources),
         "copy_gb_per_s": [round(2 * size * 2**20 / times[str(size)].ms / 1e6, 1) for size in sources],
-        "kind": _kind(device),
+        **kind_of(device),
         "backend": backends.backend_key(device, dtype),
     }
 

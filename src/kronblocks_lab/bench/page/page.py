@@ -10,14 +10,12 @@ from typing import Any
 from kronblocks.core.blocks import BlockSize
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_text
-from kronblocks_lab.bench.account import STEP
 from kronblocks_lab.bench.cases.ways import BOTH, FORWARD
 from kronblocks_lab.bench.measure.results import read
 from kronblocks_lab.bench.ops import FACTOR_DENSITIES, PEER_DENSITY, PEER_MACS, TRAINING_ROWS
 from kronblocks_lab.bench.page.figures import packed_figure, step_figure
-from kronblocks_lab.bench.page.summary import (
-    summary_table,
-)
+from kronblocks_lab.bench.page.machines import account_part, conv_part, files_of, precision_part
+from kronblocks_lab.bench.page.summary import summary_table
 from kronblocks_lab.bench.page.tables import (
     Row,
     auto_table,
@@ -29,8 +27,8 @@ from kronblocks_lab.bench.page.tables import (
     find,
     inference_table,
     kept,
-    ms,
     ratio,
+    ratios_of,
     step_tables,
     table,
     values_table,
@@ -38,7 +36,8 @@ from kronblocks_lab.bench.page.tables import (
 )
 from kronblocks_lab.bench.page.variants import other_part, others
 
-KINDS = ("ops", "step", "infer", "deploy", "train", "account")
+KINDS = ("ops", "step", "infer", "deploy", "train")
+BY_MACHINE = {"precision": precision_part, "conv": conv_part, "account": account_part}
 
 
 def _load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -65,12 +64,12 @@ def _step_part(data: dict[str, Any], figures: Path) -> list[str]:
         f"model. Losses are the first and the last of {data['settings']['loss_steps']} steps on one batch. *authors* is the "
         "layer as the paper's authors write it, in plain PyTorch.",
         "",
-        where(data),
+        ratios_of(data),
         "",
         "![Time of one training step](figures/bench-step.png)",
         "",
     ]
-    return [*text, *step_tables(rows)]
+    return [*text, *step_tables(data)]
 
 
 def _training_rows(data: dict[str, Any]) -> list[str]:
@@ -87,7 +86,7 @@ def _training_rows(data: dict[str, Any]) -> list[str]:
         lines.append([method, *cells])
     relative = ["time", "memory", "multiply-adds", "parameters"] if "dense" in medians else []
     columns = ["method", "seconds", "test accuracy %", "zero blocks %", "peak MiB", *(f"{name}, to dense" for name in relative)]
-    return [where(data), "", *table(columns, lines), ""]
+    return [ratios_of(data), "", *table(columns, lines), ""]
 
 
 def _train_part(data: dict[str, Any]) -> list[str]:
@@ -99,40 +98,16 @@ def _train_part(data: dict[str, Any]) -> list[str]:
         f"{settings['data']}, MLP with hidden layers {widths}, {BlockSize.parse(settings['block_size'])} blocks, "
         f"{100 * settings['sparsity']:g}% zeros, {settings['epochs']} epochs, batch {settings['batch_size']}. Medians of "
         f"{count(seeds, 'seed')}, the methods in turns, each training in a process of its own. Relative columns below 1 are less "
-        "than dense. Every method has its defaults, untuned: accuracies with settings of their own are on "
+        "than dense fp32. Every method has its defaults, untuned: accuracies with settings of their own are on "
         "[the experiments' page](experiments.md).",
         "",
         *_training_rows(data),
     ]
 
 
-def _other_trainings(folder: Path) -> list[str]:
+def _trainings(folder: Path) -> list[dict[str, Any]]:
     """The same on other machines."""
-    return [line for path in sorted(folder.glob("bench-train-*.json")) for line in _training_rows(read(path))]
-
-
-def _account_part(data: dict[str, Any]) -> list[str]:
-    settings = data["settings"]
-    sizes = "-".join(map(str, settings["widths"]))
-    dense = find(data["rows"], phase="dense", part=STEP)[0]["ms"]
-    lines = []
-    for row in data["rows"]:
-        whole = row["part"] == STEP
-        share = f"{ratio(row['ms'] / dense)} of dense" if whole else f"{100 * row['share']:.0f}%"
-        reached = "" if row["bound_ms"] is None else f"{100 * row['bound_ms'] / row['ms']:.0f}%"
-        lines.append([f"**{row['phase']}**" if whole else row["part"], ms(row["ms"]), share, reached, row["bound"] or ""])
-    return [
-        "## Where a step's time goes",
-        "",
-        f"MLP {sizes}, {count(settings['rows'], 'row')} a step, fused Adam, {BlockSize.parse(settings['block_size'])} blocks, "
-        f"{100 * settings['sparsity']:g}% zeros at the end. Each phase of `two-phase` was timed in turns with dense. "
-        "Parts come from torch's profiler, whose own time counts in them.",
-        "",
-        where(data),
-        "",
-        *table(["phase, or part", "ms", "of the step", "of its bound", "bound"], lines),
-        "",
-    ]
+    return [read(path) for path in sorted(folder.glob("bench-train-*.json"))]
 
 
 def _shapes(rows: Sequence[Row]) -> list[str]:
@@ -170,7 +145,7 @@ def _ops_part(data: dict[str, Any], figures: Path) -> list[str]:
         f"{PEER_DENSITY:g} and {PEER_MACS:.0e} multiply-adds. The authors' forms cannot skip dead blocks, so they are timed "
         "at density 1."
     )
-    text = ["## One layer, forward and backward", "", scope, "", where(data), ""]
+    text = ["## One layer, forward and backward", "", scope, "", ratios_of(data), ""]
     for number in (256, 2048):
         name = f"bench-packed-{number}.png"
         if packed_figure(rows, "1024x1024", number, figures / name):
@@ -189,7 +164,7 @@ def _ops_part(data: dict[str, Any], figures: Path) -> list[str]:
 
 def _infer_part(data: dict[str, Any]) -> list[str]:
     rows = data["rows"]
-    text = ["## Inference", "", "One layer, `torch.inference_mode`.", "", where(data), ""]
+    text = ["## Inference", "", "One layer, `torch.inference_mode`.", "", ratios_of(data), ""]
     text += [
         '### What "auto" chooses in inference',
         "",
@@ -225,15 +200,17 @@ def write(folder: Path, page: Path) -> Path:
         figures.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KronblocksError(f"cannot write into {page.parent}: {error.strerror}; choose another --page") from error
-    variants = others(folder)
-    summary = summary_table(parts, variants)
+    variants, trainings = others(folder), _trainings(folder)
+    by_machine = {kind: files_of(folder, kind) for kind in BY_MACHINE}
+    measured = [data for files in by_machine.values() for data in files.values()]
+    summary = summary_table([*parts.values(), *trainings, *variants, *measured])
     text = ["## Summary", "", *summary, ""] if summary else []
     if "step" in parts:
         text += _step_part(parts["step"], figures)
     if "train" in parts:
-        text += _train_part(parts["train"]) + _other_trainings(folder)
-    if "account" in parts:
-        text += _account_part(parts["account"])
+        text += _train_part(parts["train"]) + [line for data in trainings for line in _training_rows(data)]
+    for kind, make in BY_MACHINE.items():
+        text += make(by_machine[kind]) if by_machine[kind] else []
     if "deploy" in parts:
         text += _deploy_part(parts["deploy"])
     if "ops" in parts:

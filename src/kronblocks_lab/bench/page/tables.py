@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kronblocks_lab.bench.cases.ways import BOTH, DENSE, FASTKRON, FORWARD, PEERS
+from kronblocks_lab.bench.deploy import INT8
 
 Row = dict[str, Any]
 OTHERS = (*PEERS, FASTKRON)
@@ -67,14 +68,6 @@ def ms(value: float) -> str:
 def spread(row: Row) -> str:
     """Ratio to dense with the range of the repeats."""
     return f"{ratio(row['speed'])} ({ratio(row['speed_low'])} to {ratio(row['speed_high'])})"
-
-
-def against_dense(row: Row, name: str, limit: str = "") -> list[str]:
-    """A line of the summary: what, our time, dense's, their ratio with its range, and the limit."""
-    own, dense = ms(row["ms"]), ms(row["dense_ms"])
-    if row["speed"] >= 1:
-        return [name, f"**{own}**", dense, spread(row), limit]
-    return [name, own, f"**{dense}**", spread(row), limit]
 
 
 def limit_of(row: Row) -> str:
@@ -141,11 +134,23 @@ def blocks_of(rows: Sequence[Row]) -> list[str]:
     return sorted({row["block"] for row in rows}, key=sides)
 
 
+def dense_of(settings: dict[str, Any]) -> str:
+    """What the ratios of a file are to.
+
+    >>> dense_of({"dtype": "bfloat16"})
+    'dense bf16'
+    """
+    short = {"float32": "fp32", "bfloat16": "bf16"}
+    precision = settings.get("dtype", "float32")
+    return f"dense {short.get(precision, precision)}"
+
+
 def where(data: dict[str, Any]) -> str:
     """The machine and the settings of a file, in a sentence."""
     versions, settings = data["versions"], data["settings"]
     machine = data.get("machine", {})
-    kind = f" ({machine['kind']})" if machine.get("kind") else ""
+    held = ", to which the processor was held" if machine.get("held") else ""
+    kind = f" ({machine['kind']}{held})" if machine.get("kind") else ""
     device = "" if settings.get("device", "cpu") == "cpu" else f", device {settings['device']}"
     precision = settings.get("dtype", "float32")
     dtype = "" if precision == "float32" else f", {precision}"
@@ -156,9 +161,14 @@ def where(data: dict[str, Any]) -> str:
     return f"{versions['processor']}{kind}, {threads}{device}{dtype}{recorded}, {used}.{quick}"
 
 
-def step_tables(rows: Sequence[Row], level: str = "###") -> list[str]:
-    """Training steps of all models, a table for each batch size under a heading of that level."""
-    text = []
+def ratios_of(data: dict[str, Any]) -> str:
+    """The same, and what its ratios are to."""
+    return f"{where(data)} Ratios are to {dense_of(data['settings'])}."
+
+
+def step_tables(data: dict[str, Any]) -> list[str]:
+    """Training steps of all models, a table for each batch size."""
+    text, rows = [], data["rows"]
     for number in sorted({row["rows"] for row in rows}):
         here = find(rows, rows=number)
         dense, lines = find(here, case=DENSE)[0], []
@@ -173,9 +183,9 @@ def step_tables(rows: Sequence[Row], level: str = "###") -> list[str]:
             share = ratio(row["parameters"] / dense["parameters"])
             time = f"**{time}**" if row["speed"] == fastest else time
             lines.append([name, time, spread(row), *([roof(row)] if counted else []), share, memory, losses])
-        columns = ["model", "ms", "ratio to dense", *(["roof"] if counted else [])]
+        columns = ["model", "ms", f"ratio to {dense_of(data['settings'])}", *(["roof"] if counted else [])]
         columns += ["parameters to dense", "peak memory, to dense", "loss"]
-        text += [f"{level} A training step, {count(number, 'row')}", "", *table(columns, lines), ""]
+        text += [f"### A training step, {count(number, 'row')}", "", *table(columns, lines), ""]
     return text
 
 
@@ -264,8 +274,8 @@ def deployed_about(settings: dict[str, Any]) -> list[str]:
     text = (
         f"MLP of {count(settings['layers'], 'layer')} of {settings['width']}x{settings['width']}, ReLU between, and a dense one "
         "of 10 outputs. `export` chose the forms. Live blocks are at random places. "
-        "Everything runs under `torch.inference_mode`. The int8 model is PyTorch's dynamic quantisation of the dense one: no "
-        "zeros needed, but other outputs."
+        "Everything runs under `torch.inference_mode`. Dense int8 is PyTorch's dynamic quantisation of the dense model: no "
+        "zeros needed, but other outputs, as for all int8 models."
     )
     return [text, ""]
 
@@ -273,8 +283,13 @@ def deployed_about(settings: dict[str, Any]) -> list[str]:
 def deployed_table(rows: Sequence[Row]) -> list[str]:
     """Whole exported models."""
     dense, lines = {row["rows"]: row for row in rows if row["case"] == DENSE}, []
+    int8 = {row["rows"]: row for row in rows if row["case"] == INT8}
     for row in rows:
         forms = f" ({row['forms']})" if row["forms"] else ""
         size = ratio(row["bytes"] / dense[row["rows"]]["bytes"])
-        lines.append([f"{row['rows']:,}", f"{row['case']}{forms}", ms(row["ms"]), spread(row), size, f"{row['error']:.0e}"])
-    return table(["rows", "model", "ms", "ratio to dense", "bytes to dense", "largest error, to float64"], lines)
+        small = ratio(int8[row["rows"]]["ms"] / row["ms"]) if row["rows"] in int8 else ""
+        lines.append(
+            [f"{row['rows']:,}", f"{row['case']}{forms}", ms(row["ms"]), spread(row), small, size, f"{row['error']:.0e}"]
+        )
+    columns = ["rows", "model", "ms", "ratio to dense fp32", "to dense int8", "bytes to dense fp32", "largest error, to float64"]
+    return table(columns, lines)

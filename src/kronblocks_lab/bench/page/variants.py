@@ -10,6 +10,7 @@ from kronblocks_lab.bench.measure.results import read
 from kronblocks_lab.bench.page.tables import (
     Row,
     count,
+    dense_of,
     deployed_about,
     deployed_table,
     factors_table,
@@ -19,12 +20,12 @@ from kronblocks_lab.bench.page.tables import (
     is_ours,
     ms,
     ratio,
+    ratios_of,
     roof,
     spread,
     step_tables,
     table,
     values_table,
-    where,
 )
 
 TITLES = {
@@ -41,9 +42,9 @@ def others(folder: Path) -> list[dict[str, Any]]:
 
 def other_part(data: dict[str, Any]) -> list[str]:
     """One file's part of the page."""
-    kind, settings = data["kind"], data["settings"]
+    kind = data["kind"]
     makers = {"step": _step, "ops": _ops, "infer": _infer, "model": _model, "deploy": _deploy}
-    return [f"## {TITLES[kind]}: {data['name']}", "", *_about(data), *makers[kind](data["rows"], settings)]
+    return [f"## {TITLES[kind]}: {data['name']}", "", *_about(data), *makers[kind](data)]
 
 
 def _about(data: dict[str, Any]) -> list[str]:
@@ -53,24 +54,25 @@ def _about(data: dict[str, Any]) -> list[str]:
         f"{max(machine['copy_gb_per_s']):g} GB/s; products computed by {' '.join(machine['backend'].split()[:2])}."
     )
     left_out = [f"{name} ({reason})" for name, reason in data.get("skipped", {}).items()]
-    return [where(data), "", measured, "", *([f"Not everywhere: {'; '.join(left_out)}.", ""] if left_out else [])]
+    return [ratios_of(data), "", measured, "", *([f"Not everywhere: {'; '.join(left_out)}.", ""] if left_out else [])]
 
 
-def _deploy(rows: Sequence[Row], settings: dict[str, Any]) -> list[str]:
-    return [*deployed_about(settings), *deployed_table(rows), ""]
+def _deploy(data: dict[str, Any]) -> list[str]:
+    return [*deployed_about(data["settings"]), *deployed_table(data["rows"]), ""]
 
 
-def _step(rows: Sequence[Row], settings: dict[str, Any]) -> list[str]:
+def _step(data: dict[str, Any]) -> list[str]:
+    settings = data["settings"]
     width = settings["width"]
     grid = " The grid of the paper's authors: ranks 1, 2, 4, blocks of 2, 4, 8." if settings.get("authors") else ""
     text = (
         f"MLP {width}-{width}-{width}-10: forward, cross-entropy, backward, Adam; the two large layers of the kind named.{grid}"
     )
-    return [text, "", *step_tables(rows)]
+    return [text, "", *step_tables(data)]
 
 
-def _ops(rows: Sequence[Row], settings: dict[str, Any]) -> list[str]:
-    text = []
+def _ops(data: dict[str, Any]) -> list[str]:
+    text, rows = [], data["rows"]
     for shape in dict.fromkeys(row["shape"] for row in rows):
         here = find(rows, shape=shape)
         text += [f"### {shape}: live blocks", "", *values_table(here), "", f"### {shape}: factors", "", *factors_table(here), ""]
@@ -97,14 +99,15 @@ def _roofline(rows: Sequence[Row]) -> list[str]:
     return table([*columns, "peak memory, to dense"], lines, left=2)
 
 
-def _infer(rows: Sequence[Row], settings: dict[str, Any]) -> list[str]:
-    text = []
+def _infer(data: dict[str, Any]) -> list[str]:
+    text, rows = [], data["rows"]
     for shape in dict.fromkeys(row["shape"] for row in rows):
         text += [f"### {shape}, in inference", "", *inference_table(find(rows, shape=shape)), ""]
     return text
 
 
-def _model(rows: Sequence[Row], settings: dict[str, Any]) -> list[str]:
+def _model(data: dict[str, Any]) -> list[str]:
+    settings, rows = data["settings"], data["rows"]
     size, lines, counted = settings["image_size"], [], any(map(roof, rows))
     for row in rows:
         dense = find(rows, case="dense", direction=row["direction"])[0]
@@ -120,5 +123,5 @@ def _model(rows: Sequence[Row], settings: dict[str, Any]) -> list[str]:
         "two-phase is timed in two states: with factors and all blocks alive, as at the start, and with random live blocks at "
         "the final density, as after the lift. Peak memory is that of three steps in a separate process."
     )
-    columns = ["what", "model", "ms", "images a second", "ratio to dense", *(["roof"] if counted else [])]
+    columns = ["what", "model", "ms", "images a second", f"ratio to {dense_of(settings)}", *(["roof"] if counted else [])]
     return [about, "", *table([*columns, "parameters to dense", "peak memory, to dense"], lines, left=2), ""]
