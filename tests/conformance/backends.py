@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from kronblocks.ops.backends import native, triton
+from kronblocks.ops.backends import native, triton, whole
 from kronblocks.ops.backends import torch as torch_backend
 
 
@@ -21,6 +22,7 @@ class Backend(NamedTuple):
         needs: what it cannot run without (tests/needs.py).
         reduced: it is interpreted and slow, so it gets a part of each grid of cases, and no finite differences.
         block: a size of blocks that it multiplies as they are.
+        builds: it multiplies by dead blocks too, as zeros of a weight that it builds.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Backend(NamedTuple):
     needs: str | None = None
     reduced: bool = False
     block: tuple[int, int] = (2, 3)
+    builds: bool = False
 
     def parameter(self, *values: Any, name: Iterable[str] = ()) -> Any:
         """A case of a test whose first parameter is the backend."""
@@ -37,8 +40,13 @@ class Backend(NamedTuple):
         return pytest.param(self, *values, id="-".join((self.name, *name)), marks=marks)
 
 
+_ELSEWHERE = SimpleNamespace(**vars(torch_backend))  # as it computes on other devices than a CPU
+for product in ("packed_linear", "packed_grad_input", "packed_grad_values", "live_blocks", "live_blocks_backward"):
+    setattr(_ELSEWHERE, product, getattr(whole, product))
+
 BACKENDS = (
     Backend("torch", torch_backend, "cpu", (torch.float64, torch.float32, torch.bfloat16)),
+    Backend("torch-whole", _ELSEWHERE, "cpu", (torch.float64, torch.bfloat16), reduced=True, builds=True),
     Backend("native", native, "cpu", (torch.float64, torch.float32, torch.bfloat16), needs="native"),
     # Triton's interpreter multiplies the bits of bfloat16; fp16 is in tests/ops/test_triton.py
     Backend("triton", triton, "cpu", (torch.float64, torch.float32), needs="triton", reduced=True, block=(16, 20)),

