@@ -14,7 +14,8 @@ from kronblocks.advice import advise
 from kronblocks.algorithms import Distillation, Rule, Sparsifier
 from kronblocks.config import LayerOverride, PenaltyConfig, ScheduleConfig, SparsityConfig
 from kronblocks.core import KronblocksError, KronblocksWarning
-from kronblocks.deploy import export, from_pretrained, rebuild_on_load_, save_pretrained
+from kronblocks.deploy import export, from_pretrained, push_to_hub, rebuild_on_load_, save_pretrained
+from kronblocks.integrations.doors import open_doors
 from kronblocks.nn import BlockSparseLinear, KroneckerBlockLinear
 from kronblocks.search import SearchTask, find_block_size
 from kronblocks.surgery import densify_, parameter_groups, sparsify_
@@ -40,10 +41,13 @@ __all__ = [
     "find_block_size",
     "from_pretrained",
     "parameter_groups",
+    "push_to_hub",
     "rebuild_on_load_",
     "save_pretrained",
     "sparsify_",
 ]
+
+open_doors()
 
 _ROOM_OF = {  # names that were here in 0.1, and the room that has them
     **dict.fromkeys(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tests.helpers import STEPS, check_layers_agree
-from tests.in_the_field.cases import limited, works
+from tests.in_the_field.cases import works
 from tests.in_the_field.trial import SPARSITY, Trial, config, loss_of, mlp, same_output
 from torch import Tensor
 
@@ -255,10 +255,10 @@ def trainer_more(folder: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(masks, after, strict=True))
 
 
-@limited(
+@works(
     LOADERS,
     "transformers: `save_pretrained`, `AutoModel.from_pretrained`",
-    "`kronblocks.save_pretrained` and `kronblocks.from_pretrained` instead",
+    "`import kronblocks` first, where the model is loaded",
     "transformers",
     "accelerate",
 )
@@ -274,8 +274,8 @@ def automodel(folder: Path) -> None:
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     model.save_pretrained(folder / "theirs")
     other, found = tf.AutoModelForSequenceClassification.from_pretrained(folder / "theirs", output_loading_info=True)
-    assert found["missing_keys"], "transformers has learned to place block layers: say so"
-    assert not any(isinstance(layer, BlockSparseLinear) for layer in other.modules())
+    assert not found["missing_keys"] and torch.equal(other(tokens).logits, model(tokens).logits)
+    check_bert(other)
 
 
 @works(LOOPS, "Accelerate", "`attach` finds the optimiser that `prepare` wraps", "accelerate")

@@ -16,6 +16,8 @@ from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.core.checks import number, one_of
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.hooks import rows_reaching
+from kronblocks.deploy.cards import note_scores
+from kronblocks.deploy.entry import RESIZED
 from kronblocks.deploy.exported import Exported, ExportedLayer
 from kronblocks.deploy.outputs import arguments, call, call_or_refuse, difference, tensors
 from kronblocks.deploy.quantizing import ROOM, checked_rounding
@@ -123,6 +125,9 @@ def export(
             "write a larger tolerance="
         )
     scores = None if evaluate is None or score is None else (score, _score(evaluate, new))
+    setattr(new, RESIZED, [name for each in slimmed for name in (each.producer, each.consumer)])
+    if scores is not None:
+        note_scores(new, dict(zip(("evaluated, before export", "evaluated"), scores, strict=True)))
     return Exported(new, layers, tuple(slimmed), remark, error, scores)
 
 

@@ -23,9 +23,12 @@ from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.config.sparsity import SparsityConfig
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import locked, read_json, replacing, write_json, write_text
-from kronblocks.core.limits import MOST_LAYERS
+from kronblocks.deploy.cards import write_card
+from kronblocks.deploy.entry import RESIZED, resized_layers, sizes_of
+from kronblocks.deploy.hub import downloaded, looks_remote
 from kronblocks.deploy.stored import WeightsReader, name_of, stored
-from kronblocks.surgery.records import Recorded, first_tensor, rebuilt, structure, unfolded_names
+from kronblocks.deploy.transformers_folders import CONFIG, GENERATION, OTHER_FORMAT, built, is_own, own_files, read_own
+from kronblocks.surgery.records import rebuilt, structure, unfolded_names
 from kronblocks.surgery.replace import bare, unfolding
 from kronblocks.surgery.sparsify import pack_masked_
 
@@ -44,7 +47,7 @@ def save_pretrained(
     resized: Iterable[str] = (),
     sparsifier: Sparsifier | None = None,
 ) -> Path:
-    """Write a model into a folder: kronblocks.json, the weights as safetensors, and the JSON files of a transformers model.
+    """Write a model into a folder: kronblocks.json, the weights as safetensors, README.md, and a transformers model's JSON files.
 
     Block layers are stored as live blocks only, and tied tensors once. A model in the folder is replaced at once; other files
     stay. If the model is compiled, or in DistributedDataParallel, the model inside is stored.
@@ -80,7 +83,7 @@ def save_pretrained(
         original, model = model, copy.deepcopy(model)
         pack_masked_(model, original, sparsifier)
     found = stored(model)
-    own = _own_files(model)
+    own = own_files(model)
     card = {
         "format": FORMAT,
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -88,11 +91,11 @@ def save_pretrained(
         "aliases": found.aliases,
         "extras": found.extras,
         "dtypes": found.dtypes,
-        "resized": {name: _sizes(model.get_submodule(name)) for name in resized},
+        "resized": {name: sizes_of(model.get_submodule(name)) for name in {*resized, *getattr(model, RESIZED, ())}},
         "sparsity": None if config is None else config.to_dict(),
         "metadata": {str(name): str(value) for name, value in (metadata or {}).items()},
-        "transformers": json.loads(own[_CONFIG]) if own else None,
-        "generation": json.loads(own[_GENERATION]) if _GENERATION in own else None,
+        "transformers": json.loads(own[CONFIG]) if own else None,
+        "generation": json.loads(own[GENERATION]) if GENERATION in own else None,
     }
     weights = name_of(found.tensors, found.tensors.__getitem__)
     try:
@@ -102,7 +105,8 @@ def save_pretrained(
                 safetensors.torch.save_file(found.tensors, temporary, {"format": "pt"})
             write_json(folder / CARD, {**card, "weights": weights})
             for name, text in own.items():  # for other tools: we read the card
-                write_text(folder / name, text)
+                write_text(folder / name, text if name != CONFIG else _guarded(text))
+            write_card(folder, model, card["metadata"])
             for path in folder.glob("model-*.safetensors"):
                 if _WEIGHTS.fullmatch(path.name) and path.name != weights:
                     path.unlink(missing_ok=True)
@@ -112,21 +116,32 @@ def save_pretrained(
 
 
 def from_pretrained(
-    folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None, *, verify: bool = True
+    folder: str | Path,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    verify: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> nn.Module:
-    """Read a model that `save_pretrained` wrote, in eval mode.
+    """Read a model that `save_pretrained` wrote, or transformers' own `model.save_pretrained`, in eval mode.
 
     Args:
-        folder: the model's folder.
+        folder: the model's folder; or "user/name" of a repository on the Hugging Face Hub, if no such folder exists.
         model: the same model, dense or sparse, or a function that makes it. Its block layers are built and its tensors loaded,
             with its own dtype and devices. None: build a transformers model from the folder, with the saved dtypes.
-        verify: compare the weights with the SHA-256 in their file's name, which reads the file once more.
+        verify: compare the weights with the SHA-256 in their file's name, which reads the file once more. Folders of
+            transformers have none.
+        revision: branch, tag or commit in the repository; None: main.
+        token: of the Hub; None: the one that `hf auth login` stored.
 
     Raises:
-        KronblocksError: there is no such folder; it has another format or is damaged; or it does not fit the model, which then
-            is unchanged.
+        KronblocksError: there is no such folder or repository; it has another format or is damaged; or it does not fit the
+            model, which then is unchanged.
     """
-    folder, as_saved = Path(folder), model is None
+    folder = downloaded(str(folder), revision, token) if looks_remote(folder) else Path(folder)
+    if not (folder / CARD).exists() and is_own(folder):
+        return read_own(folder, None if model is None else _made(model)).eval()
+    as_saved = model is None
     with _opened(folder) as (card, file):
         if verify and (found := name_of(file.keys(), file.get_tensor)) != card["weights"]:
             raise KronblocksError(
@@ -138,15 +153,37 @@ def from_pretrained(
                 outline = _from_transformers(card, folder)
             _load(file, outline, card, folder, fill=False)  # a config may be hostile: check it before memory is allocated
             model = _from_transformers(card, folder)
-        elif not isinstance(model, nn.Module):
-            model = model() if callable(model) else model
-            if not isinstance(model, nn.Module):
-                raise KronblocksError(
-                    f"from_pretrained needs a model, or a function that makes one, not {type(model).__name__}: "
-                    "from_pretrained(folder, model)"
-                )
+        else:
+            model = _made(model)
         _load(file, model, card, folder, fill=True, as_saved=as_saved)
     return model.eval()
+
+
+def _made(model: Any) -> nn.Module:
+    """The model that the user gave, or that the function makes."""
+    model = model() if callable(model) and not isinstance(model, nn.Module) else model
+    if not isinstance(model, nn.Module):
+        raise KronblocksError(
+            f"from_pretrained needs a model, or a function that makes one, not {type(model).__name__}: "
+            "from_pretrained(folder, model)"
+        )
+    return model
+
+
+def _from_transformers(card: dict[str, Any], folder: Path) -> nn.Module:
+    """A transformers model of the class and the sizes that the card names, not yet loaded."""
+    if card.get("transformers") is None and not (folder / CONFIG).exists():
+        raise KronblocksError(
+            f"{folder} holds no config.json of a transformers model, so it does not say how to build the model: write "
+            "from_pretrained(folder, model), or give a function that makes it"
+        )
+    own = card.get("transformers") or read_json(folder / CONFIG)  # older folders have it there only
+    return built(own, card.get("generation"), folder, cast=card["format"] == 1)  # format 1 lacks the dtypes of other buffers
+
+
+def _guarded(config: str) -> str:
+    """A config with which transformers' own from_pretrained says how to load the folder, rather than load random weights."""
+    return json.dumps({**json.loads(config), "transformers_weights": OTHER_FORMAT}, indent=2, sort_keys=True) + "\n"
 
 
 def _load(file: Any, model: nn.Module, card: dict[str, Any], folder: Path, *, fill: bool, as_saved: bool = False) -> None:
@@ -157,7 +194,7 @@ def _load(file: Any, model: nn.Module, card: dict[str, Any], folder: Path, *, fi
             f"{on_meta[0]} of the model is on the meta device, where nothing can be loaded: call model.to_empty(device=...) first"
         )
     with unfolding(model, unfolded_names(card["structure"])):
-        resized = _resized(model, card["resized"], folder)
+        resized = resized_layers(model, card["resized"], folder)
         layers = {**resized, **rebuilt(model, card["structure"], "meta", resized)}
         reader = WeightsReader(file, model, layers, card, folder)
         reader.check()
@@ -191,26 +228,12 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def _sizes(layer: Any) -> list[int]:
-    """The sizes of a linear layer, for `_resized`."""
-    return [layer.out_features, layer.in_features, int(layer.bias is not None)]
-
-
-def _resized(model: nn.Module, sizes: Mapping[str, Any], folder: Path) -> dict[str, nn.Linear]:
-    """Make the linear layers with other sizes than the model's, on the meta device."""
-    modules, layers = dict(model.named_modules()), {}
-    for name, entry in sizes.items():
-        old = modules.get(name)
-        if not isinstance(old, nn.Linear | Recorded):
-            raise KronblocksError(f"{folder} resizes a layer {name!r}, but the model has {type(old).__name__} there")
-        match entry:
-            case [int(rows), int(cols), int(bias)] if rows > 0 and cols > 0:
-                dtype = first_tensor(old).dtype
-                with contextlib.suppress(RuntimeError, OverflowError, TypeError):  # larger than torch counts
-                    layers[name] = nn.Linear(cols, rows, bias=bool(bias), device="meta", dtype=dtype)
-        if name not in layers:
-            raise KronblocksError(f"{folder} is damaged: {entry!r} are no sizes of layer {name!r}")
-    return layers
+def remove_card(folder: Path) -> None:
+    """Remove a model of our own format from a folder that now holds one of transformers'; other files stay."""
+    (folder / CARD).unlink(missing_ok=True)
+    for path in folder.glob("model-*.safetensors"):
+        if _WEIGHTS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _compact_structure(model: nn.Module) -> dict[str, Any]:
@@ -241,58 +264,3 @@ def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], Any]]:
             yield card, file
     except (OSError, SafetensorError) as error:
         raise KronblocksError(f"cannot read {path}: {error}") from error
-
-
-def _own_files(model: nn.Module) -> dict[str, str]:
-    """The JSON files of a transformers model, from which it can be built again; none for other models."""
-    if not hasattr(getattr(model, "config", None), "to_json_string"):
-        return {}
-    own: Any = copy.deepcopy(model.config)
-    own.architectures, own.dtype = [type(model).__name__], getattr(model, "dtype", None)
-    files = {_CONFIG: own.to_json_string(use_diff=True)}
-    generation: Any = getattr(model, "generation_config", None)
-    return files if generation is None else {**files, _GENERATION: generation.to_json_string(use_diff=False)}
-
-
-_CONFIG, _GENERATION = "config.json", "generation_config.json"
-
-
-def _from_transformers(card: dict[str, Any], folder: Path) -> nn.Module:
-    """A transformers model of the class and the sizes that the card names, not yet loaded."""
-    if card.get("transformers") is None and not (folder / "config.json").exists():
-        raise KronblocksError(
-            f"{folder} holds no config.json of a transformers model, so it does not say how to build the model: write "
-            "from_pretrained(folder, model), or give a function that makes it"
-        )
-    try:
-        import transformers
-    except ImportError as error:
-        raise KronblocksError("the folder holds a transformers model: pip install transformers, or give the model") from error
-    own = card.get("transformers") or read_json(folder / "config.json")  # older folders have it there only
-    if not isinstance(own, dict) or not isinstance(own.get("architectures"), list):
-        raise KronblocksError(f"{folder} names no class of transformers among its architectures: give the model")
-    for name, value in own.items():
-        if ("layer" in name or "depth" in name) and any(number > MOST_LAYERS for number in _whole_numbers(value)):
-            raise KronblocksError(f"{folder} asks for {name}={value!r}, more than {MOST_LAYERS:,}")
-    for name in own["architectures"]:
-        kind = getattr(transformers, str(name), None)
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-            try:  # transformers' classes may raise anything
-                config = transformers.AutoConfig.for_model(**own)
-                model: Any = kind(config)
-                if card["format"] == 1:  # it lacks the dtypes of buffers that are not stored
-                    model = model.to(dtype=config.dtype or torch.get_default_dtype())
-                if isinstance(generation := card.get("generation"), dict):
-                    model.generation_config = transformers.GenerationConfig.from_dict(generation)
-                return model
-            except Exception as error:
-                what = f"{type(error).__name__}: {error}"
-                raise KronblocksError(f"{folder} says how to build {name}, but that fails: {what}") from error
-    raise KronblocksError(f"{folder} names no class of transformers among its architectures: give the model")
-
-
-def _whole_numbers(value: Any) -> Iterator[int]:
-    """The whole numbers in a setting, also within lists."""
-    for each in value if isinstance(value, list) else [value]:
-        if isinstance(each, int):
-            yield each

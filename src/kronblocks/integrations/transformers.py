@@ -13,6 +13,7 @@ from kronblocks.algorithms.training.distillation import Distillation
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.config.sparsity import SparsityConfig
 from kronblocks.core.errors import KronblocksError, OtherSteps
+from kronblocks.deploy.cards import note_scores
 from kronblocks.surgery.sparsify import sparsify_
 
 
@@ -23,7 +24,8 @@ class SparsityCallback(TrainerCallback):
     added before each optimiser step, after clipping. Checkpoints hold the state (the tensor "kronblocks_state" among the
     weights): `trainer.train(resume_from_checkpoint=...)` goes on to the same bits. Logs get "block_sparsity", counted from the
     weights. List loggers after this callback: `report_to="none", callbacks=[SparsityCallback(...), TensorBoardCallback()]`.
-    After the training, `kronblocks.save_pretrained(trainer.model, folder)` saves the model.
+    After the training, `trainer.save_model(folder)` saves the model, and `AutoModel*.from_pretrained(folder)` loads it once
+    kronblocks is imported.
 
     If the Trainer makes its models, as for `hyperparameter_search`, write
     `Trainer(model_init=callback.model_init(make_model), ..., callbacks=[callback])`.
@@ -124,6 +126,20 @@ class SparsityCallback(TrainerCallback):
             logs.update(found)
             if state.log_history:
                 state.log_history[-1].update(found)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the model's scores for its card."""
+        speed = ("_runtime", "_per_second", "epoch")
+        note_scores(model, {name: value for name, value in (metrics or {}).items() if not name.endswith(speed)})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Detach from the optimiser, and warn if the model is less sparse than its target."""
