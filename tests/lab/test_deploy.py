@@ -42,7 +42,7 @@ def test_a_training_is_exported_and_inspected(run, tmp_path, capsys):
 
 
 def test_the_trained_model_comes_back(run):
-    model, shape = trained_model(run)
+    model, shape, _ = trained_model(run)
     assert shape == (1, 8, 8) and sum(isinstance(each, BlockSparseLinear) for each in model.modules()) == 2
     exported = export.main(export.ExportConfig(run=run, out=run.parent / "again", form="dense", rows=5))
     x = torch.randn(5, *shape)

@@ -19,7 +19,8 @@ from kronblocks_lab.bench.measure.results import Results, Row, significant
 from kronblocks_lab.bench.settings import QUICK_RESULTS, BenchSettings
 from kronblocks_lab.data.sets import load_data
 from kronblocks_lab.training.apart import train_apart
-from kronblocks_lab.training.settings import DataName, TrainConfig
+from kronblocks_lab.training.model_settings import DataName
+from kronblocks_lab.training.settings import TrainConfig
 
 MEASURED = (
     *("train_seconds", "peak_memory_bytes", "test_accuracy", "validation_accuracy", "block_sparsity"),

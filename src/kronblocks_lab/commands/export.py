@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
 
@@ -15,7 +14,7 @@ from kronblocks.deploy.exported import Exported
 from kronblocks.deploy.exporting import Form, Precision, export
 from kronblocks.integrations.onnx import save_onnx
 from kronblocks_lab.training.threads import ThreadSettings
-from kronblocks_lab.training.trained import trained_model, validation_accuracy
+from kronblocks_lab.training.trained import trained_model, validation_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +30,21 @@ class ExportConfig(ThreadSettings):
     precision: Precision = "same"
     """int8: --form auto may choose int8 values, which change outputs a little."""
     evaluate: bool = False
-    """Also compute the accuracy on the validation images, of the trained model and of the exported one."""
+    """Also compute the accuracy on the validation images, of the trained model and of the exported one; of text the loss."""
     data_dir: Path | None = None
     """For --evaluate: folder with the data set's original files."""
+    data_file: Path | None = None
+    """For --evaluate: the text; unset: the source of Python's standard library."""
     onnx: Path | None = None
     """Also write this ONNX file, with dense layers, checked in onnxruntime."""
     rows: int = 256
-    """Number of images in the batch with which forms are timed."""
+    """Number of images, or of characters, in the batch with which forms are timed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data_dir is not None and not self.evaluate:
-            raise KronblocksError("--data-dir is for --evaluate: add that")
+        for name in ("data_dir", "data_file"):
+            if getattr(self, name) is not None and not self.evaluate:
+                raise KronblocksError(f"--{name.replace('_', '-')} is for --evaluate: add that")
         if self.rows < 1:
             raise KronblocksError(f"--rows must be at least 1, not {self.rows}")
 
@@ -50,9 +52,9 @@ class ExportConfig(ThreadSettings):
 def main(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> Exported:
     """Write a finished training's model in the form that runs fastest here, and check it against the trained one."""
     config.use_threads()
-    model, shape = trained_model(config.run)
-    example = torch.randn(config.rows, *shape, generator=torch.Generator().manual_seed(0))
-    evaluate = validation_accuracy(config.run, config.data_dir) if config.evaluate else None
+    trained = trained_model(config.run)
+    model, example = trained.model, trained.example(config.rows)
+    evaluate = validation_score(config.run, config.data_dir, config.data_file) if config.evaluate else None
     exported = export(model, example, form=config.form, precision=config.precision, evaluate=evaluate)
     console = Console(soft_wrap=True, highlight=False)
     console.print(str(exported), markup=False)

@@ -14,10 +14,11 @@ from kronblocks.config.parts import BlockSettings, BlockSizeLike, MethodChoice
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_json
 from kronblocks.search.config import Goal, MixtureConfig, SearchConfig, Weights
-from kronblocks_lab.data.sets import limited, load_data
 from kronblocks_lab.report.search_figure import draw
+from kronblocks_lab.training.model_settings import ModelAndData
 from kronblocks_lab.training.searching import search_for
-from kronblocks_lab.training.settings import ModelAndData, TrainConfig
+from kronblocks_lab.training.settings import TrainConfig
+from kronblocks_lab.training.tasks import task_of
 from kronblocks_lab.training.versions import versions
 
 
@@ -74,7 +75,7 @@ def main(config: Annotated[FindConfig, tyro.conf.arg(name="")]) -> None:
     """Find the block size for a model and its data: the cheapest one that loses nothing."""
     config.use_threads()
     training = config.training()
-    data = limited(load_data(config.data, data_dir=config.data_dir), config.train_images, config.test_images)
+    task = task_of(config)
     if config.criterion == "halving":
         search = SearchConfig(config.sizes, config.goal, config.budget, tolerance=config.tolerance, seed=config.seed)
     else:
@@ -86,7 +87,7 @@ def main(config: Annotated[FindConfig, tyro.conf.arg(name="")]) -> None:
             strength=MixtureConfig.strength if config.strength is None else config.strength,
             seed=config.seed,
         )
-    report = search_for(training, data, search)
+    report = search_for(training, task, search)
     console = Console(soft_wrap=True, highlight=False)
     console.print(str(report), markup=False)
     chosen = str(report.winner) if report.winner else ", ".join(f"{name} {size}" for name, size in report.chosen.items())

@@ -24,6 +24,7 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
 def _summary(config: TrainConfig, result: dict[str, Any]) -> Table:
     table = Table(title=f"{config.method} on {config.data}: {config.out}", show_header=False, title_justify="left")
     rows = {
+        "test loss": _loss(result),
         "test accuracy": f"{100 * result['test_accuracy']:.2f} %",
         "weights in zero blocks": f"{100 * result['block_sparsity']:.2f} %",
         "live blocks": f"{result['live_blocks']:,} of {result['total_blocks']:,}",
@@ -37,6 +38,14 @@ def _summary(config: TrainConfig, result: dict[str, Any]) -> Table:
         if value:
             table.add_row(name, value)
     return table
+
+
+def _loss(result: dict[str, Any]) -> str:
+    """Of a language model, whose measure it is."""
+    if "test_perplexity" not in result or result["test_loss"] is None:
+        return ""
+    others = f"perplexity {result['test_perplexity']:.3f}, {result['test_bits_per_character']:.3f} bits"
+    return f"{result['test_loss']:.4f} nats per character ({others})"
 
 
 def _left_dense(layers: list[dict[str, str]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 from kronblocks.core.errors import KronblocksError
 from kronblocks_lab.data.downloads import locate
 from kronblocks_lab.data.formats import Images, read_files
+from kronblocks_lab.data.seeds import generator_of
 from kronblocks_lab.data.sources import SOURCES
 
 DATASETS = ("mnist5k", "digits", *SOURCES)
@@ -174,9 +174,7 @@ class BatchSampler(Sampler[Tensor]):
     def _order(self) -> Tensor:
         if not self.shuffle:
             return torch.arange(self.n)
-        # Hashed, since with seed + epoch the run of seed 1 would repeat that of seed 0 an epoch early.
-        digest = hashlib.blake2b(f"{self.seed} {self.epoch}".encode(), digest_size=7).digest()
-        return torch.randperm(self.n, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
+        return torch.randperm(self.n, generator=generator_of(self.seed, self.epoch))
 
 
 class _WholeBatches(TorchDataset[tuple[Tensor, Tensor]]):

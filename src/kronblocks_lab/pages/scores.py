@@ -22,7 +22,7 @@ from kronblocks.algorithms.budget import FLOOR, choose_dead, layer_adaptive
 from kronblocks.core.files import read_json, write_json
 from kronblocks_lab.data.sets import load_data
 from kronblocks_lab.pages import ROOT
-from kronblocks_lab.training.classifier import learning_rate_factor
+from kronblocks_lab.training.module import learning_rate_factor
 from kronblocks_lab.training.versions import versions
 
 RESULTS = ROOT / "benchmarks" / "results" / "scores.json"

@@ -17,7 +17,7 @@ from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import read_json
 from kronblocks.search.report import SearchReport
 from kronblocks_lab.report.costs import BYTES, number
-from kronblocks_lab.training.recipes import OF_SOME_METHODS, Recipe, has_setting
+from kronblocks_lab.training.recipes import OF_SOME_METHODS, Course, Recipe, has_setting
 from kronblocks_lab.training.settings import RESULT_VERSION
 
 ADVICE = "train again, or leave this folder out"
@@ -126,7 +126,15 @@ class Run:
     def settings(self) -> dict[str, str]:
         """Flat settings that mean something for the method; without the seed and what `recipe` repeats."""
         foreign = [name for name in OF_SOME_METHODS if not has_setting(self.method, name)]
-        unused = ["method", "seed", "threads", *Recipe._fields, *foreign, *(f"recipe.{name}" for name in foreign)]
+        unused = [
+            "method",
+            "seed",
+            "threads",
+            *Recipe._fields,
+            *Course._fields,
+            *foreign,
+            *(f"recipe.{name}" for name in foreign),
+        ]
         if self.config["model"] != "mlp":
             unused += ["widths"]
         if self.method == "dense":

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from kronblocks.config.methods import Method
 from kronblocks.core.errors import KronblocksError
-from kronblocks_lab.training.settings import DataName, option, part_of_a_file_name
+from kronblocks_lab.training.model_settings import DataName, option
+from kronblocks_lab.training.settings import part_of_a_file_name
 
 if TYPE_CHECKING:
     from kronblocks_lab.reproduce.studies import Study

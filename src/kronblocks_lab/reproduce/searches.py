@@ -93,15 +93,15 @@ class SearchStudy:
 
     def _search(self, key: Row) -> Row:
         from kronblocks.search.config import MixtureConfig
-        from kronblocks_lab.data.sets import load_data
         from kronblocks_lab.training.searching import search_for
+        from kronblocks_lab.training.tasks import task_of
 
         config = dataclasses.replace(self._config(key, Path()), candidates=self.sizes)
         mixtures = {
             "removal": MixtureConfig(criterion="removal", seed=config.seed),
             "penalty": MixtureConfig(criterion="penalty", weights="equal", seed=config.seed),
         }
-        found = search_for(config, load_data(config.data), mixtures.get(key["part"]))
+        found = search_for(config, task_of(config), mixtures.get(key["part"]))
         blocks = " ".join(sorted(set(found.chosen.values())))
         return {"found": str(found.winner), "seconds": significant(found.seconds), "steps": found.steps, "blocks": blocks}
 

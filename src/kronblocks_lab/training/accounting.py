@@ -28,8 +28,9 @@ from kronblocks.surgery.replace import evaluating
 class MacCounter:
     """Counts the multiply-adds of one step of a model, by the present plan and density of each layer.
 
-    It counts the products of linear, convolution and block layers, and those of activations in attention. As usual, activation
-    functions and optimiser arithmetic do not count. A layer whose input needs no gradient computes none.
+    It counts the products of linear, convolution and block layers, and those of activations in attention: all of them, also
+    where a causal mask hides half. As usual, activation functions and optimiser arithmetic do not count. A layer whose input
+    needs no gradient computes none.
 
     Args:
         model: the model.
@@ -66,6 +67,11 @@ class MacCounter:
         for handle in handles:
             handle.remove()
         self._outside = (counter.get_total_flops() - within) / 2 / len(example)  # multiply-adds per sample outside the layers
+
+    @property
+    def attention_macs(self) -> int:
+        """Forward multiply-adds of a sample outside the layers: products of activations."""
+        return round(self._outside)
 
     def _layer(self, name: str, samples: int, training: bool) -> int:
         module = self._model.get_submodule(name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kronblocks.core.errors import KronblocksError
 
 TransformerName = Literal["vit-tiny", "vit-base", "swin-tiny"]
-ModelName = Literal["linear", "mlp", "lenet5"] | TransformerName
+ModelName = Literal["linear", "mlp", "lenet5"] | TransformerName | Literal["decoder"]
 TRANSFORMERS: tuple[str, ...] = get_args(TransformerName)
 IMAGE_SIZE = 224
 """Pixels of a side that the transformers of the paper see."""

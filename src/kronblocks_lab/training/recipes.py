@@ -34,7 +34,7 @@ def has_setting(method: str, name: str) -> bool:
 
 
 class Recipe(NamedTuple):
-    """Optimiser settings of a method: AdamW, 10% linear warm-up, then cosine to 0."""
+    """Rates and decays of a method's parameter groups."""
 
     lr: float = 4e-3  # of what is not sparse
     weight_decay: float = 0.0
@@ -53,6 +53,32 @@ RECIPES: dict[str, Recipe] = {
 """Of methods that need one of their own; the library knows no learning rates, so they are here and not in `METHODS`."""
 
 
-def recipe_of(method: str) -> Recipe:
-    """The optimiser settings that a method is trained with."""
-    return RECIPES.get(method, Recipe() if spec_of(method).is_factored else _PLAIN)
+_OF_MODELS: dict[str, dict[str, float]] = {
+    "decoder": {"lr": 2e-3, "weight_decay": 0.1},
+}
+"""What models train with instead, whatever the method."""
+
+
+def recipe_of(method: str, model: str = "mlp") -> Recipe:
+    """The rates and decays that a method is trained with."""
+    recipe = RECIPES.get(method, Recipe() if spec_of(method).is_factored else _PLAIN)
+    return recipe._replace(**_OF_MODELS.get(model, {}))
+
+
+class Course(NamedTuple):
+    """What a training has in common over all its parameter groups: AdamW, linear warm-up, then a cosine."""
+
+    beta2: float = 0.999  # of AdamW; its beta1 is 0.9
+    clip: float | None = None  # largest norm of all gradients together; None: any
+    warm_up: float = 0.1  # share of the steps
+    final_lr: float = 0.0  # where the cosine ends, as a share of the rate
+
+
+_COURSES: dict[str, Course] = {
+    "decoder": Course(beta2=0.99, clip=1.0, final_lr=0.1),
+}
+
+
+def course_of(model: str) -> Course:
+    """How a model is trained."""
+    return _COURSES.get(model, Course())

@@ -17,27 +17,20 @@ from kronblocks.config.sparsity import PenaltyConfig, ScheduleConfig, SparsityCo
 from kronblocks.core.blocks import BlockSize
 from kronblocks.core.checks import number
 from kronblocks.core.errors import KronblocksError
-from kronblocks.core.imports import import_here
 from kronblocks.search.config import Goal
-from kronblocks_lab.training.models import TRANSFORMERS, ModelName
+from kronblocks_lab.training.model_settings import ModelAndData, option
 from kronblocks_lab.training.recipes import (
     OF_FREE_VALUES,
     OF_SOME_METHODS,
+    Course,
     Recipe,
+    course_of,
     has_setting,
     recipe_of,
 )
-from kronblocks_lab.training.threads import ThreadSettings
 
 RESULT_VERSION = 2
 """Version of result.json. From 2 on, inference multiply-adds do not count zero blocks."""
-
-DataName = Literal["mnist5k", "fashion-mnist", "digits", "mnist", "cifar10", "cifar100"]
-
-
-def option(name: str) -> str:
-    """The name of a setting on the command line."""
-    return f"--{name.replace('_', '-')}"
 
 
 def part_of_a_file_name(flag: str, value: str) -> None:
@@ -46,54 +39,12 @@ def part_of_a_file_name(flag: str, value: str) -> None:
         raise KronblocksError(f"{flag} becomes part of a file's name: write letters, digits, - and _, not {value!r}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelAndData(ThreadSettings):
-    """The settings that trainings and searches share: model, data and duration."""
-
-    data: DataName = "mnist5k"
-    """Data set; mnist5k and digits need no download."""
-    model: ModelName = "mlp"
-    widths: tuple[int, ...] = (512, 256)
-    """Hidden sizes of the MLP."""
-    image_size: int | None = None
-    """Pixels of a side to which vit-tiny, vit-base and swin-tiny scale the images; unset: 224."""
-    train_images: int | None = None
-    """Number of training images to use; unset: all."""
-    test_images: int | None = None
-    """Number of validation images, and of test images, to use; unset: all."""
-    sparsity: float = SparsityConfig.target_sparsity
-    """Share of the weights that ends in blocks of exact zeros."""
-    epochs: int = 8
-    batch_size: int = 256
-    lr: float | None = None
-    """Learning rate of the dense parts; unset: the method's default."""
-    data_dir: Path | None = None
-    """Folder with the data set's original files."""
-    plugins: tuple[str, ...] = ()
-    """Modules to import first, for example one that calls register_method for a method of yours."""
-
-    def __post_init__(self) -> None:
-        self.import_plugins()
-        ThreadSettings.__post_init__(self)
-        for name in ("epochs", "batch_size", "train_images", "test_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise KronblocksError(f"{option(name)} must be at least 1, not {value}")
-        for name in Recipe._fields:
-            if getattr(self, name, None) is not None:  # searches have the learning rate only
-                number(option(name), getattr(self, name), 0, math.inf, "a number from 0 on")
-        if self.model != "mlp" and self.widths != ModelAndData.widths:
-            raise KronblocksError(f"--widths are the hidden layers of --model mlp: {self.model} has none to choose")
-        if self.model not in TRANSFORMERS and self.image_size is not None:
-            raise KronblocksError(f"--image-size is for {', '.join(TRANSFORMERS)}: {self.model} uses the images as they are")
-
-    def import_plugins(self) -> None:
-        """Import the user's modules, in each process of a training."""
-        for name in self.plugins:
-            try:
-                import_here(name)
-            except ImportError as error:
-                raise KronblocksError(f"cannot import {name!r} of --plugins: {error}; write package.module") from error
+_COURSE: dict[str, tuple[float, str]] = {
+    "beta2": (1.0, "a number from 0 to below 1"),
+    "clip": (math.inf, "a number above 0"),
+    "warm_up": (1.0, "a share of the steps, from 0 to below 1"),
+    "final_lr": (1 + 1e-12, "a share of the learning rate, from 0 to 1"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +70,17 @@ class TaskConfig(MethodSettings, BlockSettings, ModelAndData):
     lifted_lr_scale: float | None = None
     """Learning rate of free block values, relative to --lr; unset: the method's default."""
     lifted_weight_decay: float | None = None
-    """Weight decay of free block values; unset: --factor-weight-decay."""
+    """Weight decay of free block values; unset: --factor-weight-decay, or --weight-decay with --model decoder."""
+    beta2: float | None = None
+    """AdamW's memory of squared gradients; unset: 0.999, or 0.99 with --model decoder."""
+    clip: float | None = None
+    """Largest norm of all gradients together; unset: any, or 1 with --model decoder."""
+    warm_up: float | None = None
+    """Share of the steps in which the learning rates rise; unset: 0.1."""
+    final_lr: float | None = None
+    """Where learning rates end, as a share of their highest; unset: 0, or 0.1 with --model decoder."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: activations and products in bfloat16, weights and optimiser in float32."""
     on_mismatch: Mismatch = "nearest"  # 10 outputs cannot have blocks of 16 rows
     start_from: Path | None = None
     """Folder of a finished training, to start from its weights. The default of --init is then nearest."""
@@ -134,6 +95,11 @@ class TaskConfig(MethodSettings, BlockSettings, ModelAndData):
         ModelAndData.__post_init__(self)
         MethodSettings.__post_init__(self)
         BlockSettings.__post_init__(self)
+        for name, (most, what) in _COURSE.items():
+            if getattr(self, name) is not None:
+                number(option(name), getattr(self, name), 0, most, what)
+        if self.clip == 0:
+            raise KronblocksError("--clip 0 would leave no gradient: write a number above 0, or leave it out")
         if self.distill is not None and self.start_from is None:
             raise KronblocksError("--distill learns from a trained model: name its folder with --start-from")
         if self.distill is not None and not 0 <= self.distill <= 1:
@@ -174,12 +140,22 @@ class TrainConfig(MethodChoice, TaskConfig):
     def recipe(self) -> Recipe:
         """The method's recipe, with the user's changes."""
         changed = {name: getattr(self, name) for name in Recipe._fields if getattr(self, name) is not None}
-        return recipe_of(self.method)._replace(**changed)
+        recipe = recipe_of(self.method, self.model)._replace(**changed)
+        if self.is_text and self.lifted_weight_decay is None and self.factor_weight_decay is None:
+            return recipe._replace(lifted_weight_decay=recipe.weight_decay)  # free values are weights like dense ones
+        return recipe
+
+    @property
+    def course(self) -> Course:
+        """The model's course, with the user's changes."""
+        changed = {name: getattr(self, name) for name in Course._fields if getattr(self, name) is not None}
+        return course_of(self.model)._replace(**changed)
 
     def sparsity_config(self) -> SparsityConfig:
         """The config for `sparsify_`."""
-        names = {f.name for f in dataclasses.fields(SparsityConfig)} & {f.name for f in dataclasses.fields(self)}
-        settings: dict[str, Any] = {name: getattr(self, name) for name in names} | {"target_sparsity": self.sparsity}
+        names = {f.name for part in (MethodChoice, BlockSettings, MethodSettings) for f in dataclasses.fields(part)}
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        settings |= {"target_sparsity": self.sparsity, "exclude": self.left_dense}
         if self.init is None and self.start_from and spec_of(self.method).draws_start:
             settings["init"] = "nearest"
         return SparsityConfig(**settings)
@@ -187,13 +163,13 @@ class TrainConfig(MethodChoice, TaskConfig):
     def settings(self) -> dict[str, Any]:
         """The settings that decide the result, as plain values."""
         data = dataclasses.asdict(self)
-        for name in ("out", "resume", "progress", "data_dir", "plugins"):
+        for name in ("out", "resume", "progress", "data_dir", "data_file", "plugins"):
             del data[name]
         data["start_from"] = None if self.start_from is None else str(self.start_from)
         data["block_size"] = str(self.block_size)
         data["tile_groups"] = None if self.tile_groups is None else str(self.tile_groups)
         data["candidates"] = None if self.candidates is None else list(self.candidates)
-        return {**data, "widths": list(self.widths), "recipe": self.recipe._asdict()}
+        return {**data, **self.subject(), "recipe": {**self.recipe._asdict(), **self.course._asdict()}}
 
 
 @dataclass(frozen=True, kw_only=True)

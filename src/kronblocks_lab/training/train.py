@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
 from kronblocks.algorithms.training.report import SparsityReport, count_blocks
+from kronblocks.config.sparsity import SparsityConfig
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import read_json, write_json
 from kronblocks.deploy.saving import save_pretrained
@@ -24,13 +25,14 @@ from kronblocks.search.report import SearchReport
 from kronblocks.surgery.records import structure
 from kronblocks.surgery.selection import select
 from kronblocks.surgery.sparsify import schedule_of, weight_targets
-from kronblocks_lab.data.sets import BatchSampler, Dataset, limited, load_data, loader
 from kronblocks_lab.training import accounting
 from kronblocks_lab.training.classifier import Classification
+from kronblocks_lab.training.language import LanguageModelling
+from kronblocks_lab.training.module import Training
 from kronblocks_lab.training.runs import RunFolder
-from kronblocks_lab.training.searching import check_candidates, search_for, steps_of
+from kronblocks_lab.training.searching import check_candidates, search_for
 from kronblocks_lab.training.settings import RESULT_VERSION, TrainConfig
-from kronblocks_lab.training.trained import CLASSES, SHAPE
+from kronblocks_lab.training.tasks import ImageTask, Task, TextTask, task_of
 from kronblocks_lab.training.versions import versions
 
 
@@ -74,6 +76,7 @@ def _trainer(config: TrainConfig, folder: RunFolder) -> Trainer:
         num_sanity_val_steps=0,
         log_every_n_steps=50,
         deterministic="warn",
+        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
     )
 
 
@@ -87,37 +90,39 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _quiet()
     config.import_plugins()
     config.use_threads()
-    data = load_data(config.data, data_dir=config.data_dir, fold=config.fold)
-    data = limited(data, config.train_images, config.test_images)
+    task = task_of(config, config.fold)
     memory = accounting.PeakMemory()
-    schedule = schedule_of(config.sparsity_config())(steps_of(config, data))
+    schedule = schedule_of(config.sparsity_config())(task.steps)
     if not schedule.prunes:
         raise KronblocksError(f"{schedule.why_not}: train longer")
-    module = None if config.block_size == "auto" else Classification(config, data)
+    module = None if config.block_size == "auto" else _module(config, task)
     if module is None:
-        check_candidates(config, data)
+        check_candidates(config, task)
     with RunFolder.open(config) as folder, _writing_into(folder.path):
         if folder.result is not None:
             return folder.result
         search = None
         if module is None:
-            search = _search(config, data, folder)
-            module = Classification(config, data, search.config(config.sparsity_config()))
+            search = _search(config, task, folder)
+            module = _module(config, task, search.config(config.sparsity_config()))
         trainer = _trainer(config, folder)
-        train_batches = loader(data.train, BatchSampler(len(data.train), config.batch_size, config.seed))
-        validation = loader(data.validation, BatchSampler(len(data.validation), 1000, 0, shuffle=False))
-        test = loader(data.test, BatchSampler(len(data.test), 1000, 0, shuffle=False))
-        trainer.fit(module, train_batches, validation, ckpt_path=folder.last_checkpoint(), weights_only=True)
+        batches = (task.train_batches(config.seed), task.validation_batches())
+        trainer.fit(module, *batches, ckpt_path=folder.last_checkpoint(), weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
         peak = memory.bytes()
-        tested = trainer.test(module, test, verbose=False)[0]
+        tested = trainer.test(module, task.test_batches(), verbose=False)[0]
         result = _result(config, module, tested, peak, memory.exact)
         if search is not None:
             result["search"] = search.to_dict()
-        _save_model(module, folder, result, data)
+        _save_model(module, folder, result)
         write_json(folder.path / "result.json", result)
     return result
+
+
+def _module(config: TrainConfig, task: ImageTask | TextTask, sparsity: SparsityConfig | None = None) -> Training:
+    kind = Classification if isinstance(task, ImageTask) else LanguageModelling
+    return kind(config, task, sparsity)
 
 
 @contextlib.contextmanager
@@ -131,18 +136,19 @@ def _writing_into(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _search(config: TrainConfig, data: Dataset, folder: RunFolder) -> SearchReport:
+def _search(config: TrainConfig, task: Task, folder: RunFolder) -> SearchReport:
     """The block-size search, or what an earlier start of this training found."""
     known = folder.path / "search.json"
     if not known.exists():
-        write_json(known, search_for(config, data).to_dict())
+        write_json(known, search_for(config, task).to_dict())
     return SearchReport.from_dict(read_json(known))
 
 
-def _save_model(module: Classification, folder: RunFolder, result: dict[str, Any], data: Dataset) -> None:
+def _save_model(module: Training, folder: RunFolder, result: dict[str, Any]) -> None:
     """The trained model in a folder, and the masks, beside the result."""
     words = {"data": module.config.data, "test accuracy": f"{result['test_accuracy']:.4f}"}
-    words |= {SHAPE: "x".join(map(str, data.image_shape)), CLASSES: str(data.classes)}
+    words |= {"test loss": f"{result['test_loss']:.4f}"} if module.config.is_text and result["test_loss"] is not None else {}
+    words |= module.task.card
     save_pretrained(
         module.model, folder.path / "model", config=module.sparsity_config, metadata=words, sparsifier=module.sparsifier
     )
@@ -150,20 +156,21 @@ def _save_model(module: Classification, folder: RunFolder, result: dict[str, Any
     safetensors.torch.save_file(masks, folder.path / "masks.safetensors")
 
 
-def _count(config: TrainConfig, module: Classification) -> SparsityReport:
+def _count(config: TrainConfig, module: Training) -> SparsityReport:
     """Zero blocks of the targeted layers; of the dense method, of those that a sparse method would target."""
     if module.sparsifier.targets:
         return module.sparsifier.report()
     return count_blocks(weight_targets(module.model, select(module.model, module.sparsity_config)))
 
 
-def _result(config: TrainConfig, module: Classification, tested: Any, peak: int, exact: bool) -> dict[str, Any]:
+def _result(config: TrainConfig, module: Training, tested: Any, peak: int, exact: bool) -> dict[str, Any]:
     report = _count(config, module)
     last = module.history[-1]
     live = {layer.name: layer.live_blocks / layer.total_blocks for layer in report.layers}
     surgery = module.sparsifier.surgery
     return {
         "version": RESULT_VERSION,
+        "source": module.task.source,
         "test_accuracy": tested["test_accuracy"],
         "test_loss": accounting.finite(tested["test_loss"]),
         "validation_accuracy": last["validation_accuracy"],
@@ -179,7 +186,8 @@ def _result(config: TrainConfig, module: Classification, tested: Any, peak: int,
         "trainable_parameters_max": module.parameters_max,
         "trainable_parameters_end": accounting.trainable_parameters(module.model),
         "training_macs": module.macs,
-        "inference_macs_per_sample": module.counter.inference_macs(config.batch_size, live) // config.batch_size,
+        "inference_macs_per_sample": module.counter.inference_macs(config.samples, live) // config.samples,
+        "attention_macs_per_sample": module.counter.attention_macs,
         "layers": report.to_dict()["layers"],
         "surgery": {
             "selected": [{"name": each.name, "block_size": str(each.grid.block), "note": each.note} for each in surgery.selected],
@@ -190,4 +198,5 @@ def _result(config: TrainConfig, module: Classification, tested: Any, peak: int,
         "config": config.settings(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        **module.results(tested["test_loss"]),
     }
