@@ -71,7 +71,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 test-gpu: $(VENV)/.dev
-	TRITON_INTERPRET=0 KRONBLOCKS_TRITON=1 $(BIN)/python -m pytest tests/gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu
 
 # the kernels as an ARM machine compiles them, emulated, against plain loops (Debian: g++-aarch64-linux-gnu, qemu-user)
 test-arm:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from kronblocks.core import KronblocksError
 from kronblocks.ops import BlockIndex, backends
 from kronblocks.ops.backends import torch as plain
 from kronblocks.ops.backends import triton as backend
@@ -332,13 +333,20 @@ def looking_again():
     backends.look_again()
 
 
-def test_they_serve_a_gpu_where_they_are_asked_for(looking_again, monkeypatch):
-    assert backends.expected("cuda", torch.float32) is plain
-    monkeypatch.setenv("KRONBLOCKS_TRITON", "1")
-    assert backends.expected("cuda", torch.float32) is plain, "who serves is found once"
-    backends.look_again()
+def test_they_serve_a_gpu_unless_they_are_switched_off(looking_again, monkeypatch):
+    monkeypatch.delenv("KRONBLOCKS_TRITON", raising=False)
     names = [backends.expected("cuda:1", dtype).name for dtype in (*backend.DTYPES, torch.float64)]
     assert names == [*["triton"] * 3, "torch"]
     assert backends.expected("cpu", torch.bfloat16).name != "triton"
     assert backends.backend_key("cuda", torch.float32).startswith("triton 3")
-    monkeypatch.delenv("KRONBLOCKS_TRITON")
+    monkeypatch.setenv("KRONBLOCKS_TRITON", "0")
+    assert backends.expected("cuda", torch.float32).name == "triton", "who serves is found once"
+    backends.look_again()
+    assert backends.expected("cuda", torch.float32) is plain
+    monkeypatch.setenv("KRONBLOCKS_TRITON", "1")
+    backends.look_again()
+    assert backends.backend_key("cuda", torch.float32).endswith("unchecked")
+    monkeypatch.setenv("KRONBLOCKS_TRITON", "yes")
+    backends.look_again()
+    with pytest.raises(KronblocksError, match="'yes': write 0"):
+        backends.expected("cuda", torch.float32)

@@ -70,7 +70,7 @@ class TimedSettings(BenchSettings):
     """What the benchmarks that measure single calls have in common."""
 
     device: Literal["cpu", "cuda"] = "cpu"
-    """On cuda the Triton kernels are used where Triton is installed, unless KRONBLOCKS_TRITON=0."""
+    """On cuda the Triton kernels are used where they agree with float64, unless KRONBLOCKS_TRITON=0."""
     dtype: Precision = "fp32"
     """Of weights and inputs; tf32 is fp32 multiplied on a GPU's tensor cores."""
     compiled: bool = False

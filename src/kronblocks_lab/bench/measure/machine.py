@@ -24,16 +24,13 @@ _COPIES = (1, 8, 64, 256)  # MiB read, and as many written
 
 
 def use(settings: TimedSettings) -> None:
-    """Set the threads and the precision of products, check the device, and enable its kernels.
+    """Set the threads and the precision of products, and check the device.
 
     Raises:
         KronblocksError: there is no such device.
     """
-    if settings.device == "cuda":
-        if not torch.cuda.is_available():
-            raise KronblocksError("--device cuda: torch sees no GPU here; write --device cpu")
-        os.environ.setdefault("KRONBLOCKS_TRITON", "1")
-        backends.look_again()
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise KronblocksError("--device cuda: torch sees no GPU here; write --device cpu")
     if settings.compiled:
         import torch._dynamo.config as dynamo
 

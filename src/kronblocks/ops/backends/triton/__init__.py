@@ -3,6 +3,8 @@
 `packed.py` multiplies by live blocks, `fused.py` by factors, and `weights.py` builds blocks or W from factors. Each launches the
 kernels of its `*_kernels` module. There are no atomic additions, so results are the same from run to run.
 
+Each kernel is checked on the device before it serves there (`trust.py`). One that is refused leaves its products to PyTorch.
+
 With TRITON_INTERPRET=1, set before the kernels are loaded, they run on a CPU. Tests without a GPU do that.
 """
 
@@ -10,14 +12,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 
 import torch
 
+from kronblocks.ops.backends import torch as plain
+from kronblocks.ops.backends.triton import fused, packed, trust, weights
 from kronblocks.ops.backends.triton.estimate import call_seconds, efficiency, keeps_on_chip
-from kronblocks.ops.backends.triton.fused import kron_backward, kron_linear
-from kronblocks.ops.backends.triton.packed import packed_grad_input, packed_grad_values, packed_linear
-from kronblocks.ops.backends.triton.weights import live_blocks, live_blocks_backward
 
 __all__ = [
     "build",
@@ -43,6 +43,15 @@ wants_masks = False  # where no block is dead they read no mask and list no bloc
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+packed_linear = trust.or_plain(packed.packed_linear, plain.packed_linear)
+packed_grad_input = trust.or_plain(packed.packed_grad_input, plain.packed_grad_input)
+packed_grad_values = trust.or_plain(packed.packed_grad_values, plain.packed_grad_values)
+kron_linear = trust.or_plain(fused.kron_linear, plain.kron_linear)
+kron_backward = trust.or_plain(fused.kron_backward, plain.kron_backward)
+live_blocks = trust.or_plain(weights.live_blocks, plain.live_blocks)
+live_blocks_backward = trust.or_plain(weights.live_blocks_backward, plain.live_blocks_backward)
+
+
 @functools.cache
 def is_installed() -> bool:
     """Whether Triton can be imported."""
@@ -50,23 +59,21 @@ def is_installed() -> bool:
 
 
 def serves(device: str, dtype: torch.dtype, *, warn: bool) -> bool:
-    """GPUs that know TF32 and bfloat16.
-
-    Only where KRONBLOCKS_TRITON=1 asks for them, as long as they have been compiled for GPUs but run on none.
-    """
-    wanted = os.environ.get("KRONBLOCKS_TRITON") == "1"
-    return wanted and device == "cuda" and dtype in DTYPES and is_installed() and _has_their_arithmetic()
+    """GPUs that know TF32 and bfloat16, unless KRONBLOCKS_TRITON=0 does without."""
+    return device == "cuda" and dtype in DTYPES and trust.setting() != "0" and is_installed() and _has_their_arithmetic()
 
 
 @functools.cache
 def _has_their_arithmetic() -> bool:
-    """Whether the GPU, where there is one, knows TF32 and bfloat16: NVIDIA's from compute capability 8.0 on."""
-    return torch.version.hip is None and (not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0))
+    """Whether a GPU, where there is one, knows TF32 and bfloat16: NVIDIA's from compute capability 8.0 on."""
+    if torch.version.hip is not None:
+        return False
+    found = [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
+    return not found or max(found) >= trust.LEAST_CAPABILITY
 
 
-@functools.cache
 def build() -> str:
-    """Which compiler made the kernels: timings of another one's do not count."""
+    """Which compiler made which kernels, and whether they are checked: timings of others do not count."""
     import triton
 
-    return triton.__version__
+    return f"{triton.__version__} {trust.sources()}{' unchecked' * (trust.setting() == '1')}"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kronblocks.core import cache as kept
+from kronblocks.ops.backends.triton import trust
 from kronblocks.ops.backends.triton.launch import on_device_of, padded
 
 Result = TypeVar("Result")
@@ -54,10 +55,17 @@ def wanted(device: torch.device) -> bool:
 def chosen(
     kernel: str, about: dict[str, Any], x: Tensor, default: Sizes, others: Iterable[Sizes], run: Callable[[Sizes], Result]
 ) -> Result:
-    """Run a launch with the sizes that suit it, or where tuning is wanted with the quickest; arguments as of `tuned`."""
-    if wanted(x.device):
+    """Run a launch with the sizes that suit it, or where tuning is wanted with the quickest; arguments as of `tuned`.
+
+    Raises:
+        Refused: the kernel does not agree with float64 on this device.
+    """
+    on_trial = trust.sizes_on_trial()
+    if on_trial is None and wanted(x.device):
         return tuned(kernel, about, x, default, others, run)
-    return within_resources((kernel, *about.values(), x.device), default, run)
+    if on_trial is None:
+        trust.require(trust.unit_of(kernel, about, x.dtype, default), x.device)
+    return within_resources((kernel, *about.values(), x.device), on_trial or default, run)
 
 
 def tuned(
@@ -80,9 +88,14 @@ def tuned(
         known = _read(key, (default, *others))
         with on_device_of([x]):
             if known is None and _recording():
+                trust.require(trust.unit_of(kernel, about, x.dtype, default), x.device)
                 return within_resources(key, default, run)
             _memo[key] = known or _quickest(key, default, others, run)
-    return within_resources(key, _memo[key], run)
+    sizes = _memo[key]
+    if not trust.agrees(trust.unit_of(kernel, about, x.dtype, sizes), x.device):
+        sizes = default
+        trust.require(trust.unit_of(kernel, about, x.dtype, sizes), x.device)
+    return within_resources(key, sizes, run)
 
 
 def within_resources(launched: Hashable, sizes: Sizes, run: Callable[[Sizes], Result]) -> Result:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronblocks.ops.backends.triton import trust
 from kronblocks.ops.backends.triton.launch import PROGRAMS, arithmetic, cells, launch, padded, sum_dtype
 from kronblocks.ops.index import BlockIndex
 
@@ -48,6 +49,13 @@ def _entries(
     return (*listed, mask, m1, n1, m1 // tiles.shape[0]), known
 
 
+def _require(kernel: str, coeff: Tensor, tiles: Tensor, index: BlockIndex | None, live: Tensor | None) -> None:
+    """Raise Refused where the kernel may not serve."""
+    about = {"rank": coeff.shape[2], "groups": tiles.shape[0], "tile": tuple(tiles.shape[2:]), "live": live is not None}
+    unit = trust.unit_of(kernel if index is not None else f"{kernel}, whole", about, tiles.dtype, None)
+    trust.require(unit, tiles.device)
+
+
 def _at_a_time(area: int) -> tuple[int, int]:
     """How many entries, and weights of each, one program takes."""
     step = min(256 if area < 2**20 else 1024, padded(area))  # of what a launch may have side by side
@@ -57,6 +65,7 @@ def _at_a_time(area: int) -> tuple[int, int]:
 def _build(values: Tensor, coeff: Tensor, tiles: Tensor, capacity: int, index: BlockIndex | None, live: Tensor | None) -> None:
     from kronblocks.ops.backends.triton import weights_kernels as kernels
 
+    _require("blocks", coeff, tiles, index, live)
     coeff, tiles = coeff.contiguous(), tiles.contiguous()
     entries, known = _entries(coeff, tiles, index, live)
     several, step = _at_a_time(known["AREA"])
@@ -71,6 +80,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     from kronblocks.ops.backends.triton import weights_kernels as kernels
 
+    _require("gradients of blocks", coeff, tiles, index, live)
     dvalues, coeff, tiles = dvalues.contiguous(), coeff.contiguous(), tiles.contiguous()
     entries, known = _entries(coeff, tiles, index, live)
     (groups, rank), area, exact = tiles.shape[:2], known["AREA"], arithmetic(tiles.dtype)
@@ -109,6 +119,7 @@ def _copy(values: Tensor, matrix: Tensor, index: BlockIndex, *, gather: bool) ->
     from kronblocks.ops.backends.triton import weights_kernels as kernels
 
     capacity, height, width = values.shape
+    trust.require(trust.unit_of("copy", {"block": (height, width)}, values.dtype, None), values.device)
     several, step = _at_a_time(height * width)
     launch(
         kernels.scatter, (cells(capacity, several), cells(height * width, step)),
