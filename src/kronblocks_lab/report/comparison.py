@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from kronblocks.config.methods import METHODS
 from kronblocks.core.blocks import BlockSize
 from kronblocks.search.report import SearchReport
 from kronblocks_lab.report.costs import COSTS, HEADLINE, Cost, short
+from kronblocks_lab.report.measures import ACCURACY, LOSS, measure_of
 from kronblocks_lab.report.results import Run
 from kronblocks_lab.training.recipes import has_setting
 
@@ -20,9 +22,11 @@ class Row:
     def __init__(self, name: str, runs: Sequence[Run]) -> None:
         self.name, self.runs, self.method = name, tuple(runs), runs[0].method
         self.seeds = sorted({run.seed for run in runs})
-        accuracies = [statistics.fmean(run.result["test_accuracy"] for run in runs if run.seed == seed) for seed in self.seeds]
-        self.accuracy = statistics.fmean(accuracies)
-        self.spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None  # of a sample
+        self.measure = measure_of(runs[0].config)
+        values = [statistics.fmean(self.measure.of(run.result) for run in runs if run.seed == seed) for seed in self.seeds]
+        self.quality = statistics.fmean(values)
+        self.spread = self.measure.spread(values)
+        self.mean = self.measure.text(values)
         self.sparsity = statistics.fmean(run.result["block_sparsity"] for run in runs)
         self.live = statistics.median_low(run.result["live_blocks"] for run in runs)
         asked = runs[0].config["rank"]
@@ -32,7 +36,6 @@ class Row:
         odd = [f"layer {e['name']} is left dense: {e['reason']}" for e in surgery["left_dense"]]
         odd += [f"layer {e['name']}: {e['note']}" for e in surgery["selected"] if e["note"]]
         self.odd_layers = "; ".join(odd) or "every layer is as it was asked for"
-        self.percent = f"{100 * self.accuracy:.2f}" + ("" if self.spread is None else f" ± {100 * self.spread:.2f}")
 
     def values(self, cost: Cost) -> list[float]:
         """The cost of every run."""
@@ -42,20 +45,27 @@ class Row:
         """The middle of the costs."""
         return statistics.median(self.values(cost))
 
-    def points(self, dense: Row) -> str:
-        """Accuracy above or below dense, in points."""
-        return f"{100 * (self.accuracy - dense.accuracy):+.2f}".replace("-", "\N{MINUS SIGN}")
+    def gap(self, dense: Row) -> str:
+        """The measure above or below that of dense."""
+        return self.measure.gap(self.quality, dense.quality)
+
+    @property
+    def remark(self) -> str:
+        """Another form of the measure: the perplexity of a language model."""
+        return f"perplexity {short(math.exp(self.quality))}" if self.measure is LOSS and self.quality < 100 else ""
 
     def complaints(self, dense: Row | None) -> list[str]:
         """Warnings about a row: worse than dense, target missed, losses that are not finite."""
         found = []
         if dense and self.method != "dense":
-            if self.accuracy < dense.accuracy:
-                points, remark = f"{self.points(dense)} points", "; with one seed the spread is not known"
+            measure = self.measure
+            behind = measure.badness(self.quality) - measure.badness(dense.quality)
+            if behind > 0:
+                gap, remark = f"{self.gap(dense)} {measure.difference}", "; with one seed the spread is not known"
                 if self.spread is not None and dense.spread is not None:
-                    within = dense.accuracy - self.accuracy <= self.spread + dense.spread
-                    remark = "; within the spread" if within else ""
-                found.append(f"Lower test accuracy than dense: {self.percent} against {dense.percent} % ({points}{remark}).")
+                    remark = "; within the spread" if behind <= self.spread + dense.spread else ""
+                worse = f"{'Lower' if measure.more_is_better else 'Higher'} test {measure.name} than dense"
+                found.append(f"{worse}: {self.mean} against {dense.mean} {measure.unit} ({gap}{remark}).")
             for cost in COSTS:
                 found += cost.complaint(self.values(cost), dense.values(cost))
         for run in self.runs if self.method != "dense" else []:
@@ -71,11 +81,11 @@ class Task:
     """Rows that may be compared: the same data, model, epochs and batch size."""
 
     def __init__(self, name: str, rows: Sequence[Row]) -> None:
-        self.name, self.rows = name, tuple(rows)
-        ranked = sorted(rows, key=lambda row: -row.accuracy)
+        self.name, self.rows, self.measure = name, tuple(rows), rows[0].measure
+        ranked = sorted(rows, key=lambda row: self.measure.badness(row.quality))
         self.dense = next((row for row in ranked if row.method == "dense"), None)
-        self.sparse = [row for row in ranked if row.method != "dense"]  # most accurate first
-        self.best = ranked[0].percent.split()[0]
+        self.sparse = [row for row in ranked if row.method != "dense"]  # the best first
+        self.best = ranked[0].mean.split()[0]
 
     @property
     def searches(self) -> list[tuple[Run, SearchReport]]:
@@ -91,17 +101,22 @@ class Task:
     def summary(self) -> str:
         """The task in one sentence."""
         row = self.sparse[0] if self.sparse else self.rows[0]
-        text = f"{row.percent} % test accuracy" + (" (1 seed)" if row.spread is None else "")
+        measure = self.measure
+        text = f"{row.mean} {measure.unit} test {measure.name}" if measure is ACCURACY else f"test loss {row.mean} {measure.unit}"
+        text += " (1 seed)" if row.spread is None else ""
         if not self.sparse:
             return f"dense: {text}; there is no sparse training to compare with it."
         several = len(self.sparse) > 1
-        choice = f"The most accurate of {len(self.sparse)} sparse settings on the test images is " if several else ""
+        best, part = ("most accurate", "images") if measure is ACCURACY else ("best", "part")
+        choice = f"The {best} of {len(self.sparse)} sparse settings on the test {part} is " if several else ""
         text = f"{choice}{row.name}, with {100 * row.sparsity:.1f} % of the weights in zero blocks: {text}"
         if not self.dense:
             return f"{text}; there is no dense training to compare it with."
         ratios = [(cost.name, r) for cost in HEADLINE if (r := self.ratio(row, cost)) is not None]
         costs = [f"{short(r)} {'of' if r < 0.995 else 'times'} the {name}" for name, r in ratios]
-        return f"{text} against {self.dense.percent} % dense ({row.points(self.dense)} points), {', '.join(costs)}."
+        unit = " %" if measure is ACCURACY else ""
+        against = f"{self.dense.mean}{unit} dense ({row.gap(self.dense)} {measure.difference})"
+        return f"{text} against {against}, {', '.join(costs)}."
 
     @property
     def notices(self) -> list[tuple[str, list[str]]]:

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import matplotlib
 import matplotlib.image
@@ -20,6 +20,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLoc
 
 from kronblocks.core.blocks import BlockSize
 from kronblocks_lab.report.costs import BYTES, Cost
+from kronblocks_lab.report.measures import LOSS
 from kronblocks_lab.report.styles import Style, styles
 
 if TYPE_CHECKING:
@@ -100,28 +101,48 @@ class _ShareAxis:
         return 100 - percent if self.by_error else percent
 
 
-def accuracy_against_cost(task: Task, cost: Cost) -> Picture:
-    """Test accuracy of every run against a cost relative to dense, or against the cost itself where there is no dense run."""
+class _LossAxis:
+    """Losses on a y axis; those at the start, which are far higher, may leave the picture."""
+
+    def __init__(self, axes: Axes, values: Sequence[float], name: str) -> None:
+        axes.set_title(name)
+        finite = sorted(value for value in values if math.isfinite(value)) or [0.0]
+        if len(finite) > 4 and finite[-1] > (high := finite[0] + 2.5 * (finite[len(finite) // 2] - finite[0]) + 0.05):
+            axes.set_ylim(finite[0] - 0.05 * (high - finite[0]), high)
+
+    def __call__(self, losses: Any) -> np.ndarray:
+        return np.asarray(losses, dtype=float)
+
+
+def _quality_axis(axes: Axes, task: Task, values: Sequence[float], part: str) -> _ShareAxis | _LossAxis:
+    """The axis of a task's measure, of its test or validation part."""
+    if task.measure is LOSS:
+        return _LossAxis(axes, values, f"{part} loss, {task.measure.unit}")
+    return _ShareAxis(axes, values, f"{part} accuracy")
+
+
+def quality_against_cost(task: Task, cost: Cost) -> Picture:
+    """The measure of every run against a cost relative to dense, or against the cost itself where there is no dense run."""
     unit = task.dense.median(cost) if task.dense else cost.scale
     label = f"{cost.name} relative to dense" if task.dense else f"{cost.name}, {cost.unit}"
 
     def draw(axes: Axes) -> None:
-        y = _ShareAxis(axes, [run.result["test_accuracy"] for row in task.rows for run in row.runs], "test accuracy")
+        y = _quality_axis(axes, task, [task.measure.of(run.result) for row in task.rows for run in row.runs], "test")
         if task.dense:
             axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         for row, look in zip(task.rows, looks(task), strict=True):
             x = np.array(row.values(cost)) / unit
             y_runs, mark = (
-                y([run.result["test_accuracy"] for run in row.runs]),
+                y([task.measure.of(run.result) for run in row.runs]),
                 dict[str, Any](color=look.colour, marker=look.marker),
             )
             axes.plot(x, y_runs, linestyle="", markersize=4, alpha=0.45, zorder=2, **mark)
-            axes.plot(np.median(x), y(row.accuracy), markersize=9, markeredgecolor="white", zorder=3, **mark)
+            axes.plot(np.median(x), y(row.quality), markersize=9, markeredgecolor="white", zorder=3, **mark)
         if task.dense:
             axes.set_xlim(min(axes.get_xlim()[0], 0.88), max(axes.get_xlim()[1], 1.12))
         axes.set_xlabel(label)
 
-    return panel(draw, f"test accuracy against {label}, one point per run; the table holds the numbers")
+    return panel(draw, f"test {task.measure.name} against {label}, one point per run; the table holds the numbers")
 
 
 def phases(task: Task) -> list[tuple[str, int, int]]:
@@ -149,13 +170,16 @@ def _over_epochs(axes: Axes, task: Task) -> None:
     axes.set_xlabel("epoch")
 
 
-def history(task: Task, what: str, name: str) -> Picture:
-    """A share after every epoch: every run thin, the mean thick; `what` is its name in the history."""
+def history(task: Task, what: Literal["quality", "block_sparsity"]) -> Picture:
+    """The measure on validation data, or the sparsity, after every epoch: every run thin, the mean thick."""
+    name = f"validation {task.measure.name}" if what == "quality" else "weights in zero blocks"
+    key = f"validation_{task.measure.name}" if what == "quality" else what
 
     def draw(axes: Axes) -> None:
-        curves = [[run.history(what) for run in row.runs] for row in task.rows]
+        curves = [[run.history(key) for run in row.runs] for row in task.rows]
         values = [value for row in curves for run in row for value in run]
-        y = _ShareAxis(axes, values, name, may_bend="accuracy" in what)
+        quality = what == "quality"
+        y = _quality_axis(axes, task, values, "validation") if quality else _ShareAxis(axes, values, name, may_bend=False)
         for row, look in zip(curves, looks(task), strict=True):
             epochs, dash = range(1, len(row[0]) + 1), (0, look.dash) if look.dash else "-"
             for run in row:

@@ -14,6 +14,7 @@ from kronblocks.core.files import write_text
 from kronblocks_lab.report import costs, figures, search_figure, styles
 from kronblocks_lab.report.comparison import compared, conditions
 from kronblocks_lab.report.results import Run
+from kronblocks_lab.report.samples import Verbatim, samples
 
 
 def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse training, compared") -> Path:
@@ -34,6 +35,7 @@ def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse t
         "looks": figures.looks,
         "markers": styles.MARKERS,
         "search_pictures": search_figure.pictures,
+        "samples": samples,
         "conditions": conditions([run.result for run in runs]),
     }
     content["settings"] = {name: [each.get(name, "") for each in settings] for each in settings for name in each}
@@ -52,5 +54,7 @@ def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse t
 
 
 def _plain(value: object) -> str:
-    """Text that Markdown shows as it is."""
+    """Text that Markdown shows as it is; verbatim text as a block of code."""
+    if isinstance(value, Verbatim):
+        return "\n".join(f"    {line}" for line in value.split("\n"))
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", re.sub(r"\s", " ", str(value)))

@@ -16,7 +16,9 @@ from kronblocks.core.blocks import BlockSize
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import read_json
 from kronblocks.search.report import SearchReport
+from kronblocks_lab.data.text import Source
 from kronblocks_lab.report.costs import BYTES, number
+from kronblocks_lab.report.samples import are_samples
 from kronblocks_lab.training.recipes import OF_SOME_METHODS, Course, Recipe, has_setting
 from kronblocks_lab.training.settings import RESULT_VERSION
 
@@ -55,10 +57,24 @@ def _fault(result: Any) -> str | None:
             SearchReport.from_dict(result["search"])
         except KronblocksError as error:
             return f"has a search that cannot be read: {error}"
+    if result["config"]["data"] == "text" and not _is_whole_text(result):
+        return "does not say which text it is of"
+    if "samples" in result and not are_samples(result["samples"]):
+        return "has samples of text that cannot be shown"
     return None if len(result["history"]) == result["config"]["epochs"] else "has a history of other epochs than its settings"
 
 
-_PARTS_OF_DATA = ("image_size", "train_images", "test_images", "fold")  # unset mostly, and not in older results
+def _is_whole_text(result: dict[str, Any]) -> bool:
+    """Whether a training on text says on which, and with which sizes."""
+    source, config = result.get("source"), result["config"]
+    numbers = [config.get(name) for name in ("width", "depth", "heads", "context", "steps")]
+    if not isinstance(source, dict) or not set(Source._fields) <= source.keys():
+        return False
+    return all(isinstance(each, int) for each in (*numbers, source["bytes"])) and isinstance(source["sha256"], str)
+
+
+_OF_TEXT = ("width", "depth", "heads", "context", "steps", "text")
+_OF_IMAGES = ("image_size", "train_images", "test_images", "fold")  # unset mostly, and not in older results
 
 
 @dataclass(frozen=True)
@@ -117,9 +133,13 @@ class Run:
     def task(self) -> str:
         """What has to be the same for trainings to be compared."""
         c = self.config
+        if c["data"] == "text":
+            text = Source(**{name: self.result["source"][name] for name in Source._fields})
+            model = f"decoder {c['depth']}x{c['width']}, {c['heads']} heads, context {c['context']}"
+            return f"{text}, {model}, {c['steps']:,} steps, batches of {c['batch_size']}"
         widths = " " + "-".join(map(str, c["widths"])) if c["model"] == "mlp" else ""
         parts = [f"{c['data']}, {c['model']}{widths}", f"{c['epochs']} epochs", f"batches of {c['batch_size']}"]
-        parts += [f"{name.replace('_', ' ')} {c[name]}" for name in _PARTS_OF_DATA if c.get(name) is not None]
+        parts += [f"{name.replace('_', ' ')} {c[name]}" for name in _OF_IMAGES if c.get(name) is not None]
         return ", ".join(parts)
 
     @property
@@ -137,6 +157,7 @@ class Run:
         ]
         if self.config["model"] != "mlp":
             unused += ["widths"]
+        unused += _OF_IMAGES if self.config["data"] == "text" else _OF_TEXT
         if self.method == "dense":
             unused += ["block_size", "sparsity", "on_mismatch", "schedule."]
         if self.config["block_size"] != "auto":
