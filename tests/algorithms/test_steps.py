@@ -18,6 +18,7 @@ def config(method: str = "two-phase") -> SparsityConfig:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:1 step is too few to prune:kronblocks.KronblocksWarning")
+@pytest.mark.filterwarnings("ignore:pruning has ended, and .* kept less than a third:kronblocks.KronblocksWarning")
 def test_a_trial_of_one_step_runs_with_every_method(method):
     training = Training(config(method))
     before = [p.detach().clone() for p in training.model.parameters()]

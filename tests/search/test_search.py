@@ -72,7 +72,7 @@ def test_a_trial_takes_the_whole_recipe():
     recipe = dataclasses.replace(recipe, factor_lr_scale=2.0, tile_lr_scale=0.5, lifted_lr_scale=3.0)
     groups = {group["name"]: group for group in Trial(model(), CONFIG, recipe, 40, seed=0)._optimizer.param_groups}
     assert {name: group["weight_decay"] for name, group in groups.items()} == {
-        **{"dense": 0.1, "no-decay": 0.0, "coefficients": 0.05, "tiles": 0.05, "lifted": 0.05},
+        **{"dense": 0.1, "no-decay": 0.0, "coefficients": 0.05, "tiles": 0.05, "lifted": 0.1},
     }
     recipe = dataclasses.replace(recipe, lifted_weight_decay=0.2)
     assert Trial(model(), CONFIG, recipe, 40, seed=0)._optimizer.param_groups[-1]["weight_decay"] == 0.2

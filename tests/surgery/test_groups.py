@@ -34,7 +34,8 @@ def config(**settings: Any) -> SparsityConfig:
 
 
 def groups_of(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
-    """The groups of each part, one call after the other."""
+    """The groups of each part, one call after the other; values have a rate of their own."""
+    settings = {"lifted_lr_scale": 1.5, **settings}
     return [group for name, lr in RATES.items() for group in parameter_groups(model.get_submodule(name), lr=lr, **settings)]
 
 
@@ -87,8 +88,8 @@ def test_values_join_the_group_of_their_own_part(arrange):
 def test_a_part_that_is_added_later_and_one_without_empty_groups(late):
     model = parts()
     sparsifier = sparsify_(model, config())
-    optimizer = torch.optim.AdamW(parameter_groups(model["backbone"], lr=RATES["backbone"], keep_empty=late))
-    for group in parameter_groups(model["head"], lr=RATES["head"], keep_empty=True):
+    optimizer = torch.optim.AdamW(parameter_groups(model["backbone"], lr=RATES["backbone"], lifted_lr_scale=1.5, keep_empty=late))
+    for group in parameter_groups(model["head"], lr=RATES["head"], lifted_lr_scale=1.5, keep_empty=True):
         optimizer.add_param_group(group)
     sparsifier.attach(optimizer, total_steps=STEPS)
     train(model, sparsifier, optimizer)
@@ -206,7 +207,7 @@ def test_groups_of_a_part_split_by_layer_keep_to_their_layer():
     groups = []
     for layer, lr in zip(model, (1e-3, 1e-1), strict=True):
         own = {id(p) for p in layer.parameters()}
-        for group in parameter_groups(model, lr=lr):
+        for group in parameter_groups(model, lr=lr, lifted_lr_scale=1.5):
             groups.append({**group, "params": [p for p in group["params"] if id(p) in own], PART: 0})
     optimizer = torch.optim.SGD(groups)
     sparsifier.attach(optimizer, total_steps=STEPS)

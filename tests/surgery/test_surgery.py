@@ -62,7 +62,10 @@ def test_methods_on_plain_layers_replace_nothing(method):
 @pytest.mark.parametrize("method", ["static", "rigl"])
 @pytest.mark.parametrize("distribution", ["erk", "uniform"])
 def test_methods_that_are_sparse_from_the_start(method, distribution):
-    """Packed by default, with the weights and the bias of the dense layer on the live blocks; or on the nn.Linear itself."""
+    """Packed by default, with the weights and the bias of the dense layer on the live blocks; or on the nn.Linear itself.
+
+    Weights begin larger, so that outputs begin as large as the dense layer's.
+    """
     dense, packed, masked = mlp(), mlp(), mlp()
     for model in (packed, masked):
         model.load_state_dict(dense.state_dict())
@@ -75,7 +78,21 @@ def test_methods_that_are_sparse_from_the_start(method, distribution):
     for name in ("0", "2"):
         ours, theirs, old = (model.get_submodule(name) for model in (packed, masked, dense))
         assert torch.equal(ours.weight, theirs.weight) and (old.bias is None or torch.equal(ours.bias, old.bias))
-        assert ((ours.weight == old.weight) | (ours.weight == 0)).all()
+        density = (ours.weight != 0).float().mean().item()
+        assert density < 1 and torch.equal(ours.weight, old.weight * density**-0.5 * (ours.weight != 0))
+
+
+def test_trained_weights_and_blocks_of_greatest_norm_keep_their_scale():
+    torch.manual_seed(0)
+    trained = nn.Linear(64, 64)
+    with torch.no_grad():
+        trained.weight.add_(torch.randn(64, 1) @ torch.randn(1, 64))
+    for linear, init in ((trained, "random"), (nn.Linear(64, 64), "nearest")):
+        for storage in ("packed", "dense"):
+            model = nn.Sequential(copy.deepcopy(linear))
+            sparsify_(model, config(method="static", init=init, storage=storage))
+            weight = model[0].weight
+            assert ((weight == linear.weight) | (weight == 0)).all()
 
 
 def test_inits():
@@ -224,7 +241,7 @@ def test_parameter_groups_cover_every_parameter_once_with_the_right_rates():
         "no-decay": (0.1, 0.0, 5),
         "coefficients": (0.2, 0.2, 2),
         "tiles": (0.1, 0.2, 2),
-        "lifted": (0.3, 0.2, 0),
+        "lifted": (0.3, 0.3, 0),
     }
     apart = parameter_groups(model, lr=0.1, factor_weight_decay=0.2, lifted_weight_decay=0.4)
     assert [g["weight_decay"] for g in apart] == [0.0, 0.0, 0.2, 0.2, 0.4]

@@ -132,33 +132,33 @@ _PRUNING = _of("score", "regrow", "scope")
 
 METHODS: dict[str, MethodSpec] = {
     "two-phase": MethodSpec(
-        _prune, _FACTORS | _PRUNING | _of("schedule.shape", "schedule.lift_at"), Choices(storage="factors", end=0.4), revision=2
+        _prune, _FACTORS | _PRUNING | _of("schedule.shape", "schedule.lift_at"), Choices(storage="factors", end=0.4), revision=3
     ),
     "kron-l1": MethodSpec(
         lambda choices: KronL1(choices.form, choices.strength, choices.growth),
         _FACTORS | _of("scope", "penalty", "schedule.shape"),
         Choices(storage="factors", end=0.8, form="gradient", tile_groups=1, init="spectral", gate=True),
-        revision=2,
+        revision=3,
     ),
     "group-lasso": MethodSpec(
         lambda choices: GroupLasso(choices.form, choices.strength, choices.growth),
         _of("scope", "penalty", "schedule.shape"),
-        revision=4,
+        revision=5,
     ),
     "elastic-group-lasso": MethodSpec(
         lambda choices: GroupLasso(choices.form, choices.strength, choices.growth, ridge=choices.ridge),
         _of("scope", "penalty", "penalty.ridge", "schedule.shape"),
-        revision=4,
+        revision=5,
     ),
     "rigl": MethodSpec(
         lambda choices: Rigl(choices.regrow),
         _of("init", "regrow", "distribution", "storage"),
         Choices(storage="packed", end=0.75, regrow=0.3),
-        revision=3,
+        revision=4,
     ),
-    "iterative": MethodSpec(_prune, _PRUNING | _of("storage"), Choices(shape="staircase"), revision=2),
-    "magnitude": MethodSpec(_prune, _PRUNING | _of("storage", "schedule.shape"), revision=2),
-    "static": MethodSpec(lambda _: Fixed(), _of("init", "distribution", "storage"), Choices(storage="packed"), revision=2),
+    "iterative": MethodSpec(_prune, _PRUNING | _of("storage"), Choices(shape="staircase"), revision=3),
+    "magnitude": MethodSpec(_prune, _PRUNING | _of("storage", "schedule.shape"), revision=3),
+    "static": MethodSpec(lambda _: Fixed(), _of("init", "distribution", "storage"), Choices(storage="packed"), revision=3),
     "dense": MethodSpec(None, _of("schedule.shape")),
 }
 """Every method by its name."""

@@ -129,8 +129,9 @@ class BlockSparseLinear(BlockLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform values of nn.Linear's default scale. The mask stays."""
-        bound = self.in_features**-0.5
+        """Uniform values, so that outputs have the scale of nn.Linear's default (equation 27). The mask stays."""
+        live = self.grid.blocks if self.block_mask.is_meta else int(self.block_mask.sum())
+        bound = (self.in_features * max(live, 1) / self.grid.blocks) ** -0.5
         nn.init.uniform_(self.values, -bound, bound)
         reset_bias_(self.bias, self.in_features)
         self.mask_changed_()

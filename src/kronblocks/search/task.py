@@ -36,12 +36,12 @@ class SearchTask:
         held_out: a list of batches that no training uses; never the test set.
         losses: gives the loss of every example (or token) of a batch, (N,), differentiable; not their mean.
         lr: learning rate of AdamW for what is not sparse, as for `parameter_groups`.
-        weight_decay: of dense weights.
+        weight_decay: of dense weights, and of free block values.
         factor_weight_decay: of factors.
-        lifted_weight_decay: of free block values; None: that of factors.
-        factor_lr_scale: rate of factors, relative to `lr`.
-        tile_lr_scale: rate of tiles, relative to that of the other factors.
-        lifted_lr_scale: rate of free block values, relative to `lr`.
+        lifted_weight_decay: of free block values; None: `weight_decay`.
+        factor_lr_scale: multiplies the rate of factors.
+        tile_lr_scale: multiplies the rate of tiles further.
+        lifted_lr_scale: multiplies the rate of free block values.
     """
 
     batches: Callable[[int], Iterator[Any]]

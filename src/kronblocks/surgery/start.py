@@ -43,7 +43,22 @@ def first_layer(layer: nn.Module, selected: Selected, mask: Tensor, config: Spar
         return plain_linear(layer)
     if isinstance(layer, BlockLayer) or config.resolved().storage == "packed":
         return packed(layer, selected, mask, config)
+    with torch.no_grad():
+        layer.get_parameter("weight").mul_(_growth(layer, mask, config))
     return layer
+
+
+def _growth(layer: nn.Module, mask: Tensor, config: SparsityConfig) -> float:
+    """By how much to scale weights so that outputs begin as large as the dense layer's (equation 27 in docs/math.md).
+
+    It is 1 / sqrt(density) for random weights of which random blocks live, and 1 for trained weights and for blocks that were
+    chosen by their weights.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    chosen = not config.spec.starts_sparse or first_init(layer, config) != "random"
+    as_it_is = chosen or weight.is_meta or not mask.any() or _looks_trained(weight)
+    return 1.0 if as_it_is else float(mask.float().mean()) ** -0.5
 
 
 def factored(layer: Any, selected: Selected, mask: Tensor, config: SparsityConfig) -> KroneckerBlockLinear:
@@ -91,6 +106,8 @@ def packed(layer: nn.Module, selected: Selected, mask: Tensor, config: SparsityC
     else:
         assert isinstance(layer, nn.Linear)
         new = BlockSparseLinear.from_dense(layer, block_size=selected.grid.block, mask=mask)
+        with torch.no_grad():
+            new.values.mul_(_growth(layer, mask, config))
         new.bias = layer.bias
     new.values.requires_grad_(is_trained(layer))
     new.choose_plan_(config.rows)

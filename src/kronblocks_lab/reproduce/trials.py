@@ -39,7 +39,7 @@ _RANKS = Axis("rank", (2, 4, 8, 16, 32, 64), slice(1, 3))
 _DECAY = (0.0, 0.05, 0.1, 0.2)
 _OTHERS: dict[str, tuple[Axis, ...]] = {  # beside the learning rate, what matters most for the method
     "dense": (Axis("weight_decay", _DECAY, slice(0, 2)),),
-    "static": (Axis("factor_weight_decay", _DECAY, slice(0, 2)),),  # of its free values
+    "static": (Axis("weight_decay", _DECAY, slice(0, 2)),),
     "two-phase": (_RANKS,),
     **dict.fromkeys(("magnitude", "iterative"), (Axis("schedule.end", (0.1, 0.15, 0.25, 0.4, 0.7, 0.85, 0.95), slice(3, 5)),)),
     **dict.fromkeys(("group-lasso", "elastic-group-lasso"), (Axis("schedule.end", (0.1, 0.2, 0.3, 0.5, 0.8, 0.9), slice(3, 5)),)),

@@ -10,13 +10,11 @@ from kronblocks.surgery.groups import FACTOR_LR_SCALE, LIFTED_LR_SCALE, TILE_LR_
 OF_SPARSITY = tuple(name for name in get_args(Setting) if "." not in name and name != "penalty")
 """Settings of a `SparsityConfig` that only some methods have; parts of its schedule and its penalty apart."""
 
-OF_FACTORS = ("factor_lr_scale", "tile_lr_scale")
+OF_FACTORS = ("factor_lr_scale", "tile_lr_scale", "factor_weight_decay")
 """Optimiser settings for factors."""
 
-OF_FREE_VALUES = ("factor_weight_decay", "lifted_lr_scale", "lifted_weight_decay")
-"""Those for values of live blocks, which methods that may work on the nn.Linear itself have with storage "packed" only; the first
-one is for factors too.
-"""
+OF_FREE_VALUES = ("lifted_lr_scale", "lifted_weight_decay")
+"""Those for values of live blocks, which methods that may work on the nn.Linear itself have with storage "packed" only."""
 
 OF_SOME_METHODS = (*OF_SPARSITY, *OF_FACTORS, *OF_FREE_VALUES)
 
@@ -30,7 +28,7 @@ def has_setting(method: str, name: str) -> bool:
         return name in spec.settings
     if name in OF_FACTORS:
         return spec.is_factored
-    return spec.is_lifted or "storage" in spec.settings or (name == "factor_weight_decay" and spec.is_factored)
+    return spec.is_lifted or "storage" in spec.settings
 
 
 class Recipe(NamedTuple):
@@ -39,13 +37,11 @@ class Recipe(NamedTuple):
     lr: float = 4e-3  # of what is not sparse
     weight_decay: float = 0.0
     factor_weight_decay: float = 0.0
-    factor_lr_scale: float = FACTOR_LR_SCALE  # rate of factors, relative to lr
+    factor_lr_scale: float = FACTOR_LR_SCALE  # rate of factors, relative to what their shapes ask for
     tile_lr_scale: float = TILE_LR_SCALE  # rate of tiles, relative to that of the other factors
-    lifted_lr_scale: float = LIFTED_LR_SCALE  # rate of free block values, relative to lr
-    lifted_weight_decay: float | None = None  # of free block values; None: as factors
+    lifted_lr_scale: float = LIFTED_LR_SCALE  # rate of free block values, relative to what the density asks for
+    lifted_weight_decay: float | None = None  # of free block values; None: as dense weights
 
-
-_PLAIN = Recipe(factor_lr_scale=1.0, lifted_lr_scale=1.0)
 
 RECIPES: dict[str, Recipe] = {
     "kron-l1": Recipe(factor_weight_decay=0.05),  # decay on A and B is what gives L1 on S its meaning (equation 15)
@@ -61,8 +57,8 @@ _OF_MODELS: dict[str, dict[str, float]] = {
 
 def recipe_of(method: str, model: str = "mlp") -> Recipe:
     """The rates and decays that a method is trained with."""
-    recipe = RECIPES.get(method, Recipe() if spec_of(method).is_factored else _PLAIN)
-    return recipe._replace(**_OF_MODELS.get(model, {}))
+    spec_of(method)
+    return RECIPES.get(method, Recipe())._replace(**_OF_MODELS.get(model, {}))
 
 
 class Course(NamedTuple):

@@ -20,6 +20,7 @@ from kronblocks.core.errors import KronblocksError
 from kronblocks.search.config import Goal
 from kronblocks_lab.training.model_settings import ModelAndData, option
 from kronblocks_lab.training.recipes import (
+    OF_FACTORS,
     OF_FREE_VALUES,
     OF_SOME_METHODS,
     Course,
@@ -62,15 +63,15 @@ class TaskConfig(MethodSettings, BlockSettings, ModelAndData):
     weight_decay: float | None = None
     """Weight decay of dense weights; unset: the method's default."""
     factor_weight_decay: float | None = None
-    """Weight decay of factors, and of free block values; unset: the method's default."""
+    """Weight decay of factors; unset: the method's default."""
     factor_lr_scale: float | None = None
-    """Learning rate of factors, relative to --lr; unset: the method's default."""
+    """Learning rate of factors, relative to what follows from --lr and their shapes; unset: the method's default."""
     tile_lr_scale: float | None = None
     """Learning rate of tiles, relative to that of the other factors; unset: 1."""
     lifted_lr_scale: float | None = None
-    """Learning rate of free block values, relative to --lr; unset: the method's default."""
+    """Learning rate of free block values, relative to --lr over the density; unset: the method's default."""
     lifted_weight_decay: float | None = None
-    """Weight decay of free block values; unset: --factor-weight-decay, or --weight-decay with --model decoder."""
+    """Weight decay of free block values; unset: that of dense weights."""
     beta2: float | None = None
     """AdamW's memory of squared gradients; unset: 0.999, or 0.99 with --model decoder."""
     clip: float | None = None
@@ -128,7 +129,7 @@ class TrainConfig(MethodChoice, TaskConfig):
         if self.block_size == "auto" and self.method == "dense":
             raise KronblocksError("method 'dense' has no blocks to search for: leave --block-size out")
         is_dense = self.sparsity_config().resolved().storage == "dense"
-        for name in ("factor_lr_scale", "tile_lr_scale", *OF_FREE_VALUES):
+        for name in (*OF_FACTORS, *OF_FREE_VALUES):
             if getattr(self, name) is None:
                 continue
             if not has_setting(self.method, name):
@@ -140,10 +141,7 @@ class TrainConfig(MethodChoice, TaskConfig):
     def recipe(self) -> Recipe:
         """The method's recipe, with the user's changes."""
         changed = {name: getattr(self, name) for name in Recipe._fields if getattr(self, name) is not None}
-        recipe = recipe_of(self.method, self.model)._replace(**changed)
-        if self.is_text and self.lifted_weight_decay is None and self.factor_weight_decay is None:
-            return recipe._replace(lifted_weight_decay=recipe.weight_decay)  # free values are weights like dense ones
-        return recipe
+        return recipe_of(self.method, self.model)._replace(**changed)
 
     @property
     def course(self) -> Course:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from kronblocks.algorithms.training.nested import is_nested
 from kronblocks.core.errors import KronblocksWarning
@@ -19,6 +20,11 @@ class AddedPenalty:
 
     def __init__(self, penalty: Callable[[], Tensor]) -> None:
         self._penalty = penalty
+
+    def attach_(self, optimizers: Sequence[Optimizer]) -> list[RemovableHandle]:
+        """Hook these optimisers' steps. Returns the hooks' handles."""
+        before: Any = torch.compiler.disable(self.before_step)
+        return [optimizer.register_step_pre_hook(before) for optimizer in optimizers]
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The hook. If the step has a closure, return the step's arguments with a closure that adds the gradient."""
@@ -35,7 +41,7 @@ class AddedPenalty:
             return loss
 
         others = {name: value for name, value in kwargs.items() if name != "closure"}
-        return (optimizer, with_penalty, *args[2:]), others
+        return (*args[:1], with_penalty, *args[2:]), others
 
     @torch.no_grad()
     def _add_gradients(self, optimizer: Optimizer) -> None:

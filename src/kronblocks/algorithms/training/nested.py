@@ -8,6 +8,8 @@ from types import CodeType
 
 from torch.optim import Optimizer
 
+from kronblocks.algorithms.training.stand_in import original
+
 _STEP = next((code for code in Optimizer.profile_hook_step.__code__.co_consts if isinstance(code, CodeType)), None)
 """The code of torch's wrapper around each step(), which runs the hooks."""
 
@@ -17,11 +19,11 @@ def stepping() -> Iterator[Optimizer]:
     frame = sys._getframe(1)  # not a counter, which an exception in a step would leave wrong
     while frame is not None:
         if frame.f_code is _STEP:
-            yield frame.f_locals["self"]
+            yield original(frame.f_locals["self"])
         frame = frame.f_back
 
 
 def is_nested(optimizer: Optimizer) -> bool:
     """Whether a step hook of this optimiser runs inside another of its steps."""
-    steps = (each for each in stepping() if each is optimizer)
+    steps = (each for each in stepping() if each is original(optimizer))
     return next(steps, None) is not None and next(steps, None) is not None

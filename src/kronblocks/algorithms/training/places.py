@@ -59,7 +59,7 @@ class Places:
             KronblocksError: the user has replaced some, and `strict` is set.
         """
         now, gone = self.now()
-        changed = not _same(now, self.targets)
+        changed = not same(now, self.targets)
         self.targets[:] = now
         if strict:
             check_none_replaced(gone)
@@ -87,7 +87,7 @@ class Places:
             KronblocksError: no optimiser holds some of them.
         """
         now = [p for target in self.targets for p in target.parameters()]
-        if _same(now, self._known):
+        if same(now, self._known):
             return []
         check_held(optimizers, self.targets)
         known = {id(p) for p in self._known}
@@ -96,7 +96,7 @@ class Places:
         return [handle for target in changed for handle in target.hook_gradients()]
 
 
-def _same(now: Sequence[Any], before: Sequence[Any]) -> bool:
+def same(now: Sequence[Any], before: Sequence[Any]) -> bool:
     """Whether these are the same objects, one by one."""
     return len(now) == len(before) and all(map(operator.is_, now, before))
 

@@ -23,6 +23,7 @@ from kronblocks.algorithms.training.added_penalty import AddedPenalty, warn_of_m
 from kronblocks.algorithms.training.attachment import Attachment, check_optimizers, number_parts_, unwrapped
 from kronblocks.algorithms.training.carried import CarriedState
 from kronblocks.algorithms.training.following import Movement, Turns, keep_zeros_
+from kronblocks.algorithms.training.layer_rates import LayerRates, check_rates
 from kronblocks.algorithms.training.nested import is_nested
 from kronblocks.algorithms.training.places import Places
 from kronblocks.algorithms.training.planning import Planner, layer_changes_to_come
@@ -77,7 +78,7 @@ class Sparsifier:
         self.surgery = surgeon.report
         self._surgeon, self._make_schedule, self._planner = surgeon, make_schedule, planner or Planner()
         self._optimizers: list[Optimizer] = []
-        self._turns, self._movement = Turns((), ()), Movement()
+        self._turns, self._movement, self._rates = Turns((), ()), Movement(), LayerRates(self.targets)
         self._rule_state: RuleState = {}
         self._known_steps: int | None = None  # total_steps of the training so far
         self._awaits_penalty = False
@@ -119,6 +120,7 @@ class Sparsifier:
         self._follow_layers(strict=True)
         schedule = self._schedule_for(total_steps, self._known_steps, self.step, self.initial_sparsity)
         check_optimizers(optimizers, self, lifts=schedule.lift_step is not None and not self._is_sharded)
+        check_rates(optimizers)
         if self._is_sharded and self.rule.has_penalty:
             raise KronblocksError(
                 'the penalty needs whole weights, but these are sharded: use PenaltyConfig(form="proximal"), which '
@@ -137,10 +139,9 @@ class Sparsifier:
         after = torch.compiler.disable(self._after_step)  # for compiled optimiser steps
         self._handles = [optimizer.register_step_post_hook(after) for optimizer in optimizers]
         if add_penalty and self.rule.has_penalty:
-            before = torch.compiler.disable(AddedPenalty(self.penalty).before_step)
-            self._handles += [optimizer.register_step_pre_hook(before) for optimizer in optimizers]
+            self._handles += AddedPenalty(self.penalty).attach_(optimizers)
         self._awaits_penalty = self.rule.has_penalty and bool(self.targets)
-        self._handles += self._places.note_parameters_(optimizers)
+        self._handles += [*self._rates.attach_(optimizers), *self._places.note_parameters_(optimizers)]
         self._handles += self._planner.watch(self.targets)
         self._handles += self._heads.watch(self.model, [target.module for target in self.targets])
         self._prepare_probes()
@@ -328,6 +329,10 @@ class Sparsifier:
             notes.append("the sparsifier is not attached: steps of an optimiser prune nothing")
         return count_blocks([target for target in targets if target.name not in gone], notes, self._heads)
 
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of each block parameter at the next step. Groups show the dense rate (see `parameter_groups`)."""
+        return self._rates.now(self._optimizers)
+
     def without_attach(self) -> str:
         """Why the layers should not be trained while it is not attached; empty if they may be."""
         loses_zeros = self._has_dead and self.masks_linears
@@ -359,6 +364,7 @@ class Sparsifier:
             "structure": self._surgeon.record(),
             "planner": self._planner.state_dict(),
             "heads": self._heads.state_dict(),
+            "rates": self._rates.state_dict(),
             **layers_state(self.targets),
         }
 
@@ -379,6 +385,7 @@ class Sparsifier:
         load_layers_state_(self.targets, state)
         self._planner.load_state_dict(state["planner"])
         self._heads.load_state_dict(state.get("heads"))
+        self._rates.load_state_dict(state.get("rates"))
         self.step, self._rule_state, self.initial_sparsity = step, dict(state["rule_state"]), before
         self.schedule, self._known_steps = schedule, known if schedule is None else schedule.total_steps
         self._has_dead = True

@@ -11,6 +11,7 @@ from torch import Tensor
 from kronblocks.algorithms.heads import parsed_heads
 from kronblocks.algorithms.protocol import has_plans
 from kronblocks.algorithms.targets import BlockTarget
+from kronblocks.algorithms.training.layer_rates import parsed_rates
 from kronblocks.algorithms.training.planning import parsed
 from kronblocks.core.blocks import BlockSize
 from kronblocks.core.errors import KronblocksError
@@ -62,6 +63,7 @@ def check_state(state: Any, *, rule: str, targets: Sequence[BlockTarget]) -> Non
         _check_target(state, target)
     parsed(state["planner"])
     parsed_heads(state.get("heads"))
+    parsed_rates(state.get("rates"))
 
 
 def _check_target(state: dict[str, Any], target: BlockTarget) -> None:

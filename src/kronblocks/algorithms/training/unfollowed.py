@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kronblocks.algorithms.targets import BlockTarget
 from kronblocks.algorithms.training.nested import stepping
+from kronblocks.algorithms.training.stand_in import original
 from kronblocks.core.errors import KronblocksError, KronblocksWarning
 from kronblocks.core.tables import some
 
@@ -96,6 +97,7 @@ def _stop_if_idle() -> None:
 def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
     if torch.compiler.is_compiling():  # compiled steps are not checked
         return
+    optimizer = original(optimizer)
     for sparsifier, others in _attached():
         if optimizer not in others.known:
             _look_at(optimizer, sparsifier, others)
