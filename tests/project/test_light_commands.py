@@ -32,6 +32,7 @@ for line in (
     ["advise", "8x8", "--rows", "2", "--sparsity", "0.5", "--block-size", "4"],
     ["export", str(run), "--out", folder + "/out", "--form", "packed", "--rows", "2"],
     ["inspect", folder + "/out"],
+    ["doctor"],
 ):
     main(line)
     for name in {HEAVY}:
@@ -45,7 +46,9 @@ print("heavy:", found)
 def test_commands_beside_trainings_import_nothing_heavy(tmp_path):
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("usage: kronblocks", "whole model", "exported: ", "values"))
+    assert all(
+        word in done.stdout for word in ("usage: kronblocks", "whole model", "exported: ", "values", "agrees with float64")
+    )
     assert done.stdout.splitlines()[-1] == "heavy: {}"
 
 

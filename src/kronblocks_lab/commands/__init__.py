@@ -1,6 +1,6 @@
 """The subcommands of `kronblocks`: each reads settings, calls the library and prints.
 
-A subcommand is imported when it is called. So `advise`, `export` and `inspect` need no package of the laboratory, and
+A subcommand is imported when it is called. So `advise`, `doctor`, `export` and `inspect` need no package of the laboratory, and
 `kronblocks --help` does not import torch.
 """
 
@@ -33,6 +33,7 @@ COMMANDS = {
         "kronblocks_lab.commands.advise",
         "measure a model's shapes on this machine: what to make sparse, and what it gains",
     ),
+    "doctor": Command("kronblocks_lab.commands.doctor", "look whether what should work on this machine does, for bug reports"),
     "export": Command("kronblocks_lab.commands.export", "write a finished training's model in the form that runs fastest here"),
     "inspect": Command("kronblocks_lab.commands.inspect", "show what a saved model holds: layers, blocks, tensors and bytes"),
     "bench": Command(
