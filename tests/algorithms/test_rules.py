@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kronblocks.algorithms.balance import balanced
 from kronblocks.algorithms.rules.base import RuleContext, cut, shrink
 from kronblocks.algorithms.rules.fixed import Fixed
 from kronblocks.algorithms.rules.group_lasso import GroupLasso
@@ -304,3 +305,49 @@ def test_a_block_whose_score_is_the_threshold_dies():
         multipliers = shrink(scores, [score], context([mask]), 0.99)[0]
         assert (multipliers[scores[0] <= score] == 0).all() and (multipliers[scores[0] > score] > 0).all()
     assert shrink([torch.zeros(1, 2)], [0.0], context([mask[:, :2]]), 0.9)[0].tolist() == [[1.0, 1.0]]
+
+
+def _concentrated(m1: int, n1: int) -> torch.Tensor:
+    """Norms as products of a scale for each row and column, which differ by factors, and noise."""
+    scales = torch.logspace(0, 1, m1, dtype=torch.float64).unsqueeze(1) * torch.logspace(0, 1.5, n1, dtype=torch.float64)
+    return scales * torch.empty(m1, n1, dtype=torch.float64).uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(3))
+
+
+def test_relative_scores_keep_blocks_in_every_row_and_column_where_norms_empty_them():
+    score = _concentrated(12, 20)
+    everything = torch.ones(12, 20, dtype=torch.bool)
+
+    def empty(score, kind):
+        (kept,) = cut([score], context([everything], score=kind), 0.75)
+        assert int(kept.sum()) == 60
+        return int((~kept.any(1)).sum() + (~kept.any(0)).sum())
+
+    assert empty(score, "norm") > 5
+    assert empty(balanced(score, everything), "relative") == 0
+
+
+def test_balanced_scores_are_free_of_scales_of_rows_and_columns():
+    live = torch.rand(6, 9, generator=torch.Generator().manual_seed(1)) > 0.3
+    live[2], live[:, 4] = False, False
+    plain = torch.rand(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 0.5
+    scaled = plain * torch.logspace(0, 6, 6, dtype=torch.float64).unsqueeze(1) * torch.logspace(3, -3, 9, dtype=torch.float64)
+    found, same = balanced(scaled, live), balanced(plain, live)
+    assert (found[~live] == 0).all()
+    # three rounds leave a few per cent of the scales, here of 12 orders of magnitude
+    assert torch.allclose(found[live], same[live], rtol=0.05)
+    columns = live.any(0)
+    assert torch.allclose(found.sum(0)[columns], live.sum(0)[columns].double())
+    assert (balanced(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool)) == 0).all()
+
+
+def test_regrowth_of_relative_scores_spreads_over_rows_and_columns():
+    growth, alive = _concentrated(12, 20), torch.zeros(12, 20, dtype=torch.bool)
+    alive.view(-1)[::4] = True
+    norms = torch.ones(12, 20, dtype=torch.float64)
+
+    def grown_rows(score):
+        settings = context([alive], sparsity=0.75, target_sparsity=0.75, fraction=0.0, score=score)
+        ((after,), _) = Magnitude(score, regrow=0.5).propose([norms * alive], [growth], {}, settings)
+        return int((after & ~alive).any(1).sum())
+
+    assert grown_rows("relative") > grown_rows("norm")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kronblocks import BlockSparseLinear, KronblocksError, KroneckerBlockLinear
+from kronblocks.algorithms.balance import balanced
 from kronblocks.algorithms.masked import MaskedLinear
 from kronblocks.algorithms.moments import restart_
 from kronblocks.algorithms.protocol import has_blocks, has_plans
@@ -226,6 +227,15 @@ def test_a_block_grows_into_the_slot_of_a_dead_one():
     assert layer.grid.to_blocks(layer.weight)[0].sum((1, 2)).tolist() == [0, 6, 0, 6]
     with pytest.raises(KronblocksError, match="3 live blocks do not fit into the 2 slots"):
         layer.set_block_mask_(torch.tensor([[True, True, True, False]]))
+
+
+@kinds
+def test_relative_scores_are_norms_relative_to_live_blocks_of_their_row_and_column(make):
+    target = make()
+    mask = torch.tensor([[True, True, False, True], [False] * 4, [True] * 4, [True] * 4])
+    target.layer.set_block_mask_(mask)
+    assert torch.allclose(target.scores("relative"), balanced(target.scores("norm"), mask))
+    assert not target.scores("relative")[~mask].any()
 
 
 @kinds

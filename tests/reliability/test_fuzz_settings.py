@@ -58,7 +58,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "tile_groups": st.sampled_from([None, "per-row", 1, 2, 5]),
     "gate": st.sampled_from([None, True, False]),
     "init": st.sampled_from([None, "random", "spectral", "nearest"]),
-    "score": st.sampled_from([None, "norm", "gate", "taylor"]),
+    "score": st.sampled_from([None, "norm", "relative", "gate", "taylor"]),
     "regrow": st.sampled_from([None, 0.0, 0.3]),
     "scope": st.sampled_from(["global", "layer"]),
     "distribution": st.sampled_from([None, "erk", "uniform"]),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from kronblocks.algorithms.balance import balanced
 from kronblocks.algorithms.growth import GrowthProbe
 from kronblocks.algorithms.masked import MaskedLinear
 from kronblocks.algorithms.moments import end_, moments, restart_
@@ -19,7 +20,7 @@ from kronblocks.core.errors import Diverged, KronblocksError
 from kronblocks.core.processes import broadcast_
 from kronblocks.core.shards import rows_here, whole
 
-Score = Literal["norm", "gate", "taylor"]
+Score = Literal["norm", "relative", "gate", "taylor"]
 
 
 class Change(NamedTuple):
@@ -91,8 +92,9 @@ class BlockTarget:
         """Scores of the blocks, (m1, n1), from 0 on.
 
         Args:
-            kind: "norm": block norm / sqrt(area). "gate": magnitude of the gate. "taylor": |sum of gradient times weight| /
-                area, an estimate of how much removing the block would change the last batch's loss.
+            kind: "norm": block norm / sqrt(area). "relative": that, `balanced` over block rows and columns. "gate": magnitude of
+                the gate. "taylor": |sum of gradient times weight| / area, an estimate of how much removing the block would
+                change the last batch's loss.
 
         Raises:
             Diverged: scores are not finite.
@@ -109,6 +111,8 @@ class BlockTarget:
             scores = self.layer.block_inner_products().abs() / self.area
         else:
             scores = self.layer.block_norms() / self.area**0.5
+            if kind == "relative":
+                scores = balanced(scores, self.mask)
         if not torch.isfinite(scores).all():
             raise Diverged(
                 f"layer {self.name!r} has blocks that are not finite (NaN or infinity): the training has diverged; "

@@ -53,8 +53,9 @@ class Rule(Protocol):
     For an algorithm of your own, write a subclass and pass an instance to `sparsify_` as `rule=`.
 
     Args:
-        score: what `propose` gets for each block: "norm" (its norm / sqrt(area)), "gate" (|S|) or "taylor" (gradient times
-            weight). Norms of different layers are not comparable: `cut` and `budget.layer_adaptive` rescale them.
+        score: what `propose` gets for each block: "norm" (its norm / sqrt(area)), "relative" (that, relative to its block row
+            and column), "gate" (|S|) or "taylor" (gradient times weight). Norms of different layers are not comparable: `cut`
+            and `budget.layer_adaptive` rescale them.
         every_step: call `propose` after every step of the pruning span, not only at mask updates.
         needs_growth: measure growth scores, the gradient norms of all blocks, before each mask update.
         has_penalty: `penalty` adds to the loss at every step.
@@ -119,13 +120,13 @@ def ranked(scores: Sequence[Tensor], ctx: RuleContext) -> list[Tensor]:
         ctx: the rule's context.
     """
     live = [score.masked_fill(~mask, -1.0) for score, mask in zip(scores, ctx.masks, strict=True)]
-    return layer_adaptive(live) if ctx.score == "norm" and ctx.scope == "global" else live
+    return layer_adaptive(live) if ctx.score in ("norm", "relative") and ctx.scope == "global" else live
 
 
 def cut(scores: Sequence[Tensor], ctx: RuleContext, sparsity: float) -> list[Tensor]:
     """Masks, (m1, n1) bool, in which the blocks of least score die until exactly `sparsity` is reached. Dead blocks stay dead.
 
-    If the rule's `score` is "norm", scores are rescaled by `layer_adaptive` first, so a layer's scale does not count.
+    Scores of the kinds "norm" and "relative" are rescaled by `layer_adaptive` first, so that a layer's scale does not count.
 
     Args:
         scores: an (m1, n1) grid per layer, from 0 on.
