@@ -26,7 +26,7 @@ from kronblocks_lab.bench.measure.results import Results, Row, significant
 from kronblocks_lab.bench.measure.timing import TIMES, Timing, measure
 from kronblocks_lab.bench.page.tables import roof
 from kronblocks_lab.bench.settings import TimedSettings
-from kronblocks_lab.training.models import TransformerName, image_transformer
+from kronblocks_lab.training.vision import TransformerName, image_transformer
 
 COLUMNS = (
     *("direction", "case", "parameters", *TIMES),

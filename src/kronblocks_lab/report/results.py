@@ -73,7 +73,8 @@ def _is_whole_text(result: dict[str, Any]) -> bool:
     return all(isinstance(each, int) for each in (*numbers, source["bytes"])) and isinstance(source["sha256"], str)
 
 
-_OF_TEXT = ("width", "depth", "heads", "context", "steps", "text")
+_SIZES = ("width", "depth", "heads", "context", "patch", "data_label")  # stand in the task's name
+_OF_TEXT = ("steps", "text")
 _OF_IMAGES = ("image_size", "train_images", "test_images", "fold")  # unset mostly, and not in older results
 
 
@@ -137,8 +138,11 @@ class Run:
             text = Source(**{name: self.result["source"][name] for name in Source._fields})
             model = f"decoder {c['depth']}x{c['width']}, {c['heads']} heads, context {c['context']}"
             return f"{text}, {model}, {c['steps']:,} steps, batches of {c['batch_size']}"
-        widths = " " + "-".join(map(str, c["widths"])) if c["model"] == "mlp" else ""
-        parts = [f"{c['data']}, {c['model']}{widths}", f"{c['epochs']} epochs", f"batches of {c['batch_size']}"]
+        sizes = " " + "-".join(map(str, c["widths"])) if c["model"] == "mlp" else ""
+        if c["model"] == "vit":
+            sizes = f" {c['depth']}x{c['width']}, {c['heads']} heads, patches of {c['patch']}"
+        data = self.result.get("source", {}).get("title", c["data"])
+        parts = [f"{data}, {c['model']}{sizes}", f"{c['epochs']} epochs", f"batches of {c['batch_size']}"]
         parts += [f"{name.replace('_', ' ')} {c[name]}" for name in _OF_IMAGES if c.get(name) is not None]
         return ", ".join(parts)
 
@@ -157,7 +161,7 @@ class Run:
         ]
         if self.config["model"] != "mlp":
             unused += ["widths"]
-        unused += _OF_IMAGES if self.config["data"] == "text" else _OF_TEXT
+        unused += (*_SIZES, *(_OF_IMAGES if self.config["data"] == "text" else _OF_TEXT))
         if self.method == "dense":
             unused += ["block_size", "sparsity", "on_mismatch", "schedule."]
         if self.config["block_size"] != "auto":

@@ -16,8 +16,9 @@ from kronblocks_lab.data.sets import FOLDS
 from kronblocks_lab.reproduce.ablations import BASE, FACTOR_RATES, GROUP_LASSO_FORMS, KRON_L1_FORMS, VARIANTS
 from kronblocks_lab.reproduce.trials import Axis, Settings, Space, describe, rates, space_of, words
 from kronblocks_lab.training.model_settings import DataName
-from kronblocks_lab.training.models import ModelName, TransformerName
+from kronblocks_lab.training.models import ModelName
 from kronblocks_lab.training.settings import TrainConfig
+from kronblocks_lab.training.vision import TransformerName
 
 METHODS: tuple[Method, ...] = (
     *("dense", "two-phase", "kron-l1", "group-lasso", "elastic-group-lasso", "rigl", "iterative", "magnitude", "static"),

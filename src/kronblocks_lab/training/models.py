@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from kronblocks.core.errors import KronblocksError
+from kronblocks_lab.training.vision import (
+    IMAGE_SIZE,
+    TRANSFORMERS,
+    TransformerName,
+    ViTSize,
+    image_transformer,
+    vit_of_size,
+)
 
-TransformerName = Literal["vit-tiny", "vit-base", "swin-tiny"]
-ModelName = Literal["linear", "mlp", "lenet5"] | TransformerName | Literal["decoder"]
-TRANSFORMERS: tuple[str, ...] = get_args(TransformerName)
-IMAGE_SIZE = 224
-"""Pixels of a side that the transformers of the paper see."""
+ModelName = Literal["linear", "mlp", "lenet5", "vit"] | TransformerName | Literal["decoder"]
 
 
 def mlp(features: int, widths: Sequence[int], classes: int) -> nn.Sequential:
@@ -55,87 +59,23 @@ def lenet5(image_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
     )
 
 
-class ImageTransformer(nn.Module):
-    """A classifier of the transformers library on images of another size: they are scaled first.
-
-    Args:
-        model: takes (N, C, size, size) images, gives an object with `logits` (N, classes).
-        size: pixels of a side.
-    """
-
-    def __init__(self, model: nn.Module, size: int) -> None:
-        super().__init__()
-        self.model, self._size = model, size
-
-    def forward(self, images: Tensor) -> Tensor:
-        if images.shape[-2:] != (self._size, self._size):
-            images = nn.functional.interpolate(images, (self._size, self._size), mode="bilinear", align_corners=False)
-        return self.model(images).logits
-
-
-def _fit_windows(swin: Any, side: int) -> None:
-    """Windows no larger than the image, in the stages of a small one: transformers shrinks them, but not their position biases.
-
-    Args:
-        swin: the library's Swin.
-        side: patches of a side in the first stage; each further one halves them.
-    """
-    for depth, stage in enumerate(swin.swin.encoder.layers):
-        resolution = max(1, side // 2**depth)
-        for layer in stage.blocks:
-            if resolution < layer.window_size:
-                bias = layer.attention.relative_position_bias
-                heads = next(bias.parameters()).shape[1]
-                layer.attention.relative_position_bias = type(bias)(heads, (resolution, resolution))
-                layer.window_size, layer.shift_size = resolution, 0
-
-
-def image_transformer(name: TransformerName, channels: int, classes: int, image_size: int = IMAGE_SIZE) -> ImageTransformer:
-    """ViT-tiny, ViT-base or Swin-tiny, untrained; patches of 16 pixels (ViT) or 4 (Swin, and ViT below 128 pixels).
-
-    Source:
-        Dosovitskiy et al., "An image is worth 16x16 words", 2021; Touvron et al., "Training data-efficient image transformers",
-        2021 (the tiny size); Liu et al., "Swin transformer", 2021. As in the paper, section 6.
-    """
-    from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
-
-    if image_size < 32 or image_size % 4:
-        raise KronblocksError(f"the image size is a multiple of 4 from 32 on, not {image_size}")
-    shared: dict[str, Any] = {"image_size": image_size, "num_channels": channels, "num_labels": classes}
-    if name == "swin-tiny":
-        swin = SwinForImageClassification(SwinConfig(patch_size=4, **shared))
-        _fit_windows(swin, image_size // 4)
-        return ImageTransformer(swin, image_size)
-    hidden, heads = (192, 3) if name == "vit-tiny" else (768, 12)
-    patch = 16 if image_size >= 128 else 4
-    if image_size % patch:
-        raise KronblocksError(f"the image size of {name} is a multiple of {patch}, not {image_size}")
-    config = ViTConfig(
-        hidden_size=hidden,
-        num_hidden_layers=12,
-        num_attention_heads=heads,
-        intermediate_size=4 * hidden,
-        patch_size=patch,
-        **shared,
-    )
-    return ImageTransformer(ViTForImageClassification(config), image_size)
-
-
 def build_model(
     name: ModelName,
     image_shape: tuple[int, int, int],
     classes: int,
     widths: Sequence[int] = (),
     image_size: int | None = None,
+    vit: ViTSize | None = None,
 ) -> nn.Module:
-    """A model by name.
+    """A classifier of images by name.
 
     Args:
         name: which.
         image_shape: (C, H, W) of the images.
         classes: outputs.
         widths: the MLP's hidden sizes.
-        image_size: pixels of a side to which transformers scale images; None: 224, as in the paper.
+        image_size: pixels of a side to which the paper's transformers scale images; None: 224, as there.
+        vit: sizes of the model "vit", which sees images as they are.
 
     >>> sum(p.numel() for p in build_model("lenet5", (1, 28, 28), 10).parameters())
     61706
@@ -149,4 +89,6 @@ def build_model(
             return lenet5(image_shape, classes)
         case "vit-tiny" | "vit-base" | "swin-tiny":
             return image_transformer(name, image_shape[0], classes, image_size or IMAGE_SIZE)
-    raise KronblocksError(f"unknown model {name!r}: write linear, mlp, lenet5, {', '.join(TRANSFORMERS)}")
+        case "vit":
+            return vit_of_size(image_shape, classes, vit or ViTSize())
+    raise KronblocksError(f"unknown model {name!r}: write linear, mlp, lenet5, {', '.join(TRANSFORMERS)} or vit")

@@ -107,7 +107,7 @@ class Training(LightningModule):
         return self.model(inputs)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        inputs, labels = batch
+        inputs, labels = self.task.augmented(batch, self.config.seed, self.current_epoch, batch_idx)
         if self._measure:
             with accounting.saved_tensor_bytes(self.model) as saved:
                 loss = self._loss(inputs, labels)

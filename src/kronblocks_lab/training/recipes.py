@@ -51,6 +51,7 @@ RECIPES: dict[str, Recipe] = {
 
 _OF_MODELS: dict[str, dict[str, float]] = {
     "decoder": {"lr": 2e-3, "weight_decay": 0.1},
+    "vit": {"lr": 1e-3, "weight_decay": 0.05},
 }
 """What models train with instead, whatever the method."""
 
@@ -72,6 +73,7 @@ class Course(NamedTuple):
 
 _COURSES: dict[str, Course] = {
     "decoder": Course(beta2=0.99, clip=1.0, final_lr=0.1),
+    "vit": Course(clip=1.0),
 }
 
 

@@ -75,7 +75,7 @@ class TaskConfig(MethodSettings, BlockSettings, ModelAndData):
     beta2: float | None = None
     """AdamW's memory of squared gradients; unset: 0.999, or 0.99 with --model decoder."""
     clip: float | None = None
-    """Largest norm of all gradients together; unset: any, or 1 with --model decoder."""
+    """Largest norm of all gradients together; unset: any, or 1 for decoder and vit."""
     warm_up: float | None = None
     """Share of the steps in which the learning rates rise; unset: 0.1."""
     final_lr: float | None = None

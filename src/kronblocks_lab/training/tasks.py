@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kronblocks_lab.data.seeds import generator_of
 from kronblocks_lab.data.sets import BatchSampler, limited, load_data, loader
 from kronblocks_lab.data.text import WindowSampler, all_windows, load_text, random_windows
-from kronblocks_lab.training.decoder import Decoder
+from kronblocks_lab.training.decoder import Decoder, DecoderSize
 from kronblocks_lab.training.model_settings import ModelAndData
 from kronblocks_lab.training.models import build_model
 from kronblocks_lab.training.trained import CLASSES, SHAPE, VOCABULARY
+from kronblocks_lab.training.vision import ViTSize, drop_branches_
 
 _EVALUATED = 1000  # images in a batch of an evaluation
 
@@ -66,13 +68,18 @@ class Task(ABC):
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of each sample, (N,)."""
 
+    def augmented(self, batch: list[Tensor], seed: int, epoch: int, number: int) -> list[Tensor]:
+        """A training batch as the model sees it, drawn from seed, epoch and its number and nothing else."""
+        return batch
+
     def endless_batches(self, seed: int) -> Iterator[list[Tensor]]:
-        """The training batches, epoch after epoch."""
+        """The training batches as the model sees them, epoch after epoch."""
         batches = self.train_batches(seed)
         sampler: Any = batches.sampler
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
-            yield from batches
+            for number, batch in enumerate(batches):
+                yield self.augmented(batch, seed, epoch, number)
 
 
 class ImageTask(Task):
@@ -82,14 +89,22 @@ class ImageTask(Task):
         super().__init__(config)
         data = load_data(config.data, data_dir=config.data_dir, fold=fold)
         self._data = limited(data, config.train_images, config.test_images)
-        self.source = {"title": config.data}
+        self.source = {"title": config.data if config.data_label is None else f"{config.data} ({config.data_label})"}
         self.example = self._data.train.images[:2]
         self.card = {SHAPE: "x".join(map(str, self._data.image_shape)), CLASSES: str(self._data.classes)}
         self.epoch_steps = math.ceil(len(self._data.train) / config.samples)
 
     def model(self) -> nn.Module:
         config = self.config
-        return build_model(config.model, self._data.image_shape, self._data.classes, config.widths, config.image_size)
+        vit = ViTSize(**config.sizes) if config.model == "vit" else None
+        model = build_model(config.model, self._data.image_shape, self._data.classes, config.widths, config.image_size, vit)
+        if config.dropped:
+            drop_branches_(model, config.dropped)
+        return model
+
+    def augmented(self, batch: list[Tensor], seed: int, epoch: int, number: int) -> list[Tensor]:
+        images, labels = batch
+        return [*self.config.augmentation(images, labels, self._data.classes, generator_of(seed, epoch, number))]
 
     def train_batches(self, seed: int) -> DataLoader:
         return loader(self._data.train, BatchSampler(len(self._data.train), self.config.samples, seed))
@@ -110,7 +125,7 @@ class TextTask(Task):
 
     def __init__(self, config: ModelAndData) -> None:
         super().__init__(config)
-        self.size = config.decoder
+        self.size = DecoderSize(**config.sizes)
         self.text = load_text(config.data_file, self.size.context)
         text = self.text
         self.source = {**text.source._asdict(), "vocabulary": len(text.vocabulary)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,16 @@ from kronblocks_lab.data.sets import limited, load_data
 from kronblocks_lab.data.text import all_windows, load_text
 from kronblocks_lab.training.decoder import Decoder, DecoderSize
 from kronblocks_lab.training.models import build_model
+from kronblocks_lab.training.vision import ViTSize
 
 SHAPE, CLASSES = "image shape", "classes"
 """Words of a trained classifier's card by which it is built again."""
 
 VOCABULARY = "vocabulary"
 """Word of a language model's card, with its characters as a JSON text."""
+
+
+Size = TypeVar("Size", DecoderSize, ViTSize)
 
 
 class Trained(NamedTuple):
@@ -62,16 +66,25 @@ def _classifier(words: Mapping[str, str], settings: Mapping[str, Any]) -> Traine
     channels, height, width = shape
     classes, widths = int(words[CLASSES]), settings["widths"]
     _check(*shape, classes, *widths)
-    return Trained(build_model(settings["model"], (channels, height, width), classes, widths, settings["image_size"]), shape)
+    vit = _sizes(ViTSize, settings) if settings["model"] == "vit" else None
+    model = build_model(settings["model"], (channels, height, width), classes, widths, settings["image_size"], vit)
+    return Trained(model, shape)
 
 
 def _decoder(words: Mapping[str, str], settings: Mapping[str, Any]) -> Trained:
-    size = DecoderSize(**{name: settings[name] for name in DecoderSize._fields})
-    vocabulary = json.loads(words[VOCABULARY])
-    _check(*size, len(vocabulary))
-    if size.depth > MOST_LAYERS or not isinstance(vocabulary, str):
-        raise ValueError(f"depth {size.depth}, vocabulary {type(vocabulary).__name__}")
+    size, vocabulary = _sizes(DecoderSize, settings), json.loads(words[VOCABULARY])
+    if not isinstance(vocabulary, str):
+        raise TypeError(f"a vocabulary of {type(vocabulary).__name__}")
+    _check(len(vocabulary))
     return Trained(Decoder(len(vocabulary), size), (size.context,), vocabulary)
+
+
+def _sizes(kind: type[Size], settings: Mapping[str, Any]) -> Size:
+    size = kind(**{name: settings[name] for name in kind._fields})
+    _check(*size)
+    if size.depth > MOST_LAYERS:
+        raise ValueError(f"more than {MOST_LAYERS:,} blocks")
+    return size
 
 
 def _check(*sizes: int) -> None:
