@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on this machine: it keeps the files of repositories, and knows the calls of huggingface_hub."""
+"""A stand-in for the Hugging Face Hub: it keeps the files of repositories, and knows the calls of huggingface_hub."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 class _Handler(BaseHTTPRequestHandler):
     server: Any
@@ -26,18 +24,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.repositories.setdefault(name, {})
             return self._json({"url": f"{self.server.url}/{name}"})
         if found := re.fullmatch(r"/api/models/(.+?/.+?)/preupload/.+", self.path):
-            files = json.loads(body)["files"]
-            return self._json(
-                {"files": [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False} for each in files]}
-            )
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            return self._json({"files": [{"path": each["path"], **mode} for each in json.loads(body)["files"]]})
         if found := re.fullmatch(r"/api/models/(.+?/.+?)/commit/[^?]+(\?.*)?", self.path):
             for line in body.decode().splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     value = entry["value"]
                     self.server.repositories[found[1]][value["path"]] = base64.b64decode(value["content"])
-            address = f"{self.server.url}/{found[1]}/commit/{COMMIT}"
-            return self._json({"success": True, "commitOid": COMMIT, "commitUrl": address, "hookOutput": ""})
+            commit = _commit(self.server.repositories[found[1]])
+            address = f"{self.server.url}/{found[1]}/commit/{commit}"
+            return self._json({"success": True, "commitOid": commit, "commitUrl": address, "hookOutput": ""})
         if self.path.startswith("/api/validate-yaml"):
             return self._json({"errors": [], "warnings": []})
         return self._missing("EntryNotFound")
@@ -52,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._missing("RepoNotFound")
             if (found[2] or "").startswith("/tree"):
                 return self._json([{"type": "file", "path": n, "size": len(d), "oid": _hash(d)} for n, d in files.items()])
-            about = {"id": found[1], "sha": COMMIT, "private": False, "siblings": [{"rfilename": name} for name in files]}
+            about = {"id": found[1], "sha": _commit(files), "private": False, "siblings": [{"rfilename": name} for name in files]}
             return self._json({**about, "modelId": found[1], "tags": [], "downloads": 0, "likes": 0})
         if found := re.fullmatch(r"/(.+?/.+?)/resolve/[^/]+/(.+)", path):
             files = self.server.repositories.get(found[1])
@@ -60,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._missing("RepoNotFound")
             if found[2] not in files:
                 return self._missing("EntryNotFound")
-            return self._send(files[found[2]], {"ETag": f'"{_hash(files[found[2]])}"', "X-Repo-Commit": COMMIT})
+            return self._send(files[found[2]], {"ETag": f'"{_hash(files[found[2]])}"', "X-Repo-Commit": _commit(files)})
         return self._missing("EntryNotFound")
 
     do_HEAD = do_GET
@@ -85,6 +82,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _hash(data: bytes) -> str:
     return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
+def _commit(files: dict[str, bytes]) -> str:
+    return _hash("".join(f"{name} {_hash(data)}" for name, data in sorted(files.items())).encode())
 
 
 @contextmanager
