@@ -83,7 +83,7 @@ def test_every_form_computes_the_same_and_leaves_the_model_alone(form, dtype):
 
 def test_the_fastest_form_is_taken(monkeypatch):
     forms, timed = {16: "values", 12: "dense"}, {"values": 4e-4, "coeff_first": 5e-4, "dense": 3e-3}
-    module = importlib.import_module("kronblocks.deploy.exporting")
+    module = importlib.import_module("kronblocks.deploy.forms")
     monkeypatch.setattr(module, "choose_deployed", lambda problem, int8: DeployedForm(forms[problem.grid.out_features], timed))
     exported = export(sparse(), torch.randn(7, 24), slim=False)
     assert [layer.form for layer in exported.layers] == ["packed", "dense"]

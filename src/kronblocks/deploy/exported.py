@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +15,7 @@ from kronblocks.core.files import write_json
 from kronblocks.core.tables import between, figureless, rows_of, span, text_table, together
 from kronblocks.deploy.saving import save_pretrained
 from kronblocks.deploy.slimming import Slimmed
+from kronblocks.ops.costs.choice import milliseconds
 
 MANIFEST = "manifest.json"
 
@@ -42,6 +43,33 @@ class ExportedLayer:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """What was timed of whole models, to choose the forms of their layers.
+
+    Args:
+        seconds: of a call, or of all phases by their weights. In the end "exported", "dense" (block layers as nn.Linear) and
+            "model" (as it was) were timed in turns; the others at first: "layers" (each in its own fastest form), "packed",
+            "packed-int8" and "as it was" (the plans of the model).
+        timed: number of different wholes.
+        complete: False if the budget ended the search before all switches of equal layers were tried.
+        weights: of the phases, by name; "" for a single example.
+    """
+
+    seconds: dict[str, float]
+    timed: int
+    complete: bool
+    weights: Mapping[str, float]
+
+    def __str__(self) -> str:
+        times = {name: milliseconds(self.seconds[name]) for name in ("exported", "model", "dense")}
+        rest = "" if self.complete else "; the budget ended the search"
+        return (
+            f"the whole model: {times['exported']}, as it was {times['model']}, dense {times['dense']}; "
+            f"{self.timed} combinations of forms were timed{rest}"
+        )
+
+
+@dataclass(frozen=True)
 class Exported:
     """An exported model. Print it for a table.
 
@@ -55,6 +83,7 @@ class Exported:
         remark: why no features could be removed; "" if they could.
         error: largest difference to the model's outputs on the example, relative to the largest output.
         scores: what `evaluate` gave for the model and for the copy; None without it.
+        whole: the times of whole models; None if the forms were given, or nothing was to be timed.
     """
 
     model: nn.Module
@@ -63,13 +92,14 @@ class Exported:
     remark: str
     error: float
     scores: tuple[float, float] | None = None
+    whole: Whole | None = None
 
     def manifest(self) -> dict[str, Any]:
         """The forms of all layers and what was removed, as plain values."""
         layers, slimmed = [asdict(layer) for layer in self.layers], [asdict(each) for each in self.slimmed]
         scores = None if self.scores is None else dict(zip(("model", "exported"), self.scores, strict=True))
         record = {"version": 1, "error": self.error, "layers": layers, "slimmed": slimmed, "remark": self.remark}
-        return {**record, "scores": scores}
+        return {**record, "scores": scores, "whole": None if self.whole is None else asdict(self.whole)}
 
     def save(self, folder: str | Path) -> Path:
         """Write the model (see `save_pretrained`) and manifest.json into a folder.
@@ -103,6 +133,7 @@ class Exported:
         lines = [text_table([("layer", "form", "shape", "blocks", "density", "KiB", "why"), *map(_row, layers)])]
         lines += map(_removed, slimmed)
         lines += [self.remark] if self.remark else []
+        lines += [] if self.whole is None else [str(self.whole)]
         lines += [f"largest difference to the model: {self.error:.1e} of the largest output"]
         if rounded := [layer.rounding for layer in self.layers if layer.rounding is not None]:
             lines += [f"int8 layers, by rounding: at most {max(rounded):.1e} of a layer's largest output"]

@@ -1,48 +1,41 @@
-"""Export a finished model: each block layer in the form that runs fastest (dense, packed, factored or BSR), and checked."""
+"""Export a finished model: block layers in the forms with which the whole model runs fastest, and checked."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kronblocks.algorithms.training.planning import measuring_allowed
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.core.checks import number, one_of
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.hooks import rows_reaching
+from kronblocks.deploy import judging
 from kronblocks.deploy.cards import note_scores
 from kronblocks.deploy.entry import RESIZED
-from kronblocks.deploy.exported import Exported, ExportedLayer
+from kronblocks.deploy.exported import Exported, ExportedLayer, Whole
+from kronblocks.deploy.forms import Call, Chosen, Form, Precision, Wanted, choose, in_form, possible
 from kronblocks.deploy.outputs import arguments, call, call_or_refuse, difference, tensors
 from kronblocks.deploy.quantizing import ROOM, checked_rounding
-from kronblocks.deploy.slimming import remove_dead_features_
+from kronblocks.deploy.slimming import Slimmed, remove_dead_features_
+from kronblocks.deploy.wholes import Place, Stage, kind_of
 from kronblocks.nn.base import BlockLayer
 from kronblocks.nn.block_sparse_linear import BlockSparseLinear
-from kronblocks.nn.bsr_linear import BsrLinear
-from kronblocks.nn.kron_linear import KroneckerBlockLinear
 from kronblocks.nn.quantized_block_linear import QuantizedBlockLinear
 from kronblocks.nn.unfolded import Unfolded, UnfoldedConv
-from kronblocks.ops.costs.choice import VALUES, DeployedForm, choose_deployed, milliseconds, plan_seconds
 from kronblocks.ops.costs.timing import INT8
-from kronblocks.ops.packed_int8 import MOST_INPUTS
-from kronblocks.ops.plans import PLANS
 from kronblocks.surgery.replace import bare, evaluating, replace_
 from kronblocks.surgery.sparsify import pack_masked_
-from kronblocks.surgery.start import plain_linear
-
-Form = Literal["auto", "dense", "packed", "packed-int8", "factored", "bsr"]
-Precision = Literal["same", "int8"]
 
 
 def export(
     model: nn.Module,
-    example: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    example: Any = None,
     *,
     form: Form = "auto",
     precision: Precision = "same",
@@ -50,16 +43,24 @@ def export(
     sparsifier: Sparsifier | None = None,
     tolerance: float | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
+    phases: Mapping[str, Any] | None = None,
+    weights: Mapping[str, float] | None = None,
+    budget: float = judging.BUDGET,
+    progress: Callable[[str], None] | None = None,
 ) -> Exported:
-    """Copy a finished model, with each block layer in the form that is fastest for inference, and check the copy.
+    """Copy a finished model, with its block layers in the forms that are fastest for inference, and check the copy.
+
+    With form="auto", each layer is timed alone first. Then whole models are timed in turns: with these forms, all packed, all
+    dense, as the model was, and with the forms of equal layers switched. The fastest whole wins. If the model is compiled, the
+    first four are compiled too, and no forms are switched.
 
     Args:
         model: trained; it stays unchanged.
-        example: the model's input: a tensor, a tuple of arguments, or a dict of keyword arguments. Forms are timed with its
-            number of rows.
-        form: "auto": the fastest for each layer, timed on this machine. Or one for all: "dense" (nn.Linear), "packed" (live
-            blocks), "packed-int8" (live blocks as whole numbers of 8 bits), "factored" (Kronecker factors; layers of free values
-            are packed) or "bsr" (torch's block-sparse layout).
+        example: the model's input: a tensor, a tuple of arguments, or a dict of keyword arguments; or a function of the model
+            that returns outputs, such as `lambda model: model.generate(tokens)`. Forms are timed with it.
+        form: "auto": the fastest, timed on this machine. Or one for all layers: "dense" (nn.Linear), "packed" (live blocks),
+            "packed-int8" (live blocks as whole numbers of 8 bits), "factored" (Kronecker factors; layers of free values are
+            packed) or "bsr" (torch's block-sparse layout).
         precision: "int8": "auto" may choose "packed-int8", which changes outputs, where it is fastest.
         slim: remove features between two layers that are constant or unread (see `kronblocks.deploy.slimming`), if
             `torch.export` can trace the model.
@@ -68,9 +69,13 @@ def export(
             twice the sum of the differences that int8 layers make on their own.
         evaluate: a number for a model in eval mode, such as its accuracy on held-out data. It is computed for the model and for
             the copy, and printed.
+        phases: several examples by name instead of one, such as {"prefill": ..., "decode": ...} of a model that generates.
+        weights: how often each of the phases is called, by name; 1 if it is left out.
+        budget: seconds for timing whole models; 0 leaves each layer in its own fastest form. `KRONBLOCKS_MEASURE=0` does, too.
+        progress: gets a few words at a time, about what is being timed.
 
     Returns:
-        The copy, the form of each layer, the difference, and what `evaluate` says.
+        The copy, the form of each layer, the times of whole models, the difference, and what `evaluate` says.
 
     Raises:
         KronblocksError: there is no block layer, outputs differ by more than the tolerance, or a layer with int8 values differs
@@ -88,15 +93,17 @@ def export(
     """
     one_of("form", form, Form)
     one_of("precision", precision, Precision)
+    number("budget", budget, 0, float("inf"), "seconds, from 0 on")
     if precision == "int8" and form not in ("auto", INT8):
         raise KronblocksError(f"precision='int8' is for form='auto' or 'packed-int8', not {form!r}: omit one of the two")
     if tolerance is not None:
         number("tolerance", tolerance, 0, float("inf"), "a share of the largest output, from 0 on")
+    examples, weights = _phases(example, phases, weights)
     with evaluating(model):
-        expected = list(tensors(call_or_refuse(model, example)))
+        expected = [list(tensors(call_or_refuse(model, each))) for each in examples.values()]
         score = None if evaluate is None else _score(evaluate, model)
         new = copy.deepcopy(bare(model)).requires_grad_(False)
-    if not expected:
+    if not any(expected):
         raise KronblocksError("the model returns no floating-point tensors for the example, so the copy cannot be checked")
     if sparsifier is not None:
         pack_masked_(new, bare(model), sparsifier)
@@ -108,14 +115,18 @@ def export(
             "the model has no block layer to export: give the model that sparsify_ made, and sparsifier= if its method works "
             "on plain nn.Linear"
         )
-    slimmed, remark = remove_dead_features_(new, *arguments(example)) if slim else ([], "")
-    with rows_reaching({name: new.get_submodule(name) for name in names}) as rows:
-        call(new, example)
-    floats: dict[str, BlockSparseLinear] = {}
-    wanted = _Wanted(form, precision == "int8")
-    layers = [_export_layer(new, name, calls[-1] if calls else (0,), wanted, floats) for name, calls in rows.items()]
-    with checked_rounding(new, floats) as rounding:
-        error = difference(list(tensors(call(new, example))), expected)
+    slimmed, remark = _slim(new, list(examples.values())) if slim else ([], "")
+    wanted = Wanted(form, precision == "int8")
+    shape = _Shaping(new, _calls(new, names, examples, weights), wanted)
+    whole = None
+    if form == "auto" and budget > 0 and measuring_allowed():
+        with evaluating(model):
+            stage = Stage(new, model, shape.places, examples, weights, compiled=hasattr(model, "_orig_mod"))
+            whole = shape.judged(stage, budget, progress or (lambda what: None))
+    layers = [shape.settle(name) for name in names]
+    with checked_rounding(new, shape.floats) as rounding:
+        found = [list(tensors(call(new, each))) for each in examples.values()]
+    error = max(difference(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     layers = tuple(dataclasses.replace(layer, rounding=rounding.get(layer.name)) for layer in layers)
     allowed = _tolerance(new, expected) + ROOM * sum(rounding.values()) if tolerance is None else tolerance
     if not error <= allowed:
@@ -128,7 +139,48 @@ def export(
     setattr(new, RESIZED, [name for each in slimmed for name in (each.producer, each.consumer)])
     if scores is not None:
         note_scores(new, dict(zip(("evaluated, before export", "evaluated"), scores, strict=True)))
-    return Exported(new, layers, tuple(slimmed), remark, error, scores)
+    return Exported(new, layers, tuple(slimmed), remark, error, scores, whole)
+
+
+def _phases(example: Any, phases: Any, weights: Any) -> tuple[dict[str, Any], dict[str, float]]:
+    """The examples and their weights, by name.
+
+    Raises:
+        KronblocksError: there is none, or both ways are used; or weights are not of the phases.
+    """
+    if (example is None) == (phases is None) or (phases is not None and not (isinstance(phases, Mapping) and phases)):
+        raise KronblocksError(
+            "export needs an example of the model's input, or several: export(model, example), or export(model, phases="
+            '{"prefill": ..., "decode": ...})'
+        )
+    found = {"": example} if phases is None else {str(name): each for name, each in phases.items()}
+    given = dict(weights or {})
+    if unknown := given.keys() - found.keys():
+        raise KronblocksError(f"weights= names {min(map(str, unknown))!r}, which is no phase: there are {', '.join(found)}")
+    for name, weight in given.items():
+        number(f"weights[{name!r}]", weight, 0, float("inf"), "how often the phase is called")
+    return found, {name: float(given.get(name, 1)) for name in found}
+
+
+def _slim(model: nn.Module, examples: Sequence[Any]) -> tuple[list[Slimmed], str]:
+    """Remove dead features, traced with the first example that is an input."""
+    inputs = [each for each in examples if not callable(each)]
+    if not inputs:
+        return [], "no features were removed: a function as the example cannot be traced"
+    return remove_dead_features_(model, *arguments(inputs[0]))
+
+
+def _calls(
+    model: nn.Module, names: Sequence[str], examples: Mapping[str, Any], weights: Mapping[str, float]
+) -> dict[str, list[Call]]:
+    """The last call of each layer in each example."""
+    found: dict[str, list[Call]] = {name: [] for name in names}
+    for phase, example in examples.items():
+        with rows_reaching({name: model.get_submodule(name) for name in names}) as rows:
+            call(model, example)
+        for name, calls in rows.items():
+            found[name].append(Call(calls[-1] if calls else (0,), weights[phase]))
+    return found
 
 
 def _score(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
@@ -140,104 +192,102 @@ def _score(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
         raise KronblocksError(f"evaluate returned {type(found).__name__}, not a number: return a float") from error
 
 
-def _tolerance(model: nn.Module, outputs: list[Tensor]) -> float:
+def _tolerance(model: nn.Module, outputs: list[list[Tensor]]) -> float:
     """How far a copy may differ by rounding in the lowest precision of the model's weights and outputs."""
-    dtypes = {tensor.dtype for tensor in (*model.parameters(), *outputs) if tensor.is_floating_point()}
+    together = (*model.parameters(), *(tensor for each in outputs for tensor in each))
+    dtypes = {tensor.dtype for tensor in together if tensor.is_floating_point()}
     return max(1e-4, *(4 * torch.finfo(dtype).eps for dtype in dtypes))
 
 
-class _Wanted(NamedTuple):
-    form: Form
-    int8: bool  # "auto" may choose it
+class _Shaping:
+    """The block layers of a model, the forms that they may have, and those that they get.
 
+    Args:
+        model: gets them.
+        calls: of each layer.
+        wanted: what the user asks for.
+    """
 
-class _Chosen(NamedTuple):
-    form: str
-    plan: str
-    why: str
-    timed: Mapping[str, float] = MappingProxyType({})
+    def __init__(self, model: nn.Module, calls: Mapping[str, list[Call]], wanted: Wanted) -> None:
+        self._model, self._calls = model, calls
+        self.floats: dict[str, BlockSparseLinear] = {}
+        """The float layers of those with int8 values, by name."""
+        self.places: list[Place] = []
+        self._old: dict[str, BlockLayer] = {}
+        self._around: dict[str, nn.Module] = {}
+        self._chosen: dict[str, Chosen] = {}
+        self._possible: dict[str, dict[str, Chosen]] = {}
+        for name, each in calls.items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, BlockLayer)
+            if layer.convolution is not None and len(each[-1].shape) == 3:
+                layer.convolution = layer.convolution._replace(size=(each[-1].shape[1], each[-1].shape[2]))
+            around = model.get_submodule(name.rpartition(".")[0])
+            own = wanted._replace(int8=False) if isinstance(around, UnfoldedConv) else wanted  # copies of patches: not timed
+            self._around[name] = around
+            self._old[name], self._chosen[name] = layer, choose(layer, each, own)
+            self._possible[name] = possible(layer, self._chosen[name], each, own)
+            self.places.append(self._place(name, layer, around))
 
+    def _place(self, name: str, layer: BlockLayer, around: nn.Module) -> Place:
+        outer = name.rpartition(".")[0] if isinstance(around, Unfolded) else name
+        work = layer.in_features * layer.out_features * sum(call.rows * call.weight for call in self._calls[name])
+        forms = tuple(self._possible[name])
+        return Place(outer, name, lambda form: self._module(name, form), forms, work, kind_of(name, layer))
 
-def _choose(layer: BlockLayer, rows: int, wanted: _Wanted) -> _Chosen:
-    factored, form = layer.rank is not None, wanted.form
-    fits = layer.in_features <= MOST_INPUTS
-    if form != "auto":
-        if form == "factored" and not factored:
-            return _Chosen("packed", "packed", "asked for; it has no factors")
-        if form == INT8 and not fits:
-            return _Chosen("packed", "packed", f"asked for; more than {MOST_INPUTS:,} inputs")
-        return _Chosen(form, _best_factored(layer, rows) if form == "factored" else "packed", "asked for")
-    if not rows:
-        return _Chosen("packed", "packed", "the example does not reach it")
-    choice = choose_deployed(layer.problem(rows=rows, training=False), int8=wanted.int8 and fits)
-    plan, timed, why = choice.form, choice.timed, f"at {rows} rows {_times(choice)}"
-    if plan in ("dense", INT8):
-        return _Chosen(plan, plan, why, timed)
-    if factored and _is_factored(plan):
-        return _Chosen("factored", plan, f"{why}; {plan}", timed)
-    how = "; live blocks computed from the factors" if plan == VALUES else ""
-    return _Chosen("packed", "packed", why + how, timed)
+    def _module(self, name: str, form: str) -> nn.Module:
+        """What stands at a layer's place in a form: the layer, or the convolution around it."""
+        new, around = self._layer(name, self._possible[name][form]), self._around[name]
+        if not isinstance(around, Unfolded):
+            return new
+        shell = copy.copy(around)
+        shell._modules = dict(around._modules)
+        shell.linear = new
+        return shell.folded() if form == "dense" else shell
 
+    def _layer(self, name: str, chosen: Chosen) -> nn.Module:
+        if chosen.form != INT8:
+            return in_form(self._old[name], chosen).eval().requires_grad_(False)
+        packed = in_form(self._old[name], chosen)
+        assert isinstance(packed, BlockSparseLinear)
+        self.floats[name] = packed
+        return QuantizedBlockLinear.from_packed(packed).eval()
 
-def _times(choice: DeployedForm) -> str:
-    """The time of a form, and those of the others."""
-    others = {form: seconds for form, seconds in choice.timed.items() if form != choice.form}
-    if choice.form not in choice.timed or not others:
-        return "no other form came near it by the counts"
-    other = "dense" if "dense" in others else min(others, key=others.__getitem__)
-    return f"{milliseconds(choice.seconds)}, {other} {milliseconds(others[other])}"
+    def judged(self, stage: Stage, budget: float, progress: Callable[[str], None]) -> Whole:
+        """Choose the forms with which the whole model is fastest, by timing it."""
+        keys = list(self._possible)
+        layers = {name: self._chosen[name].key for name in keys}
+        was = {name: self._old[name].active_plan for name in keys}
+        wholes = {
+            "layers": tuple(layers.values()),
+            "packed": tuple("packed" for _ in keys),
+            "dense": tuple("dense" for _ in keys),
+            "as it was": tuple(was[name] if was[name] in self._possible[name] else "packed" for name in keys),
+        }
+        if all(INT8 in self._possible[name] for name in keys):
+            wholes["packed-int8"] = tuple(INT8 for _ in keys)
+        groups: dict[str, list[int]] = {}
+        for i in sorted(range(len(keys)), key=lambda i: -self.places[i].work):
+            groups.setdefault(self.places[i].kind, []).append(i)
+        options = [place.forms for place in self.places]
+        stage.prepare(wholes.values(), progress)
+        found = judging.judge(wholes, {} if stage.is_compiled else groups, options, stage.turn, budget, progress)
+        stage.restore()
+        for name, form in zip(keys, found.forms, strict=True):
+            if form != self._chosen[name].key:
+                why = f"the whole model is faster with it; alone {self._chosen[name].why}"
+                self._chosen[name] = self._possible[name][form]._replace(why=why)
+        return Whole(dict(found.seconds), found.timed, found.complete, stage.weights)
 
-
-def _best_factored(layer: BlockLayer, rows: int) -> str:
-    seconds = plan_seconds(layer.problem(rows=rows or None, training=False), measure=False)
-    return min(filter(_is_factored, seconds), key=seconds.__getitem__)
-
-
-def _is_factored(form: str) -> bool:
-    return form in PLANS and PLANS[form].is_factored
-
-
-@torch.no_grad()
-def _export_layer(
-    model: nn.Module, name: str, seen: tuple[int, ...], wanted: _Wanted, floats: dict[str, BlockSparseLinear]
-) -> ExportedLayer:
-    """Replace a layer; `floats` gets the float layer of one with int8 values."""
-    old, rows = model.get_submodule(name), math.prod(seen)
-    assert isinstance(old, BlockLayer)
-    if old.convolution is not None and len(seen) == 3:
-        old.convolution = old.convolution._replace(size=(seen[1], seen[2]))
-    around = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(around, UnfoldedConv):  # int8 values multiply copies of patches, whose time is not known
-        wanted = wanted._replace(int8=False)
-    chosen = _choose(old, rows, wanted)
-    new = _in_form(old, chosen).eval().requires_grad_(False)
-    if chosen.form == INT8:
-        assert isinstance(new, BlockSparseLinear)
-        floats[name], new = new, QuantizedBlockLinear.from_packed(new).eval()
-    replace_(model, name, new)
-    if isinstance(around, Unfolded) and chosen.form == "dense":
-        replace_(model, name.rpartition(".")[0], around.folded())
-    stored = sum(t.numel() * t.element_size() for t in new.state_dict().values())
-    size, grid = (old.out_features, old.in_features), old.grid
-    return ExportedLayer(name, chosen.form, *size, str(grid.block), old.density, rows, stored, chosen.why, dict(chosen.timed))
-
-
-def _in_form(layer: BlockLayer, chosen: _Chosen) -> nn.Module:
-    if chosen.form == "dense":
-        return plain_linear(layer)
-    if chosen.form == "factored":
-        assert isinstance(layer, KroneckerBlockLinear)
-        if layer.gate is not None:
-            layer.coeff.copy_(layer.effective_coeff())
-            layer.gate = None
-        layer.plan = chosen.plan
-        layer.use_plan_(chosen.plan)
-        return layer
-    packed = BlockSparseLinear.from_kron(layer) if isinstance(layer, KroneckerBlockLinear) else layer
-    assert isinstance(packed, BlockSparseLinear)
-    packed.compact_()
-    if chosen.form == "bsr":
-        return BsrLinear.from_block_sparse(packed)
-    packed.plan = "packed"
-    packed.use_plan_("packed")
-    return packed
+    @torch.no_grad()
+    def settle(self, name: str) -> ExportedLayer:
+        """Give a layer its form for good, with the hooks of the one that it replaces."""
+        old, chosen = self._old[name], self._chosen[name]
+        self.floats.pop(name, None)
+        new, around = self._layer(name, chosen), self._around[name]
+        replace_(self._model, name, new)
+        if isinstance(around, Unfolded) and chosen.form == "dense":
+            replace_(self._model, name.rpartition(".")[0], around.folded())
+        stored = sum(t.numel() * t.element_size() for t in new.state_dict().values())
+        size, block, rows = (old.out_features, old.in_features), str(old.grid.block), self._calls[name][-1].rows
+        return ExportedLayer(name, chosen.form, *size, block, old.density, rows, stored, chosen.why, dict(chosen.timed))

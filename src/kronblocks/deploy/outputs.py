@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,8 +22,28 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 @torch.no_grad()
 def call(model: nn.Module, example: Any) -> Any:
     """The model's output for an example, without gradients."""
+    return run_example(model, prepared(example))
+
+
+def run_example(model: nn.Module, example: Any) -> Any:
+    """The model's output for an example; or what a function of the model returns."""
+    if callable(example):
+        return example(model)
     args, kwargs = arguments(example)
     return model(*args, **kwargs)
+
+
+def prepared(example: Any) -> Any:
+    """The example for one call: a copy if it holds something that a call may change, such as a cache of keys and values."""
+    return example if callable(example) or _is_plain(example) else copy.deepcopy(example)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, Tensor | str | int | float)
 
 
 def call_or_refuse(model: nn.Module, example: Any) -> Any:
@@ -31,7 +52,7 @@ def call_or_refuse(model: nn.Module, example: Any) -> Any:
     except Exception as error:  # the model's code may raise anything
         raise KronblocksError(
             f"the model cannot be called with the example ({type(error).__name__}: {error}): give its forward's input, as a "
-            "tensor, a tuple of arguments, or a dict of keyword arguments"
+            "tensor, a tuple of arguments, a dict of keyword arguments, or a function of the model"
         ) from error
 
 

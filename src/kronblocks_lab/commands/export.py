@@ -12,7 +12,9 @@ from rich.console import Console
 from kronblocks.core.errors import KronblocksError
 from kronblocks.deploy.exported import Exported
 from kronblocks.deploy.exporting import Form, Precision, export
+from kronblocks.deploy.judging import BUDGET
 from kronblocks.integrations.onnx import save_onnx
+from kronblocks_lab.bench.measure.machine import told
 from kronblocks_lab.training.threads import ThreadSettings
 from kronblocks_lab.training.trained import trained_model, validation_score
 
@@ -39,6 +41,8 @@ class ExportConfig(ThreadSettings):
     """Also write this ONNX file, with dense layers, checked in onnxruntime."""
     rows: int = 256
     """Number of images, or of characters, in the batch with which forms are timed."""
+    budget: float = BUDGET
+    """Seconds for timing whole models; 0: each layer gets the form that is fastest alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,8 +59,17 @@ def main(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> Exported:
     trained = trained_model(config.run)
     model, example = trained.model, trained.example(config.rows)
     evaluate = validation_score(config.run, config.data_dir, config.data_file) if config.evaluate else None
-    exported = export(model, example, form=config.form, precision=config.precision, evaluate=evaluate)
     console = Console(soft_wrap=True, highlight=False)
+    with told() as show:
+        exported = export(
+            model,
+            example,
+            form=config.form,
+            precision=config.precision,
+            evaluate=evaluate,
+            budget=config.budget,
+            progress=lambda what: show(f"timing: {what}"),
+        )
     console.print(str(exported), markup=False)
     console.print(f"exported: {exported.save(config.out).resolve()}")
     if config.onnx is not None:
