@@ -25,7 +25,7 @@ def packed(block="4x6", bias=True, n=24, m=20) -> BlockSparseLinear:
 
 
 def bound(layer: BlockSparseLinear, new: QuantizedBlockLinear, x: torch.Tensor) -> torch.Tensor:
-    """What rounding may change (equation 22), and a little for sums in float32."""
+    """What rounding may change (equation 28), and a little for sums in float32."""
     weight, live = layer.dense_weight().double().abs(), layer.grid.expand(layer.block_mask).double()
     factor, scale = x.double().abs().amax(-1, keepdim=True) / 127, new.scales.double()
     rounding = factor / 2 * weight.sum(1) + scale / 2 * (x.double().abs() @ live.T) + factor * scale / 4 * live.sum(1)

@@ -72,3 +72,11 @@ def test_every_module_has_a_place_in_the_design():
     tree = (ROOT / "docs" / "design.md").read_text()
     modules = [path for path in (ROOT / "src" / "kronblocks").rglob("*.py") if not path.name.startswith("__")]
     assert [str(path.relative_to(ROOT)) for path in modules if _place(path) not in tree and "bench" not in path.parts] == []
+
+
+def test_every_equation_has_a_number_of_its_own_and_those_that_are_cited_exist():
+    numbers = re.findall(r"\\tag\{(\d+)\}", (ROOT / "docs" / "math.md").read_text())
+    assert len(numbers) == len(set(numbers))
+    files = [*(ROOT / "src").rglob("*.py"), *EVERY_PAGE]
+    cited = {number for file in files for number in re.findall(r"\bequations? (\d+)", file.read_text())}
+    assert len(cited) > 10 and cited <= set(numbers)

@@ -10,7 +10,7 @@ _ROUNDS = 3
 
 
 def balanced(score: Tensor, live: Tensor) -> Tensor:
-    """Scores divided by the mean of the live ones of their block row, then of their block column, in turns (equation 24).
+    """Scores divided by the mean of the live ones of their block row, then of their block column, in turns (equation 29).
 
     The weights of a layer grow together with the size of its inputs and of its gradients. By norm alone, blocks of few rows and
     columns survive, and the others lose all of theirs. Live blocks of a row or column that are all zero stay zero.

@@ -79,7 +79,7 @@ def export(
 
     Raises:
         KronblocksError: there is no block layer, outputs differ by more than the tolerance, or a layer with int8 values differs
-            from its float layer by more than rounding explains (equation 23 in docs/math.md).
+            from its float layer by more than rounding explains (equation 28 in docs/math.md).
 
     >>> model = nn.Sequential(BlockSparseLinear(32, 16, 4, mask=torch.eye(4, 8).bool()), nn.ReLU())
     >>> exported = export(model, torch.randn(5, 32), form="dense")

@@ -32,7 +32,7 @@ def checked_rounding(model: nn.Module, floats: Mapping[str, BlockSparseLinear]) 
         For each layer its largest difference, relative to its largest output; 0 until it is called.
 
     Raises:
-        KronblocksError: an output differs by more than the rounding of values and inputs explains (equation 23).
+        KronblocksError: an output differs by more than the rounding of values and inputs explains (equation 28).
     """
     errors = dict.fromkeys(floats, 0.0)
 

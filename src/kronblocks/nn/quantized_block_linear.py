@@ -18,7 +18,7 @@ from kronblocks.ops.packed_int8 import check_inputs, packed_linear_int8, quantiz
 
 
 class QuantizedBlockLinear(WholeWeights):
-    """y = x W^T + bias with whole numbers from -127 to 127 on live blocks (equation 23 in docs/math.md). It is not trained.
+    """y = x W^T + bias with whole numbers from -127 to 127 on live blocks (equation 28 in docs/math.md). It is not trained.
 
     Buffers: `values` (live, bm, bn) int8, in row-major order of the blocks; `scales` (m,) float32, one for each row of W; `bias`
     (m,) float32 or None; `block_mask` (m1, n1). y has the dtype of x, which is quantised row by row as it comes. `scales` and

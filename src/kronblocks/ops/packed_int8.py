@@ -27,7 +27,7 @@ _ZERO = 2.0**-100  # rows of x without a larger number count as zeros
 
 
 def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row of x as whole numbers from -127 to 127, and the factor that brings it back (equation 23 in docs/math.md).
+    """Each row of x as whole numbers from -127 to 127, and the factor that brings it back (equation 28 in docs/math.md).
 
     A row without a number of at least 2^-100 becomes zeros, with the factor 0. A row with NaN or infinity gets the factor NaN.
 
@@ -46,7 +46,7 @@ def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantized_blocks(values: Tensor, row: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
-    """Live blocks as int8, with one scale for each row of the weight (equation 23 in docs/math.md).
+    """Live blocks as int8, with one scale for each row of the weight (equation 28 in docs/math.md).
 
     Args:
         values: (live, bm, bn), finite.
@@ -107,7 +107,7 @@ register_flop_formula(torch.ops.kronblocks.packed_linear_int8)(_flops)
 
 
 def packed_linear_int8(x: Tensor, values: Tensor, scales: Tensor, index: BlockIndex, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias, where W's live blocks are int8 values times their row's scale (equation 23 in docs/math.md).
+    """y = x W^T + bias, where W's live blocks are int8 values times their row's scale (equation 28 in docs/math.md).
 
     Args:
         x: (..., n1*bn), of any floating-point dtype; n1*bn is at most 131,072.
