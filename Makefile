@@ -10,7 +10,7 @@ MUST_RUN ?= onnx $(if $(filter Linux,$(shell uname)),triton) $(shell if $(HAS_CO
 NATIVE := $(wildcard src/native/*.cpp src/native/*.h src/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-arm test-gpu bench-gpu lint format bench docs reliability clean
+.PHONY: help demo quick test test-arm test-gpu bench-gpu bench-gpu-short lint format bench docs reliability clean
 
 help:
 	@echo "make demo   train dense and two-phase side by side on real data and write a report"
@@ -22,6 +22,7 @@ help:
 	@echo "make docs   build the site into build/site, every link checked"
 	@echo "make bench  measure speed and memory against dense (hours), write benchmarks/results/ and docs/benchmarks.md"
 	@echo "make test-gpu, make bench-gpu  tests and benchmarks on an NVIDIA GPU, in a venv whose torch has CUDA"
+	@echo "make bench-gpu-short  both in eight minutes; a second call measures with tuned launches"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
@@ -92,6 +93,13 @@ bench-gpu: $(VENV)/.experiments
 		$(BIN)/kronblocks bench model --device cuda --model $$model --batch-size 128 --block-size 32 --sparsity 0.8 --label 32x32 --dtype bf16 || exit 1; \
 	done
 	$(BIN)/kronblocks bench tables
+
+SHORT := benchmarks/results/bench-short-cuda
+
+# everything that counts on a GPU at one shape each; once that is there, the same with tuned sizes of launches
+bench-gpu-short: $(VENV)/.dev
+	if [ -f $(SHORT).json ]; then tune=--tune; fi; $(BIN)/kronblocks bench short --device cuda $$tune; \
+		status=$$?; $(BIN)/kronblocks bench tables && exit $$status
 
 reliability: $(VENV)/.dev
 	KRONBLOCKS_RELIABILITY=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reliability

@@ -7,13 +7,14 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from kronblocks_lab.bench import account, convolutions, deploy, infer, ops, precision, step, train, whole_model
+from kronblocks_lab.bench import account, convolutions, deploy, infer, ops, precision, short, step, train, whole_model
 from kronblocks_lab.bench.account import AccountSettings
 from kronblocks_lab.bench.cases.grids import InferSettings, OpsSettings
 from kronblocks_lab.bench.convolutions import ConvSettings
 from kronblocks_lab.bench.deploy import DeploySettings
 from kronblocks_lab.bench.precision import PrecisionSettings
 from kronblocks_lab.bench.settings import StepSettings, TablesSettings
+from kronblocks_lab.bench.short import ShortSettings
 from kronblocks_lab.bench.train import TrainSettings
 from kronblocks_lab.bench.whole_model import ModelSettings
 
@@ -27,6 +28,7 @@ Bench = (
     | Annotated[ModelSettings, tyro.conf.subcommand("model")]
     | Annotated[AccountSettings, tyro.conf.subcommand("account")]
     | Annotated[TrainSettings, tyro.conf.subcommand("train")]
+    | Annotated[ShortSettings, tyro.conf.subcommand("short")]
     | Annotated[TablesSettings, tyro.conf.subcommand("tables")]
 )
 
@@ -36,7 +38,7 @@ def main(settings: tyro.conf.OmitSubcommandPrefixes[Annotated[Bench, tyro.conf.a
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # tables into a file or a log
-    table = None
+    table, failed = None, []
     match settings:
         case OpsSettings():
             results = ops.run(settings)
@@ -56,6 +58,9 @@ def main(settings: tyro.conf.OmitSubcommandPrefixes[Annotated[Bench, tyro.conf.a
             table = account.summary(results := account.run(settings))
         case TrainSettings():
             table = train.summary(results := train.run(settings))
+        case ShortSettings():
+            table = short.summary(results := short.run(settings))
+            failed = short.problems(results.head)
         case TablesSettings():
             from kronblocks_lab.bench.page import page  # matplotlib draws its figures
 
@@ -64,3 +69,7 @@ def main(settings: tyro.conf.OmitSubcommandPrefixes[Annotated[Bench, tyro.conf.a
     if table is not None:
         console.print(table)
     console.print(f"results: {results.path}, {len(results.rows):,} rows", soft_wrap=True, highlight=False)
+    for line in failed:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if failed:
+        raise SystemExit(1)

@@ -138,7 +138,7 @@ def train_some(kind_name: str, settings: StepSettings, rows: int) -> dict[str, A
     return {"peak_bytes": memory.bytes(), "first_loss": significant(losses[0]), "last_loss": significant(losses[-1])}
 
 
-def _chosen(settings: StepSettings) -> list[StepModel]:
+def chosen_models(settings: StepSettings) -> list[StepModel]:
     """The models asked for; dense always, since the others are compared with it."""
     models = step_models(settings)
     wanted = settings.cases if settings.cases is not None else (QUICK if settings.quick and not settings.authors else ("",))
@@ -214,7 +214,7 @@ def summary(results: Results) -> Table:
 
 def run(settings: StepSettings) -> Results:
     """Measure what is missing, and write it; a batch size whose every case is there is done."""
-    kinds = _chosen(settings)
+    kinds = chosen_models(settings)
     results = begin(settings, COLUMNS, KEY)
     with told() as show:
         for rows in settings.batches:

@@ -15,6 +15,7 @@ from kronblocks_lab.bench.measure.results import read
 from kronblocks_lab.bench.ops import FACTOR_DENSITIES, PEER_DENSITY, PEER_MACS, TRAINING_ROWS
 from kronblocks_lab.bench.page.figures import packed_figure, step_figure
 from kronblocks_lab.bench.page.machines import account_part, conv_part, files_of, precision_part
+from kronblocks_lab.bench.page.short import short_part
 from kronblocks_lab.bench.page.summary import summary_table
 from kronblocks_lab.bench.page.tables import (
     Row,
@@ -217,6 +218,7 @@ def write(folder: Path, page: Path) -> Path:
         text += _ops_part(parts["ops"], figures)
     if "infer" in parts:
         text += _infer_part(parts["infer"])
+    text += short_part(folder)
     for data in variants:
         text += other_part(data)
     before = kept(page, "Benchmarks", "kronblocks bench tables")
