@@ -120,6 +120,13 @@ def test_a_block_size_is_searched_for(tmp_path, pattern, capsys):
 
 
 @pytest.mark.slow
+def test_search_on_the_command_line(pattern, capsys):
+    small = "--width 16 --depth 1 --context 8 --steps 40 --epochs 2 --batch-size 4 --threads 1 --sparsity 0.5"
+    main([*f"search --model decoder --data text {small} --sizes 4 8".split(), "--data-file", str(pattern)])
+    assert "found: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_trained_decoder_starts_another_training_and_teaches_it(tmp_path, pattern):
     training.train(config(tmp_path / "dense", pattern, method="dense", steps=120, lr=1e-2))
     shared = {"method": "magnitude", "sparsity": 0.5, "lr": 1e-2, "steps": 40}

@@ -87,10 +87,10 @@ def test_variants_of_one_method(tmp_path, in_this_process):
     assert {row["part"] for row in rows} == {"compare"} and len(rows) == 2 * 2
     page = write(tmp_path / "results", tmp_path / "page.md").read_text()
     base, changed = cells(rows)
-    mean, spread = (of(base.percent("validation_accuracy").values()) for of in (statistics.fmean, statistics.stdev))
+    mean, spread = (of(base.by_seed("validation").values()) for of in (statistics.fmean, statistics.stdev))
     assert f"| as it is | {mean:.2f} ± {spread:.2f} | 1.00 |" in page
     fewer = changed.mean("training_macs") / base.mean("training_macs")
-    assert f"| rank 1 | {changed.against(base, 'validation_accuracy')} | {fewer:.2f} |" in page
+    assert f"| rank 1 | {changed.against(base, 'validation')} | {fewer:.2f} |" in page
 
 
 def recorded(monkeypatch, accuracy=lambda job: 0.5):
@@ -218,7 +218,7 @@ def test_page(finished, tmp_path, monkeypatch, capsys):
     page = write(finished / "results", tmp_path / "experiments.md").read_text()
     rows = read(finished / "results/reproduce-tiny.json")["rows"]
     found = {cell.method: cell for cell in cells(rows)}
-    assert f"| {found['rigl'].spread_of('test_accuracy')} |" in page
+    assert f"| {found['rigl'].spread_of()} |" in page
     assert str(found["two-phase"].against(found["dense"])) in page
     assert "Effective block sizes: 2x4 4x4." in page and "### 50% zeros, 4x4 blocks" in page
     main(["reproduce", "tables", "--out", str(finished / "results"), "--page", str(tmp_path / "again.md")])
@@ -242,8 +242,8 @@ def test_the_short_table_and_the_picture(finished, tmp_path):
     rows = read(finished / "results/reproduce-tiny.json")["rows"]
     found = {cell.method: cell for cell in cells(rows)}
     table = "\n".join(summary(finished / "results", "tiny", ("4",), 0.5))
-    best = max((found["two-phase"], found["rigl"]), key=lambda cell: cell.accuracy)
-    assert f"**{best.spread_of('test_accuracy')}**" in table and table.count("**") == 2
+    best = max((found["two-phase"], found["rigl"]), key=lambda cell: cell.quality)
+    assert f"**{best.spread_of()}**" in table and table.count("**") == 2
     assert str(found["two-phase"].against(found["dense"])) in table and "2 seeds" in table
     with pytest.raises(KronblocksError, match="two-phase was not run with blocks of 8 at 50%"):
         summary(finished / "results", "tiny", ("8",), 0.5)

@@ -127,13 +127,13 @@ def decoded(codes: Tensor, vocabulary: str) -> str:
     return "".join(vocabulary[code] for code in codes.tolist())
 
 
-def fingerprint(file: Path | None) -> str:
-    """SHA-256 of a text, by which a training knows it again.
+def source_of(file: Path | None) -> Source:
+    """Where a text comes from, and its SHA-256, by which a training knows it again.
 
     Raises:
         KronblocksError: the file cannot be read, or is not UTF-8.
     """
-    return (library_text() if file is None else _read(file))[0].sha256
+    return (library_text() if file is None else _read(file))[0]
 
 
 def _read(file: Path) -> tuple[Source, str]:

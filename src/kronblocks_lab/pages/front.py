@@ -101,7 +101,7 @@ def _picture(name: str, alt: str, folder: str) -> list[str]:
 def numbers() -> list[str]:
     """The three numbers and their conditions."""
     data, found = _study("mlp")
-    dense, own = (_at(found, method).accuracy for method in ("dense", OURS))
+    dense, own = (_at(found, method).quality for method in ("dense", OURS))
     whole, one, many = training(), inference(1), inference(ROWS)
     columns = [
         f"{own - dense:+.1f} points".replace("-", "\N{MINUS SIGN}"),
@@ -138,19 +138,19 @@ def lines() -> tuple[float, list[Line]]:
     """Dense's accuracy, and those of all methods by sparsity."""
     data, found = _study("mlp")
     methods = [method for method in data["settings"]["methods"] if method != "dense"]
-    points = {m: {c.sparsity: c.accuracy for c in found if (c.method, c.block) == (m, BLOCK)} for m in methods}
-    return _at(found, "dense").accuracy, [Line(method, own) for method, own in points.items()]
+    points = {m: {c.sparsity: c.quality for c in found if (c.method, c.block) == (m, BLOCK)} for m in methods}
+    return _at(found, "dense").quality, [Line(method, own) for method, own in points.items()]
 
 
 def accuracy_chart(folder: str) -> list[str]:
     """The chart of accuracies, and what it shows."""
     data, found = _study("mlp")
-    dense, own = (_at(found, method).accuracy for method in ("dense", OURS))
+    dense, own = (_at(found, method).quality for method in ("dense", OURS))
     methods = [method for method in data["settings"]["methods"] if method not in ("dense", OURS)]
-    best = max((_at(found, method) for method in methods), key=lambda cell: cell.accuracy)
+    best = max((_at(found, method) for method in methods), key=lambda cell: cell.quality)
     alt = (
         f"Test accuracy of {len(methods) + 1} methods from 50% to 95% zeros. At 90% {OURS} has {own:.1f}%, dense {dense:.1f}%, "
-        f"and the best other method, {best.method}, {best.accuracy:.1f}%."
+        f"and the best other method, {best.method}, {best.quality:.1f}%."
     )
     about = (
         f"MLP {'-'.join(map(str, data['settings']['widths']))} on Fashion-MNIST, mean of {len(own_rows(found))} seeds.",
@@ -181,7 +181,7 @@ def dense_wins() -> list[str]:
     """Where dense is as good or better: a table of at most ten rows."""
     (ops,) = (data for data in _files("ops") if "label" not in data["settings"])
     _, lenet = _study("lenet5-fashion")
-    lost = _at(lenet, OURS, "4").accuracy - _at(lenet, "dense").accuracy
+    lost = _at(lenet, OURS, "4").quality - _at(lenet, "dense").quality
 
     def layer(case: str, rows: int, direction: str, **where: Any) -> str:
         place = {"shape": "1024x1024", "block": "4x4", "rows": rows, "direction": direction}

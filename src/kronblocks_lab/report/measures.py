@@ -36,6 +36,11 @@ class Measure(NamedTuple):
         value = number(result.get(f"test_{self.name}"))
         return value if math.isfinite(value) else math.inf * (-1 if self.more_is_better else 1)
 
+    def found(self, row: dict[str, Any], part: str = "test") -> float:
+        """A part's, from what is kept of a result, in the measure's unit; infinitely bad where there is none."""
+        value = row[f"{part}_{self.name}"]
+        return self.scale * (math.inf * (-1 if self.more_is_better else 1) if value is None else value)
+
     def badness(self, value: float) -> float:
         """What is smallest for the best."""
         return -value if self.more_is_better else value

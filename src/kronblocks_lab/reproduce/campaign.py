@@ -20,6 +20,7 @@ from kronblocks.config.methods import spec_of
 from kronblocks.core.errors import Diverged, KronblocksError
 from kronblocks_lab.bench.measure.results import Results, Row
 from kronblocks_lab.report.costs import BYTES
+from kronblocks_lab.report.measures import ACCURACY, Measure
 from kronblocks_lab.reproduce.studies import Cell, Study
 from kronblocks_lab.training.runs import clear_if_changed
 from kronblocks_lab.training.settings import TrainConfig
@@ -27,6 +28,7 @@ from kronblocks_lab.training.settings import TrainConfig
 KEY = ("part", "method", "block", "sparsity", "trial", "seed")
 MEASURED = (
     "test_accuracy",
+    "test_loss",
     "validation_accuracy",
     "validation_loss",
     "block_sparsity",
@@ -121,7 +123,7 @@ class Campaign:
         while True:
             numbers = [(cell, number) for cell, numbers in tried.items() for number in sorted(numbers)]
             self._run([Job("tune", cell, number, seed) for cell, number in numbers for seed in study.tuning_seeds], "trials")
-            best = {cell: best_trial(self.results.rows, cell, study.tuning_seeds) for cell in tried}
+            best = {cell: best_trial(self.results.rows, cell, study.tuning_seeds, study.measure) for cell in tried}
             further = {cell: tried[cell].union([best[cell]], study.space(cell.method).neighbours(best[cell])) for cell in tried}
             if further == tried:
                 return best
@@ -151,8 +153,9 @@ class Campaign:
                 self.results.add([{**job.key(), **own, **row}])
                 progress.advance(task)
                 if not console.is_terminal:
-                    accuracy = 100 * row["validation_accuracy"]
-                    console.print(f"{job.part} {job.name}: validation {accuracy:.2f} %", highlight=False, soft_wrap=True)
+                    measure = self.study.measure
+                    found = f"{measure.found(row, 'validation'):.{measure.digits}f} {measure.unit}"
+                    console.print(f"{job.part} {job.name}: validation {found}", highlight=False, soft_wrap=True)
 
 
 def _finished(pending: dict[Job, TrainConfig], jobs: int) -> Iterable[tuple[Job, Row]]:
@@ -170,7 +173,7 @@ def _finished(pending: dict[Job, TrainConfig], jobs: int) -> Iterable[tuple[Job,
                 except KronblocksError as error:
                     if job.part != "tune" or not isinstance(error, Diverged):
                         raise KronblocksError(f"{job.name}: {error}") from error
-                    yield job, {"validation_accuracy": 0.0}  # settings that diverge are never the best
+                    yield job, {"validation_accuracy": 0.0, "validation_loss": None}  # settings that diverge are never the best
         except BrokenProcessPool as error:
             raise KronblocksError("a training's process died: is there enough memory? Run fewer at a time with --jobs") from error
         finally:
@@ -209,11 +212,11 @@ def row_of(result: dict[str, Any]) -> Row:
     return {**measured, **{name: result["bytes"].get(name) for name in BYTES}, "blocks": " ".join(blocks)}
 
 
-def best_trial(rows: Sequence[Row], cell: Cell, seeds: Sequence[int]) -> int:
-    """The trial with the best mean validation accuracy over some seeds, the earlier one if two are equal."""
+def best_trial(rows: Sequence[Row], cell: Cell, seeds: Sequence[int], measure: Measure = ACCURACY) -> int:
+    """The trial with the best mean on validation data over some seeds, the earlier one if two are equal."""
     wanted = ("tune", cell.method, cell.block, cell.sparsity)
-    accuracies: dict[int, list[float]] = {}
+    found: dict[int, list[float]] = {}
     for row in rows:
         if tuple(row[name] for name in KEY[:4]) == wanted and row["seed"] in seeds:
-            accuracies.setdefault(row["trial"], []).append(row["validation_accuracy"])
-    return max(sorted(accuracies), key=lambda trial: statistics.fmean(accuracies[trial]))
+            found.setdefault(row["trial"], []).append(measure.badness(measure.found(row, "validation")))
+    return min(sorted(found), key=lambda trial: statistics.fmean(found[trial]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,12 +19,16 @@ from kronblocks_lab.training.settings import part_of_a_file_name
 if TYPE_CHECKING:
     from kronblocks_lab.reproduce.studies import Study
 
-What = Literal["mlp", "ablation", "linear", "lenet5", "vit-tiny", "vit-base", "swin-tiny", "search", "all", "tables"]
+What = Literal[
+    "mlp", "ablation", "linear", "lenet5", "decoder", "vit", "vit-tiny", "vit-base", "swin-tiny", "search", "all", "tables"
+]
 SHORT: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp",),
     "ablation": ("ablation", "group-lasso-forms", "kron-l1-forms"),
     "linear": ("linear-mnist5k", "linear-fashion"),
     "lenet5": ("lenet5-mnist5k", "lenet5-fashion", "lenet5-fashion-finer"),
+    "decoder": ("decoder", "decoder-one-rate"),
+    "vit": ("vit-cifar100", "vit-tiny-cifar100-small"),
     "vit-tiny": ("vit-tiny-fashion", "vit-tiny-fashion-tuned", "vit-tiny-factor-rates"),
     "swin-tiny": ("swin-tiny-fashion", "swin-tiny-fashion-tuned", "swin-tiny-factor-rates"),
 }
@@ -32,6 +37,7 @@ SHORT: dict[str, tuple[str, ...]] = {
 FULL: dict[str, tuple[str, ...]] = {name: (f"{name}-cifar100",) for name in ("vit-tiny", "vit-base", "swin-tiny")}
 """The paper's own, which want a GPU."""
 
+_ONES = ("data", "data_file", "data_label", "epochs", "steps", "lr")
 LISTS = ("methods", "block_sizes", "sparsities", "seeds")
 """Settings of a study of one's own that hold several values."""
 
@@ -44,8 +50,8 @@ class ReproduceConfig:
     """
 
     what: tyro.conf.Positional[What]
-    """The study: a model of the paper, the MLP, settings of the default method and forms of penalties (ablation), the block-size
-    search (search), or all of them. tables: write the page."""
+    """The study: a model of the paper, the MLP, a language model (decoder), a ViT on small images (vit), settings of the default
+    method and forms of penalties (ablation), the block-size search (search), or all of them. tables: write the page."""
     out: Path = Path("benchmarks/results")
     """Folder of the results files."""
     page: Path = Path("docs/experiments.md")
@@ -58,6 +64,12 @@ class ReproduceConfig:
     """Trainings at a time; unset: two, of one thread each, and one with --full."""
     data: DataName | None = None
     """Another data set; this and the next ones make a study of your own, with --name."""
+    data_file: Path | None = None
+    """Another text for the decoder."""
+    data_label: str | None = None
+    """What the data is where it is not the original, such as "JPEG copies"; stands beside the numbers."""
+    data_dir: Path | None = None
+    """Folder with the data set's files."""
     methods: tuple[Method, ...] | None = None
     """Those to compare; dense, which all are compared with, is added automatically."""
     block_sizes: tuple[str, ...] | None = None
@@ -67,7 +79,11 @@ class ReproduceConfig:
     seeds: tuple[int, ...] | None = None
     """Of the compared trainings; methods are tuned with others."""
     epochs: int | None = None
-    """Of every training."""
+    """Of every training; of the decoder: how often it is validated."""
+    steps: int | None = None
+    """Of every training of the decoder."""
+    lr: float | None = None
+    """Learning rate of all methods, which then are not tuned."""
     name: str | None = None
     """Of the study of your own: its results go to reproduce-NAME.json."""
 
@@ -98,7 +114,7 @@ class ReproduceConfig:
     @property
     def own(self) -> list[str]:
         """What the user set of a study of one's own."""
-        names = ("data", *LISTS, "epochs")
+        names = (*_ONES, *LISTS)
         return [option(name) for name in names if getattr(self, name) is not None]
 
     def studies(self) -> list[Study]:
@@ -110,8 +126,8 @@ class ReproduceConfig:
         from kronblocks_lab.reproduce.studies import STUDIES, own_study
 
         if self.name is None:
-            return [STUDIES[name] for name in self.names]
-        values = {name: getattr(self, name) for name in ("data", "methods", "seeds", "epochs")}
+            return [dataclasses.replace(STUDIES[name], data_dir=self.data_dir) for name in self.names]
+        values = {name: getattr(self, name) for name in (*_ONES, "methods", "seeds", "data_dir")}
         changes = {name: value for name, value in values.items() if value is not None}
         tuned = [name for name in self.names if STUDIES[name].lr is None]  # rather than one that is too short for that
         return [own_study(STUDIES[(tuned or self.names)[0]], self.name, self.block_sizes, self.sparsities, **changes)]
@@ -152,19 +168,19 @@ def _summary(study: Study, rows: list[dict]) -> Table:
         "method",
         "block",
         "sparsity %",
-        "test accuracy %",
+        study.measure.title.lower(),
         "to dense",
         "training multiply-adds, to dense",
         "sizes in the layers",
     )
     if study.variants is not None:
-        names = ("changed", "block", "sparsity %", "validation accuracy %")
+        names = ("changed", "block", "sparsity %", f"validation {study.measure.name}, {study.measure.unit}")
     for name in names:
         table.add_column(name, justify="left" if name in names[:1] else "right")
     variants = list(study.variants or ())
-    for cell in cells(rows):
+    for cell in cells(rows, study.measure):
         if variants:
-            table.add_row(variants[cell.trial], *cell.summary("validation_accuracy")[1:4])
+            table.add_row(variants[cell.trial], *cell.summary("validation")[1:4])
         else:
             table.add_row(*cell.summary(), cell.rows[0]["blocks"])
     return table

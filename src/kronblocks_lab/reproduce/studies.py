@@ -13,6 +13,8 @@ from kronblocks.config.sparsity import ScheduleConfig
 from kronblocks.core.blocks import BlockSize
 from kronblocks.core.errors import KronblocksError
 from kronblocks_lab.data.sets import FOLDS
+from kronblocks_lab.data.text import source_of
+from kronblocks_lab.report.measures import Measure, measure_of
 from kronblocks_lab.reproduce.ablations import BASE, FACTOR_RATES, GROUP_LASSO_FORMS, KRON_L1_FORMS, VARIANTS
 from kronblocks_lab.reproduce.trials import Axis, Settings, Space, describe, rates, space_of, words
 from kronblocks_lab.training.model_settings import DataName
@@ -66,6 +68,9 @@ class Study:
         lr: learning rate of all methods, which then are not tuned; None: they are.
         chosen: settings of each method, instead of trials of its own.
         threads: of each training; None: torch's own choice, for a machine with a GPU.
+        data_dir: folder of the images; None: where they are looked for.
+        data_file: the text; None: the standard library.
+        data_label: what the data is where it is not the original.
     """
 
     name: str
@@ -90,6 +95,14 @@ class Study:
     lr: float | None = None
     chosen: Mapping[Method, Settings] | None = None
     threads: int | None = 1
+    data_dir: Path | None = None
+    data_file: Path | None = None
+    data_label: str | None = None
+
+    @property
+    def measure(self) -> Measure:
+        """What trials are chosen and trainings compared by."""
+        return measure_of({"data": self.data})
 
     def space(self, method: Method) -> Space:
         """What may be tried for a method."""
@@ -140,6 +153,9 @@ class Study:
             image_size=self.image_size,
             train_images=self.train_images,
             test_images=self.test_images,
+            data_dir=self.data_dir,
+            data_file=self.data_file,
+            data_label=self.data_label,
             fold=seed % FOLDS if self.folds else None,
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -156,8 +172,10 @@ class Study:
     def shared(self) -> dict[str, Any]:
         """What all rows of the results have in common, as plain values."""
         names = ("data", "model", "image_size", "train_images", "test_images", "folds", "epochs", "batch_size", "tuned_at")
+        source = None if self.data_label is None else f"{self.data} ({self.data_label})"
         return {
             **{name: getattr(self, name) for name in names},
+            "source": str(source_of(self.data_file)) if self.data == "text" else source,
             "widths": list(self.widths) if self.model == "mlp" else [],
             "threads": self.threads,
             "tuned_as": dict(self.tuned_as),
@@ -184,6 +202,16 @@ _WHOLE_TRANSFORMER: dict[str, Any] = {
     "rates": rates((1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), slice(2, 4)),  # each trial is a whole training
 }  # fmt: skip
 
+_FREE: tuple[Method, ...] = ("dense", "two-phase", "static", "rigl", "magnitude")  # what trains transformers in some hours
+_DECODER: dict[str, Any] = {
+    "data": "text", "model": "decoder", "epochs": 4, "batch_size": 16, "methods": _FREE, "tuned_at": 0.8,
+    "base": {"width": 256, "depth": 4, "heads": 4, "context": 128, "steps": 2000}, "seeds": (0, 1, 2), "tuning_seeds": (100,),
+}  # fmt: skip
+_VIT: dict[str, Any] = {
+    "data": "cifar100", "epochs": 15, "batch_size": 128, "seeds": (0, 1, 2), "tuning_seeds": (100,),
+    "rates": rates((2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3), slice(2, 4)),
+}  # fmt: skip
+
 _FORMS: tuple[tuple[Method, Settings, Mapping[str, Settings]], ...] = (
     ("group-lasso", {"lr": 8e-3, "schedule": ScheduleConfig(end=0.5)}, GROUP_LASSO_FORMS),
     ("kron-l1", {"lr": 1.6e-2, "rank": 8}, KRON_L1_FORMS),
@@ -196,6 +224,33 @@ STUDIES = {
         *(Study(name=f"{model}-fashion-tuned", model=model, **_TUNED_TRANSFORMER) for model in ("vit-tiny", "swin-tiny")),
         *(Study(name=f"{model}-factor-rates", model=model, **_FACTOR_RATES) for model in ("vit-tiny", "swin-tiny")),
         *(Study(name=f"{model}-cifar100", model=model, **_WHOLE_TRANSFORMER) for model in get_args(TransformerName)),
+        Study(  # rates tuned alike for all methods, which the next one has none of
+            name="decoder",
+            cells=(("16", 0.8), ("16", 0.9), ("32", 0.8), ("32", 0.9)),
+            tuned_as={"32": "16"},
+            rates=rates((5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), slice(2, 4)),
+            **_DECODER,
+        ),
+        Study(name="decoder-one-rate", cells=(("16", 0.8), ("16", 0.9)), lr=2e-3, **_DECODER),
+        Study(
+            name="vit-cifar100",
+            model="vit",
+            cells=(("16", 0.8), ("16", 0.9)),
+            methods=_FREE,
+            tuned_at=0.8,
+            base={"width": 192, "depth": 6, "heads": 3, "patch": 4},
+            **_VIT,
+        ),
+        Study(  # the paper's model and methods, on images as they are
+            name="vit-tiny-cifar100-small",
+            model="vit-tiny",
+            image_size=32,
+            cells=(("4", 0.5),),
+            methods=("dense", "two-phase", "kron-l1", "group-lasso", "elastic-group-lasso", "rigl"),
+            tuned_at=0.5,
+            base={"crop": 4, "flip": True, "label_smoothing": 0.1, "weight_decay": 0.05, "clip": 1.0},
+            **_VIT,
+        ),
         Study(
             name="mlp",
             data="fashion-mnist",
@@ -285,6 +340,10 @@ def own_study(
         if not any(has_cell(method, block) for method in methods if method != "dense"):
             raise KronblocksError(f"none of {', '.join(methods)} can be compared with blocks of {block}: name other methods")
     cells = tuple((block, sparsity) for sparsity in shares for block in blocks)
+    if "steps" in changes:
+        changes["base"] = {**base.base, "steps": changes.pop("steps")}
+    if "lr" in changes:
+        changes["rates"] = None
     study = dataclasses.replace(
         base, name=name, cells=cells, methods=methods, tuned_at=shares[0], tuned_as={}, chosen=None, variants=None, **changes
     )

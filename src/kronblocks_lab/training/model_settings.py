@@ -12,7 +12,7 @@ from kronblocks.core.checks import number
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.imports import import_here
 from kronblocks_lab.data.augment import Augmentation
-from kronblocks_lab.data.text import fingerprint
+from kronblocks_lab.data.text import source_of
 from kronblocks_lab.training.decoder import HEAD, DecoderSize
 from kronblocks_lab.training.models import ModelName
 from kronblocks_lab.training.recipes import Recipe
@@ -134,7 +134,7 @@ class ModelAndData(ThreadSettings):
             if getattr(self, name, None) is not None and self.is_text:  # searches have no folds
                 raise KronblocksError(f"{option(name)} is for images: leave it out with --data text")
         if self.is_text:
-            DecoderSize(**self.sizes).check()
+            DecoderSize(**self.model_sizes).check()
             if self.steps is not None and self.steps % self.epochs:
                 near = max(1, round(self.steps / self.epochs)) * self.epochs
                 raise KronblocksError(
@@ -148,7 +148,7 @@ class ModelAndData(ThreadSettings):
         return self.model == "decoder"
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def model_sizes(self) -> dict[str, int]:
         """The sizes of a model that has some to choose, by name: those of `DecoderSize` or of `ViTSize`."""
         kind = {"decoder": DecoderSize, "vit": ViTSize}.get(self.model)
         if kind is None:
@@ -197,13 +197,13 @@ class ModelAndData(ThreadSettings):
         return {
             "widths": list(self.widths),
             **dict.fromkeys(_SIZES),
-            **self.sizes,
+            **self.model_sizes,
             **dict(zip(_AUGMENTATION.values(), self.augmentation, strict=True)),
             "drop_path": self.dropped,
             "exclude": list(self.left_dense),
             "batch_size": self.samples,
             "steps": self.epochs * self.steps_of_text if self.is_text else None,
-            "text": fingerprint(self.data_file) if self.is_text else None,
+            "text": source_of(self.data_file).sha256 if self.is_text else None,
         }
 
     def import_plugins(self) -> None:

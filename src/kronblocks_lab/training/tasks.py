@@ -96,7 +96,7 @@ class ImageTask(Task):
 
     def model(self) -> nn.Module:
         config = self.config
-        vit = ViTSize(**config.sizes) if config.model == "vit" else None
+        vit = ViTSize(**config.model_sizes) if config.model == "vit" else None
         model = build_model(config.model, self._data.image_shape, self._data.classes, config.widths, config.image_size, vit)
         if config.dropped:
             drop_branches_(model, config.dropped)
@@ -125,7 +125,7 @@ class TextTask(Task):
 
     def __init__(self, config: ModelAndData) -> None:
         super().__init__(config)
-        self.size = DecoderSize(**config.sizes)
+        self.size = DecoderSize(**config.model_sizes)
         self.text = load_text(config.data_file, self.size.context)
         text = self.text
         self.source = {**text.source._asdict(), "vocabulary": len(text.vocabulary)}

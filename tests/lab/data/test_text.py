@@ -83,7 +83,7 @@ def test_a_character_that_training_lacks_is_unknown():
 def test_the_standard_library_is_the_text_without_a_file():
     source, text = texts.library_text()
     assert len(text) <= texts.MOST_OF_LIBRARY and "import" in text and source.bytes == len(text.encode())
-    assert texts.fingerprint(None) == source.sha256 and "standard library of Python 3." in str(source)
+    assert texts.source_of(None) == source and "standard library of Python 3." in str(source)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The picture of a study: test accuracy over sparsity, a panel for each block size."""
+"""The picture of a study: test accuracy or loss over sparsity, a panel for each block size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def draw(found: Sequence[CellResult], path: Path, title: str) -> None:
     for axes, block in zip(panels, blocks, strict=True):
         _panel(axes, [cell for cell in sparse if cell.block == block], dense)
         axes.set_title(f"{BlockSize.parse(block)} blocks", loc="left", fontsize=10)
-    panels[0].set_ylabel("test accuracy, %")
+    panels[0].set_ylabel(found[0].measure.title.lower())
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(5, 3 * len(blocks)), frameon=False, fontsize=8.5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -42,13 +42,13 @@ def _panel(axes: Axes, cells: Sequence[CellResult], dense: CellResult | None) ->
     shares = sorted({cell.sparsity for cell in cells})
     methods = list(dict.fromkeys(cell.method for cell in cells))
     if dense is not None:
-        axes.axhline(dense.accuracy, color=COLOURS["dense"], linestyle=(0, (4, 3)), linewidth=1.2, label="dense")
+        axes.axhline(dense.quality, color=COLOURS["dense"], linestyle=(0, (4, 3)), linewidth=1.2, label="dense")
     for number, method in enumerate(methods):
         line = sorted((cell for cell in cells if cell.method == method), key=lambda cell: cell.sparsity)
         shift = 0.04 * (number - (len(methods) - 1) / 2)
         axes.errorbar(
             [shares.index(cell.sparsity) + shift for cell in line],
-            [cell.accuracy for cell in line],
+            [cell.quality for cell in line],
             yerr=[cell.spread for cell in line],
             color=COLOURS.get(method, OTHER_COLOUR),
             linewidth=2.4 if method == OURS else 1.2,

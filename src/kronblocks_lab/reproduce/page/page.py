@@ -13,12 +13,14 @@ from kronblocks.core.files import write_text
 from kronblocks_lab.bench.measure.results import Row, read
 from kronblocks_lab.bench.page.tables import count, fill_or_add, kept, table
 from kronblocks_lab.report.costs import BYTES
+from kronblocks_lab.report.measures import ACCURACY, measure_of
 from kronblocks_lab.reproduce import searches
 from kronblocks_lab.reproduce.page.figures import draw
 from kronblocks_lab.reproduce.page.published import FOOTNOTE, PUBLISHED
 from kronblocks_lab.reproduce.statistics import OURS, CellResult, at, cells, stale
 from kronblocks_lab.reproduce.studies import has_cell
 from kronblocks_lab.reproduce.trials import words
+from kronblocks_lab.training.decoder import DecoderSize
 
 
 def write(results: Path, page: Path) -> Path:
@@ -39,7 +41,7 @@ def write(results: Path, page: Path) -> Path:
         name, data = file.stem.removeprefix("reproduce-"), read(file)
         lines = _study(data)
         if picture := _picture(name, data, page):
-            lines += [f"![Test accuracy over sparsity]({picture})", ""]
+            lines += [f"![Test {measure_of(data['settings']).name} over sparsity]({picture})", ""]
         text = fill_or_add(text, name, lines[:-1], name)
     if searched.exists():
         text = fill_or_add(text, "search", searches.page(read(searched))[:-1], "Search for the block size")
@@ -57,7 +59,7 @@ def _overview(results: Path) -> list[str]:
 
 def _picture(name: str, data: dict[str, Any], page: Path) -> str | None:
     """The figure of a study with several sparsities, beside the page; its address there."""
-    found = cells(data["rows"])
+    found = cells(data["rows"], measure_of(data["settings"]))
     if data["settings"]["variants"] or len({cell.sparsity for cell in found if cell.block}) < 3:
         return None
     about = f"{data['settings']['data']}, {data['settings']['model']}, {len(found[0].rows)} seeds"
@@ -78,9 +80,9 @@ def summary(results: Path, study: str = "mlp", blocks: Sequence[str] = ("4", "16
         row = [method]
         for block in blocks:
             own, ours = (at(found, name, block, sparsity) for name in (method, OURS))
-            best = max(cell.accuracy for cell in found if (cell.block, cell.sparsity) == (block, sparsity))
-            accuracy = own.spread_of("test_accuracy")
-            row += [f"**{accuracy}**" if own.block and own.accuracy == best else accuracy]
+            best = max(cell.quality for cell in found if (cell.block, cell.sparsity) == (block, sparsity))
+            accuracy = own.spread_of()
+            row += [f"**{accuracy}**" if own.block and own.quality == best else accuracy]
             row += ["" if own is ours else str(ours.against(own))]
             row += [f"{own.to_dense(name):.2f}" for name in ("trainable_parameters_max", "training_macs")]
         rows.append(row)
@@ -97,14 +99,14 @@ def summary(results: Path, study: str = "mlp", blocks: Sequence[str] = ("4", "16
 
 
 def _study(data: dict[str, Any]) -> list[str]:
-    found = cells(data["rows"])
+    settings = data["settings"]
+    found = cells(data["rows"], measure_of(settings))
     if not found:
         return []
-    settings = data["settings"]
-    widths = f" {'-'.join(map(str, settings['widths']))}" if settings["widths"] else ""
     images = f" ({settings['train_images']:,} training images)" if settings.get("train_images") else ""
     lines = [
-        f"{settings['data']}{images}, {settings['model']}{widths}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
+        f"{settings.get('source') or settings['data']}{images}, {settings['model']}{_sizes_of(settings)}, "
+        f"{_length(settings)}, batch {settings['batch_size']}, "
         f"{len(found[0].rows)} seeds; {data['versions']['processor']}, torch {data['versions']['torch']}.",
         "",
         *_stale(data["rows"]),
@@ -127,13 +129,27 @@ def _study(data: dict[str, Any]) -> list[str]:
     return lines + _trials(data)
 
 
+def _sizes_of(settings: dict[str, Any]) -> str:
+    """The sizes of a model that has some to choose."""
+    if settings["widths"]:
+        return f" {'-'.join(map(str, settings['widths']))}"
+    sizes = [f"{name} {settings['base'][name]}" for name in (*DecoderSize._fields, "patch") if name in settings["base"]]
+    return f" ({', '.join(sizes)})" if sizes else ""
+
+
+def _length(settings: dict[str, Any]) -> str:
+    steps = settings["base"].get("steps")
+    return f"{settings['epochs']} epochs" if steps is None else f"{steps:,} steps"
+
+
 def _variants(found: Sequence[CellResult], settings: dict[str, Any]) -> list[str]:
     """The paired difference of every variant to the first one, for each block size."""
-    measure = "validation_accuracy"  # test images decide nothing
+    measure = found[0].measure
     base = words(settings["base"])
     lines = [
-        f"Variants of {', '.join(settings['methods'])}. Differences of **validation** accuracy, in points, are paired, to the "
-        f"first row; training multiply-adds are relative to it, too. In common: {base}.",
+        f"Variants of {', '.join(settings['methods'])}. Differences of **validation** {measure.name}, in {measure.difference}, "
+        "are paired, to the first row; training multiply-adds are relative to it, too. In common: "
+        f"{base}.",
         "",
     ]
     places = sorted({(cell.block, cell.sparsity) for cell in found}, key=lambda place: (place[1], BlockSize.parse(place[0]).area))
@@ -149,7 +165,7 @@ def _variants(found: Sequence[CellResult], settings: dict[str, Any]) -> list[str
             if own is None or first is None:
                 row += ["", ""]
                 continue
-            row.append(own.spread_of(measure) if number == 0 else str(own.against(first, measure)))
+            row.append(own.spread_of("validation") if number == 0 else str(own.against(first, "validation")))
             row.append(f"{own.mean('training_macs') / first.mean('training_macs'):.2f}")
         rows.append(row)
     return [*lines, *table(columns, rows), ""]
@@ -164,9 +180,11 @@ def _stale(rows: Sequence[Row]) -> list[str]:
 def _comparison(here: Sequence[CellResult], settings: dict[str, Any]) -> list[str]:
     ours = next((cell for cell in here if cell.method == OURS), None)
     sparse = [cell for cell in here if cell.block]
-    best = max(sparse, key=lambda cell: cell.accuracy)
+    measure = here[0].measure
+    best = min(sparse, key=lambda cell: measure.badness(cell.quality))
     published = any((settings["model"], cell.method) in PUBLISHED for cell in here)
-    columns = ["method", "test accuracy %", f"{OURS} minus it", "zeros %", "parameters, most", "at the end"]
+    title = "test accuracy %" if measure is ACCURACY else measure.title.lower()
+    columns = ["method", title, f"{OURS} minus it", "zeros %", "parameters, most", "at the end"]
     columns += ["training multiply-adds", "inference multiply-adds", "bytes"]
     columns += ["published % (zeros)"] if published else []
     lines = []
@@ -175,7 +193,7 @@ def _comparison(here: Sequence[CellResult], settings: dict[str, Any]) -> list[st
         difference = "" if ours is None or cell is ours else str(ours.against(cell))
         line = [
             name,
-            cell.spread_of("test_accuracy"),
+            cell.spread_of(),
             difference,
             f"{100 * cell.mean('block_sparsity'):.2f}",
             f"{cell.to_dense('trainable_parameters_max'):.2f}",
