@@ -12,8 +12,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import conv2d, pad
 
 from kronblocks.core.errors import KronblocksError
-from kronblocks.ops.convolution import ConvGeometry, packed_conv2d
+from kronblocks.ops.convolution import packed_conv2d, packed_convolution
+from kronblocks.ops.geometry import ConvGeometry, Convolution
 from kronblocks.ops.index import BlockIndex
+from kronblocks.ops.strided import index_over_phases
 
 
 class Case(NamedTuple):
@@ -191,3 +193,59 @@ def test_what_does_not_fit_is_refused():
             packed_conv2d(images, values, index, bias, case.geometry)
     with pytest.raises(KronblocksError, match="too small for ConvGeometry"):
         packed_conv2d(x[:, :, :2], values, index, bias, case.geometry._replace(top=0, bottom=0))
+
+
+STRIDED = {
+    "3x3": ((2, 4, 9, 8), ConvGeometry(3, 3, 1, 1, 1, 1), (2, 2)),
+    "rows that nobody reads": ((2, 4, 8, 9), ConvGeometry(3, 3), (3, 2)),
+    "dilated": ((1, 2, 11, 9), ConvGeometry(3, 2, 2, 1, 0, 3, 2, 3), (2, 3)),
+    "kernel below the stride": ((2, 4, 7, 7), ConvGeometry(2, 1), (4, 3)),
+}
+
+
+@pytest.mark.parametrize(("backend", "case"), over((case,) for case in STRIDED), indirect=["backend"])
+def test_strides_above_1(backend, case, with_gradients):
+    """Without patches, with dead slots and free order of the slots, and again after blocks have died."""
+    shape, geometry, stride = STRIDED[case]
+    known = Case(shape, 6, geometry, (3, 2))
+    mask = known.mask
+    position, convolution = torch.randperm(mask.numel()), Convolution(geometry, stride)
+    for _ in range(2):
+        index = BlockIndex.from_mask(mask, position)
+        values = torch.randn(mask.numel(), 3, 2, dtype=torch.float64)
+        values[~mask.flatten()[position]] = torch.nan
+        live = mask.flatten().nonzero().squeeze(1)
+        x, bias = torch.randn(shape, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+
+        def oracle(x, values, bias, live=live, mask=mask):
+            at = torch.empty_like(position).scatter_(0, position, torch.arange(len(position)))
+            top, bottom, left, right = geometry.margins
+            weight = known.dense(values[at[live]], mask)
+            return conv2d(pad(x, (left, right, top, bottom)), weight, bias, stride, dilation=geometry[6:])
+
+        dy = torch.randn_like(oracle(x, values, bias))
+        actual = with_gradients(lambda x, v, b, i=index: packed_convolution(x, v, i, b, convolution), (x, values, bias), dy)
+        expected = with_gradients(oracle, (x, values, bias), dy)
+        for ours, right in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-10, atol=1e-10)  # float64 sums in another order
+        mask = mask & (torch.rand(mask.shape) < 0.7)
+
+
+def test_an_index_over_phases_is_made_once_and_again_after_it_was_written_into():
+    convolution = Convolution(ConvGeometry(3, 3), (2, 2))
+    mask = torch.rand(3, 9) < 0.5
+    index = BlockIndex.from_mask(mask, torch.arange(27))
+    first = index_over_phases(index, convolution)
+    assert index_over_phases(index, convolution) is first
+    for old, new in zip(index, BlockIndex.from_mask(~mask, torch.arange(27)), strict=True):
+        old.copy_(new)
+    assert int(index_over_phases(index, convolution).crow[-1]) == int((~mask).sum())
+
+
+def test_strided_images_that_do_not_fit_are_refused():
+    index = BlockIndex.from_mask(torch.ones(2, 18, dtype=torch.bool))
+    values, convolution = torch.randn(36, 2, 2), Convolution(ConvGeometry(3, 3), (2, 2))
+    with pytest.raises(KronblocksError, match="too small"):
+        packed_convolution(torch.randn(1, 4, 2, 2), values, index, None, convolution)
+    with pytest.raises(KronblocksError, match="x has 6 features, but 2 block columns of 2"):
+        packed_convolution(torch.randn(1, 6, 5, 5), values, index, None, convolution)

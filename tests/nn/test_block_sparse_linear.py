@@ -198,3 +198,20 @@ def test_slots_in_another_order():
     assert torch.equal(layer.block_norms(), other.block_norms())
     other.use_plan_("dense")
     torch.testing.assert_close(layer(x), other(x), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+def test_the_weight_of_a_layer_without_dead_blocks(order):
+    """It is no view of the values, which callers could write into; also where the values lie as the weight does."""
+    layer = BlockSparseLinear(8, 8, 4, plan="dense").double()
+    layer.block_position = torch.tensor(order)
+    layer.refresh_index_()
+    expected = torch.empty(2, 2, 4, 4, dtype=torch.float64)
+    for slot, block in enumerate(order):
+        expected[block // 2, block % 2] = layer.values[slot].detach()
+    assert torch.equal(layer.dense_blocks(), expected)
+    assert torch.equal(layer.dense_weight(), layer.grid.from_blocks(expected))
+    whole = BlockSparseLinear(4, 4, 4)
+    before = whole.values.detach().clone()
+    whole.dense_weight().detach().zero_()
+    assert torch.equal(whole.values, before)

@@ -282,7 +282,10 @@ def test_convolutions_move_images_and_not_patches_where_they_read_in_place():
     image = 2 * 16 * 49 * 4
     assert cost(p, "packed").saved_bytes == cost(p, "dense").saved_bytes - 32 * 9 * 16 * 4 == image
     strided = dataclasses.replace(p, convolution=around._replace(stride=(2, 2)))
-    assert cost(strided, "packed").saved_bytes == 9 * image
-    assert cost(strided, "packed").moved_bytes > cost(p, "packed").moved_bytes + 2 * 9 * image
+    wider = (
+        2 * (16 * 13 * 13 // 49) * 49 * 4
+    )  # the images of which every other pixel has a result, once; patches would be 9 images
+    assert cost(strided, "packed").saved_bytes == wider
+    assert cost(strided, "packed").moved_bytes >= cost(p, "packed").moved_bytes + 2 * wider
     assert cost(dataclasses.replace(p, convolution=None), "packed").macs == cost(p, "packed").macs
     assert estimated_seconds(p, "packed") < estimated_seconds(strided, "packed")

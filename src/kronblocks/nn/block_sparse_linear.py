@@ -178,10 +178,18 @@ class BlockSparseLinear(BlockLayer):
         return self._own("values"), index
 
     def dense_weight(self) -> Tensor:
+        weight = self.grid.from_blocks(self.dense_blocks())
+        return weight.clone() if weight._base is not None else weight  # not the values themselves, which callers may write into
+
+    def dense_blocks(self) -> Tensor:
+        """All blocks, (m1, n1, bm, bn), dead ones zero; differentiable. Where all live, these can be the values themselves."""
         position = self.positions()
+        plain = not torch.compiler.is_compiling() and not is_transformed() and type(self.values.data) is Tensor
+        if plain and self._pattern.in_order:
+            return self.values.view(*self.grid.shape, *self.grid.block)
         values = self.values.masked_fill(self._dead_slots(position), 0)
         blocks = values.new_zeros(self.grid.blocks, *self.grid.block).index_copy(0, position, values)
-        return self.grid.from_blocks(blocks.unflatten(0, self.grid.shape))
+        return blocks.unflatten(0, self.grid.shape)
 
     def to_torch_bsr(self) -> Tensor:
         """The weight as a torch tensor in BSR layout, live blocks only, detached."""

@@ -140,7 +140,7 @@ class UnfoldedConv(Unfolded):
         if not all(isinstance(hook, Onlooker) for hook in (*before, *after)):
             return None
         dense = getattr(linear, "active_plan", "dense") == "dense" and hasattr(linear, "weight")
-        packs = not dense and self.convolution.reads_in_place and _computes_itself(linear) and isinstance(x, Tensor)
+        packs = not dense and _computes_itself(linear) and isinstance(x, Tensor)
         operands = linear.packed_operands() if packs else None
         if not dense and operands is None:
             return None
@@ -169,9 +169,15 @@ class UnfoldedConv(Unfolded):
 
     def _convolve(self, x: Tensor) -> Tensor:
         settings: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        weight = self.linear.dense_weight() if isinstance(self.linear, BlockLayer) else self.linear.weight
         bias: Any = self.linear.bias
-        return nn.functional.conv2d(x, self._kernel(weight), bias, **settings)
+        return nn.functional.conv2d(x, self._dense_kernel(), bias, **settings)
+
+    def _dense_kernel(self) -> Tensor:
+        """(out_channels, in_channels, kh, kw), for torch's convolution."""
+        linear: Any = self.linear
+        if isinstance(linear, BlockSparseLinear) and self.in_channels % linear.grid.block.cols == 0:
+            return self.convolution.kernel_of(linear.dense_blocks())
+        return self._kernel(linear.dense_weight() if isinstance(linear, BlockLayer) else linear.weight)
 
     def _multiply_patches(self, x: Tensor) -> Tensor:
         """Convolve over copied patches. The result has nn.Conv2d's memory layout (channels last if x is), so views work."""

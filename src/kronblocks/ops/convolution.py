@@ -1,4 +1,4 @@
-"""Convolutions of stride 1 with packed blocks: `packed_conv2d`, which reads images in place.
+"""Convolutions with packed blocks: `packed_conv2d`, of stride 1, reads images in place; `packed_convolution` is for all strides.
 
 The weight is (out_channels, kh * kw * channels): its columns are ordered by kernel position, then by channel, and a block stays
 within one kernel position. Three custom operators, each the gradient of the others, as those of `kronblocks.ops.packed`. The
@@ -23,6 +23,7 @@ from kronblocks.ops.operands import autocast, check_product
 from kronblocks.ops.operator import Operator, must_look
 from kronblocks.ops.packed import packed_linear
 from kronblocks.ops.pattern import refresh_index
+from kronblocks.ops.strided import index_over_phases, over_phases, phases
 
 
 def _packed_conv2d(
@@ -210,6 +211,11 @@ def packed_conv2d(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | N
         KronblocksError: shapes, dtypes or devices do not fit together, or the padded images are smaller than the kernel.
     """
     x, values, bias = autocast(x, values, bias)
+    _check(x, values, index, bias, geometry)
+    return _conv(x, values, bias, *index, *geometry, must_look())
+
+
+def _check(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None, geometry: ConvGeometry) -> None:
     (m1, n1), (_, bm, bn) = index.grid, values.shape
     if x.dim() != 4 or n1 % geometry.positions:
         raise KronblocksError(
@@ -219,16 +225,19 @@ def packed_conv2d(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | N
     check_product(x.movedim(1, -1), n1 // geometry.positions, bn, bias, m1 * bm, {"values": values}, index.crow)
     if min(geometry.result(*x.shape[2:])) < 1:
         raise KronblocksError(f"images of {tuple(x.shape[2:])} are too small for {geometry}: add padding, or give larger ones")
-    return _conv(x, values, bias, *index, *geometry, must_look())
 
 
 def packed_convolution(x: Tensor, values: Tensor, index: BlockIndex, bias: Tensor | None, convolution: Convolution) -> Tensor:
-    """The same for every stride: other strides than 1 multiply patches, unless the kernel is 1x1."""
-    geometry = convolution.geometry
-    if not convolution.reads_in_place:
-        return convolution.over_patches(x, lambda rows: packed_linear(rows, values, index, bias))
-    if convolution.stride != (1, 1):
+    """The same for every stride; compiled code multiplies patches where stride is not 1 and the kernel not 1x1."""
+    geometry, stride = convolution.geometry, convolution.stride
+    if stride == (1, 1):
+        return packed_conv2d(x, values, index, bias, geometry)
+    if geometry.positions == 1:
         top, bottom, left, right = geometry.margins
-        x = pad(x, (left, right, top, bottom))[:, :, :: convolution.stride[0], :: convolution.stride[1]]
-        geometry = ConvGeometry(1, 1)
-    return packed_conv2d(x, values, index, bias, geometry)
+        x = pad(x, (left, right, top, bottom))[:, :, :: stride[0], :: stride[1]]
+        return packed_conv2d(x, values, index, bias, ConvGeometry(1, 1))
+    if torch.compiler.is_compiling():  # an index over phases cannot be made there
+        return convolution.over_patches(x, lambda rows: packed_linear(rows, values, index, bias))
+    x, values, bias = autocast(x, values, bias)
+    _check(x, values, index, bias, geometry)
+    return packed_conv2d(phases(x, convolution), values, index_over_phases(index, convolution), bias, over_phases(convolution))

@@ -78,11 +78,6 @@ class Convolution(NamedTuple):
     stride: tuple[int, int] = (1, 1)
     size: tuple[int, int] | None = None
 
-    @property
-    def reads_in_place(self) -> bool:
-        """Whether products with live blocks need no patches."""
-        return self.stride == (1, 1) or self.geometry.positions == 1
-
     def result(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the results for images of this size."""
         height, width = self.geometry.result(height, width)
@@ -113,6 +108,11 @@ class Convolution(NamedTuple):
         """Rearrange a weight, (out_channels, kh * kw * channels), to (out_channels, channels, kh, kw)."""
         kernel = self.geometry[:2]
         return weight.unflatten(1, (*kernel, weight.shape[1] // self.geometry.positions)).permute(0, 3, 1, 2).contiguous()
+
+    def kernel_of(self, blocks: Tensor) -> Tensor:
+        """Rearrange the blocks of a weight, (m1, n1, bm, bn) where bn divides the channels, as `kernel` does, in one copy."""
+        split = blocks.unflatten(1, (*self.geometry[:2], -1))  # m1, kh, kw, channels / bn, bm, bn
+        return split.permute(0, 4, 3, 5, 1, 2).flatten(2, 3).flatten(0, 1).contiguous()
 
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         """Torch's convolution."""

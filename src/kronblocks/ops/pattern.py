@@ -52,6 +52,7 @@ class Pattern:
         index: of the live blocks, where asked for.
         slots: the positions as they were valid last: a copy, or None.
         all_live: whether no block is dead.
+        in_order: whether no block is dead and slots have the order of the blocks, so that the values are all of the weight.
         keeps_size: whether an index without positions stays as long as it is when blocks die.
     """
 
@@ -60,7 +61,7 @@ class Pattern:
         self.position: Tensor | None = None
         self.index: BlockIndex | None = None
         self.slots: Tensor | None = None
-        self.all_live = self.keeps_size = False
+        self.all_live = self.in_order = self.keeps_size = False
         self._mask_then: Tensor | None = None
         self._versions: tuple[int, int] | None = None
         self._addresses: list[int] = []
@@ -113,6 +114,7 @@ class Pattern:
             if position is not None:
                 self._settle_(mask, position, values)
             made, self.all_live = None, not mask.is_meta and bool(mask.all())
+            self.in_order = self.all_live and (position is None or bool((position.diff() > 0).all()))
             self._mask_then = mask.clone()
         self.index = self._make_index(mask, position) if index and made is None else made
         self.mask, self.position = mask, position

@@ -75,10 +75,12 @@ def _inputs(problem: Problem, plan: Plan) -> tuple[int, int]:
     around, features = problem.convolution, problem.grid.in_features
     if around is None:
         return features, 0
-    if plan is DENSE or (plan is PACKED and around.reads_in_place):
-        height, width = around.image_size
-        return max(1, features // around.geometry.positions * height * width // around.positions), 0
-    return features, problem.rows * features
+    if plan is not DENSE and plan is not PACKED:
+        return features, problem.rows * features
+    height, width = around.image_size
+    pixels = max(1, features // around.geometry.positions * height * width // around.positions)
+    in_place = plan is DENSE or around.stride == (1, 1)
+    return pixels, 0 if in_place else problem.rows * pixels
 
 
 _EINSUM_PASSES = 3  # over the intermediate at each use: an einsum reads it, and copies it into a matrix product's layout

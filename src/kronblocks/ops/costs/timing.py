@@ -207,8 +207,9 @@ def _runs(problem: Problem, *, int8: bool = False) -> Runs:
         return with_blocks(x, values, index, bias)
 
     def unpacked(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        blocks = values.new_zeros(grid.blocks, bm, bn).index_copy(0, position, values)
-        return with_weight(x, grid.from_blocks(blocks.unflatten(0, (m1, n1))), bias)
+        blocks = values if live == grid.blocks else values.new_zeros(grid.blocks, bm, bn).index_copy(0, position, values)
+        blocks = blocks.unflatten(0, (m1, n1))
+        return dense(x, grid.from_blocks(blocks) if around is None else around.kernel_of(blocks), bias)
 
     def step(function: Callable[..., Tensor], *weights: Tensor) -> Callable[[], object]:
         operands = (x, *(weight.detach().requires_grad_(problem.training) for weight in (*weights, bias)))
