@@ -203,7 +203,7 @@ void conv2d_grad_values(const PackedIndex& index, const ConvShape& c, const X* d
             to = dvalues + std::int64_t(index.slot[k]) * area;
           else
             to = sums + std::int64_t(k) * area;
-          ByFeatures<T>::block(left + row * bm * f.step, from, f.step, int(f.vectors) * kLanes<T>, 0, bm, bn, to, add);
+          ByFeatures<T>::block(left + row * bm * f.step, from, f.step, int(f.vectors) * kLanes<T>, bm, bn, to, add);
         }
       add = true;
 #pragma omp barrier

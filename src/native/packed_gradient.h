@@ -5,6 +5,7 @@
 
 #include "api.h"
 #include "bf16.h"
+#include "row_groups.h"
 #include "scratch.h"
 
 namespace KRONBLOCKS_ISA {
@@ -83,18 +84,25 @@ inline void outer_products_of(int count, const T* dy, int dy_step, const T* x, i
 template <class T>
 struct ByFeatures {
   using Panel = T;
-  static constexpr int unit = kLanes<T> * kNumbers<T>, most = 512;
+  static constexpr int unit = kLanes<T> * kNumbers<T>, most = 256, together = kLanes<T>, most_blocks = 1;
 
   template <class X>
-  static void pack(const X* from, std::int64_t step, int rows, int lanes, int, std::int64_t begin, std::int64_t end, T* to,
-                   std::int64_t to_step) {
+  static void pack(const X* from, std::int64_t step, int rows, Range own, int, Range features, T* to, std::int64_t to_step) {
+    const int first = int(own.begin), lanes = int(own.end - own.begin), count = int(features.end - features.begin);
+    from += first * kNumbers<T> * step + features.begin;
+    to += features.begin * to_step + first;
     if constexpr (kNumbers<T> == 2)
-      pack_row_pairs(from + begin, step, rows, int(end - begin), to + begin * to_step, to_step, lanes);
+      pack_row_pairs(from, step, rows - 2 * first, count, to, to_step, lanes);
     else
-      pack_transposed(from + begin, step, rows, int(end - begin), to + begin * to_step, to_step, lanes);
+      pack_transposed(from, step, rows - first, count, to, to_step, lanes);
   }
 
-  static void block(const T* dy, const T* x, std::int64_t step, int lanes, int, int bm, int bn, Sum<T>* block, bool add) {
+  static void blocks(int, const T* dy, const T* const* x, std::int64_t step, int lanes, int, int bm, int bn, Sum<T>* const* to,
+                     bool add) {
+    block(dy, *x, step, lanes, bm, bn, *to, add);
+  }
+
+  static void block(const T* dy, const T* x, std::int64_t step, int lanes, int bm, int bn, Sum<T>* block, bool add) {
     const int row_parts = (bm + kDotRows - 1) / kDotRows, col_parts = (bn + kDotCols - 1) / kDotCols;
     for (int p = 0; p < row_parts; ++p)
       for (int q = 0; q < col_parts; ++q) {
@@ -108,28 +116,29 @@ struct ByFeatures {
 template <class T>
 struct ByRows {
   using Panel = T;
-  static constexpr int unit = 1, most = 128;
+  static constexpr int unit = 1, most = 128, together = 1, most_blocks = 1;
 
-  // features [begin, end) are whole blocks of `width`; a block's rows stand one after another
+  // `features` are whole blocks of `width`; a block's rows stand one after another
   template <class X>
-  static void pack(const X* from, std::int64_t step, int rows, int, int width, std::int64_t begin, std::int64_t end, T* to,
-                   std::int64_t to_step) {
-    for (int t = 0; t < rows; t += kNumbers<T>, from += kNumbers<T> * step)
-      for (std::int64_t c = begin; c < end; c += width) {
-        T* block = to + c * to_step + std::int64_t(t / kNumbers<T>) * width;
-        if constexpr (kNumbers<T> == 2)
-          interleave(from + c, t + 1 < rows ? from + step + c : nullptr, width, block);
+  static void pack(const X* from, std::int64_t step, int rows, Range own, int width, Range features, T* to, std::int64_t to_step) {
+    constexpr int per = kNumbers<T>;
+    for (std::int64_t t = own.begin; t < own.end && t * per < rows; ++t)
+      for (std::int64_t c = features.begin; c < features.end; c += width) {
+        const X* row = from + t * per * step + c;
+        T* block = to + c * to_step + t * width;
+        if constexpr (per == 2)
+          interleave(row, t * per + 1 < rows ? row + step : nullptr, width, block);
         else
-          convert(from + c, width, block);
+          convert(row, width, block);
       }
   }
 
-  static void block(const T* dy, const T* x, std::int64_t, int, int rows, int bm, int bn, Sum<T>* block, bool add) {
+  static void blocks(int, const T* dy, const T* const* x, std::int64_t, int, int rows, int bm, int bn, Sum<T>* const* to, bool add) {
     constexpr int n = kLanes<T>;
     int q = 0;
     for (; q + 2 * n <= bn; q += 2 * n)
-      outer_products_of<T, 2, (kRegisters == 32 ? 8 : 6)>(bm, dy, bm, x + q, bn, rows, block + q, bn, add);
-    if (q < bn) outer_products_of<T, 1, (kRegisters == 32 ? 16 : 12)>(bm, dy, bm, x + q, bn, rows, block + q, bn, add);
+      outer_products_of<T, 2, (kRegisters == 32 ? 8 : 6)>(bm, dy, bm, *x + q, bn, rows, *to + q, bn, add);
+    if (q < bn) outer_products_of<T, 1, (kRegisters == 32 ? 16 : 12)>(bm, dy, bm, *x + q, bn, rows, *to + q, bn, add);
   }
 };
 
@@ -139,8 +148,8 @@ template <class Way, class X>
 void grad_values(const PackedIndex& index, const X* dy, const X* x, std::int64_t count, X* dvalues, int threads) {
   using T = typename Way::Panel;
   constexpr int n = kLanes<T>, per = kNumbers<T>;
-  constexpr bool in_place = std::is_same_v<Sum<T>, X>;
-  constexpr std::int64_t stripe_bytes = 192 << 10;
+  constexpr bool in_place = std::is_same_v<Wide<X>, X>;
+  constexpr std::int64_t stripe_bytes = 384 << 10;
   static thread_local Scratch left_scratch, right_scratch, sums_scratch;
   const int bm = int(index.bm), bn = int(index.bn), area = bm * bn;
   const std::int64_t outputs = index.m1 * bm, inputs = index.n1 * bn, vectors = (count + n * per - 1) / (n * per);
@@ -148,8 +157,8 @@ void grad_values(const PackedIndex& index, const X* dy, const X* x, std::int64_t
   const std::int64_t chunks = (vectors * n + Way::most - 1) / Way::most, widest = ((vectors + chunks - 1) / chunks + 1) * n;
   T* left = left_scratch.take<T>(std::size_t(outputs) * widest);
   T* right = right_scratch.take<T>(std::size_t(inputs) * widest);
-  Sum<T>* sums = nullptr;
-  if (!in_place) sums = sums_scratch.take<Sum<T>>(std::size_t(chunks > 1 ? index.crow[index.m1] : threads) * area);
+  Wide<X>* sums = nullptr;
+  if (!in_place) sums = sums_scratch.take<Wide<X>>(std::size_t(chunks > 1 ? index.crow[index.m1] : threads * Way::most_blocks) * area);
   const std::int64_t stripe = std::max<std::int64_t>(1, stripe_bytes / std::int64_t(sizeof(T)) / (widest * bn));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -159,11 +168,16 @@ void grad_values(const PackedIndex& index, const X* dy, const X* x, std::int64_t
       const Range part = share(vectors, int(chunks), int(chunk));
       const std::int64_t first = part.begin * n * per;
       const int lanes = int(part.end - part.begin) * n, here = int(std::min<std::int64_t>(count - first, lanes * per));
+      // threads share the rows, since memory answers faster where whole rows are read; where those are few, the features too
+      const int groups = (lanes + Way::together - 1) / Way::together, bands = std::min(team, groups), helpers = team / bands;
       auto pack = [&](const X* from, std::int64_t features, int width, T* to) {
+        if (self >= bands * helpers) return;
         const std::int64_t unit = Way::unit == 1 ? width : Way::unit;
-        const Range share_of = share((features + unit - 1) / unit, team, self);
-        Way::pack(from + first * features, features, here, lanes, width, share_of.begin * unit,
-                  std::min(features, share_of.end * unit), to, widest);
+        const Range band = share(groups, bands, self / helpers);
+        const Range units = share((features + unit - 1) / unit, helpers, self % helpers);
+        Way::pack(from + first * features, features, here,
+                  {band.begin * Way::together, std::min<std::int64_t>(lanes, band.end * Way::together)}, width,
+                  {units.begin * unit, std::min(features, units.end * unit)}, to, widest);
       };
       pack(dy, outputs, bm, left);
       pack(x, inputs, bn, right);
@@ -175,20 +189,24 @@ void grad_values(const PackedIndex& index, const X* dy, const X* x, std::int64_t
             begin = std::lower_bound(begin, end, std::int32_t(col));
             end = std::lower_bound(begin, end, std::int32_t(std::min(index.n1, col + stripe)));
           }
-          for (const std::int32_t* k = begin; k < end; ++k) {
-            const std::int64_t entry = k - index.col;
-            X* to = dvalues + std::int64_t(index.slot[entry]) * area;
-            auto sum_up = [&](Sum<T>* block) {
-              Way::block(left + row * bm * widest, right + std::int64_t(*k) * bn * widest, widest, lanes, (here + per - 1) / per,
-                         bm, bn, block, chunk > 0);
-            };
-            if constexpr (in_place) {
-              sum_up(to);
-            } else {
-              Sum<T>* block = sums + (chunks > 1 ? entry : self) * area;
-              sum_up(block);
-              if (chunk + 1 == chunks) convert(block, area, to);
+          for (const std::int32_t* k = begin; k < end;) {
+            const int together = int(std::min<std::int64_t>(Way::most_blocks, end - k));
+            const T* from[Way::most_blocks];
+            Wide<X>* to[Way::most_blocks];
+            for (int b = 0; b < together; ++b) {
+              const std::int64_t entry = k + b - index.col;
+              from[b] = right + std::int64_t(k[b]) * bn * widest;
+              if constexpr (in_place)
+                to[b] = dvalues + std::int64_t(index.slot[entry]) * area;
+              else
+                to[b] = sums + (chunks > 1 ? entry : self * Way::most_blocks + b) * area;
             }
+            Way::blocks(together, left + row * bm * widest, from, widest, lanes, (here + per - 1) / per, bm, bn, to, chunk > 0);
+            if constexpr (!in_place)
+              if (chunk + 1 == chunks)
+                for (int b = 0; b < together; ++b)
+                  convert(to[b], area, dvalues + std::int64_t(index.slot[k + b - index.col]) * area);
+            k += together;
           }
         }
 #pragma omp barrier
@@ -202,20 +220,16 @@ void packed_grad_values(const PackedIndex& index, const X* dy, const X* x, std::
   if (capacity != index.crow[index.m1] || count == 0)
     std::memset(dvalues, 0, std::size_t(capacity) * index.bm * index.bn * sizeof(X));
   if (count == 0) return;
-  if constexpr (std::is_same_v<X, Bf16> && kPairProducts) {
-    if (index.bn % kLanes<Word> == 0)
-      grad_values<ByRows<Word>>(index, dy, x, count, dvalues, threads);
-    else
-      grad_values<ByFeatures<Word>>(index, dy, x, count, dvalues, threads);
-  } else {
-    using T = Wide<X>;
-    // measured: with one vector along a block outer products win where there are registers for 16 of its rows, and only there
-    const int along = kVectorBytes == 64 && index.bm >= 8 ? kLanes<T> : 2 * kLanes<T>;
-    if (index.bn % along == 0)
-      grad_values<ByRows<T>>(index, dy, x, count, dvalues, threads);
-    else
-      grad_values<ByFeatures<T>>(index, dy, x, count, dvalues, threads);
+  auto by = [&](auto way) { grad_values<decltype(way)>(index, dy, x, count, dvalues, threads); };
+  using T = std::conditional_t<std::is_same_v<X, Bf16> && kPairProducts, Word, Wide<X>>;
+  // measured: with one vector along a block outer products win where there are registers for 16 of its rows, and only there
+  const bool one_wins = kVectorBytes == 64 && (index.bm >= 8 || std::is_same_v<T, Word>);
+  if (index.bn % (one_wins ? kLanes<T> : 2 * kLanes<T>) == 0) return by(ByRows<T>{});
+  if constexpr (kRowGroups && sizeof(T) == 4) {
+    if (index.bn % 8 == 0) return by(ByGroups<T, 2>{});
+    if (index.bn % 4 == 0) return by(ByGroups<T, 4>{});
   }
+  by(ByFeatures<T>{});
 }
 
 }  // namespace KRONBLOCKS_ISA
