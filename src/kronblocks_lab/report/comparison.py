@@ -32,6 +32,8 @@ class Row:
         asked = runs[0].config["rank"]
         rank = f"rank {'by block size' if asked is None else asked}, " if has_setting(self.method, "rank") else ""
         self.about = "" if self.method == "dense" else f"{rank}target {100 * runs[0].config['sparsity']:g} %"
+        if runs[0].result.get("budget") is not None:  # then sizes may differ
+            self.about = ", ".join(part for part in (runs[0].size, self.about) if part)
         surgery = runs[0].result["surgery"]
         odd = [f"layer {e['name']} is left dense: {e['reason']}" for e in surgery["left_dense"]]
         odd += [f"layer {e['name']}: {e['note']}" for e in surgery["selected"] if e["note"]]
@@ -124,9 +126,14 @@ class Task:
         found = []
         if not self.dense:
             found.append(("No dense training", ["Nothing can be compared with dense: add one with --method dense."]))
-        measured = conditions([run.result for row in self.rows for run in row.runs])
+        runs = [run for row in self.rows for run in row.runs]
+        measured = conditions([run.result for run in runs])
         if uneven := ", ".join(name for name, values in measured.items() if len(values) > 1):
             found.append(("Unequal conditions", [f"Seconds and memory may not be comparable: {uneven} differ, see the setup."]))
+        others = [clock["others"] for run in runs if (clock := run.result.get("clock")) and clock.get("quiet") is False]
+        if others:
+            used = "others used its processor" if None in others else f"others used up to {short(max(others))} processors"
+            found.append(("A busy machine", [f"Seconds on the clock mean little: {used} in {len(others)} of the trainings."]))
         return found + [(row.name, lines) for row in self.rows if (lines := row.complaints(self.dense))]
 
 

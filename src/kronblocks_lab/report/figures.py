@@ -114,7 +114,7 @@ class _LossAxis:
         return np.asarray(losses, dtype=float)
 
 
-def _quality_axis(axes: Axes, task: Task, values: Sequence[float], part: str) -> _ShareAxis | _LossAxis:
+def quality_axis(axes: Axes, task: Task, values: Sequence[float], part: str) -> _ShareAxis | _LossAxis:
     """The axis of a task's measure, of its test or validation part."""
     if task.measure is LOSS:
         return _LossAxis(axes, values, f"{part} loss, {task.measure.unit}")
@@ -127,7 +127,7 @@ def quality_against_cost(task: Task, cost: Cost) -> Picture:
     label = f"{cost.name} relative to dense" if task.dense else f"{cost.name}, {cost.unit}"
 
     def draw(axes: Axes) -> None:
-        y = _quality_axis(axes, task, [task.measure.of(run.result) for row in task.rows for run in row.runs], "test")
+        y = quality_axis(axes, task, [task.measure.of(run.result) for row in task.rows for run in row.runs], "test")
         if task.dense:
             axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         for row, look in zip(task.rows, looks(task), strict=True):
@@ -179,13 +179,15 @@ def history(task: Task, what: Literal["quality", "block_sparsity"]) -> Picture:
         curves = [[run.history(key) for run in row.runs] for row in task.rows]
         values = [value for row in curves for run in row for value in run]
         quality = what == "quality"
-        y = _quality_axis(axes, task, values, "validation") if quality else _ShareAxis(axes, values, name, may_bend=False)
+        y = quality_axis(axes, task, values, "validation") if quality else _ShareAxis(axes, values, name, may_bend=False)
         for row, look in zip(curves, looks(task), strict=True):
-            epochs, dash = range(1, len(row[0]) + 1), (0, look.dash) if look.dash else "-"
+            dash = (0, look.dash) if look.dash else "-"
             for run in row:
-                axes.plot(epochs, y(run), color=look.colour, linewidth=0.8, alpha=0.4)
+                axes.plot(range(1, len(run) + 1), y(run), color=look.colour, linewidth=0.8, alpha=0.4)
+            epochs = range(1, min(map(len, row)) + 1)  # within a budget of time trainings may have more or fewer
             mark = look.marker if len(epochs) == 1 else None
-            axes.plot(epochs, y(np.mean(row, axis=0)), marker=mark, color=look.colour, linewidth=2.2, linestyle=dash)
+            mean = y(np.mean([run[: len(epochs)] for run in row], axis=0))
+            axes.plot(epochs, mean, marker=mark, color=look.colour, linewidth=2.2, linestyle=dash)
         _over_epochs(axes, task)
 
     return panel(draw, f"{name} over the epochs, one thin line per run and a thick one for the mean")

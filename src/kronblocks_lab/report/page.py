@@ -1,7 +1,8 @@
-"""Write the report of finished trainings: report.html, and report.md without figures."""
+"""Write the report of finished trainings: report.html, report.md without figures, and curves.json, quality over time."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,16 @@ from kronblocks_lab.report import costs, figures, search_figure, styles
 from kronblocks_lab.report.comparison import compared, conditions
 from kronblocks_lab.report.results import Run
 from kronblocks_lab.report.samples import Verbatim, samples
+from kronblocks_lab.report.sizes import sizes_of
+from kronblocks_lab.report.time_figure import quality_over_time
+from kronblocks_lab.report.time_to_quality import TimeToQuality
 
 
 def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse training, compared") -> Path:
-    """Write report.html, a single self-contained file, and report.md into a folder. Returns the path of report.html.
+    """Write report.html, a single self-contained file, report.md and curves.json into a folder.
+
+    Returns:
+        The path of report.html.
 
     Raises:
         KronblocksError: there are no runs, or the folder cannot be written to.
@@ -37,6 +44,9 @@ def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse t
         "search_pictures": search_figure.pictures,
         "samples": samples,
         "conditions": conditions([run.result for run in runs]),
+        "quality_over_time": quality_over_time,
+        "sizes": sizes_of([run.folder for run in runs]),
+        "times": (times := {task.name: TimeToQuality(task) for task in tasks}),
     }
     content["settings"] = {name: [each.get(name, "") for each in settings] for each in settings for name in each}
     options: dict[str, dict[str, Any]] = {"report.md": {"finalize": _plain}, "report.html": {"autoescape": True}}
@@ -44,6 +54,7 @@ def write_report(runs: Sequence[Run], out: Path, *, title: str = "Block-sparse t
         own |= {"loader": jinja2.FileSystemLoader(Path(__file__).parent), "undefined": jinja2.StrictUndefined}
         templates = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **own)
         pages[name] = templates.get_template(f"{name}.jinja").render(content)
+    pages["curves.json"] = json.dumps({name: each.to_dict() for name, each in times.items() if each}, indent=1)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in pages.items():

@@ -19,6 +19,8 @@ from kronblocks.search.report import SearchReport
 from kronblocks_lab.data.text import Source
 from kronblocks_lab.report.costs import BYTES, number
 from kronblocks_lab.report.samples import are_samples
+from kronblocks_lab.report.sizes import FILE as SIZES
+from kronblocks_lab.report.sizes import not_chosen
 from kronblocks_lab.training.recipes import OF_SOME_METHODS, Course, Recipe, has_setting
 from kronblocks_lab.training.settings import RESULT_VERSION
 
@@ -61,13 +63,23 @@ def _fault(result: Any) -> str | None:
         return "does not say which text it is of"
     if "samples" in result and not are_samples(result["samples"]):
         return "has samples of text that cannot be shown"
-    return None if len(result["history"]) == result["config"]["epochs"] else "has a history of other epochs than its settings"
+    if (budget := result.get("budget")) is not None and not _is_budget(budget):
+        return "has a budget of time that cannot be read"
+    epochs = result["config"]["epochs"] if budget is None else budget["epochs"]
+    return None if len(result["history"]) == epochs else "has a history of other epochs than its settings"
+
+
+def _is_budget(budget: Any) -> bool:
+    """Whether it says how long a training was to be, and was."""
+    names = ("seconds", "epochs", "steps", "estimated_seconds")
+    return isinstance(budget, dict) and all(math.isfinite(number(budget.get(name))) for name in names) and "clock" in budget
 
 
 def _is_whole_text(result: dict[str, Any]) -> bool:
     """Whether a training on text says on which, and with which sizes."""
     source, config = result.get("source"), result["config"]
-    numbers = [config.get(name) for name in ("width", "depth", "heads", "context", "steps")]
+    numbers = [config.get(name) for name in ("width", "depth", "heads", "context")]
+    numbers += [config.get("steps")] if result.get("budget") is None else []
     if not isinstance(source, dict) or not set(Source._fields) <= source.keys():
         return False
     return all(isinstance(each, int) for each in (*numbers, source["bytes"])) and isinstance(source["sha256"], str)
@@ -131,20 +143,36 @@ class Run:
         return self.method if self.method == "dense" else f"{self.method} {found}{self.block}"
 
     @property
+    def size(self) -> str:
+        """The model's, where it can be chosen."""
+        width, depth = self.config.get("width"), self.config.get("depth")
+        if width is not None and depth is not None:
+            return f"{depth}x{width}"
+        return "-".join(map(str, self.config["widths"])) if self.config["model"] == "mlp" else ""
+
+    @property
     def task(self) -> str:
         """What has to be the same for trainings to be compared."""
-        c = self.config
-        if c["data"] == "text":
-            text = Source(**{name: self.result["source"][name] for name in Source._fields})
+        c, budget = self.config, self.result.get("budget")
+        text = Source(**{name: self.result["source"][name] for name in Source._fields}) if c["data"] == "text" else None
+        data = self.result.get("source", {}).get("title", c["data"])
+        if budget is not None:  # sizes may differ: what counts is the time
+            seconds = f"{budget['seconds']:g} {'CPU s' if budget['clock'] == 'cpu' else 's'} of training"
+            given = f", context {c['context']}" if text else f", patches of {c['patch']}" if c["model"] == "vit" else ""
+            parts = [f"{text or data}, {c['model']}{given}", seconds, f"batches of {c['batch_size']}"]
+            return ", ".join(parts + self._parts_of_images)
+        if text:
             model = f"decoder {c['depth']}x{c['width']}, {c['heads']} heads, context {c['context']}"
             return f"{text}, {model}, {c['steps']:,} steps, batches of {c['batch_size']}"
         sizes = " " + "-".join(map(str, c["widths"])) if c["model"] == "mlp" else ""
         if c["model"] == "vit":
             sizes = f" {c['depth']}x{c['width']}, {c['heads']} heads, patches of {c['patch']}"
-        data = self.result.get("source", {}).get("title", c["data"])
         parts = [f"{data}, {c['model']}{sizes}", f"{c['epochs']} epochs", f"batches of {c['batch_size']}"]
-        parts += [f"{name.replace('_', ' ')} {c[name]}" for name in _OF_IMAGES if c.get(name) is not None]
-        return ", ".join(parts)
+        return ", ".join(parts + self._parts_of_images)
+
+    @property
+    def _parts_of_images(self) -> list[str]:
+        return [f"{name.replace('_', ' ')} {self.config[name]}" for name in _OF_IMAGES if self.config.get(name) is not None]
 
     @property
     def settings(self) -> dict[str, str]:
@@ -161,7 +189,12 @@ class Run:
         ]
         if self.config["model"] != "mlp":
             unused += ["widths"]
-        unused += (*_SIZES, *(_OF_IMAGES if self.config["data"] == "text" else _OF_TEXT))
+        unused += _OF_IMAGES if self.config["data"] == "text" else _OF_TEXT
+        if self.result.get("budget") is None:
+            unused += _SIZES
+        else:  # the task's name leaves the sizes open
+            unused += [name for name in _SIZES if name not in ("width", "depth", "heads")]
+            unused += ["steps"] if self.config["data"] == "text" else ["epochs"]
         if self.method == "dense":
             unused += ["block_size", "sparsity", "on_mismatch", "schedule."]
         if self.config["block_size"] != "auto":
@@ -193,6 +226,12 @@ def _flat(data: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
             yield before + name, "the method's own" if value is None else text
 
 
+def _chosen(folder: Path) -> list[Path]:
+    """The results below a folder, but for sizes that were tried and not chosen."""
+    left_out = {each for file in folder.rglob(SIZES) for each in not_chosen(file.parent)}
+    return [path for path in folder.rglob("result.json") if path.parent not in left_out]
+
+
 def find_runs(folders: Sequence[Path]) -> list[Run]:
     """The finished trainings in these folders or below them, each once, sorted by path.
 
@@ -201,7 +240,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     """
     found: dict[Path, Path] = {}
     for folder in map(Path, folders):
-        results = [folder / "result.json"] if (folder / "result.json").exists() else list(folder.rglob("result.json"))
+        results = [folder / "result.json"] if (folder / "result.json").exists() else _chosen(folder)
         if not results:
             raise KronblocksError(f"{folder} holds no result.json: name a folder that kronblocks train or compare wrote")
         found |= {path.parent.resolve(): path.parent for path in results}

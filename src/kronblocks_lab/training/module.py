@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from kronblocks.core.errors import KronblocksError
 from kronblocks.surgery.groups import parameter_groups
 from kronblocks.surgery.sparsify import densify_, sparsify_
 from kronblocks_lab.training import accounting
+from kronblocks_lab.training.clock import TrainingClock
+from kronblocks_lab.training.evaluations import Evaluator, samples_of
 from kronblocks_lab.training.settings import TrainConfig
 from kronblocks_lab.training.tasks import Task
 from kronblocks_lab.training.trained import trained_model
@@ -57,13 +58,21 @@ class Training(LightningModule):
         self.counter = accounting.MacCounter(self.model, task.example)
         self._step_macs: dict[int, int] = {}
         self._measure = True
-        self._clock = 0.0
-        self.seconds = 0.0
+        self.clock = TrainingClock()
+        self._evaluator = self._new_evaluator()
+        self.evaluations: list[dict[str, Any]] = []
         self.macs = 0
         self.history: list[dict[str, Any]] = []
         self.most_bytes: dict[str, int] = {}
         self.parameters_start = self.parameters_max = accounting.trainable_parameters(self.model)
         self._random_state: Tensor | None = None
+
+    def _new_evaluator(self) -> Evaluator | None:
+        """What evaluates between epochs."""
+        every, available = self.config.evaluate_every, Evaluator.available(self.task)
+        if every is None:
+            return None
+        return Evaluator(self.task, samples_of(available, every, self.config.samples, self.config.evaluate_samples))
 
     def _start_from(self, folder: Path) -> None:
         """Take the weights of a finished training, and its model as the teacher where one is wanted."""
@@ -146,18 +155,41 @@ class Training(LightningModule):
         now = accounting.trainable_parameters(self.model)
         self.parameters_max = max(self.parameters_max, now)
         self._measure = step in (schedule.lift_step, schedule.end_step)  # the next step is of another kind
+        if self.config.evaluate_every and (step % self.config.evaluate_every == 0 or step == self.total_steps):
+            self._evaluate_between(step)
+
+    def _evaluate_between(self, step: int) -> None:
+        """Add a point to the curve of quality over time; the clock stands meanwhile."""
+        assert self._evaluator is not None
+        self.clock.stop()
+        with self.trainer.precision_plugin.val_step_context():
+            loss, accuracy = self._evaluator(self.model, self.evaluate)
+        self.evaluations.append(
+            {
+                "step": step,
+                **self._spent(),
+                "validation_loss": accounting.finite(loss),
+                "validation_accuracy": accounting.finite(accuracy),
+                "block_sparsity": self.sparsifier.report().block_sparsity,
+            }
+        )
+        self.clock.start()
+
+    def _spent(self) -> dict[str, Any]:
+        """What the training has cost so far."""
+        return {"seconds": self.clock.seconds, "cpu_seconds": self.clock.cpu_seconds, "training_macs": self.macs}
 
     def on_train_epoch_start(self) -> None:
         if self._random_state is not None:
             torch.set_rng_state(self._random_state)
             self._random_state = None
-        self._clock = time.perf_counter()
+        self.clock.start()
 
     def on_validation_start(self) -> None:
-        self.seconds += time.perf_counter() - self._clock
+        self.clock.stop()
 
     def on_validation_end(self) -> None:
-        self._clock = time.perf_counter()
+        self.clock.start()
 
     def _evaluate(self, batch: list[Tensor], name: str) -> None:
         loss, accuracy = self.evaluate(*batch)
@@ -171,7 +203,7 @@ class Training(LightningModule):
         self._evaluate(batch, "test")
 
     def on_train_epoch_end(self) -> None:
-        self.seconds += time.perf_counter() - self._clock
+        self.clock.stop()
         metrics = {name: accounting.finite(float(value)) for name, value in self.trainer.callback_metrics.items()}
         report = self.sparsifier.report()
         self.log("block_sparsity", report.block_sparsity)
@@ -184,21 +216,22 @@ class Training(LightningModule):
                 "validation_loss": metrics.get("validation_loss"),
                 "validation_accuracy": metrics.get("validation_accuracy"),
                 "block_sparsity": report.block_sparsity,
-                "seconds": self.seconds,
-                "training_macs": self.macs,
+                **self._spent(),
                 "trainable_parameters": accounting.trainable_parameters(self.model),
             }
         )
 
-    _METERS = ("seconds", "macs", "history", "most_bytes", "parameters_max", "_measure")
+    _METERS = ("evaluations", "macs", "history", "most_bytes", "parameters_max", "_measure")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["sparsifier"] = self.sparsifier.state_dict()
         checkpoint["meters"] = {name: getattr(self, name) for name in self._METERS}
+        checkpoint["meters"]["clock"] = self.clock.state()
         checkpoint["random_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.sparsifier.load_state_dict(checkpoint["sparsifier"])
         for name in self._METERS:
             setattr(self, name, checkpoint["meters"].get(name, getattr(self, name)))
+        self.clock.load(checkpoint["meters"].get("clock", {"seconds": checkpoint["meters"].get("seconds", 0.0)}))
         self._random_state = checkpoint["random_state"]

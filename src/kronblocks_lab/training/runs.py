@@ -133,6 +133,10 @@ class RunFolder:
             )
         self.result = finished(self.path)
 
+    def forget(self) -> None:
+        """Let a training with other settings begin here."""
+        (self.path / SETTINGS).unlink(missing_ok=True)
+
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint, checked to be readable; None where there is none yet.
 

@@ -29,6 +29,8 @@ from kronblocks_lab.training.recipes import (
     has_setting,
     recipe_of,
 )
+from kronblocks_lab.training.sizes import folder_of, size_of
+from kronblocks_lab.training.timing_settings import TimingSettings
 
 RESULT_VERSION = 2
 """Version of result.json. From 2 on, inference multiply-adds do not count zero blocks."""
@@ -49,7 +51,7 @@ _COURSE: dict[str, tuple[float, str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig(MethodSettings, BlockSettings, ModelAndData):
+class TaskConfig(MethodSettings, BlockSettings, TimingSettings, ModelAndData):
     """The settings that `train` and `compare` share."""
 
     out: Path
@@ -96,6 +98,9 @@ class TaskConfig(MethodSettings, BlockSettings, ModelAndData):
         ModelAndData.__post_init__(self)
         MethodSettings.__post_init__(self)
         BlockSettings.__post_init__(self)
+        TimingSettings.__post_init__(self)
+        epochs = self.epochs != ModelAndData.epochs and not self.is_text
+        self.check_budget(threads=self.threads, block_size=self.block_size, steps=self.steps, epochs=epochs)
         for name, (most, what) in _COURSE.items():
             if getattr(self, name) is not None:
                 number(option(name), getattr(self, name), 0, most, what)
@@ -167,7 +172,8 @@ class TrainConfig(MethodChoice, TaskConfig):
         data["block_size"] = str(self.block_size)
         data["tile_groups"] = None if self.tile_groups is None else str(self.tile_groups)
         data["candidates"] = None if self.candidates is None else list(self.candidates)
-        return {**data, **self.subject(), "recipe": {**self.recipe._asdict(), **self.course._asdict()}}
+        subject = self.subject() | ({} if self.budget_seconds is None else {"steps": None})
+        return {**data, **subject, "recipe": {**self.recipe._asdict(), **self.course._asdict()}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,15 +182,26 @@ class CompareConfig(TaskConfig):
 
     methods: tuple[Method, ...] = ("dense", "two-phase")
     seeds: tuple[int, ...] = (0,)
+    try_sizes: tuple[str, ...] = ()
+    """Sizes of the model, such as width=256 width=384,depth=6 or widths=512-256, which every method tries within
+    --budget-seconds with the first seed. The best on validation data is trained with all seeds and reported."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.methods or not self.seeds:
             raise KronblocksError("name at least one of --methods and one of --seeds")
-        self.runs()
+        if self.try_sizes and self.budget_seconds is None:
+            raise KronblocksError("--try-sizes compares sizes within the same time: add --budget-seconds")
+        if len({tuple(sorted(size_of(size).items())) for size in self.try_sizes}) < len(self.try_sizes):
+            raise KronblocksError(f"--try-sizes {' '.join(self.try_sizes)} names a size twice: write each once")
+        for size in self.try_sizes or (None,):
+            self.runs(size)
 
-    def runs(self) -> list[TrainConfig]:
+    def runs(self, size: str | None = None) -> list[TrainConfig]:
         """The trainings, one for each seed and method. Methods get only the settings that they have.
+
+        Args:
+            size: one of `try_sizes`; None: that of the other settings.
 
         Raises:
             KronblocksError: none of the methods has a setting.
@@ -195,7 +212,9 @@ class CompareConfig(TaskConfig):
             for method in dict.fromkeys(self.methods):
                 auto = self.block_size == "auto"
                 block = "" if method == "dense" else "-auto" if auto else f"-{BlockSize.parse(self.block_size)}"
-                own = {"out": self.out / f"{method}{block}-s{seed}", "method": method, "seed": seed, "resume": True}
+                named = "" if size is None else f"-{folder_of(size)}"
+                own = {"out": self.out / f"{method}{block}{named}-s{seed}", "method": method, "seed": seed, "resume": True}
+                own |= {} if size is None else size_of(size)
                 runs.append(TrainConfig(**{**shared, **self._without_foreign(method), **own}))
         for name in (*OF_SOME_METHODS, "penalty", "schedule"):
             if all(getattr(run, name) != getattr(self, name) for run in runs):

@@ -32,7 +32,9 @@ class Task(ABC):
         source: what the data is, for people.
         example: two inputs.
         card: words by which `trained_model` builds the model again.
+        epochs: of the training.
         epoch_steps: optimiser steps of an epoch.
+        whole_epoch: optimiser steps in which all images are seen, or those between two validations of a text.
     """
 
     source: dict[str, Any]
@@ -41,12 +43,17 @@ class Task(ABC):
     epoch_steps: int
 
     def __init__(self, config: ModelAndData) -> None:
-        self.config = config
+        self.config, self.epochs = config, config.epochs
+
+    @property
+    @abstractmethod
+    def whole_epoch(self) -> int:
+        """See the class."""
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole training."""
-        return self.config.epochs * self.epoch_steps
+        return self.epochs * self.epoch_steps
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -92,7 +99,11 @@ class ImageTask(Task):
         self.source = {"title": config.data if config.data_label is None else f"{config.data} ({config.data_label})"}
         self.example = self._data.train.images[:2]
         self.card = {SHAPE: "x".join(map(str, self._data.image_shape)), CLASSES: str(self._data.classes)}
-        self.epoch_steps = math.ceil(len(self._data.train) / config.samples)
+        self.epoch_steps = self.whole_epoch
+
+    @property
+    def whole_epoch(self) -> int:
+        return math.ceil(len(self._data.train) / self.config.samples)
 
     def model(self) -> nn.Module:
         config = self.config
@@ -133,6 +144,10 @@ class TextTask(Task):
         self.example = text.train.windows(torch.arange(2))[0]
         self.card = {VOCABULARY: json.dumps(text.vocabulary), "text": str(text.source)}
         self.epoch_steps = config.steps_of_text
+
+    @property
+    def whole_epoch(self) -> int:
+        return self.config.steps_of_text
 
     def model(self) -> nn.Module:
         return Decoder(len(self.text.vocabulary), self.size)

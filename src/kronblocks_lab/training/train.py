@@ -26,6 +26,7 @@ from kronblocks.surgery.records import structure
 from kronblocks.surgery.selection import select
 from kronblocks.surgery.sparsify import schedule_of, weight_targets
 from kronblocks_lab.training import accounting
+from kronblocks_lab.training.budget import fit_to_budget_
 from kronblocks_lab.training.classifier import Classification
 from kronblocks_lab.training.language import LanguageModelling
 from kronblocks_lab.training.module import Training
@@ -58,14 +59,15 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _trainer(config: TrainConfig, folder: RunFolder) -> Trainer:
+def _trainer(config: TrainConfig, folder: RunFolder, task: Task) -> Trainer:
     checkpoint = ModelCheckpoint(folder.checkpoints, filename="{epoch}", save_top_k=1, save_on_train_epoch_end=True)
     draws = config.progress and Console(stderr=True).is_terminal
     lines = [] if draws or not config.progress else [EpochLines()]
     return Trainer(
         accelerator="auto",
         devices=1,
-        max_epochs=config.epochs,
+        max_epochs=task.epochs,
+        limit_train_batches=task.epoch_steps,
         logger=[
             CSVLogger(folder.path, name="csv", version=folder.attempt),
             TensorBoardLogger(folder.path, name="tensorboard", version=folder.attempt),
@@ -93,7 +95,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     task = task_of(config, config.fold)
     memory = accounting.PeakMemory()
     schedule = schedule_of(config.sparsity_config())(task.steps)
-    if not schedule.prunes:
+    if config.budget_seconds is None and not schedule.prunes:
         raise KronblocksError(f"{schedule.why_not}: train longer")
     module = None if config.block_size == "auto" else _module(config, task)
     if module is None:
@@ -101,11 +103,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with RunFolder.open(config) as folder, _writing_into(folder.path):
         if folder.result is not None:
             return folder.result
-        search = None
+        search, budget = None, _budget(config, task, folder)
+        if budget is not None:
+            module, memory = _module(config, task), accounting.PeakMemory()
         if module is None:
             search = _search(config, task, folder)
             module = _module(config, task, search.config(config.sparsity_config()))
-        trainer = _trainer(config, folder)
+        trainer = _trainer(config, folder, task)
         batches = (task.train_batches(config.seed), task.validation_batches())
         trainer.fit(module, *batches, ckpt_path=folder.last_checkpoint(), weights_only=True)
         if trainer.interrupted:
@@ -115,6 +119,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         result = _result(config, module, tested, peak, memory.exact)
         if search is not None:
             result["search"] = search.to_dict()
+        if budget is not None:
+            result["budget"] = budget
         _save_model(module, folder, result)
         write_json(folder.path / "result.json", result)
     return result
@@ -123,6 +129,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _module(config: TrainConfig, task: ImageTask | TextTask, sparsity: SparsityConfig | None = None) -> Training:
     kind = Classification if isinstance(task, ImageTask) else LanguageModelling
     return kind(config, task, sparsity)
+
+
+def _budget(config: TrainConfig, task: ImageTask | TextTask, folder: RunFolder) -> dict[str, Any] | None:
+    """How long to train, which the task then does; a folder in which no step was made is left as it was if that fails."""
+    try:
+        return fit_to_budget_(task, config, folder.path, _module)
+    except KronblocksError:
+        if folder.last_checkpoint() is None:
+            folder.forget()
+        raise
 
 
 @contextlib.contextmanager
@@ -178,7 +194,8 @@ def _result(config: TrainConfig, module: Training, tested: Any, peak: int, exact
         "block_sparsity": report.block_sparsity,
         "live_blocks": report.live_blocks,
         "total_blocks": report.total_blocks,
-        "train_seconds": module.seconds,
+        "train_seconds": module.clock.seconds,
+        "clock": module.clock.result(torch.get_num_threads()),
         "peak_memory_bytes": peak,
         "peak_memory_exact": exact,
         "bytes": module.most_bytes,
@@ -195,6 +212,7 @@ def _result(config: TrainConfig, module: Training, tested: Any, peak: int, exact
         },
         "structure": structure(module.model),
         "history": module.history,
+        "evaluations": module.evaluations,
         "config": config.settings(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
