@@ -11,7 +11,7 @@ from typing import Any
 
 from kronblocks_lab.bench.measure.results import Row, read
 from kronblocks_lab.bench.page.tables import count, fill, find, table
-from kronblocks_lab.pages import ROOT
+from kronblocks_lab.pages import ROOT, time_to_quality
 from kronblocks_lab.pages.front_figures import Bar, Line, accuracy, between, how_it_works, speed, times
 from kronblocks_lab.reproduce.statistics import CellResult, at, cells, stale
 
@@ -211,6 +211,7 @@ def pages() -> dict[Path, str]:
         text = fill(text, "speed", speed_chart(folder))
         if path.name == "README.md":
             text = fill(text, "accuracy", accuracy_chart(folder))
+            text = time_to_quality.with_section(text, RESULTS, folder)
             text = fill(text, "dense", dense_wins())
         found[path] = text
     return found
@@ -222,3 +223,4 @@ def draw(folder: Path) -> None:
     accuracy(folder / "accuracy", f"Test accuracy, {BLOCK}x{BLOCK} blocks", dense, methods, OURS)
     speed(folder / "speed", f"Speed at {100 * SPARSITY:g}% zeros in {BLOCK}x{BLOCK} blocks", speeds())
     how_it_works(folder / "how-it-works")
+    time_to_quality.draw(RESULTS, folder)

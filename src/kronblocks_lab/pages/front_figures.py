@@ -62,7 +62,7 @@ class Bar(NamedTuple):
 
 
 @contextmanager
-def _figure(path: Path, theme: Theme, height: float) -> Iterator[Figure]:
+def themed_figure(path: Path, theme: Theme, height: float) -> Iterator[Figure]:
     """A figure that is written when all is drawn."""
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), theme.ink)
     colours |= dict.fromkeys(("xtick.color", "ytick.color"), theme.soft)
@@ -106,7 +106,7 @@ def accuracy(path: Path, title: str, dense: float, lines: Sequence[Line], ours: 
     ordered = sorted(lines, key=lambda line: -line.points[last])
     places = apart([line.points[last] for line in ordered], 0.36)
     for theme in THEMES:
-        with _figure(path, theme, 4.9) as figure:
+        with themed_figure(path, theme, 4.9) as figure:
             axes = figure.add_axes((0.1, 0.125, 0.545, 0.79))
             axes.set_title(title, x=-0.17, pad=12)
             axes.plot([-0.15, 3.12], [dense, dense], color=theme.soft, linewidth=1.4, linestyle=(0, (4, 3)))
@@ -156,7 +156,7 @@ def between(bar: Bar) -> str:
 def speed(path: Path, title: str, bars: Sequence[Bar]) -> None:
     """A bar for each case: solid to the lowest ratio over machines, faint to the highest."""
     for theme in THEMES:
-        with _figure(path, theme, 0.75 + 0.62 * len(bars)) as figure:
+        with themed_figure(path, theme, 0.75 + 0.62 * len(bars)) as figure:
             axes = figure.add_axes((0.01, 0.06, 0.98, 0.87))
             axes.set_title(title, pad=8)
             most = max(bar.high for bar in bars)
@@ -220,7 +220,7 @@ def how_it_works(path: Path) -> None:
     for theme in THEMES:
         colours = LinearSegmentedColormap.from_list("weights", [theme.negative, theme.middle, theme.ours])
         colours.set_bad(theme.ground)
-        with _figure(path, theme, HEIGHT) as figure:
+        with themed_figure(path, theme, HEIGHT) as figure:
             for number, (title, weight, words, count) in enumerate(panels):
                 axes = figure.add_axes((left := 0.005 + 0.347 * number, 0.385, 0.296, 0.296 * WIDTH / HEIGHT))
                 _matrix(axes, weight, colours, theme, side)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kronblocks_lab.bench.page.tables import count, fill, table
-from kronblocks_lab.pages import ROOT
+from kronblocks_lab.pages import ROOT, time_to_quality
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -88,5 +88,5 @@ def pages() -> dict[Path, str]:
     trained, choosing = ROOT / "docs" / "pretrained.md", ROOT / "docs" / "choosing.md"
     return {
         trained: fill(trained.read_text(), "from-trained", from_trained()),
-        choosing: fill(choosing.read_text(), "scores", scores()),
+        choosing: fill(fill(choosing.read_text(), "scores", scores()), "time", time_to_quality.rows(RESULTS)),
     }

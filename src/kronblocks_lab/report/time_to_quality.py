@@ -173,6 +173,7 @@ class TimeToQuality:
             lines.append(
                 {
                     "name": line.row.name,
+                    "about": line.row.about,
                     "method": line.row.method,
                     "seeds": [run.seed for run in line.row.runs],
                     "sparsity": line.row.sparsity,
@@ -196,6 +197,8 @@ class TimeToQuality:
             "measure": self.measure.name,
             "target": self.target,
             "whole": self.whole,
+            "head": self.head,
+            "table": self.table,
             "lines": lines,
         }
 
