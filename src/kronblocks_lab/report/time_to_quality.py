@@ -63,6 +63,7 @@ class Line(NamedTuple):
 
     row: Row
     curves: tuple[Curve, ...]
+    seeds: tuple[int, ...]  # of the curves' trainings
 
 
 class TimeToQuality:
@@ -87,10 +88,16 @@ class TimeToQuality:
         self.axis = axis or found_axis
         self.counted = TimeToQuality(task, MACS) if self.axis is not MACS else None
         quality = f"validation_{self.measure.name}"
-        found = [(row, [curve_of(run.result, self.axis, quality) for run in row.runs]) for row in task.rows]
-        self.lines = [Line(row, tuple(curve for curve in each if curve)) for row, each in found if any(each)]
+        self.lines: list[Line] = []
+        for row in task.rows:
+            found = [(curve, run.seed) for run in row.runs if (curve := curve_of(run.result, self.axis, quality))]
+            if found:
+                self.lines.append(Line(row, *zip(*found, strict=True)))
         dense = next((line for line in self.lines if line.row is task.dense), None)
         self.target = None if dense is None else statistics.fmean(curve.final for curve in dense.curves)
+        self._targets: dict[int, list[float]] = {}
+        for curve, seed in zip(dense.curves, dense.seeds, strict=True) if dense else ():
+            self._targets.setdefault(seed, []).append(curve.final)
         self.whole = None if dense is None else statistics.fmean(curve.end for curve in dense.curves)
 
     def __bool__(self) -> bool:
@@ -102,10 +109,12 @@ class TimeToQuality:
         return self.measure.more_is_better
 
     def reached(self, line: Line) -> list[float | None]:
-        """When each training reached dense's final quality."""
+        """When each training reached dense's final quality: of the same seed where there is one, else the mean."""
         if self.target is None:
             return []
-        return [first_reached(curve, self.target, more_is_better=self.more) for curve in line.curves]
+        targets = [statistics.fmean(self._targets.get(seed, [self.target])) for seed in line.seeds]
+        pairs = zip(line.curves, targets, strict=True)
+        return [first_reached(curve, target, more_is_better=self.more) for curve, target in pairs]
 
     def best(self, line: Line, share: float) -> list[float | None]:
         """The best quality of each training until a share of dense's time."""
@@ -175,7 +184,7 @@ class TimeToQuality:
                     "name": line.row.name,
                     "about": line.row.about,
                     "method": line.row.method,
-                    "seeds": [run.seed for run in line.row.runs],
+                    "seeds": list(line.seeds),
                     "sparsity": line.row.sparsity,
                     "x": [[round(float(x), 6) for x in curve.x] for curve in line.curves],
                     "y": [[round(float(y), 6) for y in curve.y] for curve in line.curves],
