@@ -106,6 +106,7 @@ def test_both_branches_of_each_block_drop_more_often_with_depth():
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_a_vit_trains_and_comes_back(tmp_path):
     result = training.train(config(tmp_path / "run", sparsity=0.5, crop=1, drop_path=0.1))
     assert 0.5 <= result["block_sparsity"] < 0.52 and result["source"] == {"title": "digits"}
@@ -113,6 +114,7 @@ def test_a_vit_trains_and_comes_back(tmp_path):
     assert shape == (1, 8, 8) and sum(isinstance(each, StochasticDepth) for each in model.modules()) == 0
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     everything = {
         "crop": 1,

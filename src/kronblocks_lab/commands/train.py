@@ -22,7 +22,8 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
 
 
 def _summary(config: TrainConfig, result: dict[str, Any]) -> Table:
-    table = Table(title=f"{config.method} on {config.data}: {config.out}", show_header=False, title_justify="left")
+    data = result.get("source", {}).get("title", config.data)
+    table = Table(title=f"{config.method} on {data}: {config.out}", show_header=False, title_justify="left")
     rows = {
         "test loss": _loss(result),
         "test accuracy": f"{100 * result['test_accuracy']:.2f} %",

@@ -36,7 +36,7 @@ _OF_MODELS: dict[str, tuple[str, ...]] = {
 
 _AUGMENTATION = {"crop": "crop", "flip": "flip", "mixup": "mixup", "smoothing": "label_smoothing"}
 """Fields of an `Augmentation` to settings."""
-_OF_IMAGES = ("train_images", "test_images", "data_dir", "fold", *_AUGMENTATION.values())
+_OF_IMAGES = ("train_images", "test_images", "data_dir", "data_label", "fold", *_AUGMENTATION.values())
 
 _OF_VIT: dict[str, Augmentation] = dict.fromkeys(("cifar10", "cifar100"), Augmentation(4, True, 0.2, 0.1))
 _DROPPED = 0.1  # branches of its last block, on the same data

@@ -76,7 +76,9 @@ class Training(LightningModule):
 
     def _start_from(self, folder: Path) -> None:
         """Take the weights of a finished training, and its model as the teacher where one is wanted."""
-        trained = trained_model(folder).model
+        trained, _, vocabulary = trained_model(folder)
+        if None not in (vocabulary, self.task.vocabulary) and vocabulary != self.task.vocabulary:
+            raise KronblocksError(f"the model in {folder} knows other characters than {self.task.source['title']}: use its text")
         densify_(trained)
         try:
             self.model.load_state_dict(trained.state_dict())

@@ -29,6 +29,7 @@ class Task(ABC):
     """Data in three parts and the model that learns them; batches are [inputs, labels].
 
     Attributes:
+        vocabulary: characters of a text; None of images.
         source: what the data is, for people.
         example: two inputs.
         card: words by which `trained_model` builds the model again.
@@ -37,6 +38,7 @@ class Task(ABC):
         whole_epoch: optimiser steps in which all images are seen, or those between two validations of a text.
     """
 
+    vocabulary: str | None = None
     source: dict[str, Any]
     example: Tensor
     card: dict[str, str]
@@ -138,7 +140,7 @@ class TextTask(Task):
         super().__init__(config)
         self.size = DecoderSize(**config.model_sizes)
         self.text = load_text(config.data_file, self.size.context)
-        text = self.text
+        text, self.vocabulary = self.text, self.text.vocabulary
         self.source = {**text.source._asdict(), "vocabulary": len(text.vocabulary)}
         self.source |= {part: len(getattr(text, part).codes) for part in ("train", "validation", "test")}
         self.example = text.train.windows(torch.arange(2))[0]

@@ -146,7 +146,8 @@ class StochasticDepth(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if not self.training or not self.rate:
             return branch
-        kept = torch.rand(len(branch), *[1] * (branch.dim() - 1), device=branch.device) >= self.rate
+        draws = torch.rand(len(branch), *[1] * (branch.dim() - 1))  # on the CPU, whose random state checkpoints hold
+        kept = (draws >= self.rate).to(branch.device)
         return branch * kept / (1 - self.rate)
 
 
