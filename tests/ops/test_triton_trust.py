@@ -12,8 +12,10 @@ from kronblocks import BlockSparseLinear, KroneckerBlockLinear
 from kronblocks.core import PerformanceWarning
 from kronblocks.ops import BlockIndex, backends, packed_linear, reference
 from kronblocks.ops.backends import library
+from kronblocks.ops.backends import torch as plain
 from kronblocks.ops.backends import triton as backend
 from kronblocks.ops.backends.triton import fused, packed, trials, trust, tuning, weights
+from kronblocks.ops.plans import PLANS
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("triton")]
 
@@ -130,6 +132,19 @@ def test_wrong_kernels_of_factors(module, kernel, argument, plan, differs, monke
     layer.set_block_mask_(MASK)
     with pytest.warns(PerformanceWarning, match=differs):
         step(layer, rounding, with_gradients)
+
+
+def test_a_refused_plan_keeps_no_intermediate(monkeypatch):
+    """Its kernels would have kept none: then nobody has counted what an einsum keeps."""
+    plans = []
+    monkeypatch.setattr(trials, "differences", lambda unit, device: ("y differs", True))
+    monkeypatch.setattr(plain, "kron_linear", lambda *given: plans.append(given[-1].name))
+    monkeypatch.setattr(plain, "kron_backward", lambda *given: plans.append(given[-2].name))
+    x, coeff, tiles = torch.ones(5, 48), torch.ones(2, 3, 1), torch.ones(1, 1, 16, 16)
+    with pytest.warns(PerformanceWarning, match="y differs"):
+        backend.kron_linear(x, coeff, tiles, None, None, PLANS["coeff_first"])
+        backend.kron_backward(torch.ones(5, 32), x, coeff, tiles, None, PLANS["tile_first"], True)
+    assert plans == ["dense", "dense"]
 
 
 def test_a_kernel_that_does_not_compile_or_fit(monkeypatch, rounding, with_gradients):

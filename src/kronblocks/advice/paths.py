@@ -42,7 +42,7 @@ class Path:
         generator = torch.Generator().manual_seed(1)
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
         x, dy = random(_ROWS, _GRID[1] * _BLOCK[1]), random(_ROWS, _GRID[0] * _BLOCK[0])
         parameters = list(layer.parameters())
@@ -54,7 +54,7 @@ class Path:
 
 def _mask() -> Tensor:
     """A dead block row, a dead block column, and others of both kinds."""
-    p, q = torch.meshgrid(torch.arange(_GRID[0]), torch.arange(_GRID[1]), indexing="ij")
+    p, q = torch.meshgrid(*(torch.arange(count, device="cpu") for count in _GRID), indexing="ij")
     return (p != 1) & (q != 2) & ((p + q) % 4 != 2)
 
 
@@ -63,8 +63,9 @@ def _factors(plan: str) -> Path:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             layer = KroneckerBlockLinear(_GRID[1] * _BLOCK[1], _GRID[0] * _BLOCK[0], _BLOCK, rank=_RANK, plan=plan)
-        layer.set_block_mask_(_mask())
-        return layer.to(device, dtype)
+        layer = layer.to(device, dtype)
+        layer.set_block_mask_(_mask().to(device))
+        return layer
 
     def oracle(x: Tensor, given: dict[str, Tensor], layer: nn.Module) -> Tensor:
         return reference.kron_linear(x, given["coeff"], given["tiles"], given["bias"], live=_mask().to(x.device))

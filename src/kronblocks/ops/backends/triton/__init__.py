@@ -14,10 +14,12 @@ import functools
 import importlib.util
 
 import torch
+from torch import Tensor
 
 from kronblocks.ops.backends import torch as plain
 from kronblocks.ops.backends.triton import fused, packed, trust, weights
 from kronblocks.ops.backends.triton.estimate import call_seconds, efficiency, keeps_on_chip
+from kronblocks.ops.plans import DENSE, Plan
 
 __all__ = [
     "build",
@@ -43,11 +45,22 @@ wants_masks = False  # where no block is dead they read no mask and list no bloc
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def _built_linear(x: Tensor, coeff: Tensor, tiles: Tensor, bias: Tensor | None, live: Tensor | None, plan: Plan) -> Tensor:
+    """What computes in place of a refused kernel: plans were chosen since theirs keep no intermediate, which einsums do."""
+    return plain.kron_linear(x, coeff, tiles, bias, live, DENSE)
+
+
+def _built_backward(
+    dy: Tensor, x: Tensor, coeff: Tensor, tiles: Tensor, live: Tensor | None, plan: Plan, input_grad: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    return plain.kron_backward(dy, x, coeff, tiles, live, DENSE, input_grad)
+
+
 packed_linear = trust.or_plain(packed.packed_linear, plain.packed_linear)
 packed_grad_input = trust.or_plain(packed.packed_grad_input, plain.packed_grad_input)
 packed_grad_values = trust.or_plain(packed.packed_grad_values, plain.packed_grad_values)
-kron_linear = trust.or_plain(fused.kron_linear, plain.kron_linear)
-kron_backward = trust.or_plain(fused.kron_backward, plain.kron_backward)
+kron_linear = trust.or_plain(fused.kron_linear, _built_linear)
+kron_backward = trust.or_plain(fused.kron_backward, _built_backward)
 live_blocks = trust.or_plain(weights.live_blocks, plain.live_blocks)
 live_blocks_backward = trust.or_plain(weights.live_blocks_backward, plain.live_blocks_backward)
 
