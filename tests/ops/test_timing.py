@@ -166,43 +166,55 @@ def test_a_plan_that_runs_out_of_memory_is_left_out(monkeypatch):
     assert measure(dataclasses.replace(PROBLEM, rank=None)).keys() == {REFERENCE, "dense"}
 
 
-def test_the_clearly_slower_drop_out():
-    """By turns counted, not by the clock: the slow one sleeps."""
-    import time
+class Clock:
+    """Seconds that pass only where a call takes them, whatever else the machine does; it stands in for `time` in timing.py."""
 
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = Clock()
+    monkeypatch.setattr(timing, "time", found)
+    return found
+
+
+def test_the_clearly_slower_drop_out(clock):
     turns = {"slow": 0, "quick": 0}
 
-    def run(name, seconds):
+    def run(name: str, seconds: float) -> None:
         turns[name] += 1
-        time.sleep(seconds)
+        clock.now += seconds
 
-    found = timing._interleaved({"slow": lambda: run("slow", 0.05), "quick": lambda: run("quick", 0.0)}, lambda: None)
-    assert turns["slow"] == 2 and turns["quick"] > 3 and found["slow"] > found["quick"]
+    found = timing._interleaved({"slow": lambda: run("slow", 0.05), "quick": lambda: run("quick", 1e-5)}, lambda: None)
+    assert turns["slow"] == 2 and turns["quick"] > 3 and found == pytest.approx({"slow": 0.05, "quick": 1e-5})
 
 
-def test_one_slow_call_of_a_quick_plan_does_not_put_it_out():
+def test_one_slow_call_of_a_quick_plan_does_not_put_it_out(clock):
     """Something else had the cores in its first counted call: it is still in the running, and its least time counts."""
-    import time
-
     calls = {"unlucky": 0, "steady": 0}
 
-    def run(name, seconds):
+    def run(name: str, seconds: float) -> None:
         calls[name] += 1
-        time.sleep(0.02 if name == "unlucky" and calls[name] == 2 else seconds)
+        clock.now += 0.02 if name == "unlucky" and calls[name] == 2 else seconds
 
     found = timing._interleaved({"unlucky": lambda: run("unlucky", 1e-4), "steady": lambda: run("steady", 1e-3)}, lambda: None)
-    assert found["unlucky"] < found["steady"]
+    assert found == pytest.approx({"unlucky": 1e-4, "steady": 1e-3})
 
 
-def test_short_calls_fill_a_turn_where_a_device_computes_beside_the_launches(monkeypatch):
+def test_short_calls_fill_a_turn_where_a_device_computes_beside_the_launches(clock):
     called: list[str] = []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: 1e-4 * called.count("wait"))
 
     def run(name: str) -> None:
         called.append(name)
 
     def synchronize() -> None:
         called.append("wait")
+        clock.now += 1e-4
 
     found = timing._interleaved({"quick": lambda: run("quick")}, synchronize, 20)
     assert called[:4] == ["quick", "wait", "quick", "wait"] and called[4:25] == ["quick"] * 20 + ["wait"]

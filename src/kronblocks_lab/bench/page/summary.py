@@ -51,10 +51,11 @@ def _step(rows: Sequence[Row]) -> Iterator[Entry]:
                 yield Entry(f"training step, {name}{default}, {count(number, 'row')}", FP32, max(fixed))
 
 
-def _precision(rows: Sequence[Row]) -> Iterator[Entry]:
+def _precision(rows: Sequence[Row], settings: dict[str, Any]) -> Iterator[Entry]:
+    zeros = f"{100 * (1 - settings['density']):g}% zeros"
     for row in find(rows, shape="1024x1024", block="16x16", case=PACKED):
         if row["precision"] != "fp32":
-            name = f"packed {row['precision']}, 90% zeros, 16x16, 1024x1024, {count(row['rows'], 'row')}, {row['direction']}"
+            name = f"packed {row['precision']}, {zeros}, 16x16, 1024x1024, {count(row['rows'], 'row')}, {row['direction']}"
             yield Entry(name, f"dense {row['precision']}", row["speed"])
 
 
@@ -92,11 +93,11 @@ _OF_KIND = {
     "step": _step,
     "ops": _ops,
     "infer": _infer,
-    "precision": _precision,
     "conv": _conv,
     "deploy": _deploy,
     "train": _train,
 }
+_WITH_SETTINGS = {"model": _model, "precision": _precision}
 
 
 def entries(data: dict[str, Any]) -> list[Entry]:
@@ -105,8 +106,8 @@ def entries(data: dict[str, Any]) -> list[Entry]:
     plain = settings.get("device", "cpu") == "cpu" and settings.get("dtype", "float32") == "float32"
     if not plain or settings.get("authors") or settings.get("ranks") not in (None, [1, 4]):
         return []
-    if kind == "model":
-        return list(_model(data["rows"], settings))
+    if kind in _WITH_SETTINGS:
+        return list(_WITH_SETTINGS[kind](data["rows"], settings))
     return list(_OF_KIND[kind](data["rows"])) if kind in _OF_KIND else []
 
 
