@@ -81,10 +81,11 @@ inline void outer_products_of(int count, const T* dy, int dy_step, const T* x, i
 
 // How a block's gradient is summed over rows of x: as inner products of features, for which dy and x are transposed (every block
 // size), or as outer products of rows, for which blocks of columns are copied together. Lengths along rows count elements of T.
+// A Way says how many features and rows its copies are cut by, how many rows at most it takes at once, and how many blocks.
 template <class T>
 struct ByFeatures {
   using Panel = T;
-  static constexpr int unit = kLanes<T> * kNumbers<T>, most = 256, together = kLanes<T>, most_blocks = 1;
+  static constexpr int unit = kLanes<T> * kNumbers<T>, most = 256, row_unit = kLanes<T>, most_blocks = 1;
 
   template <class X>
   static void pack(const X* from, std::int64_t step, int rows, Range own, int, Range features, T* to, std::int64_t to_step) {
@@ -116,7 +117,7 @@ struct ByFeatures {
 template <class T>
 struct ByRows {
   using Panel = T;
-  static constexpr int unit = 1, most = 128, together = 1, most_blocks = 1;
+  static constexpr int unit = 1, most = 128, row_unit = 1, most_blocks = 1;
 
   // `features` are whole blocks of `width`; a block's rows stand one after another
   template <class X>
@@ -169,14 +170,14 @@ void grad_values(const PackedIndex& index, const X* dy, const X* x, std::int64_t
       const std::int64_t first = part.begin * n * per;
       const int lanes = int(part.end - part.begin) * n, here = int(std::min<std::int64_t>(count - first, lanes * per));
       // threads share the rows, since memory answers faster where whole rows are read; where those are few, the features too
-      const int groups = (lanes + Way::together - 1) / Way::together, bands = std::min(team, groups), helpers = team / bands;
+      const int groups = (lanes + Way::row_unit - 1) / Way::row_unit, bands = std::min(team, groups), helpers = team / bands;
       auto pack = [&](const X* from, std::int64_t features, int width, T* to) {
         if (self >= bands * helpers) return;
         const std::int64_t unit = Way::unit == 1 ? width : Way::unit;
         const Range band = share(groups, bands, self / helpers);
         const Range units = share((features + unit - 1) / unit, helpers, self % helpers);
         Way::pack(from + first * features, features, here,
-                  {band.begin * Way::together, std::min<std::int64_t>(lanes, band.end * Way::together)}, width,
+                  {band.begin * Way::row_unit, std::min<std::int64_t>(lanes, band.end * Way::row_unit)}, width,
                   {units.begin * unit, std::min(features, units.end * unit)}, to, widest);
       };
       pack(dy, outputs, bm, left);
@@ -190,10 +191,10 @@ void grad_values(const PackedIndex& index, const X* dy, const X* x, std::int64_t
             end = std::lower_bound(begin, end, std::int32_t(std::min(index.n1, col + stripe)));
           }
           for (const std::int32_t* k = begin; k < end;) {
-            const int together = int(std::min<std::int64_t>(Way::most_blocks, end - k));
-            const T* from[Way::most_blocks];
-            Wide<X>* to[Way::most_blocks];
-            for (int b = 0; b < together; ++b) {
+            const int number = int(std::min<std::int64_t>(Way::most_blocks, end - k));
+            const T* from[Way::most_blocks] = {};
+            Wide<X>* to[Way::most_blocks] = {};
+            for (int b = 0; b < number; ++b) {
               const std::int64_t entry = k + b - index.col;
               from[b] = right + std::int64_t(k[b]) * bn * widest;
               if constexpr (in_place)
@@ -201,12 +202,12 @@ void grad_values(const PackedIndex& index, const X* dy, const X* x, std::int64_t
               else
                 to[b] = sums + (chunks > 1 ? entry : self * Way::most_blocks + b) * area;
             }
-            Way::blocks(together, left + row * bm * widest, from, widest, lanes, (here + per - 1) / per, bm, bn, to, chunk > 0);
+            Way::blocks(number, left + row * bm * widest, from, widest, lanes, (here + per - 1) / per, bm, bn, to, chunk > 0);
             if constexpr (!in_place)
               if (chunk + 1 == chunks)
-                for (int b = 0; b < together; ++b)
+                for (int b = 0; b < number; ++b)
                   convert(to[b], area, dvalues + std::int64_t(index.slot[k + b - index.col]) * area);
-            k += together;
+            k += number;
           }
         }
 #pragma omp barrier

@@ -84,7 +84,7 @@ inline Vec<float> group_sums(Vec<float>* sum) {
 template <class E, int P>
 struct ByGroups {
   using Panel = Grouped<E, P>;
-  static constexpr int unit = 1, most = 64, together = 1, most_blocks = 2;
+  static constexpr int unit = 1, most = 64, row_unit = 1, most_blocks = 2;
   static constexpr int n = kLanes<E>, wide = n / P;  // columns of a vector
 
   template <class X>
