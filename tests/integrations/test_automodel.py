@@ -292,3 +292,20 @@ def test_a_class_without_the_saved_layers_is_refused(tmp_path):
     with pytest.raises(KronblocksError, match="which the model lacks"):
         from_pretrained(tmp_path, nn.Sequential(nn.Linear(4, 4)))
     assert sum(isinstance(layer, BlockLayer) for layer in from_pretrained(tmp_path).modules()) == 14
+
+
+@pytest.mark.parametrize(("form", "dtype", "share"), [("packed-int8", torch.float32, 0.04), ("packed", torch.bfloat16, 0.06)])
+def test_sizes_on_disk(tmp_path, form, dtype, share):
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    dense = 4 * sum(layer.weight.numel() for layer in model.model.layers.modules() if isinstance(layer, nn.Linear))
+    sparsify_(model, helpers.config("static", block_size=16, target_sparsity=0.9, exclude=("lm_head",)))
+    small = export(model, TOKENS % 8, form=form, slim=False)
+    small.model.save_pretrained(tmp_path / "theirs")
+    small.save(tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        total = sum(path.stat().st_size for path in (tmp_path / folder).iterdir())
+        assert total - 4 * 2 * 8 * 512 < share * dense, (folder, total / dense)  # without the embedding and the head

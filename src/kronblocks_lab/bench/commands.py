@@ -7,11 +7,12 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from kronblocks_lab.bench import account, convolutions, deploy, infer, ops, precision, short, step, train, whole_model
+from kronblocks_lab.bench import account, convolutions, deploy, exports, infer, ops, precision, short, step, train, whole_model
 from kronblocks_lab.bench.account import AccountSettings
 from kronblocks_lab.bench.cases.grids import InferSettings, OpsSettings
 from kronblocks_lab.bench.convolutions import ConvSettings
 from kronblocks_lab.bench.deploy import DeploySettings
+from kronblocks_lab.bench.exports import ExportsSettings
 from kronblocks_lab.bench.precision import PrecisionSettings
 from kronblocks_lab.bench.settings import StepSettings, TablesSettings
 from kronblocks_lab.bench.short import ShortSettings
@@ -25,6 +26,7 @@ Bench = (
     | Annotated[PrecisionSettings, tyro.conf.subcommand("precision")]
     | Annotated[ConvSettings, tyro.conf.subcommand("conv")]
     | Annotated[DeploySettings, tyro.conf.subcommand("deploy")]
+    | Annotated[ExportsSettings, tyro.conf.subcommand("exports")]
     | Annotated[ModelSettings, tyro.conf.subcommand("model")]
     | Annotated[AccountSettings, tyro.conf.subcommand("account")]
     | Annotated[TrainSettings, tyro.conf.subcommand("train")]
@@ -52,6 +54,8 @@ def main(settings: tyro.conf.OmitSubcommandPrefixes[Annotated[Bench, tyro.conf.a
             table = convolutions.summary(results := convolutions.run(settings))
         case DeploySettings():
             table = deploy.summary(results := deploy.run(settings))
+        case ExportsSettings():
+            table = exports.summary(results := exports.run(settings))
         case ModelSettings():
             table = whole_model.summary(results := whole_model.run(settings))
         case AccountSettings():

@@ -82,7 +82,8 @@ def _bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values() if isinstance(tensor, Tensor))
 
 
-def _forms(exported: Exported) -> str:
+def forms_of(exported: Exported) -> str:
+    """How many layers have which form."""
     forms = [layer.form for layer in exported.layers]
     return ", ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(forms))
 
@@ -119,9 +120,9 @@ def measure_rows(settings: DeploySettings, rows: int, progress: Callable[[str], 
                 add(INT8, quantised, "", exact, size, 0.5)
         exported = export(model, x)
         name = f"exported, {settings.sparsity:.0%} zeros, {block}x{block}"
-        add(name, exported.model, _forms(exported), exact, _bytes(exported.model), _TOLERANCE)
+        add(name, exported.model, forms_of(exported), exact, _bytes(exported.model), _TOLERANCE)
         small = export(model, x, form="packed-int8")
-        add(f"{name}, int8", small.model, _forms(small), exact, _bytes(small.model), 0.5)
+        add(f"{name}, int8", small.model, forms_of(small), exact, _bytes(small.model), 0.5)
     progress(f"{rows:,} rows, timing")
     times = measure(cases, settings.budget, seed=rows)
     return [{**row, **times[name].row(times[DENSE])} for name, row in found.items()]
