@@ -289,6 +289,8 @@ def test_what_cannot_be_saved_is_said(tmp_path):
 
 def test_a_class_without_the_saved_layers_is_refused(tmp_path):
     sparse(llama()).save_pretrained(tmp_path)
+    with pytest.raises(KronblocksError, match=r"is on the meta device, .* call model.to_empty"):
+        from_pretrained(tmp_path, llama().to("meta"))
     with pytest.raises(KronblocksError, match="which the model lacks"):
         from_pretrained(tmp_path, nn.Sequential(nn.Linear(4, 4)))
     assert sum(isinstance(layer, BlockLayer) for layer in from_pretrained(tmp_path).modules()) == 14

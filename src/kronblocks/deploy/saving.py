@@ -17,7 +17,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.config.sparsity import SparsityConfig
@@ -27,7 +27,16 @@ from kronblocks.deploy.cards import write_card
 from kronblocks.deploy.entry import RESIZED, resized_layers, sizes_of
 from kronblocks.deploy.hub import downloaded, looks_remote
 from kronblocks.deploy.stored import WeightsReader, name_of, stored
-from kronblocks.deploy.transformers_folders import CONFIG, GENERATION, OTHER_FORMAT, built, is_own, own_files, read_own
+from kronblocks.deploy.transformers_folders import (
+    CONFIG,
+    GENERATION,
+    OTHER_FORMAT,
+    built,
+    check_places,
+    is_own,
+    own_files,
+    read_own,
+)
 from kronblocks.surgery.records import rebuilt, structure, unfolded_names
 from kronblocks.surgery.replace import bare, unfolding
 from kronblocks.surgery.sparsify import pack_masked_
@@ -188,11 +197,8 @@ def _guarded(config: str) -> str:
 
 def _load(file: Any, model: nn.Module, card: dict[str, Any], folder: Path, *, fill: bool, as_saved: bool = False) -> None:
     """Check that a weights' file fits a model, and with `fill` load it."""
-    on_meta = [name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor) and tensor.is_meta]
-    if fill and on_meta:
-        raise KronblocksError(
-            f"{on_meta[0]} of the model is on the meta device, where nothing can be loaded: call model.to_empty(device=...) first"
-        )
+    if fill:
+        check_places(model)
     with unfolding(model, unfolded_names(card["structure"])):
         resized = resized_layers(model, card["resized"], folder)
         layers = {**resized, **rebuilt(model, card["structure"], "meta", resized)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import read_json
@@ -95,6 +95,8 @@ def read_own(folder: Path, model: nn.Module | None) -> nn.Module:
     """
     own = read_json(folder / CONFIG)
     entries.checked(own["quantization_config"])
+    if model is not None:
+        check_places(model)
     kind = class_of(own, folder)
     with _one_sentence(kind, folder):  # also for a given model, since files may have other names than the model's
         found = kind.from_pretrained(str(folder), dtype="auto", local_files_only=True)
@@ -102,6 +104,15 @@ def read_own(folder: Path, model: nn.Module | None) -> nn.Module:
         return found
     _fill_(model, found, folder)
     return model
+
+
+def check_places(model: nn.Module) -> None:
+    """Raise if a model is on the meta device, where nothing can be loaded."""
+    on_meta = [name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor) and tensor.is_meta]
+    if on_meta:
+        raise KronblocksError(
+            f"{on_meta[0]} of the model is on the meta device, where nothing can be loaded: call model.to_empty(device=...) first"
+        )
 
 
 def _fill_(model: nn.Module, found: nn.Module, folder: Path) -> None:
