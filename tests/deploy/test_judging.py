@@ -137,6 +137,12 @@ def test_phases_count_by_their_weights(taken):
     assert forms == {1: {"dense"}, 100: {"packed"}}
     with pytest.raises(KronblocksError, match="names 'decoding', which is no phase: there are prefill, decode"):
         export(sparse(), phases=phases, weights={"decoding": 3})
+    with pytest.raises(KronblocksError, match="weights= of all phases are 0"):
+        export(sparse(), phases=phases, weights={"prefill": 0, "decode": 0})
+    with pytest.raises(KronblocksError, match="weights= is for phases="):
+        export(sparse(), torch.ones(1, 32), weights={"decode": 3})
+    with pytest.raises(KronblocksError, match="give an input beside it, phases="):
+        export(sparse(), lambda model: model(torch.ones(1, 32)).argmax(1))
     with pytest.raises(KronblocksError, match=r"export\(model, example\), or export\(model, phases="):
         export(sparse(), torch.ones(1, 32), phases=phases)
 

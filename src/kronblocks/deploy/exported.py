@@ -13,6 +13,7 @@ from torch import nn
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.files import write_json
 from kronblocks.core.tables import between, figureless, rows_of, span, text_table, together
+from kronblocks.deploy.packaging import package
 from kronblocks.deploy.saving import save_pretrained
 from kronblocks.deploy.slimming import Slimmed
 from kronblocks.ops.costs.choice import milliseconds
@@ -84,6 +85,7 @@ class Exported:
         error: largest difference to the model's outputs on the example, relative to the largest output.
         scores: what `evaluate` gave for the model and for the copy; None without it.
         whole: the times of whole models; None if the forms were given, or nothing was to be timed.
+        example: the input that it was checked with.
     """
 
     model: nn.Module
@@ -93,6 +95,7 @@ class Exported:
     error: float
     scores: tuple[float, float] | None = None
     whole: Whole | None = None
+    example: Any = field(default=None, repr=False, compare=False)
 
     def manifest(self) -> dict[str, Any]:
         """The forms of all layers and what was removed, as plain values."""
@@ -120,6 +123,30 @@ class Exported:
         except OSError as error:
             raise KronblocksError(f"cannot write into {folder}: {error.strerror}") from error
         return folder
+
+    def package(
+        self,
+        path: str | Path,
+        example: Any = None,
+        *,
+        dynamic_shapes: Any = None,
+        tolerance: float | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Compile the model into one .pt2 file, which Python and C++ load without the model's code, and compare what it computes.
+
+        Args:
+            path: of the file.
+            example: an input; None: the one that `export` got. Its sizes above 1 may change where the model's code allows it.
+            dynamic_shapes: which sizes may change, as `torch.export.export` takes it; None: the batch, and sequences of tokens.
+            tolerance: how far outputs may differ, relative to the largest; None: 1e-5, or four roundings of a lower precision.
+            options: of inductor.
+
+        Raises:
+            KronblocksError: torch.export cannot trace the model, there is no C++ compiler, or outputs differ.
+        """
+        given = self.example if example is None else example
+        return package(self.model, path, given, dynamic_shapes=dynamic_shapes, tolerance=tolerance, options=options)
 
     def __str__(self) -> str:
         return self.table()

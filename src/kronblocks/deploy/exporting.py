@@ -104,7 +104,10 @@ def export(
         score = None if evaluate is None else _score(evaluate, model)
         new = copy.deepcopy(bare(model)).requires_grad_(False)
     if not any(expected):
-        raise KronblocksError("the model returns no floating-point tensors for the example, so the copy cannot be checked")
+        raise KronblocksError(
+            "the model returns no floating-point tensors for the example, so the copy cannot be checked: give an input beside "
+            'it, phases={"prefill": tokens, "generate": function}'
+        )
     if sparsifier is not None:
         pack_masked_(new, bare(model), sparsifier)
     if isinstance(new, BlockLayer):
@@ -139,7 +142,8 @@ def export(
     setattr(new, RESIZED, [name for each in slimmed for name in (each.producer, each.consumer)])
     if scores is not None:
         note_scores(new, dict(zip(("evaluated, before export", "evaluated"), scores, strict=True)))
-    return Exported(new, layers, tuple(slimmed), remark, error, scores, whole)
+    inputs = [each for each in examples.values() if not callable(each)]
+    return Exported(new, layers, tuple(slimmed), remark, error, scores, whole, inputs[0] if inputs else None)
 
 
 def _phases(example: Any, phases: Any, weights: Any) -> tuple[dict[str, Any], dict[str, float]]:
@@ -155,10 +159,14 @@ def _phases(example: Any, phases: Any, weights: Any) -> tuple[dict[str, Any], di
         )
     found = {"": example} if phases is None else {str(name): each for name, each in phases.items()}
     given = dict(weights or {})
+    if given and phases is None:
+        raise KronblocksError("weights= is for phases=, several examples by name: leave it out")
     if unknown := given.keys() - found.keys():
         raise KronblocksError(f"weights= names {min(map(str, unknown))!r}, which is no phase: there are {', '.join(found)}")
     for name, weight in given.items():
         number(f"weights[{name!r}]", weight, 0, float("inf"), "how often the phase is called")
+    if not any(given.get(name, 1) for name in found):
+        raise KronblocksError("weights= of all phases are 0, so that no time would count: give one a weight above 0")
     return found, {name: float(given.get(name, 1)) for name in found}
 
 
