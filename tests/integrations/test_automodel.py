@@ -37,6 +37,7 @@ from kronblocks import (
     sparsify_,
 )
 from kronblocks.deploy.cards import MARK
+from kronblocks.deploy.entry import check_sizes
 from kronblocks.integrations.automodel import GUARD
 from kronblocks.integrations.transformers import SparsityCallback
 from kronblocks.nn.base import BlockLayer
@@ -245,6 +246,44 @@ def test_kronblocks_reads_both(tmp_path):
     assert torch.equal(output(from_pretrained(tmp_path / "one")), output(model))
     with pytest.raises(ValueError, match="kronblocks.from_pretrained"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "one")
+
+
+def test_what_a_model_computes_itself_may_be_missing(tmp_path):
+    sizes = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 1, "d_model": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 16}
+    words = {"vocab_size": 40, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
+    torch.manual_seed(0)
+    model = sparse(transformers.MarianMTModel(transformers.MarianConfig(**sizes, **heads, **words)).eval())
+    model.save_pretrained(tmp_path)
+    assert "model.encoder.embed_positions.weight" not in load_file(tmp_path / "model.safetensors")
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(*(each(TOKENS, decoder_input_ids=TOKENS).logits for each in (again, model)))
+
+
+def test_a_dense_model_of_the_same_config_is_saved_as_a_dense_one(tmp_path):
+    sparse(llama()).save_pretrained(tmp_path / "sparse")
+    dense = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path / "sparse")).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), output(dense))
+
+
+def test_missing_tensors_are_one_sentence_and_no_table(tmp_path, capfd):
+    sparse(llama()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.values"
+    for changed in ({**tensors, name: tensors[name][1:]}, {key: each for key, each in tensors.items() if key != name}):
+        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        capfd.readouterr()
+        with pytest.raises(KronblocksError, match=f"is damaged: {name} is"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert "MISSING" not in (said := capfd.readouterr().err) and "MISMATCH" not in said
+
+
+def test_only_counts_are_limited():
+    check_sizes({"text_config": {"vocab_size_per_layer_input": 262144, "num_hidden_layers": 99, "pad_token_id": 10**6}}, "it")
+    with pytest.raises(KronblocksError, match="it asks for num_hidden_layers=1000000, more than 10,000"):
+        check_sizes({"text_config": {"num_hidden_layers": 10**6}}, "it")
 
 
 def test_a_card_that_somebody_wrote_stays(tmp_path):

@@ -6,6 +6,7 @@ The weights beside it are an ordinary state_dict, so all of transformers' ways o
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ METHOD = "kronblocks"
 VERSION = 1
 RESIZED = "kronblocks_resized"
 """The attribute of an exported model that names its layers with other sizes than in the model's code."""
+
+_COUNTS = ((re.compile("(layers?|depths?|experts)$"), MOST_LAYERS), (re.compile("labels$"), MOST_LABELS))
+"""Settings that transformers builds one by one, by the ends of their names."""
 
 _KINDS = {"layers": dict, "plans": dict, "unfolded": list, "resized": dict}
 
@@ -81,10 +85,10 @@ def check_sizes(config: Any, where: object) -> None:
     Raises:
         KronblocksError: it asks for too many.
     """
-    for name, most in (("layer", MOST_LAYERS), ("depth", MOST_LAYERS), ("expert", MOST_LAYERS), ("label", MOST_LABELS)):
-        for key, number in _whole_numbers(config):
-            if name in key and number > most and not key.endswith("_id"):
-                raise KronblocksError(f"{where} asks for {key}={number!r}, more than {most:,}")
+    for key, number in _whole_numbers(config):
+        most = next((most for pattern, most in _COUNTS if pattern.search(key)), number)
+        if number > most:
+            raise KronblocksError(f"{where} asks for {key}={number!r}, more than {most:,}")
 
 
 def _whole_numbers(config: Any, under: str = "") -> Iterator[tuple[str, int]]:

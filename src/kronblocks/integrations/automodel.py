@@ -71,7 +71,12 @@ class KronblocksLoader(HfQuantizer):
         marked = model.mark_tied_weights_as_initialized
 
         def look_first(info: Any) -> None:
-            self._check(model, info)
+            try:
+                self._check(model, info)
+            except KronblocksError:  # transformers' table of all names, and its own error, would hide the sentence
+                info.missing_keys, info.unexpected_keys, info.mismatched_keys = set(), set(), set()
+                info.conversion_errors, info.error_msgs = {}, []
+                raise
             marked(info)
 
         model.mark_tied_weights_as_initialized = look_first  # called after the files were read, before memory for the rest
@@ -93,7 +98,8 @@ class KronblocksLoader(HfQuantizer):
             raise KronblocksError(f"{where} is damaged: {str(errors[0]).strip().splitlines()[-1]}")
         missing = {name for name in info.missing_keys if name not in model.all_tied_weights_keys}
         inside = tuple(f"{name}." for name in layers_of(model, RECORDED))
-        if broken := [name for name in missing if self._is_same or name.startswith(inside)]:
+        optional = _optional(model)
+        if broken := [n for n in missing if n.startswith(inside) or (self._is_same and not optional(n))]:
             raise KronblocksError(f"{where} is damaged: {min(broken)} is not in its files")
         lost = [name for name in info.unexpected_keys if name.endswith(".block_mask")]
         if lost and self._is_same:
@@ -125,6 +131,13 @@ class KronblocksLoader(HfQuantizer):
     def is_trainable(self) -> Any:
         """True."""
         return True
+
+
+def _optional(model: Any) -> Callable[[str], bool]:
+    """Whether a tensor of this name may be missing: the model computes it, such as positions that are sines."""
+    saved = {re.escape(name) for name in model._keys_to_ignore_on_save or ()}
+    patterns = [re.compile(each) for each in {*saved, *(model._keys_to_ignore_on_load_missing or ())}]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
 def _leaving_blocks(initialize: Callable[[], Any]) -> Callable[[], Any]:
@@ -161,6 +174,10 @@ def _stored_bytes(files: list[Path]) -> int:
     return sum(path.stat().st_size for path in files)
 
 
+def _is_ours(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.get("quant_method") == entries.METHOD
+
+
 def _without_guard(config: dict[str, Any]) -> None:
     if config.get("transformers_weights") == GUARD:
         del config["transformers_weights"]
@@ -183,6 +200,8 @@ def _saving(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         if not entries.is_sparse(self) or getattr(self, "_hf_peft_config_loaded", False):
+            if _is_ours(getattr(self.config, "quantization_config", None)):  # of a dense model that was made from such a config
+                delattr(self.config, "quantization_config")
             return method(self, save_directory, *args, **kwargs)
         self.add_model_tags(list(TAGS))
         with _described(self):
@@ -213,8 +232,7 @@ def _writing(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def to_json_file(self: Any, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
         method(self, json_file_path, *args, **kwargs)
-        entry = getattr(self, "quantization_config", None)
-        if isinstance(entry, dict) and entry.get("quant_method") == entries.METHOD:
+        if _is_ours(getattr(self, "quantization_config", None)):
             path = Path(json_file_path)
             config = {**json.loads(path.read_text(encoding="utf-8")), "transformers_weights": GUARD}
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -228,8 +246,7 @@ def _reading(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def get_config_dict(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         config, rest = method(cls, pretrained_model_name_or_path, **kwargs)
-        entry = config.get("quantization_config") if isinstance(config, dict) else None
-        if isinstance(entry, dict) and entry.get("quant_method") == entries.METHOD:
+        if isinstance(config, dict) and _is_ours(config.get("quantization_config")):
             entries.check_sizes({key: each for key, each in config.items() if key != "quantization_config"}, "config.json")
             code = config.get("attn_implementation")
             if isinstance(code, str) and re.search(r"[/\\]", code):
