@@ -35,7 +35,7 @@ def evaluations(accuracies: list[float], every: float = 1.0, sparse_from: int = 
             "cpu_seconds": 0.9 * every * number,
             "training_macs": 10**9 * number,
             "validation_accuracy": accuracy,
-            "validation_loss": 1 - accuracy,
+            "validation_loss": None if accuracy is None else 1 - accuracy,
             "block_sparsity": 0.75 if number > sparse_from else 0.5,
         }
         for number, accuracy in enumerate(accuracies, 1)
@@ -76,6 +76,14 @@ def test_models_count_from_when_they_have_their_zeros(tmp_path):
     timed(tmp_path / "dense", [0.2, 0.4, 0.6, 0.8], "dense")
     timed(tmp_path / "late", [0.9, 0.9, 0.5, 0.9], sparse_from=2)
     assert table(tmp_path)["two-phase 16x16"] == ["4.00", "90.00", f"3.75, 0.94{TIMES}", "not yet", "not yet", "90.00"]
+
+
+def test_a_training_that_diverged_has_no_good_end(tmp_path):
+    timed(tmp_path / "dense", [0.2, 0.4, 0.6], "dense")
+    timed(tmp_path / "lost", [0.5, 0.9, None], "static")
+    assert table(tmp_path)["static 16x16"] == ["2.00", "-inf", f"1.25, 0.42{TIMES}", "not yet", "70.00", "90.00"]
+    timed(tmp_path / "other", [0.4, None], "dense", 1)
+    assert table(tmp_path)["static 16x16"] == ["2.00", "-inf"]
 
 
 def test_of_losses_less_is_better():

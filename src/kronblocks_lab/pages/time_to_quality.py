@@ -147,7 +147,7 @@ def draw(results: Path, folder: Path) -> None:
             for line in lines:
                 own = line.method == OURS
                 colour = theme.ours if own else theme.ink if line.method == "dense" else theme.soft
-                x, y, first = line.curve
+                x, y, first, _ = line.curve
                 axes.plot(x[: first + 1], y[: first + 1], color=colour, linewidth=1.2, linestyle=(0, (1, 1)))
                 axes.plot(x[first:], y[first:], color=colour, linewidth=3.2 if own else 1.8, zorder=3 if own else 2)
                 axes.plot(line.end, line.final, marker="o", color=colour, markersize=6)

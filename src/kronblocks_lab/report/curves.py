@@ -36,11 +36,13 @@ class Curve(NamedTuple):
     """Quality on validation data against what passed, in the axis's unit; in order, finite.
 
     `from_` is the first point from which the model has the zeros that were asked for: what it was before is no sparse model.
+    `diverged` says that the last evaluation was not finite, so that the curve ends before the training.
     """
 
     x: np.ndarray
     y: np.ndarray
     from_: int = 0
+    diverged: bool = False
 
     @property
     def end(self) -> float:
@@ -61,17 +63,18 @@ def curve_of(result: dict[str, Any], axis: Axis, quality: str) -> Curve | None:
         axis: what passes.
         quality: name of the numbers in the evaluations.
     """
-    points = []
+    points, diverged = [], False
     least = -math.inf if result["config"]["method"] == "dense" else result["config"]["sparsity"] - 1e-6
     for each in result.get("evaluations") or result["history"]:
         point = (number(each.get(axis.key)) / axis.scale, number(each.get(quality)))
+        diverged = not math.isfinite(point[1])
         if all(map(math.isfinite, point)):
             points.append((*point, number(each.get("block_sparsity")) >= least))
     if not points:
         return None
     x, y, is_sparse = (np.array(values, dtype=float) for values in zip(*points, strict=True))
     before = np.flatnonzero(is_sparse == 0)
-    return Curve(x, y, int(before[-1]) + 1 if len(before) else 0)
+    return Curve(x, y, int(before[-1]) + 1 if len(before) else 0, diverged)
 
 
 def first_reached(curve: Curve, target: float, *, more_is_better: bool) -> float | None:

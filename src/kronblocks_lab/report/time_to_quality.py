@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -94,10 +95,12 @@ class TimeToQuality:
             if found:
                 self.lines.append(Line(row, *zip(*found, strict=True)))
         dense = next((line for line in self.lines if line.row is task.dense), None)
-        self.target = None if dense is None else statistics.fmean(curve.final for curve in dense.curves)
+        self.target = None if dense is None else statistics.fmean(map(self.final, dense.curves))
+        if self.target is not None and not math.isfinite(self.target):
+            self.target = dense = None  # there is nothing to reach
         self._targets: dict[int, list[float]] = {}
         for curve, seed in zip(dense.curves, dense.seeds, strict=True) if dense else ():
-            self._targets.setdefault(seed, []).append(curve.final)
+            self._targets.setdefault(seed, []).append(self.final(curve))
         self.whole = None if dense is None else statistics.fmean(curve.end for curve in dense.curves)
 
     def __bool__(self) -> bool:
@@ -107,6 +110,10 @@ class TimeToQuality:
     def more(self) -> bool:
         """Whether more is better."""
         return self.measure.more_is_better
+
+    def final(self, curve: Curve) -> float:
+        """Quality at the end of a training; infinitely bad where it has diverged."""
+        return curve.final if not curve.diverged else math.inf * (-1 if self.more else 1)
 
     def reached(self, line: Line) -> list[float | None]:
         """When each training reached dense's final quality: of the same seed where there is one, else the mean."""
@@ -136,7 +143,7 @@ class TimeToQuality:
         rows = []
         for line in self.lines:
             cells = [line.row.name, _over([curve.end for curve in line.curves])]
-            cells.append(self.measure.text([curve.final for curve in line.curves]))
+            cells.append(self.measure.text([self.final(curve) for curve in line.curves]))
             if self.whole is not None:
                 cells.append(self._when(self.reached(line), self.whole))
                 for share in SHARES:
@@ -191,7 +198,7 @@ class TimeToQuality:
                     "sparse_from": [curve.from_ for curve in line.curves],
                     "reached": self.reached(line),
                     "best": best,
-                    "test": [self.measure.of(run.result) for run in line.row.runs],
+                    "test": [run.result.get(f"test_{self.measure.name}") for run in line.row.runs],
                     "clocks": [run.result.get("clock") for run in line.row.runs],
                     "budgets": [run.result.get("budget") for run in line.row.runs],
                     "settings": run.settings,
