@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.lab.test_language import config as text
 from tests.lab.test_train import Interrupt, config, lasting
 
 from kronblocks import KronblocksError
@@ -87,6 +88,12 @@ def test_the_steps_that_fit_are_found_and_spread_over_epochs(tmp_path, clock, st
 def test_a_budget_that_is_too_short_is_refused_after_a_few_steps(tmp_path):
     with pytest.raises(KronblocksError, match=r"a step of static takes 2 s here.*6\.001: give it 200"):
         find(tmp_path, 2.0)
+
+
+def test_a_budget_for_fewer_steps_than_epochs_is_refused(tmp_path):
+    wanted = text(tmp_path / "run", None, method="static", steps=None, epochs=50, budget_seconds=6.001)
+    with pytest.raises(KronblocksError, match="too short for static, of which 20 steps take 4 s here: give it more or fewer"):
+        measured(wanted, task_of(wanted), training._module, Ticks(0.2))
 
 
 @pytest.mark.parametrize(

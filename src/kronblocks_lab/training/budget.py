@@ -155,7 +155,7 @@ def set_length_(task: Task, steps: int) -> None:
     """
     if not task.config.is_text:
         least = -(-steps // task.whole_epoch)
-        task.epochs = max(range(least, least + least // 2 + 1), key=lambda epochs: steps // epochs * epochs)
+        task.epochs = max(range(max(least, 1), least + least // 2 + 2), key=lambda epochs: steps // epochs * epochs)
     task.epoch_steps = max(1, steps // task.epochs)
 
 
@@ -204,13 +204,13 @@ def measured(
     schedule = schedule_of(config.sparsity_config())
     profile = profile_of(watch.times, schedule(task.steps))
     steps = steps_within(budget, profile, schedule)
-    if steps < LEAST_UPDATES or not schedule(steps).prunes:
+    set_length_(task, steps)
+    if task.steps > steps or not schedule(task.steps).prunes:
         least = profile.seconds(schedule(2 * LEAST_UPDATES))
         raise KronblocksError(
             f"--budget-seconds {budget:g} is too short for {config.method}, of which {2 * LEAST_UPDATES} steps take "
-            f"{least:.2g} s here: give it more"
+            f"{least:.2g} s here: give it more{' or fewer --epochs' if task.config.is_text else ''}"
         )
-    set_length_(task, steps)
     return {
         "seconds": budget,
         "clock": config.budget_clock,
