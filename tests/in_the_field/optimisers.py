@@ -324,7 +324,7 @@ def rates_of_parts() -> None:
     trial.train(optimizer)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     values = [layer.values for layer in trial.model.modules() if isinstance(layer, BlockSparseLinear)]
-    assert [rates[id(p)] for p in values] == pytest.approx([7.5e-3, 3e-2])
+    assert [rates[id(p)] for p in values] == pytest.approx([5e-3, 2e-2])
 
 
 @works(OPTIMISERS, "hooks on parameters that clip or count gradients", "the same function on all of them, after `sparsify_`")

@@ -97,7 +97,7 @@ class Scales:
         """
         if kind == "plain" or not self.live:
             return 1.0
-        density = self.live / grid.blocks
+        density, for_a_bank = self.live / grid.blocks, max(self.live / banks, 1.0)
         match name:
             case "weight" | "values":
                 return 1 / density
@@ -106,8 +106,9 @@ class Scales:
             case "coeff" | "gate":
                 return 1 / (density * grid.block.area * self.tiles**2)
             case "tiles" if kind == "adam":
-                return 1 / (density * self.coeff * math.sqrt(rank))
+                agreement = 1 + 2 / math.pi * (rank - 1) / for_a_bank
+                return 1 / (density * self.coeff * math.sqrt(rank * agreement))
             case "tiles":
-                return 1 / (density * self.live / banks * self.coeff**2)
+                return 1 / (density * (for_a_bank + rank - 1) * self.coeff**2)
             case _:  # of a layer that the library does not know
                 return 1.0

@@ -23,9 +23,9 @@ from kronblocks.surgery.replace import replace_
 def lift_(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] = ()) -> list[str]:
     """Replace every Kronecker layer by a `BlockSparseLinear` with the same live blocks as free values, in place.
 
-    The two-phase method does this at the right step. The optimiser gets the values, with new state, in the group "lifted" of
-    their `parameter_groups` call, or in the factors' place. There `values` is the same parameter object as `coeff` was. So it
-    stays in lists of parameters, and keeps hooks that were on all factors of the layer.
+    The two-phase method does this at the right step. The optimiser gets the values, in the group "lifted" of their
+    `parameter_groups` call, or in the factors' place. There `values` is the same parameter object as `coeff` was. So it stays in
+    lists of parameters, and keeps hooks that were on all factors of the layer.
 
     Args:
         model: any model.

@@ -13,17 +13,19 @@ from kronblocks.algorithms.moments import forget_, with_inner
 from kronblocks.algorithms.training.attachment import PART
 from kronblocks.core.parameters import become_, share_hooks_
 from kronblocks.nn.base import BlockLayer
+from kronblocks.surgery.carried_moments import carried_states
 from kronblocks.surgery.groups import LIFTED
 
 _GROUPS = {"coeff": "coefficients", "gate": "coefficients", "tiles": "tiles", "values": LIFTED}
 
 
 def replace_parameters_(optimizers: Sequence[Optimizer], old: BlockLayer, new: BlockLayer) -> None:
-    """Replace the parameters of an old layer by those of a new one in the optimisers; state and gradients are dropped.
+    """Replace the parameters of an old layer by those of a new one in the optimisers; gradients are dropped.
 
     If an optimiser holds the old ones, the new layer's first parameter is the object of the old layer's first one, with other
     values. So it stays in lists of parameters, keeps hooks, and stays in an optimiser for it alone. New parameters join groups
-    of the same `parameter_groups` call. Without such groups they take the place of the first old one.
+    of the same `parameter_groups` call. Without such groups they take the place of the first old one. States are dropped, but
+    lifted values get those that follow from their factors' (see `carried_states`).
 
     Args:
         optimizers: any. Those that hold the old parameters are changed, and optimisers that these wrap.
@@ -33,7 +35,7 @@ def replace_parameters_(optimizers: Sequence[Optimizer], old: BlockLayer, new: B
     gone, fresh = old.block_parameters(), new.block_parameters()
     names = {id(p): name for name, p in new.named_parameters(recurse=False)}
     fresh_names = [names[id(p)] for p in fresh]
-    places = _places(optimizers, gone)
+    places, carried = _places(optimizers, gone), carried_states(optimizers, old, new)
     drop_parameters_(optimizers, gone)
     for parameter in fresh:
         vars(parameter).update(vars(gone[0]))  # tags that users and frameworks set on parameters
@@ -49,6 +51,9 @@ def replace_parameters_(optimizers: Sequence[Optimizer], old: BlockLayer, new: B
     for place in places:
         for parameter, name in zip(fresh, fresh_names, strict=True):
             place.insert(parameter, name)
+    for optimizer, state in carried:
+        if any(p is fresh[0] for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[fresh[0]] = state
 
 
 class _Place:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ from kronblocks.algorithms.training.rate_parts import RATES, Parts
 from kronblocks.algorithms.training.stand_in import Group, StandIn, stand_in_for
 from kronblocks.core.checks import one_of
 from kronblocks.core.errors import KronblocksError, KronblocksWarning
+
+
+class _Cut(NamedTuple):
+    """An optimiser's groups in parts, and what they were cut by. The objects of a step stay, as compiled steps like it."""
+
+    parts: Parts
+    stand_in: Any
+    changes: int
+    held: Sequence[Tensor]
 
 
 class LayerRates:
@@ -35,24 +44,28 @@ class LayerRates:
         self._targets = targets
         self._scales: dict[str, Scales] = {}
         self._masks: dict[str, tuple[Tensor, int | None]] = {}  # as they were when live blocks were counted
-        self._parts: dict[int, tuple[Parts, int, Sequence[Tensor]]] = {}  # by optimiser, with what they are of
+        self._cuts: dict[int, _Cut] = {}  # by optimiser
         self._running: dict[int, Parts] = {}
         self._changes, self._warned = 0, False
 
     def __getstate__(self) -> dict[str, Any]:  # a copy is attached to no optimiser
-        return {**self.__dict__, "_masks": {}, "_parts": {}, "_running": {}}
+        return {**self.__dict__, "_masks": {}, "_cuts": {}, "_running": {}}
 
     def attach_(self, optimizers: Sequence[Optimizer]) -> list[Any]:
-        """Hook the steps of optimisers, or those of the optimisers that they wrap. Returns the hooks' handles."""
+        """Hook the steps of optimisers, or those of the optimisers that they wrap. Returns handles, to remove all this."""
         before: Any = torch.compiler.disable(self.before_step)
         after: Any = torch.compiler.disable(self.after_step)
-        handles = []
+        handles: list[Any] = [self]
         for optimizer in with_inner(optimizers):
             if with_inner([optimizer]) == [optimizer]:
                 handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
                 hooks: Any = optimizer._optimizer_step_post_hooks
                 hooks.move_to_end(handles[-1].id, last=False)  # the last to begin is the first to end
         return handles
+
+    def remove(self) -> None:
+        """Forget the optimisers."""
+        self._cuts, self._running = {}, {}
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A step pre-hook: the step's arguments with a stand-in for the optimiser, if any rate differs from its group's."""
@@ -63,19 +76,19 @@ class LayerRates:
         if not any(RATES in group for group in groups):
             return None
         self._follow()
-        parts = self._parts_of(optimizer, groups)
-        if parts.are_whole:
-            return None
-        self._running[id(optimizer)] = parts
-        return (stand_in_for(optimizer, parts.begin()), *args[1:]), kwargs
-
-    def _parts_of(self, optimizer: Optimizer, groups: Sequence[Group]) -> Parts:
         held = [p for target in self._targets for p in target.parameters()]
-        parts, changes, then = self._parts.get(id(optimizer), (None, -1, []))
-        if parts is None or changes != self._changes or not same(held, then) or not parts.is_of(groups):
-            parts = Parts(groups, self._factors(optimizer, groups))
-            self._parts[id(optimizer)] = parts, self._changes, held
-        return parts
+        cut = self._cuts.get(id(optimizer))
+        is_of = cut is not None and same(held, cut.held) and cut.parts.is_of(groups)
+        if cut is None or not is_of or cut.changes != self._changes:
+            factors = self._factors(optimizer, groups)
+            parts = cut.parts if cut is not None and is_of and cut.parts.change_(factors) else Parts(groups, factors)
+            stand_in = stand_in_for(optimizer, []) if cut is None else cut.stand_in
+            cut = self._cuts[id(optimizer)] = _Cut(parts, stand_in, self._changes, held)
+        if cut.parts.are_whole:
+            return None
+        self._running[id(optimizer)] = cut.parts
+        cut.stand_in.groups[:] = cut.parts.begin()
+        return (cut.stand_in, *args[1:]), kwargs
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A step post-hook: keep what the step has written into its groups."""

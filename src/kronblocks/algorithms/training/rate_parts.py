@@ -31,14 +31,14 @@ class Part:
     """
 
     def __init__(self, origin: Group, factor: float, places: Sequence[int]) -> None:
-        self._origin, self._factor = origin, factor
+        self._origin, self.factor, self.places = origin, factor, places
         self._own = {name: [origin[name][place] for place in places] for name in _LISTS if name in origin}
         self._rate: Tensor | None = None
         self.group: Group = {}  # the same object at each step, as compiled steps like it
 
     def begin(self) -> Group:
         """The part as a group of its own, with the present settings of the whole group."""
-        self._given = {name: self._scaled(name, value, self._factor) for name, value in self._origin.items()} | self._own
+        self._given = {name: self._scaled(name, value, self.factor) for name, value in self._origin.items()} | self._own
         self.group.clear()
         self.group.update(self._given)
         return self.group
@@ -47,13 +47,13 @@ class Part:
         """Write into the group what the step has written into the part."""
         for name, value in self.group.items():
             if name not in self._own and value is not self._given.get(name):
-                self._origin[name] = self._scaled(name, value, 1 / self._factor)
+                self._origin[name] = self._scaled(name, value, 1 / self.factor)
 
     def _scaled(self, name: str, value: Any, factor: float) -> Any:
         power = self._power(name)
         if not power or isinstance(value, bool) or not isinstance(value, int | float | Tensor):
             return value
-        if name != "lr" or not isinstance(value, Tensor) or value.requires_grad or factor != self._factor:
+        if name != "lr" or not isinstance(value, Tensor) or value.requires_grad or factor != self.factor:
             return value * factor**power
         if self._rate is None or self._rate.device != value.device:
             self._rate = value.detach().clone()
@@ -77,10 +77,23 @@ class Parts:
         self._from = [(group, list(group["params"]), group.get(RATES)) for group in groups]
         self._parts = [
             [Part(group, factor, places) for factor, places in cut.items()]
-            if RATES in group and set(cut := _cut(group["params"], factors)) - {1.0}
+            if (cut := _cut(group, factors)).keys() - {1.0}
             else group
             for group in groups
         ]
+
+    def change_(self, factors: Mapping[int, float]) -> bool:
+        """Give the same parts other factors. Whether that is possible, since the same parameters belong together."""
+        for (group, *_), parts in zip(self._from, self._parts, strict=True):
+            cut = _cut(group, factors)
+            if isinstance(parts, dict) if cut.keys() - {1.0} else not isinstance(parts, dict):
+                return False
+            if not isinstance(parts, dict):
+                if [part.places for part in parts] != list(cut.values()):
+                    return False
+                for part, factor in zip(parts, cut, strict=True):
+                    part.factor = factor
+        return True
 
     def is_of(self, groups: Sequence[Group]) -> bool:
         """Whether the groups are still these, with the same parameters."""
@@ -105,9 +118,11 @@ class Parts:
                 part.end()
 
 
-def _cut(params: Sequence[Tensor], factors: Mapping[int, float]) -> dict[float, list[int]]:
-    """The places of parameters by the factor of their rate."""
-    exact = wanted = [factors.get(id(p), 1.0) for p in params]
+def _cut(group: Group, factors: Mapping[int, float]) -> dict[float, list[int]]:
+    """The places of a group's parameters by the factor of their rate."""
+    if RATES not in group:
+        return {}
+    exact = wanted = [factors.get(id(p), 1.0) for p in group["params"]]
     for an_octave in (16, 8, 4, 2, 1):
         if len(set(wanted)) <= MOST_PARTS:
             break
