@@ -136,18 +136,18 @@ def training_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 def saved_tensor_bytes(model: nn.Module) -> Iterator[dict[str, int]]:
     """Counts, in `["saved_tensors"]`, the bytes that autograd keeps for backward inside the block; parameters not among them."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given to another tensor meanwhile
     counted = {"saved_tensors": 0}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if tensor.device.type != "meta" and storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield counted
-    counted["saved_tensors"] = sum(kept.values())
+    counted["saved_tensors"] = sum(storage.nbytes() for storage in kept.values())
 
 
 def trainable_parameters(model: nn.Module) -> int:
