@@ -132,7 +132,10 @@ _PRUNING = _of("score", "regrow", "scope")
 
 METHODS: dict[str, MethodSpec] = {
     "two-phase": MethodSpec(
-        _prune, _FACTORS | _PRUNING | _of("schedule.shape", "schedule.lift_at"), Choices(storage="factors", end=0.4), revision=3
+        _prune,
+        _FACTORS | _PRUNING | _of("schedule.shape", "schedule.lift_at"),
+        Choices(storage="factors", end=0.4, score="relative"),
+        revision=3,
     ),
     "kron-l1": MethodSpec(
         lambda choices: KronL1(choices.form, choices.strength, choices.growth),

@@ -129,7 +129,8 @@ class MethodSettings:
             weights, rescaled to their variance) or "nearest" (nearest to the weights, for trained models). Which blocks of
             rigl and static live: "random" (default), or "nearest", those of greatest norm in each layer.
         score: how blocks are compared: "norm" (relative to their layer), "relative" (also to their block row and column), "gate"
-            (|S|) or "taylor" (gradient times weight). Default: "gate" for kron-l1, "norm" for the others.
+            (|S|) or "taylor" (gradient times weight). Default: "relative" for two-phase, "norm" for others;
+            kron-l1 compares gates.
         regrow: share of the live blocks that is exchanged, at the first mask update, for the dead ones of greatest gradient. It
             falls to 0 along a cosine. Default: 0.3 for rigl, 0 for others.
         scope: "global": one budget over all layers, of which each keeps a quarter of the mean density (except with score
