@@ -132,7 +132,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(whole, tmp_path, monkeypat
     resumed = training.train(config(tmp_path / "parts", method=method, resume=True))
     assert lasting(resumed) == lasting(expected)
     saved = [{path.name: path.read_bytes() for path in (run / "model").iterdir()} for run in (tmp_path / "parts", out)]
-    assert saved[0] == saved[1] and len(saved[0]) == 2
+    assert saved[0] == saved[1] and len(saved[0]) == 3
     assert (tmp_path / "parts/masks.safetensors").read_bytes() == (out / "masks.safetensors").read_bytes()
 
 

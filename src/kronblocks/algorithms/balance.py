@@ -7,6 +7,8 @@ from torch import Tensor
 
 _ROUNDS = 3
 """Of dividing by the means of rows, then of columns. Later rounds change scores by a few per cent."""
+_BY_NORM = 1e-3
+"""How much more the block of greatest norm counts at last."""
 
 
 def balanced(score: Tensor, live: Tensor) -> Tensor:
@@ -31,4 +33,5 @@ def balanced(score: Tensor, live: Tensor) -> Tensor:
     for dim in (1, 0) * _ROUNDS:
         mean = scaled.sum(dim, keepdim=True) / live.sum(dim, keepdim=True).clamp_min(1)
         scaled = torch.where(mean > 0, scaled / mean, scaled)
-    return scaled.to(score.dtype)
+    top = score.max()  # where balance leaves equals, as in a grid of 2 x 2, the norm decides, not rounding
+    return (scaled * (1 + _BY_NORM * score.double() / top)).to(score.dtype) if top > 0 else scaled.to(score.dtype)

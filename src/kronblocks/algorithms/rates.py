@@ -78,11 +78,11 @@ class Scales:
             return cls(live)
         rank, area = coeff.shape[-1], grid.block.area
         gate = layer._parameters.get("gate")
-        gated = rows_here(coeff).local.detach().float()
+        gated = rows_here(coeff).local.detach().double()
         if gate is not None:
-            gated = gated * rows_here(gate).local.detach().float().unsqueeze(-1)
+            gated = gated * rows_here(gate).local.detach().double().unsqueeze(-1)
         squares = float(summed(gated.square().sum(), coeff)) / (live * rank)
-        entries = float(summed(rows_here(tiles).local.detach().float().square().sum(), tiles)) / tiles.numel()
+        entries = float(summed(rows_here(tiles).local.detach().double().square().sum(), tiles)) / tiles.numel()
         return cls(live, math.sqrt(squares) or math.sqrt(area / rank / 3 / grid.in_features), math.sqrt(entries) or area**-0.5)
 
     def factor(self, name: str, kind: Kind, grid: BlockGrid, rank: int = 1, banks: int = 1) -> float:

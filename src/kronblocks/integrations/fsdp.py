@@ -13,6 +13,9 @@ from kronblocks.algorithms.training.attachment import PART, number_parts_
 from kronblocks.algorithms.training.sparsifier import Sparsifier
 from kronblocks.core.errors import KronblocksError
 from kronblocks.core.shards import rows_here, whole
+from kronblocks.nn.block_sparse_linear import BlockSparseLinear
+from kronblocks.nn.kron_linear import KroneckerBlockLinear
+from kronblocks.surgery.carried_moments import lifted_state
 
 
 @torch.no_grad()
@@ -26,9 +29,10 @@ def lifted_anew(
 ) -> tuple[nn.Module, Sparsifier, Optimizer]:
     """Lift when `sparsifier.lift_due` says so: gather the weights, build the model again, lift it, shard it.
 
-    Parameters that still exist keep their moments. Groups of the same `parameter_groups` call, or of the same name and order,
-    keep their learning rates and other options. So a new learning-rate scheduler works with the state of the old one. Every
-    rank holds the whole model in memory for a moment. Call `attach` on the new sparsifier afterwards.
+    Parameters that still exist keep their moments, and values get those that follow from their factors'. Groups of the same
+    `parameter_groups` call, or of the same name and order, keep their learning rates and other options. So a new
+    learning-rate scheduler works with the state of the old one. Every rank holds the whole model in memory for a moment. Call
+    `attach` on the new sparsifier afterwards.
 
     Args:
         sparsifier: of the sharded model.
@@ -54,13 +58,18 @@ def lifted_anew(
     model, new = build()
     new.load_state_dict(sparsifier.state_dict())
     model.load_state_dict(weights)
+    factored = {name: layer for name, layer in model.named_modules() if isinstance(layer, KroneckerBlockLinear)}
     new.lift_()
+    for name, layer in factored.items():
+        lifted = model.get_submodule(name)
+        if isinstance(lifted, BlockSparseLinear) and f"{name}.coeff" in memory:
+            memory[f"{name}.values"] = lifted_state(memory[f"{name}.coeff"], layer, lifted) or {}
     shard(model)
     following = make_optimizer(model)
     for key, group in _identified(following):
         group.update(options.get(key, {}))
     for name, parameter in model.named_parameters():
-        if name in memory:
+        if memory.get(name):
             following.state[parameter] = {key: _like(value, parameter) for key, value in memory[name].items()}
     return model, new, following
 

@@ -31,11 +31,13 @@ def carried_states(optimizers: Sequence[Optimizer], old: BlockLayer, new: BlockL
     if not isinstance(old, KroneckerBlockLinear) or not isinstance(new, BlockSparseLinear):
         return []
     known = [(each, each.state[old.coeff]) for each in with_inner(optimizers) if old.coeff in each.state]
-    states = [(optimizer, _lifted(state, old, new)) for optimizer, state in known]
+    states = [(optimizer, lifted_state(state, old, new)) for optimizer, state in known]
     return [(optimizer, state) for optimizer, state in states if state is not None]
 
 
-def _lifted(state: State, old: KroneckerBlockLinear, new: BlockSparseLinear) -> State | None:
+@torch.no_grad()
+def lifted_state(state: State, old: KroneckerBlockLinear, new: BlockSparseLinear) -> State | None:
+    """What an optimiser that has this state of a layer's coefficients should remember of its values; None: nothing."""
     lifted: State = {}
     for name, value in state.items():
         is_moment = type(value) is Tensor and value.shape == old.coeff.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +29,7 @@ def samples_of(available: int, every: int, batch_size: int, wanted: int | None =
     >>> samples_of(6000, every=20, batch_size=256), samples_of(6000, every=2, batch_size=256), samples_of(6000, 20, 256, 100)
     (1536, 154, 100)
     """
-    return min(available, wanted or max(1, math.ceil(3 * SHARE * every * batch_size)))
+    return min(available, wanted or max(1, round(3 * SHARE * every * batch_size)))
 
 
 class Evaluator:

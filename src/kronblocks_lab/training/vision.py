@@ -135,8 +135,8 @@ class StochasticDepth(nn.Module):
         Huang et al., "Deep networks with stochastic depth", 2016.
 
     >>> _ = torch.manual_seed(0)
-    >>> StochasticDepth(0.5)(torch.ones(4, 1)).flatten().tolist()
-    [2.0, 0.0, 2.0, 2.0]
+    >>> sorted(set(StochasticDepth(0.5)(torch.ones(64, 1)).flatten().tolist()))
+    [0.0, 2.0]
     """
 
     def __init__(self, rate: float) -> None:
