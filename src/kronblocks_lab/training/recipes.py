@@ -34,7 +34,7 @@ def has_setting(method: str, name: str) -> bool:
 class Recipe(NamedTuple):
     """Rates and decays of a method's parameter groups."""
 
-    lr: float = 4e-3  # of what is not sparse
+    lr: float = 2e-3  # of what is not sparse
     weight_decay: float = 0.0
     factor_weight_decay: float = 0.0
     factor_lr_scale: float = FACTOR_LR_SCALE  # rate of factors, relative to what their shapes ask for
