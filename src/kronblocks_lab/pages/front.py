@@ -195,7 +195,7 @@ def dense_wins() -> list[str]:
         ["training one layer, 256 inputs, all 4x4 blocks live", layer(rank4, 256, both, density=1)],
         ["the same with 16 inputs", layer(rank4, 16, both, density=1)],
         ["early training steps of the MLP, on an older CPU (AVX2)", times(_step("early", "factors r=8 16x16 per-row").low)],
-        ["inference of the MLP, one input, against dense in int8", times(inference(1).low / int8)],
+        ["fp32 inference of the MLP, one input, against dense in int8", times(inference(1).low / int8)],
     ]
     share = f"{100 * SPARSITY:g}%"
     about = f"Small models also lose accuracy: LeNet-5 at {share} zeros in 4x4 blocks ends {-lost:.1f} points below dense."
