@@ -122,17 +122,6 @@ def test_slots_that_are_not_listed_count_nothing(backend):
     assert (values.grad == 0).all()
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """New memory is NaN (or the largest whole number), so that whatever is not written shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(100).isnan().all(), "the poison works"
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.parametrize(("backend", "case"), over((("uneven",), ("wide margins",), ("all dead",)), ()), indirect=["backend"])
 def test_every_output_is_written_after_a_call_full_of_nan(backend, case, poisoned, with_gradients):
     """Also where a kernel's own memory, which it keeps, holds what an earlier call has left."""

@@ -145,17 +145,6 @@ def test_second_derivatives_through_aot_dispatch(backend):
     torch.library.opcheck(torch.ops.kronblocks.kron_backward, (dy, x, coeff, tiles, live, "coeff_first", True))
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """New memory is NaN (or the largest whole number), so that whatever is not written shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(100).isnan().all(), "the poison works"
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.parametrize(
     ("backend", "plan", "groups", "kind"),
     over(
